@@ -1,0 +1,49 @@
+"""What a rollout asks of an inference engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from aepo.types import TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """Continue `token_ids`. The random numbers of output position i depend on (seed, i) and nothing else."""
+
+    token_ids: TokenIds  # the whole prefix, never text: re-tokenising would change it
+    max_new_tokens: int
+    temperature: float  # > 0; 0 means greedy
+    seed: int  # unsigned 64 bit
+    stop: tuple[str, ...]  # generation ends with the token that completes one of these; that token is kept
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What the model wrote, with the exact log-probability and entropy [nats] of every token."""
+
+    token_ids: TokenIds
+    logprobs: tuple[float, ...]
+    entropies: tuple[float, ...]
+    finish_reason: Literal["stop", "eos", "length"]
+    version: int  # of the weights
+
+
+class Engine(Protocol):
+    """Batched generation that computes a shared prefix once.
+
+    `lockstep` engines want all requests of a wave in one call and give the same result for the same calls; the
+    others are called once per request, concurrently, so that no path waits for another one's tool.
+    """
+
+    lockstep: bool
+
+    async def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        """One result per request, in order."""
+        ...
+
+    def release(self) -> None:
+        """The rollout batch is over: forget every cached prefix and unfinished request."""
+        ...
