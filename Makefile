@@ -1,0 +1,51 @@
+# Two commands do everything: `make demo` runs the main job, `make test` passes the tests. Both set up .venv first.
+PYTHON ?= python3
+# Pinned: a bare "torch" would bring several GB of CUDA libraries onto a machine that has no GPU.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test test-fast lint bench results clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo        set up, warm start, train the small agent with AEPO, write runs/demo/report.html (< 10 minutes on 2 cores)"
+	@echo "make test        set up, then lint, types and every test that this machine can run"
+	@echo "make test-fast   the same tests without the slow ones: the inner loop"
+	@echo "make lint        ruff (lint, format) and mypy"
+	@echo "make bench       the CPU rows of the benchmark tables, into benchmarks/results/"
+	@echo "make results     AEPO and GRPO, three seeds each: the learning curves that the README quotes"
+	@echo "make clean       remove .venv, build products, caches and runs/demo"
+
+# The stamp depends on what goes into the build, so a pull that changes a kernel rebuilds it.
+$(READY): pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" ninja
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,smollm2,triton,bench,dev]"
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/aepo train --config configs/demo.yaml run.dir=runs/demo
+	$(BIN)/aepo report runs/demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.token_stats_cpu --json benchmarks/results/token_stats_cpu.json
+	$(BIN)/python -m benchmarks.policy_loss_cpu --json benchmarks/results/policy_loss_cpu.json
+
+results: $(READY)
+	$(BIN)/python -m benchmarks.learning_curves
+
+clean:
+	rm -rf $(VENV) build *.egg-info aepo_kernels/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache runs/demo
