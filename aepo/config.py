@@ -1,0 +1,278 @@
+"""Every setting of a run: frozen dataclasses, one per section, with defaults, units, ranges and help texts.
+
+A configuration is the defaults below, changed by one YAML file, changed by `section.key=value` overrides. Unknown keys
+are errors that suggest the right one. This module imports no torch. `aepo keys` prints the whole list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+Preset = Literal["aepo", "arpo", "grpo", "dapo", "cispo", "gppo", "gspo", "gigpo", "reinforce++"]
+
+
+def key(default: Any, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None):
+    """A setting: default, one line of help, and its range low <= value <= high, value > above."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "above": above})
+
+
+class Section:
+    """Checks every range when an instance is made, from a file or in Python."""
+
+    section: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for item, expected, _ in _settings(type(self)):
+            value, limits = getattr(self, item.name), item.metadata
+            for number in value if isinstance(value, (tuple, list)) else (value,):
+                # Every comparison is written so that NaN fails it.
+                if isinstance(number, (int, float)) and not (
+                    (limits["low"] is None or number >= limits["low"])
+                    and (limits["high"] is None or number <= limits["high"])
+                    and (limits["above"] is None or number > limits["above"])
+                ):
+                    raise ValueError(f"{self.section}.{item.name} = {value!r}: expected {expected}")
+
+
+@dataclass(frozen=True)
+class RunConfig(Section):
+    section: ClassVar[str] = "run"
+    dir: str = key("runs/default", "where this run's files go")
+    seed: int = key(0, "all random numbers are functions of (seed, step, index)", low=0, high=2**31 - 1)
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: cuda where there is one, else cpu")
+    threads: int = key(0, "CPU threads for torch; 0: leave torch's own choice", low=0)
+
+
+@dataclass(frozen=True)
+class TaskConfig(Section):
+    section: ClassVar[str] = "task"
+    name: str = key("facts", "which task of aepo.tasks to train on")
+    seed: int = key(0, "of the split into training and held-out questions", low=0)
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    section: ClassVar[str] = "model"
+    name: str = key("tiny", "tiny (trained here from scratch) or smollm2 (SmolLM2-135M-Instruct)")
+    dtype: Literal["float32", "bfloat16", "float64"] = key("float32", "of the weights and activations")
+
+
+@dataclass(frozen=True)
+class WarmStartConfig(Section):
+    section: ClassVar[str] = "warm_start"
+    steps: int = key(300, "supervised steps on generated demonstrations before AEPO; 0: none", low=0)
+
+
+@dataclass(frozen=True)
+class RolloutConfig(Section):
+    section: ClassVar[str] = "rollout"
+    paths: int = key(8, "k: trajectories per question", low=1)
+    temperature: float = key(1.0, "softmax temperature of sampling and of the loss", above=0)
+    max_tokens: int = key(256, "generated and read tokens of one path after the prompt", low=1)
+
+
+@dataclass(frozen=True)
+class PolicyConfig(Section):
+    """Which policy loss and which advantage. None: the preset's own value."""
+
+    section: ClassVar[str] = "policy"
+    preset: Preset = key("aepo", "aepo, arpo, grpo, dapo, cispo, gppo, gspo, gigpo or reinforce++")
+    clip_rule: Literal["ppo", "aepo", "gppo", "cispo"] | None = key(None, "gradient of clipped tokens; None: preset")
+    eps_low: float | None = key(None, "ratios below 1 - eps_low are clipped; None: preset", low=0, high=1)
+    eps_high: float | None = key(None, "ratios above 1 + eps_high are clipped; None: preset", low=0)
+    dual_clip: float | None = key(None, "bound on the ratio for negative advantages; None: preset", above=1)
+    ratio_level: Literal["token", "sequence"] | None = key(None, "what the ratio is taken over; None: preset")
+    entropy_advantage: float | None = key(None, "a in A (1 + a (H - mean H) / std H); None: preset", low=0)
+    entropy_stats: Literal["batch", "micro_batch"] = key(
+        "batch", "mean and std of H: whole rollout batch under the old policy, or each micro-batch as published"
+    )
+    entropy_bonus: float | None = key(None, "coefficient of + H in the objective; None: preset", low=0)
+    kl_coef: float | None = key(None, "KL penalty to the frozen starting weights; None: preset", low=0)
+    kl_estimator: Literal["k1", "k2", "k3"] | None = key(None, "None: preset")
+    aggregation: str | None = key(
+        None, "token-mean, seq-mean-token-sum, seq-mean-token-mean, seq-mean-token-sum-norm; None: preset"
+    )
+    importance_cap: float | None = key(None, "cap of the engine/trainer mismatch weight; None: preset", above=0)
+    old_logprobs: Literal["engine", "recompute"] = key("engine", "where the old log-probs come from")
+    advantage: Literal["group", "batch", "gigpo"] | None = key(None, "how rewards are normalised; None: preset")
+    drop_equal_groups: bool | None = key(None, "leave questions with equal rewards out of the loss; None: preset")
+    overlong_buffer: int | None = key(
+        None, "reward falls by up to 1 over the last so many tokens before rollout.max_tokens; 0: off", low=0
+    )
+    step_weight: float = key(1.0, "GiGPO: weight of the step advantage", low=0)
+    step_discount: float = key(0.95, "GiGPO: discount per step of the return", above=0, high=1)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Section):
+    section: ClassVar[str] = "optimizer"
+    learning_rate: float = key(1e-6, "peak learning rate of AdamW", low=0)
+    betas: tuple[float, float] = key((0.9, 0.95), "AdamW", low=0, high=1)
+    weight_decay: float = key(0.0, "AdamW, on matrices only", low=0)
+    warmup_steps: int = key(0, "optimiser steps of linear warmup", low=0)
+    schedule: Literal["constant", "linear"] = key("constant", "after warmup; linear falls to 0 at the last step")
+    max_grad_norm: float = key(1.0, "gradients are scaled down to this norm", above=0)
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    section: ClassVar[str] = "train"
+    steps: int = key(40, "rollout batches", low=0)
+    questions: int = key(8, "questions per rollout batch", low=1)
+    epochs: int = key(1, "passes over each rollout batch", low=1)
+    minibatches: int = key(1, "optimiser steps per pass; questions are divided among them", low=1)
+    tokens_per_microbatch: int = key(8192, "packed tokens per forward and backward", low=1)
+
+
+@dataclass(frozen=True)
+class EvalConfig(Section):
+    section: ClassVar[str] = "eval"
+    every: int = key(10, "steps between held-out evaluations; 0: only at the start and the end", low=0)
+    questions: int = key(64, "held-out questions per evaluation", low=1)
+    temperature: float = key(0.0, "0: greedy", low=0)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Section):
+    section: ClassVar[str] = "checkpoint"
+    every: int = key(10, "steps between checkpoints; 0: only at the end", low=0)
+    keep: int = key(2, "newest checkpoints kept, next to the one with the best held-out success", low=1)
+
+
+@dataclass(frozen=True)
+class LogConfig(Section):
+    section: ClassVar[str] = "log"
+    tensorboard: bool = key(True, "write TensorBoard event files next to metrics.jsonl")
+    trees_every: int = key(10, "steps between saved rollout trees; 0: none", low=0)
+    trees: int = key(2, "questions per saved step", low=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        if self.train.minibatches > self.train.questions:
+            raise ValueError(
+                f"train.minibatches = {self.train.minibatches}: expected <= train.questions ({self.train.questions})"
+            )
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting, as `aepo keys` prints it."""
+
+    name: str  # dotted
+    default: Any
+    expected: str  # type and range, in words
+    help: str
+
+
+def all_keys() -> list[Key]:
+    """Every dotted key, in the order of this file."""
+    return [
+        Key(f"{section.name}.{item.name}", getattr(getattr(Config(), section.name), item.name), expected, help)
+        for section in dataclasses.fields(Config)
+        for item, expected, help in _settings(typing.get_type_hints(Config)[section.name])
+    ]
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the YAML file at `path`, then `section.key=value` overrides (values are YAML too).
+
+    ValueError: a key that does not exist (the nearest right one is named), or a value of the wrong type or range.
+    """
+    from omegaconf import OmegaConf
+
+    changes: list[tuple[str, Any, str]] = []  # dotted key, value, where it came from
+    if path is not None:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+        changes += [(name, value, f" (in {path})") for name, value in _flatten(content, str(path))]
+    for override in overrides:
+        name, equals, _ = override.partition("=")
+        if not equals:
+            raise ValueError(f"override {override!r}: expected section.key=value, for example train.steps=20")
+        changes += [(name, OmegaConf.select(OmegaConf.from_dotlist([override]), name), "")]
+    return _apply(changes)
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration; `load_config` reads it back to an equal one."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _apply(changes: Sequence[tuple[str, Any, str]]) -> Config:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    known = {entry.name: entry for entry in all_keys()}
+    merged = OmegaConf.structured(Config)
+    for name, value, where in changes:
+        if name not in known:
+            raise ValueError(f"unknown key {name!r}{where}{_suggestion(name, list(known))}; `aepo keys` lists all keys")
+        try:
+            OmegaConf.update(merged, name, value, merge=False)
+        except OmegaConfBaseException:
+            raise ValueError(f"{name} = {value!r}{where}: expected {known[name].expected}") from None
+    return typing.cast(Config, OmegaConf.to_object(merged))
+
+
+def _flatten(content: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected sections with keys, got {type(content).__name__}")
+    sections = [item.name for item in dataclasses.fields(Config)]
+    for section, settings in content.items():
+        if section not in sections:
+            raise ValueError(f"unknown section {section!r} (in {path}){_suggestion(str(section), sections)}")
+        if not isinstance(settings, dict):
+            raise ValueError(f"section {section!r} (in {path}): expected keys below it, got {settings!r}")
+        yield from ((f"{section}.{name}", value) for name, value in settings.items())
+
+
+def _suggestion(name: str, known: Sequence[str]) -> str:
+    """The nearest key; a right name in the wrong section counts as near."""
+    tail = name.rpartition(".")[2]
+    near = [k for k in known if k.rpartition(".")[2] == tail] or difflib.get_close_matches(name, known, 1, 0.5)
+    return f": did you mean {' or '.join(repr(k) for k in near)}?" if near else ""
+
+
+def _settings(section: type[Section]) -> Iterator[tuple[dataclasses.Field, str, str]]:
+    hints = typing.get_type_hints(section)
+    for item in dataclasses.fields(section):  # type: ignore[arg-type]
+        limits = item.metadata
+        range_ = [f"{sign} {limits[bound]}" for bound, sign in _SIGNS.items() if limits[bound] is not None]
+        yield item, " ".join([_type_in_words(hints[item.name]), *range_]), limits["help"]
+
+
+_SIGNS = {"above": ">", "low": ">=", "high": "<="}
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+
+
+def _type_in_words(hint: Any) -> str:
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(arguments)
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {len(arguments)} numbers"
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_type_in_words(argument) for argument in arguments)
+    return _WORDS[hint]
