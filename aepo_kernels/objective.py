@@ -1,0 +1,191 @@
+"""Which policy loss is meant: one frozen dataclass, with the published methods as named presets.
+
+Every method is the same per-token formula with other numbers. A preset says what a paper changed against PPO; the
+advantage estimate (group, batch, step level) and the rollout are not part of it, they belong to the trainer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+CLIPS = ("ppo", "aepo", "gppo", "cispo")
+RATIO_LEVELS = ("token", "sequence")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant")
+
+
+class Terms(NamedTuple):
+    """An objective as the numbers that the `policy_terms` kernels take, in their order."""
+
+    low: float
+    high: float
+    grad_low: float
+    grad_high: float
+    dual_clip: float
+    detached_ratio: bool
+    entropy_advantage: float
+    clamp_factor: bool
+    kl_coef: float
+    kl_estimator: int
+    entropy_bonus: float
+    importance_cap: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyObjective:
+    """A policy loss. Build it directly or with `PolicyObjective.preset(name, **overrides)`.
+
+    Raises ValueError or TypeError, naming the field, for a value that no loss can be made of.
+    """
+
+    clip: Literal["ppo", "aepo", "gppo", "cispo"] = "ppo"
+    """What happens to the gradient beyond the clip bounds: dropped (ppo), kept at the bound above (aepo), kept at both
+    bounds (gppo), or the clipped ratio as a detached weight on A * logprob for every token (cispo)."""
+    eps_low: float = 0.2
+    """Lower bound of the ratio is 1 - eps_low, in [0, 1]; 1 means no lower bound."""
+    eps_high: float = 0.2
+    """Upper bound of the ratio is 1 + eps_high."""
+    dual_clip: float | None = None
+    """c > 1: for A < 0 the loss of a token is at most c |A|, without gradient there. None: no such bound."""
+    ratio_level: Literal["token", "sequence"] = "token"
+    """One ratio per token, or per sequence: exp of the mean log-ratio of its valid tokens (GSPO)."""
+    entropy_advantage: float = 0.0
+    """a: advantages are multiplied by 1 + a (H - mean H) / std H, H detached. 0: off, entropies are not needed."""
+    clamp_entropy_factor: bool = False
+    """Keep that factor at 0 or above, so that no advantage changes its sign."""
+    entropy_bonus: float = 0.0
+    """The loss of a token has - entropy_bonus * H in it, with gradient."""
+    kl_coef: float = 0.0
+    """The loss of a token has kl_coef * KL(policy || reference) in it, with the estimator's own gradient."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant"] = "token-mean"
+    """How token losses become one number; see `aepo_kernels.ops.aggregation.token_weights`."""
+    importance_cap: float | None = None
+    """Policy term times min(exp(old_logprob - rollout_logprob), cap), detached: corrects for an inference engine whose
+    probabilities differ from the trainer's. None: no correction."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("clip", CLIPS),
+            ("ratio_level", RATIO_LEVELS),
+            ("kl_estimator", KL_ESTIMATORS),
+            ("aggregation", AGGREGATIONS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if not isinstance(self.clamp_entropy_factor, bool):
+            raise TypeError(f"clamp_entropy_factor must be a bool; got {self.clamp_entropy_factor!r}")
+        self._number("eps_low", "in [0, 1]", lambda x: 0 <= x <= 1)
+        self._number("eps_high", ">= 0 and finite", lambda x: 0 <= x < math.inf)
+        for name in ("entropy_advantage", "entropy_bonus", "kl_coef"):
+            self._number(name, "finite", math.isfinite)
+        if self.dual_clip is not None:
+            self._number("dual_clip", "> 1, or None", lambda x: x > 1)
+            if self.clip == "cispo":
+                raise ValueError("dual_clip has no meaning with clip='cispo', whose ratio is already bounded: set None")
+        if self.importance_cap is not None:
+            self._number("importance_cap", "> 0 (inf = uncapped), or None", lambda x: x > 0)
+        if self.clamp_entropy_factor and self.entropy_advantage == 0:
+            raise ValueError("clamp_entropy_factor=True needs entropy_advantage != 0")
+
+    def _number(self, name: str, expected: str, holds: Any) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number {expected}; got {value!r}")
+        if not holds(value):  # false for NaN as well
+            raise ValueError(f"{name} must be {expected}; got {value!r}")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> PolicyObjective:
+        """The published objective of that name, with any field overridden.
+
+        Names: aepo, arpo, grpo, dapo, cispo, gppo, gspo, gigpo, reinforce++.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"objective must be one of {', '.join(PRESETS)}; got {name!r}")
+        fields = [field.name for field in dataclasses.fields(cls)]
+        for key in overrides:
+            if key not in fields:
+                raise TypeError(f"PolicyObjective has no field {key!r}; it has {', '.join(fields)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    def terms(self) -> Terms:
+        """This objective in numbers: bounds, and the factors F that the gradient keeps beyond them."""
+        low, high = 1.0 - self.eps_low, 1.0 + self.eps_high
+        return Terms(
+            low=low,
+            high=high,
+            grad_low=low if self.clip == "gppo" else 0.0,
+            grad_high=high if self.clip in ("aepo", "gppo") else 0.0,
+            dual_clip=math.inf if self.dual_clip is None else float(self.dual_clip),
+            detached_ratio=self.clip == "cispo",
+            entropy_advantage=float(self.entropy_advantage),
+            clamp_factor=self.clamp_entropy_factor,
+            kl_coef=float(self.kl_coef),
+            kl_estimator=1 + KL_ESTIMATORS.index(self.kl_estimator),
+            entropy_bonus=float(self.entropy_bonus),
+            importance_cap=math.inf if self.importance_cap is None else float(self.importance_cap),
+        )
+
+    @property
+    def needs_entropy(self) -> bool:
+        return self.entropy_advantage != 0 or self.entropy_bonus != 0
+
+    @property
+    def needs_sequences(self) -> bool:
+        return self.ratio_level == "sequence" or self.aggregation.startswith("seq-")
+
+    def check_inputs(self, **given: bool) -> None:
+        """Raise ValueError where a term is asked for without its input, or an input is given that no term uses.
+
+        Keywords are input names with whether each was passed: entropy, entropy_stats, ref_logprobs, rollout_logprobs,
+        cu_seqlens, denominator. An input that a caller does not mention is not checked.
+        """
+        required = {
+            "entropy": self.needs_entropy and f"{self._cause('entropy_advantage', 'entropy_bonus')} needs entropy",
+            "ref_logprobs": self.kl_coef != 0 and f"kl_coef = {self.kl_coef} needs ref_logprobs",
+            "rollout_logprobs": self.importance_cap is not None
+            and f"importance_cap = {self.importance_cap} needs rollout_logprobs",
+            "cu_seqlens": self.needs_sequences
+            and f"{self._cause('ratio_level', 'aggregation')} needs cu_seqlens, or inputs of shape [B, L]",
+            "denominator": self.aggregation == "constant" and "aggregation = 'constant' needs denominator",
+        }
+        unused = {
+            "entropy_stats": self.entropy_advantage == 0
+            and "entropy_stats is given, but entropy_advantage is 0: nothing would use it",
+            "rollout_logprobs": self.importance_cap is None
+            and "rollout_logprobs is given, but importance_cap is None: nothing would use it",
+        }
+        for name, was_given in given.items():
+            problem = (unused if was_given else required).get(name)
+            if problem:
+                raise ValueError(f"objective: {problem}")
+
+    def _cause(self, *names: str) -> str:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return " and ".join(f"{n} = {getattr(self, n)!r}" for n in names if getattr(self, n) != defaults[n])
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Stop-gradient clip above, entropy-aware advantage; arXiv 2510.14545.
+    "aepo": {"clip": "aepo", "dual_clip": 3.0, "entropy_advantage": 0.2},
+    # GRPO's loss on branched rollouts, as its authors run it; arXiv 2507.19849.
+    "arpo": {"dual_clip": 3.0},
+    # arXiv 2402.03300. The paper's KL term (k3, 0.04) is an override: kl_coef=0.04 needs ref_logprobs.
+    "grpo": {"aggregation": "seq-mean-token-mean"},
+    # Higher upper bound, every token counts the same; arXiv 2503.14476.
+    "dapo": {"eps_high": 0.28},
+    # No lower bound, as arXiv 2506.13585 uses it; upper bound 5 from the scaling study arXiv 2510.13786.
+    "cispo": {"clip": "cispo", "eps_low": 1.0, "eps_high": 4.0},
+    # Klear-Reasoner, arXiv 2508.07629.
+    "gppo": {"clip": "gppo"},
+    # arXiv 2507.18071; its bounds are for a length-normalised ratio, hence so narrow.
+    "gspo": {"ratio_level": "sequence", "aggregation": "seq-mean-token-mean", "eps_low": 3e-4, "eps_high": 4e-4},
+    # The step-level groups are in the advantages; arXiv 2505.10978.
+    "gigpo": {},
+    # Batch-normalised advantages; arXiv 2501.03262.
+    "reinforce++": {},
+}

@@ -1,0 +1,169 @@
+"""The O(T) part of every policy loss, in plain PyTorch: loss, its two gradients and the metrics from per-token numbers.
+
+One function serves all objectives, because they differ only in numbers (see `PolicyObjective.terms`): the two clip
+bounds, the factor F that multiplies the gradient beyond each bound, the dual-clip bound, and whether the ratio is
+detached. With r the ratio and A the final advantage of a token,
+
+    case                        policy term L      dL/dlogprob = -A F
+    A > 0 and r > high          -A high            F = grad_high      (PPO 0, AEPO and GPPO high)
+    A < 0 and r > dual_clip     -A dual_clip       F = 0
+    A < 0 and r < low           -A low             F = grad_low       (PPO and AEPO 0, GPPO low)
+    otherwise                   -A r               F = r
+    detached ratio (CISPO)      -A clip(r) logprob F = clip(r, low, high)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+METRICS = (
+    "clip_fraction_high",
+    "clip_fraction_low",
+    "dual_clip_fraction",
+    "ratio_mean",
+    "ratio_max",
+    "approx_kl",
+    "entropy_mean",
+    "entropy_std",
+    "advantage_flips",
+    "kl",
+    "valid_tokens",
+)
+
+
+def policy_terms(
+    logprobs: Tensor,  # [T] acc
+    old_logprobs: Tensor,  # [T] acc
+    advantages: Tensor,  # [T] acc
+    weight: Tensor,  # [T] acc: share of the token in the loss, 0 = masked
+    entropy: Tensor | None,  # [T] acc
+    ref_logprobs: Tensor | None,  # [T] acc
+    rollout_logprobs: Tensor | None,  # [T] acc
+    cu_seqlens: Tensor | None,  # [N + 1] int64; given = one ratio per sequence
+    entropy_stats: Tensor | None,  # [2] acc: mean, std; None = those of this call's valid tokens
+    low: float,
+    high: float,
+    grad_low: float,
+    grad_high: float,
+    dual_clip: float,  # inf = off
+    detached_ratio: bool,
+    entropy_advantage: float,  # 0 = off
+    clamp_factor: bool,
+    kl_coef: float,
+    kl_estimator: int,  # 1, 2, 3
+    entropy_bonus: float,
+    importance_cap: float,  # inf = uncapped
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (loss [], d loss/d logprobs [T], d loss/d entropy [T] or [0] without a bonus, metrics [11] as in METRICS).
+
+    "acc" is float32 or float64, the same for all. Fractions and means in the metrics are over the valid tokens.
+    """
+    valid = weight != 0
+    count = valid.sum().to(weight.dtype)
+
+    def masked(x: Tensor) -> Tensor:
+        return x.where(valid, 0.0)  # a select: masked tokens may hold NaN, which a product would keep
+
+    def mean(x: Tensor) -> Tensor:
+        return masked(x).sum() / count.clamp(min=1)
+
+    entropy_mean, entropy_std = torch.zeros_like(count), torch.zeros_like(count)
+    if entropy is not None:
+        entropy_mean, entropy_std = _mean_std(entropy, valid, count)
+    factor = torch.ones_like(weight)
+    if entropy_advantage != 0:
+        assert entropy is not None, "the entropy-aware advantage needs the entropy"
+        m, s = (entropy_mean, entropy_std) if entropy_stats is None else entropy_stats.unbind()
+        factor = torch.where(s == 0, factor, 1 + entropy_advantage * (entropy - m) / s)
+    a = advantages * (factor.clamp(min=0) if clamp_factor else factor)
+
+    log_ratio = masked(logprobs - old_logprobs)
+    segments = None if cu_seqlens is None else _Segments(cu_seqlens, valid)
+    ratio = (log_ratio if segments is None else segments.mean(log_ratio)).exp()
+
+    if detached_ratio:
+        above, below, beyond = ratio > high, ratio < low, torch.zeros_like(valid)
+        slope = _choose(ratio, (above, high), (below, low))
+        policy = -slope * a * logprobs
+    else:
+        above, below, beyond = (a > 0) & (ratio > high), (a < 0) & (ratio < low), (a < 0) & (ratio > dual_clip)
+        slope = _choose(ratio, (above, grad_high), (beyond, 0.0), (below, grad_low))
+        policy = -a * _choose(ratio, (above, high), (beyond, dual_clip), (below, low))
+    if rollout_logprobs is not None:
+        importance = (old_logprobs - rollout_logprobs).exp().clamp(max=importance_cap)
+        policy, slope = policy * importance, slope * importance
+
+    terms, grad = policy, masked(weight * -a * slope)
+    if segments is not None and not detached_ratio:
+        grad = segments.mean(grad)  # the ratio's gradient is ratio / n for every valid token of its sequence
+    kl = torch.zeros_like(weight)
+    if ref_logprobs is not None:
+        kl, kl_slope = _kl(ref_logprobs - logprobs, kl_estimator)
+        if kl_coef != 0:
+            terms, grad = terms + kl_coef * kl, grad + masked(weight * kl_coef * kl_slope)
+    grad_entropy = weight.new_empty(0)
+    if entropy_bonus != 0:
+        assert entropy is not None, "the entropy bonus needs the entropy"
+        terms, grad_entropy = terms - entropy_bonus * entropy, masked(-weight * entropy_bonus)
+
+    metrics = {
+        "clip_fraction_high": mean(above.to(weight.dtype)),
+        "clip_fraction_low": mean(below.to(weight.dtype)),
+        "dual_clip_fraction": mean(beyond.to(weight.dtype)),
+        "ratio_mean": mean(ratio),
+        "ratio_max": torch.cat((masked(ratio), ratio.new_zeros(1))).max(),  # the extra 0 serves T = 0
+        "approx_kl": mean(log_ratio.expm1() - log_ratio),
+        "entropy_mean": entropy_mean,
+        "entropy_std": entropy_std,
+        "advantage_flips": masked((factor < 0).to(weight.dtype)).sum(),
+        "kl": mean(kl),
+        "valid_tokens": count,
+    }
+    return masked(weight * terms).sum(), grad, grad_entropy, torch.stack([metrics[name] for name in METRICS])
+
+
+def _choose(otherwise: Tensor, *cases: tuple[Tensor, float]) -> Tensor:
+    """The value of the first case that holds, per token. A NaN ratio holds no case, so it stays visible."""
+    for condition, value in reversed(cases):
+        otherwise = otherwise.masked_fill(condition, value)
+    return otherwise
+
+
+def _kl(x: Tensor, estimator: int) -> tuple[Tensor, Tensor]:
+    """The estimator k1, k2 or k3 of KL(policy || reference) and its slope in logprob; x = ref_logprobs - logprobs."""
+    if estimator == 1:
+        return -x, torch.ones_like(x)
+    if estimator == 2:
+        return x * x / 2, -x
+    return x.expm1() - x, -x.expm1()
+
+
+def _mean_std(x: Tensor, valid: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased std of the valid entries; both 0 without any, std 0 below two.
+
+    Two passes about one of the values: E[x^2] - E[x]^2 cancels, and equal values must give a std of exactly 0, or the
+    rounding noise of the mean would be divided by itself.
+    """
+    pivot = torch.cat((x.where(valid, -torch.inf), x.new_full((1,), -torch.inf))).max()
+    shifted = (x - pivot).where(valid, 0.0)
+    mean = shifted.sum() / count.clamp(min=1)
+    m2 = (shifted - mean).where(valid, 0.0).square().sum()
+    return (pivot + mean).where(count > 0, 0.0), (m2 / (count - 1).clamp(min=1)).sqrt()
+
+
+class _Segments:
+    """Means over the valid tokens of packed sequences, handed back to each valid token (0 on masked ones)."""
+
+    def __init__(self, cu_seqlens: Tensor, valid: Tensor) -> None:
+        self.offsets, self.valid = cu_seqlens, valid
+        lengths = cu_seqlens.diff()
+        self.index = torch.arange(len(lengths), device=valid.device).repeat_interleave(lengths)
+
+    def mean(self, x: Tensor) -> Tensor:
+        count = self._sum(self.valid.to(x.dtype)).clamp(min=1)
+        return (self._sum(x) / count)[self.index].where(self.valid, 0.0)
+
+    def _sum(self, x: Tensor) -> Tensor:  # x is 0 on masked tokens
+        # Not index_add: on CUDA its atomics add in any order, and equal inputs must give equal bits.
+        return torch.segment_reduce(x, "sum", offsets=self.offsets, initial=0.0)
