@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-Preset = Literal["aepo", "arpo", "grpo", "dapo", "cispo", "gppo", "gspo", "gigpo", "reinforce++"]
-
 
 def key(default: Any, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None):
     """A setting: default, one line of help, and its range low <= value <= high, value > above."""
@@ -83,7 +81,9 @@ class PolicyConfig(Section):
     """Which policy loss and which advantage. None: the preset's own value."""
 
     section: ClassVar[str] = "policy"
-    preset: Preset = key("aepo", "aepo, arpo, grpo, dapo, cispo, gppo, gspo, gigpo or reinforce++")
+    preset: Literal["aepo", "arpo", "grpo", "dapo", "cispo", "gppo", "gspo", "gigpo", "reinforce++"] = key(
+        "aepo", "the algorithm: its loss and its advantage; every field below overrides one part of it"
+    )
     clip_rule: Literal["ppo", "aepo", "gppo", "cispo"] | None = key(None, "gradient of clipped tokens; None: preset")
     eps_low: float | None = key(None, "ratios below 1 - eps_low are clipped; None: preset", low=0, high=1)
     eps_high: float | None = key(None, "ratios above 1 + eps_high are clipped; None: preset", low=0)
@@ -230,7 +230,8 @@ def _apply(changes: Sequence[tuple[str, Any, str]]) -> Config:
         if name not in known:
             raise ValueError(f"unknown key {name!r}{where}{_suggestion(name, list(known))}; `aepo keys` lists all keys")
         try:
-            OmegaConf.update(merged, name, value, merge=False)
+            section, _, setting = name.partition(".")
+            merged = OmegaConf.merge(merged, {section: {setting: value}})
         except OmegaConfBaseException:
             raise ValueError(f"{name} = {value!r}{where}: expected {known[name].expected}") from None
     return typing.cast(Config, OmegaConf.to_object(merged))
@@ -259,8 +260,7 @@ def _settings(section: type[Section]) -> Iterator[tuple[dataclasses.Field, str, 
     hints = typing.get_type_hints(section)
     for item in dataclasses.fields(section):  # type: ignore[arg-type]
         limits = item.metadata
-        range_ = [f"{sign} {limits[bound]}" for bound, sign in _SIGNS.items() if limits[bound] is not None]
-        yield item, " ".join([_type_in_words(hints[item.name]), *range_]), limits["help"]
+    XX
 
 
 _SIGNS = {"above": ">", "low": ">=", "high": "<="}
@@ -273,6 +273,6 @@ def _type_in_words(hint: Any) -> str:
         return "one of " + ", ".join(arguments)
     if typing.get_origin(hint) is tuple:
         return f"a list of {len(arguments)} numbers"
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(_type_in_words(argument) for argument in arguments)
     return _WORDS[hint]
