@@ -260,7 +260,8 @@ def _settings(section: type[Section]) -> Iterator[tuple[dataclasses.Field, str, 
     hints = typing.get_type_hints(section)
     for item in dataclasses.fields(section):  # type: ignore[arg-type]
         limits = item.metadata
-    XX
+        bounds = " and ".join(f"{sign} {limits[name]}" for name, sign in _SIGNS.items() if limits[name] is not None)
+        yield item, f"{_type_in_words(hints[item.name])} {bounds}".rstrip(), limits["help"]
 
 
 _SIGNS = {"above": ">", "low": ">=", "high": "<="}
