@@ -138,35 +138,35 @@ class PolicyObjective:
     def needs_sequences(self) -> bool:
         return self.ratio_level == "sequence" or self.aggregation.startswith("seq-")
 
-    def check_inputs(self, **given: bool) -> None:
+    def check_inputs(
+        self,
+        *,
+        entropy: bool,
+        entropy_stats: bool,
+        ref_logprobs: bool,
+        rollout_logprobs: bool,
+        cu_seqlens: bool,
+        denominator: bool,
+    ) -> None:
         """Raise ValueError where a term is asked for without its input, or an input is given that no term uses.
 
-        Keywords are input names with whether each was passed: entropy, entropy_stats, ref_logprobs, rollout_logprobs,
-        cu_seqlens, denominator. An input that a caller does not mention is not checked.
+        Each keyword says whether that input is there. A term that is silently off is the worst outcome: the published
+        AEPO code never computed the entropy its advantage asks for.
         """
-        required = {
-            "entropy": self.needs_entropy and f"{self._cause('entropy_advantage', 'entropy_bonus')} needs entropy",
-            "ref_logprobs": self.kl_coef != 0 and f"kl_coef = {self.kl_coef} needs ref_logprobs",
-            "rollout_logprobs": self.importance_cap is not None
-            and f"importance_cap = {self.importance_cap} needs rollout_logprobs",
-            "cu_seqlens": self.needs_sequences
-            and f"{self._cause('ratio_level', 'aggregation')} needs cu_seqlens, or inputs of shape [B, L]",
-            "denominator": self.aggregation == "constant" and "aggregation = 'constant' needs denominator",
-        }
-        unused = {
-            "entropy_stats": self.entropy_advantage == 0
-            and "entropy_stats is given, but entropy_advantage is 0: nothing would use it",
-            "rollout_logprobs": self.importance_cap is None
-            and "rollout_logprobs is given, but importance_cap is None: nothing would use it",
-        }
-        for name, was_given in given.items():
-            problem = (unused if was_given else required).get(name)
-            if problem:
+        for asked, given, problem in (
+            (self.entropy_advantage != 0, entropy, "entropy_advantage != 0 needs entropy"),
+            (self.entropy_bonus != 0, entropy, "entropy_bonus != 0 needs entropy"),
+            (self.kl_coef != 0, ref_logprobs, "kl_coef != 0 needs ref_logprobs"),
+            (self.importance_cap is not None, rollout_logprobs, "importance_cap needs rollout_logprobs"),
+            (self.needs_sequences, cu_seqlens, "sequence ratios and seq- aggregations need cu_seqlens or [B, L] inputs"),
+            (self.aggregation == "constant", denominator, "aggregation='constant' needs denominator"),
+        ):
+            if asked and not given:
                 raise ValueError(f"objective: {problem}")
-
-    def _cause(self, *names: str) -> str:
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        return " and ".join(f"{n} = {getattr(self, n)!r}" for n in names if getattr(self, n) != defaults[n])
+        if entropy_stats and self.entropy_advantage == 0:
+            raise ValueError("objective: entropy_stats is given, but entropy_advantage is 0 and nothing would use it")
+        if rollout_logprobs and self.importance_cap is None:
+            raise ValueError("objective: rollout_logprobs is given, but importance_cap is None and nothing would use it")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -178,7 +178,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {"aggregation": "seq-mean-token-mean"},
     # Higher upper bound, every token counts the same; arXiv 2503.14476.
     "dapo": {"eps_high": 0.28},
-    # No lower bound, as arXiv 2506.13585 uses it; upper bound 5 from the scaling study arXiv 2510.13786.
+    # arXiv 2506.13585 uses no lower bound and leaves the upper one, here 5, to tuning.
     "cispo": {"clip": "cispo", "eps_low": 1.0, "eps_high": 4.0},
     # Klear-Reasoner, arXiv 2508.07629.
     "gppo": {"clip": "gppo"},

@@ -1,0 +1,19 @@
+"""Fused entropy, log-prob and policy-loss operations for reinforcement learning of language models.
+
+Importing this needs torch alone: Triton and the compiled extension load when a call first uses them.
+"""
+
+from aepo_kernels.objective import PolicyObjective
+from aepo_kernels.ops.logits_policy_loss import logits_policy_loss
+from aepo_kernels.ops.logprobs_and_entropy import entropy_from_logits, logprobs_and_entropy, selective_log_softmax
+from aepo_kernels.ops.policy_loss import PolicyLoss, policy_loss
+
+__all__ = [
+    "PolicyLoss",
+    "PolicyObjective",
+    "entropy_from_logits",
+    "logits_policy_loss",
+    "logprobs_and_entropy",
+    "policy_loss",
+    "selective_log_softmax",
+]

@@ -1,0 +1,83 @@
+"""Which backends exist here, and which one serves a call.
+
+A backend is a place that offers the three stages `token_stats`, `logits_grad` and `policy_terms` with the same meaning
+and the same positional arguments:
+
+    reference   plain PyTorch, any device and dtype: the specification
+    cpu         the compiled extension, for CPU tensors
+    triton      Triton kernels, for CUDA tensors (for CPU tensors under TRITON_INTERPRET=1, a debugging aid)
+    cuda        no kernels for these operations yet
+
+Without a request the fastest one that serves the tensor is taken. An explicit request never falls back.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+
+@functools.cache
+def missing(name: str) -> str | None:
+    """Why a backend cannot run in this process at all, or None if it can. Loads the extension, never Triton."""
+    if name == "cpu":
+        try:
+            importlib.import_module("aepo_kernels._C")
+        except ModuleNotFoundError:
+            return "the compiled extension aepo_kernels._C is not built"
+        except (ImportError, OSError) as error:  # built, but for another torch or machine: worth more than silence
+            reason = f"the compiled extension aepo_kernels._C does not load: {error}"
+            warnings.warn(f"{reason}. CPU tensors are served by the slow reference.", stacklevel=2)
+            return reason
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if name == "cuda":
+        return "there are no CUDA C++ kernels for this operation yet; CUDA tensors are served by backend='triton'"
+    return None
+
+
+def unserved(name: str, tensor: Tensor) -> str | None:
+    """Why a backend cannot take this tensor, or None if it can."""
+    device, dtype = tensor.device.type, tensor.dtype
+    if name == "reference":
+        return None
+    if name == "cpu" and device != "cpu":
+        return f"it serves CPU tensors, these are on {tensor.device}"
+    if name == "triton":
+        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "it serves CUDA tensors, these are on the CPU (where Triton runs only under TRITON_INTERPRET=1)"
+        if device not in ("cpu", "cuda"):
+            return f"it serves CUDA tensors, these are on {tensor.device}"
+        if dtype == torch.float64:
+            return "it has no float64 kernels; use backend='reference', or backend='cpu' for CPU tensors"
+    return missing(name)
+
+
+def resolve(name: str | None, tensor: Tensor) -> str:
+    """The name of the backend that serves this call. Raises ValueError where an explicit request cannot be met."""
+    if name is None:
+        fastest = {"cpu": "cpu", "cuda": "triton"}.get(tensor.device.type, "reference")
+        return "reference" if unserved(fastest, tensor) else fastest
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}; got {name!r}")
+    reason = unserved(name, tensor)
+    if reason:
+        raise ValueError(f"backend={name!r} cannot serve this call: {reason}")
+    return name
+
+
+def stage(backend: str, name: str) -> Any:
+    """The function `token_stats`, `logits_grad` or `policy_terms` of a resolved backend."""
+    if backend == "cpu":
+        return getattr(torch.ops.aepo_native, name)
+    package = {"reference": "reference", "triton": "kernels"}[backend]
+    return getattr(importlib.import_module(f"aepo_kernels.{package}.{name}"), name)

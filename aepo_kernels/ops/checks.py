@@ -1,0 +1,73 @@
+"""Checks of arguments, shared by the operations. They read shapes and dtypes only, so torch.compile can trace them;
+the two that read values (`check_labels`, `check_cu_seqlens`) run inside the registered operations, and only for CPU
+tensors, where they cost no synchronisation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_float_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be bfloat16, float16, float32 or float64; got {x.dtype}")
+
+
+def check_logits(logits: Tensor, *, inplace: bool = False) -> None:
+    check_float_tensor("logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [.., V] with V >= 1; got shape {tuple(logits.shape)}")
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1 and logits.numel() > 0:
+        raise ValueError(
+            f"logits must have a contiguous last dimension; got strides {logits.stride()}. "
+            "They are not copied behind your back: call .contiguous() if a copy is what you want"
+        )
+    if inplace and any(s == 0 and n > 1 for s, n in zip(logits.stride(), logits.shape, strict=True)):
+        raise ValueError(f"inplace_backward=True needs rows of their own; got expanded logits, strides {logits.stride()}")
+
+
+def check_like(name: str, x: Tensor | None, like_name: str, shape: torch.Size, device: torch.device) -> None:
+    """x, unless None, is a tensor of that shape on that device."""
+    if x is None:
+        return
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)} like {like_name}; got {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device} like {like_name}; got {x.device}")
+
+
+def check_integer(name: str, x: Tensor) -> None:
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must have an integer dtype; got {x.dtype}")
+
+
+def check_temperature(temperature: float) -> None:
+    if isinstance(temperature, (bool, Tensor)) or not isinstance(temperature, (int, float, torch.SymFloat)):
+        raise TypeError(f"temperature must be a float; got {type(temperature).__name__}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be > 0 and finite; got {temperature}")
+
+
+def check_labels(labels: Tensor, skipped: Tensor, vocab: int) -> None:
+    """Every label [..] that is not skipped [..] lies in [0, vocab). Reads values: CPU tensors only."""
+    wrong = ((labels < 0) | (labels >= vocab)) & ~skipped
+    if wrong.any():
+        at = wrong.nonzero()[0].tolist()
+        raise ValueError(f"label {int(labels[tuple(at)])} at position {at} is outside [0, V) with V = {vocab}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
+    """Bounds [N + 1] run from 0 to the number of tokens without going back. Reads values: CPU tensors only."""
+    if len(cu_seqlens) < 1 or cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (cu_seqlens.diff() < 0).any():
+        raise ValueError(
+            f"cu_seqlens must start at 0, end at the number of tokens ({tokens}) and never decrease; "
+            f"got {cu_seqlens.tolist() if len(cu_seqlens) <= 16 else f'{len(cu_seqlens)} bounds'}"
+        )

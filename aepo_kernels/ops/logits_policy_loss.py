@@ -1,0 +1,137 @@
+"""The policy loss straight from logits: token statistics, then the O(T) loss, in one registered operation.
+
+The logits are read once forward; backward they are read and written once (over themselves with inplace_backward), and
+only the rows of tokens that count. Saved for the backward: the logits and five numbers per token.
+
+Registers aepo::logits_policy_loss; the backward is that of `logprobs_and_entropy`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from aepo_kernels import backend as backends
+from aepo_kernels.objective import PolicyObjective
+from aepo_kernels.ops import rows
+from aepo_kernels.ops.checks import check_integer, check_labels, check_like, check_logits, check_temperature
+from aepo_kernels.ops.policy_loss import (
+    ENTROPY_BONUS,
+    POLICY_ARGS,
+    PolicyLoss,
+    policy_arguments,
+    policy_metrics,
+    policy_terms,
+    policy_terms_fake,
+)
+
+torch.library.define(
+    "aepo::logits_policy_loss",
+    f"(Tensor logits, Tensor labels, float temperature, {POLICY_ARGS}) -> (Tensor loss, Tensor metrics, "
+    "Tensor grad_logprobs, Tensor grad_entropy, Tensor maximum, Tensor log_sum, Tensor entropy)",
+)
+MASK = 2  # position of the mask in POLICY_ARGS
+
+
+@torch.library.impl("aepo::logits_policy_loss", "CompositeExplicitAutograd")
+def _logits_policy_loss(logits: Tensor, labels: Tensor, temperature: float, *policy_args: Any) -> tuple[Tensor, ...]:
+    backend = backends.resolve(policy_args[-1], logits)
+    masked = policy_args[MASK] == 0
+    if labels.device.type == "cpu":
+        check_labels(labels, masked, logits.shape[-1])
+    # Rows that do not count are not even read: in agent batches most tokens are prompt or tool results.
+    labels = labels.masked_fill(masked, rows.NO_LABEL)
+    logprobs, entropy, maximum, log_sum = rows.token_stats(logits, labels, temperature, rows.NO_LABEL, True, backend)
+    loss, grad_logprobs, grad_entropy, metrics = policy_terms(logprobs, entropy, *policy_args[:-1], backend)
+    return loss, metrics, grad_logprobs, grad_entropy, maximum, log_sum, entropy
+
+
+@torch.library.register_fake("aepo::logits_policy_loss")
+def _logits_policy_loss_fake(
+    logits: Tensor, labels: Tensor, temperature: float, *policy_args: Any
+) -> tuple[Tensor, ...]:
+    stats = [logits.new_empty(labels.shape, dtype=rows.acc_dtype(logits.dtype)) for _ in range(3)]
+    loss, grad_logprobs, grad_entropy, metrics = policy_terms_fake(stats[0], None, *policy_args)
+    return loss, metrics, grad_logprobs, grad_entropy, *stats
+
+
+class _LogitsPolicyLoss(torch.autograd.Function):
+    """(logits, labels, temperature, inplace_backward, *policy_args) -> (loss, metrics), differentiable once in logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, temperature: float, inplace_backward: bool, *policy_args: Any
+    ) -> tuple[Tensor, Tensor]:
+        loss, metrics, *saved = torch.ops.aepo.logits_policy_loss(logits, labels, temperature, *policy_args)
+        ctx.save_for_backward(logits, labels, *saved)
+        ctx.settings = (temperature, rows.NO_LABEL, policy_args[-1])
+        ctx.inplace, ctx.has_bonus, ctx.others = inplace_backward, policy_args[ENTROPY_BONUS] != 0, len(policy_args)
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        logits, labels, grad_logprobs, grad_entropy, *stats = ctx.saved_tensors
+        coefficients = (grad_loss * grad_logprobs, grad_loss * grad_entropy if ctx.has_bonus else None)
+        if ctx.inplace:
+            torch.ops.aepo.logits_grad_(logits, labels, *stats, *coefficients, *ctx.settings)
+            grad = logits
+        else:
+            grad = torch.ops.aepo.logits_grad(logits, labels, *stats, *coefficients, *ctx.settings)
+        return grad, None, None, None, *[None] * ctx.others
+
+
+def logits_policy_loss(
+    logits: Tensor,
+    labels: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    objective: PolicyObjective,
+    temperature: float = 1.0,
+    inplace_backward: bool = False,
+    ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    entropy_stats: tuple[float | Tensor, float | Tensor] | None = None,
+    denominator: float | Tensor | None = None,
+    backend: str | None = None,
+) -> PolicyLoss:
+    """The policy loss of `objective` from logits [.., V] (as `logprobs_and_entropy` takes them) and labels [..].
+
+    Everything else is as in `policy_loss`; the entropy comes from the logits, so no objective lacks it. Rows whose mask
+    is 0 are never read: their logits may be NaN and their labels anything, and their gradient is 0. A label outside
+    [0, V) on a token that counts raises on the CPU, and makes the loss NaN on other devices.
+
+    inplace_backward=True lets the backward write the gradient over the logits: no second [T, V] tensor exists. The
+    logits must then not be needed afterwards: whoever saved them for another backward gets PyTorch's error about an
+    inplace modification, and so does a second backward through this loss.
+    """
+    check_logits(logits, inplace=inplace_backward)
+    check_temperature(temperature)
+    check_like("labels", labels, "logits without the last dimension", logits.shape[:-1], logits.device)
+    check_integer("labels", labels)
+    args = policy_arguments(
+        labels.shape,
+        logits,
+        objective,
+        old_logprobs,
+        advantages,
+        mask,
+        has_entropy=True,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        cu_seqlens=cu_seqlens,
+        entropy_stats=entropy_stats,
+        denominator=denominator,
+        backend=backend,
+    )
+    loss, metrics = _LogitsPolicyLoss.apply(
+        logits, labels.to(torch.int64), float(temperature), inplace_backward, *args
+    )
+    return PolicyLoss(loss, policy_metrics(loss, metrics, objective, True, ref_logprobs is not None))

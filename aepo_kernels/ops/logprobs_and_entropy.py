@@ -1,0 +1,158 @@
+"""Entropy and log-prob of every token from its logits: one read forward, one read and one write backward.
+
+    z = logits / temperature      logprob = z_label - logsumexp(z)      H = -sum p log p, p = softmax(z)
+
+Registers aepo::token_stats, aepo::logits_grad and aepo::logits_grad_ (over the logits themselves), which choose the
+backend when they run; Triton and the compiled extension are not needed to trace or compile them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from aepo_kernels import backend as backends
+from aepo_kernels.ops import rows
+from aepo_kernels.ops.checks import check_integer, check_labels, check_like, check_logits, check_temperature
+
+GRAD_ARGS = (
+    "Tensor? labels, Tensor maximum, Tensor log_sum, Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy, "
+    "float temperature, int ignore_index, str? backend"
+)
+torch.library.define(
+    "aepo::token_stats",
+    "(Tensor logits, Tensor? labels, float temperature, int ignore_index, str? backend) "
+    "-> (Tensor logprobs, Tensor entropy, Tensor maximum, Tensor log_sum)",
+)
+torch.library.define("aepo::logits_grad", f"(Tensor logits, {GRAD_ARGS}) -> Tensor")
+torch.library.define("aepo::logits_grad_", f"(Tensor(a!) logits, {GRAD_ARGS}) -> ()")
+
+
+@torch.library.impl("aepo::token_stats", "CompositeExplicitAutograd")
+def _token_stats(
+    logits: Tensor, labels: Tensor | None, temperature: float, ignore_index: int, backend: str | None
+) -> tuple[Tensor, ...]:
+    backend = backends.resolve(backend, logits)
+    if labels is not None and labels.device.type == "cpu":
+        check_labels(labels, labels == ignore_index, logits.shape[-1])
+    return rows.token_stats(logits, labels, temperature, ignore_index, False, backend)
+
+
+@torch.library.register_fake("aepo::token_stats")
+def _token_stats_fake(
+    logits: Tensor, labels: Tensor | None, temperature: float, ignore_index: int, backend: str | None
+) -> tuple[Tensor, ...]:
+    def stat() -> Tensor:
+        return logits.new_empty(logits.shape[:-1], dtype=rows.acc_dtype(logits.dtype))
+
+    logprobs = logits.new_empty(0, dtype=rows.acc_dtype(logits.dtype)) if labels is None else stat()
+    return logprobs, stat(), stat(), stat()
+
+
+@torch.library.impl("aepo::logits_grad", "CompositeExplicitAutograd")
+def _logits_grad(logits: Tensor, *args: Any) -> Tensor:
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    *args, backend = args
+    rows.logits_grad(logits, *args, out, backends.resolve(backend, logits))
+    return out
+
+
+@torch.library.register_fake("aepo::logits_grad")
+def _logits_grad_fake(logits: Tensor, *args: Any) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@torch.library.impl("aepo::logits_grad_", "CompositeExplicitAutograd")
+def _logits_grad_inplace(logits: Tensor, *args: Any) -> None:
+    *args, backend = args
+    rows.logits_grad(logits, *args, logits, backends.resolve(backend, logits))
+
+
+@torch.library.register_fake("aepo::logits_grad_")
+def _logits_grad_inplace_fake(logits: Tensor, *args: Any) -> None:
+    return None
+
+
+class _TokenStats(torch.autograd.Function):
+    """(logits, labels or None, ..) -> (logprobs, entropy), differentiable once in the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor | None, temperature: float, ignore_index: int, backend: str | None
+    ) -> tuple[Tensor, Tensor]:
+        logprobs, entropy, maximum, log_sum = torch.ops.aepo.token_stats(
+            logits, labels, temperature, ignore_index, backend
+        )
+        ctx.save_for_backward(logits, labels, maximum, log_sum, entropy)
+        ctx.settings = (temperature, ignore_index, backend)
+        ctx.set_materialize_grads(False)  # an output that is not used costs nothing backward
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, labels, *stats = ctx.saved_tensors
+        if labels is None:
+            grad_logprobs = None
+        grad = torch.ops.aepo.logits_grad(logits, labels, *stats, grad_logprobs, grad_entropy, *ctx.settings)
+        return grad, None, None, None, None
+
+
+def logprobs_and_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each label and entropy of each distribution, in nats, from one read of the logits.
+
+    logits [.., V] bfloat16, float16, float32 or float64 with a contiguous last dimension and any other strides (a slice
+    such as logits[:, :-1] is not copied); labels [..] integer. Returns (logprobs [..], entropy [..]) in float32 (float64
+    for float64 logits), both differentiable once in the logits; the gradient has the logits' dtype.
+
+    A label equal to `ignore_index` gives log-prob 0 without gradient; its entropy is computed all the same. A logit of
+    -inf has probability 0 and gradient 0. A row with NaN, +inf or no finite logit is NaN in both outputs. Entropy is
+    >= 0 with a relative error below 1e-5 from 1e-8 nats to ln V. Equal inputs give equal bits.
+
+    Raises TypeError or ValueError for dtypes, shapes, devices or a temperature that do not fit, and, on the CPU, for a
+    label outside [0, V); on other devices such a label gives log-prob NaN, which costs no synchronisation.
+    `backend`: None takes the fastest that serves the tensors; a name never falls back (see `aepo_kernels.backend`).
+    """
+    check_logits(logits)
+    check_temperature(temperature)
+    check_like("labels", labels, "logits without the last dimension", logits.shape[:-1], logits.device)
+    check_integer("labels", labels)
+    return _TokenStats.apply(logits, labels.to(torch.int64), float(temperature), ignore_index, backend)
+
+
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, temperature: float = 1.0, *, backend: str | None = None
+) -> Tensor:
+    """Log-prob [..] of the token `index` [..] under logits [.., V]; otherwise as `logprobs_and_entropy`.
+
+    Drop-in for the function of that name in TRL, except that the result is float32 for 16-bit logits too (rounding a
+    log-prob to bfloat16 costs up to 3e-2). No index is ignored.
+    """
+    check_logits(logits)
+    check_temperature(temperature)
+    check_like("index", index, "logits without the last dimension", logits.shape[:-1], logits.device)
+    check_integer("index", index)
+    logprobs, _ = _TokenStats.apply(logits, index.to(torch.int64), float(temperature), rows.NO_LABEL, backend)
+    return logprobs
+
+
+def entropy_from_logits(logits: Tensor, temperature: float = 1.0, *, backend: str | None = None) -> Tensor:
+    """Entropy [..] in nats of the distributions logits [.., V] / temperature; otherwise as `logprobs_and_entropy`.
+
+    Drop-in for the functions of that name in TRL and verl, except that the result is float32 for 16-bit logits too.
+    TRL's second argument is a chunk size, which this function has no use for: do not pass it on.
+    """
+    check_logits(logits)
+    check_temperature(temperature)
+    _, entropy = _TokenStats.apply(logits, None, float(temperature), rows.NO_LABEL, backend)
+    return entropy

@@ -1,0 +1,255 @@
+"""The policy loss from per-token log-probs: the O(T) part, one registered operation for every objective.
+
+Registers aepo::policy_loss, which computes the loss and its gradients together; the backward only scales them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from aepo_kernels import backend as backends
+from aepo_kernels.objective import PolicyObjective
+from aepo_kernels.ops.aggregation import token_weights
+from aepo_kernels.ops.checks import check_cu_seqlens, check_float_tensor, check_integer, check_like
+from aepo_kernels.ops.rows import acc_dtype
+from aepo_kernels.reference.policy_terms import METRICS
+
+# What both policy operations take after their own tensors, in the order of `policy_arguments`.
+POLICY_ARGS = (
+    "Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
+    "Tensor? cu_seqlens, Tensor? entropy_stats, Tensor? denominator, str aggregation, bool sequence_ratio, "
+    "float low, float high, float grad_low, float grad_high, float dual_clip, bool detached_ratio, "
+    "float entropy_advantage, bool clamp_factor, float kl_coef, int kl_estimator, float entropy_bonus, "
+    "float importance_cap, str? backend"
+)
+ENTROPY_BONUS = -3  # position of that number in these arguments
+torch.library.define(
+    "aepo::policy_loss",
+    f"(Tensor logprobs, Tensor? entropy, {POLICY_ARGS}) "
+    "-> (Tensor loss, Tensor grad_logprobs, Tensor grad_entropy, Tensor metrics)",
+)
+
+
+class PolicyLoss(NamedTuple):
+    """What the policy losses return."""
+
+    loss: Tensor
+    """[] float32 (float64 for float64 inputs), differentiable."""
+    metrics: dict[str, Tensor]
+    """Detached scalars [] over the valid tokens of this call: loss, clip_fraction_high and _low (share of tokens whose
+    loss is at a clip bound), dual_clip_fraction, ratio_mean, ratio_max, approx_kl (k3 estimate of KL(old || new)),
+    valid_tokens; with entropies entropy_mean and entropy_std; with an entropy-aware advantage advantage_flips (number of
+    tokens whose factor is negative); with ref_logprobs kl."""
+
+
+def policy_terms(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    cu_seqlens: Tensor | None,
+    entropy_stats: Tensor | None,
+    denominator: Tensor | None,
+    aggregation: str,
+    sequence_ratio: bool,
+    *numbers_and_backend: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weigh the tokens and run the stage `policy_terms`: (loss [], grad_logprobs [..], grad_entropy, metrics [11])."""
+    *numbers, backend = numbers_and_backend
+    shape, tokens, acc = logprobs.shape, logprobs.numel(), logprobs.dtype
+
+    def flat(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.reshape(-1).to(acc).contiguous()
+
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(torch.int64)
+        if cu_seqlens.device.type == "cpu":
+            check_cu_seqlens(cu_seqlens, tokens)
+    elif logprobs.dim() > 1:  # every row of [B, L] is a sequence
+        cu_seqlens = torch.arange(shape[:-1].numel() + 1, device=logprobs.device) * shape[-1]
+    if denominator is not None and denominator.device.type == "cpu" and not 0 < denominator.item() < math.inf:
+        raise ValueError(f"denominator must be > 0 and finite; got {denominator.item()}")
+    weight = token_weights(mask.reshape(-1) != 0, cu_seqlens, aggregation, denominator, acc)
+    loss, grad_logprobs, grad_entropy, metrics = backends.stage(backends.resolve(backend, logprobs), "policy_terms")(
+        *(flat(x) for x in (logprobs, old_logprobs, advantages)),
+        weight,
+        *(flat(x) for x in (entropy, ref_logprobs, rollout_logprobs)),
+        cu_seqlens if sequence_ratio else None,
+        flat(entropy_stats),
+        *numbers,
+    )
+    return loss, grad_logprobs.view(shape), grad_entropy.view(shape) if grad_entropy.numel() else grad_entropy, metrics
+
+
+torch.library.impl("aepo::policy_loss", "CompositeExplicitAutograd")(policy_terms)
+
+
+@torch.library.register_fake("aepo::policy_loss")
+def policy_terms_fake(logprobs: Tensor, entropy: Tensor | None, *policy_args: Any) -> tuple[Tensor, ...]:
+    grad_entropy = logprobs.new_empty(logprobs.shape if policy_args[ENTROPY_BONUS] != 0 else 0)
+    return logprobs.new_empty(()), logprobs.new_empty(logprobs.shape), grad_entropy, logprobs.new_empty(len(METRICS))
+
+
+class _PolicyLoss(torch.autograd.Function):
+    """(logprobs, entropy or None, *policy_args) -> (loss, metrics), differentiable once in the first two."""
+
+    @staticmethod
+    def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, *policy_args: Any) -> tuple[Tensor, Tensor]:
+        loss, grad_logprobs, grad_entropy, metrics = torch.ops.aepo.policy_loss(logprobs, entropy, *policy_args)
+        ctx.save_for_backward(grad_logprobs, grad_entropy)
+        ctx.has_bonus, ctx.others = policy_args[ENTROPY_BONUS] != 0, len(policy_args)
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_logprobs, grad_entropy = ctx.saved_tensors
+        return grad_loss * grad_logprobs, grad_loss * grad_entropy if ctx.has_bonus else None, *[None] * ctx.others
+
+
+def policy_arguments(
+    shape: torch.Size,
+    like: Tensor,
+    objective: PolicyObjective,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    has_entropy: bool,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    cu_seqlens: Tensor | None,
+    entropy_stats: tuple[float | Tensor, float | Tensor] | None,
+    denominator: float | Tensor | None,
+    backend: str | None,
+) -> tuple[Any, ...]:
+    """Check what the two policy losses have in common and put it in the order of POLICY_ARGS."""
+    if not isinstance(objective, PolicyObjective):
+        raise TypeError(f"objective must be a PolicyObjective, e.g. PolicyObjective.preset('aepo'); got {objective!r}")
+    per_token = {
+        "old_logprobs": old_logprobs,
+        "advantages": advantages,
+        "ref_logprobs": ref_logprobs,
+        "rollout_logprobs": rollout_logprobs,
+    }
+    for name, x in per_token.items():
+        check_like(name, x, "the tokens", shape, like.device)
+        if x is not None:
+            check_float_tensor(name, x)
+    check_like("mask", mask, "the tokens", shape, like.device)
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"mask must be bool or integer, non-zero = the token counts; got {mask.dtype} (pass mask != 0)")
+    if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1:
+            raise TypeError("cu_seqlens must be a 1-D integer tensor [N + 1]")
+        check_integer("cu_seqlens", cu_seqlens)
+        check_like("cu_seqlens", cu_seqlens, "itself", cu_seqlens.shape, like.device)
+    objective.check_inputs(
+        entropy=has_entropy,
+        entropy_stats=entropy_stats is not None,
+        ref_logprobs=ref_logprobs is not None,
+        rollout_logprobs=rollout_logprobs is not None,
+        cu_seqlens=cu_seqlens is not None or len(shape) > 1,
+        denominator=denominator is not None,
+    )
+    stats = None
+    if entropy_stats is not None:
+        if not isinstance(entropy_stats, (tuple, list)) or len(entropy_stats) != 2:
+            raise TypeError("entropy_stats must be a pair (mean, std)")
+        mean, std = entropy_stats
+        stats = torch.stack([_scalar("entropy_stats mean", mean, like), _scalar("entropy_stats std", std, like, 0.0)])
+    share = None if denominator is None else _scalar("denominator", denominator, like, math.ulp(0.0))
+    others = (ref_logprobs, rollout_logprobs, cu_seqlens, stats, share)
+    sequence_ratio = objective.ratio_level == "sequence"
+    return (old_logprobs, advantages, mask, *others, objective.aggregation, sequence_ratio, *objective.terms(), backend)
+
+
+def _scalar(name: str, x: float | Tensor, like: Tensor, minimum: float = -math.inf) -> Tensor:
+    """A number or one-element tensor as a tensor [] beside `like`; the value of a tensor is not read."""
+    if isinstance(x, Tensor):
+        if x.numel() != 1:
+            raise ValueError(f"{name} must be one number; got a tensor of shape {tuple(x.shape)}")
+        return x.detach().reshape(()).to(device=like.device, dtype=acc_dtype(like.dtype))
+    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number or a one-element tensor; got {type(x).__name__}")
+    if not minimum <= x < math.inf:
+        raise ValueError(f"{name} must be finite and {'> 0' if 0 < minimum else f'>= {minimum}'}; got {x}")
+    return torch.full((), x, dtype=acc_dtype(like.dtype), device=like.device)
+
+
+def policy_metrics(loss: Tensor, metrics: Tensor, objective: PolicyObjective, has_entropy: bool, has_kl: bool) -> Any:
+    """The metrics vector of the kernels as the dict of PolicyLoss."""
+    hidden = set()
+    if not has_entropy:
+        hidden |= {"entropy_mean", "entropy_std"}
+    if not has_kl:
+        hidden |= {"kl"}
+    if objective.entropy_advantage == 0:
+        hidden |= {"advantage_flips"}
+    named = {name: value for name, value in zip(METRICS, metrics.unbind(), strict=True) if name not in hidden}
+    return {"loss": loss.detach(), **named}
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    objective: PolicyObjective,
+    entropy: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    entropy_stats: tuple[float | Tensor, float | Tensor] | None = None,
+    denominator: float | Tensor | None = None,
+    backend: str | None = None,
+) -> PolicyLoss:
+    """The policy loss of `objective` from per-token log-probs (nats).
+
+    logprobs, old_logprobs, advantages, and where given entropy, ref_logprobs and rollout_logprobs: [..] floating point;
+    mask [..] bool or integer, non-zero where the token counts. Whatever the other tokens hold, NaN included, they add
+    nothing and get gradient 0. Sequences are the rows of [B, L] inputs, or given by cu_seqlens [N + 1] (integer bounds
+    in the flattened tokens, first 0, last T). Returns PolicyLoss(loss, metrics), accumulated in float32 (float64 for
+    float64 logprobs) and differentiable once in logprobs, and in entropy if the objective has an entropy bonus; an
+    entropy-aware advantage takes the entropy as a constant.
+
+    `entropy_stats` = (mean, std) are used in the entropy-aware advantage as they are; None takes those of this call.
+    `denominator` replaces the count that the aggregation divides by (see `token_weights`), so that micro-batches and
+    ranks add up to the loss of the whole batch. A mask without any valid token gives loss 0 with gradient 0. NaN on a
+    token that counts gives a NaN loss.
+
+    Raises ValueError or TypeError naming the argument: shapes, dtypes and devices that disagree; a term of the objective
+    whose input is missing, or an input that no term uses; on the CPU also bounds that do not fit the tokens.
+    """
+    check_float_tensor("logprobs", logprobs)
+    if entropy is not None:
+        check_like("entropy", entropy, "logprobs", logprobs.shape, logprobs.device)
+        check_float_tensor("entropy", entropy)
+    args = policy_arguments(
+        logprobs.shape,
+        logprobs,
+        objective,
+        old_logprobs,
+        advantages,
+        mask,
+        has_entropy=entropy is not None,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        cu_seqlens=cu_seqlens,
+        entropy_stats=entropy_stats,
+        denominator=denominator,
+        backend=backend,
+    )
+    acc = acc_dtype(logprobs.dtype)
+    loss, metrics = _PolicyLoss.apply(logprobs.to(acc), None if entropy is None else entropy.to(acc), *args)
+    return PolicyLoss(loss, policy_metrics(loss, metrics, objective, entropy is not None, ref_logprobs is not None))
