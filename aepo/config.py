@@ -78,33 +78,37 @@ class RolloutConfig(Section):
 
 @dataclass(frozen=True)
 class PolicyConfig(Section):
-    """Which policy loss and which advantage. None: the preset's own value."""
+    """Which policy loss and which advantage; the numbers of the presets are in aepo_kernels.objective.PRESETS and
+    aepo.advantages.PRESETS."""
 
     section: ClassVar[str] = "policy"
     preset: Literal["aepo", "arpo", "grpo", "dapo", "cispo", "gppo", "gspo", "gigpo", "reinforce++"] = key(
         "aepo", "the algorithm: its loss and its advantage; every field below overrides one part of it"
     )
-    clip_rule: Literal["ppo", "aepo", "gppo", "cispo"] | None = key(None, "gradient of clipped tokens; None: preset")
-    eps_low: float | None = key(None, "ratios below 1 - eps_low are clipped; None: preset", low=0, high=1)
-    eps_high: float | None = key(None, "ratios above 1 + eps_high are clipped; None: preset", low=0)
-    dual_clip: float | None = key(None, "bound on the ratio for negative advantages; None: preset", above=1)
-    ratio_level: Literal["token", "sequence"] | None = key(None, "what the ratio is taken over; None: preset")
-    entropy_advantage: float | None = key(None, "a in A (1 + a (H - mean H) / std H); None: preset", low=0)
+    clip: Literal["ppo", "aepo", "gppo", "cispo"] | None = key(None, "gradient of clipped tokens; null: the preset's")
+    eps_low: float | None = key(None, "ratios below 1 - eps_low are clipped; null: the preset's", low=0, high=1)
+    eps_high: float | None = key(None, "ratios above 1 + eps_high are clipped; null: the preset's", low=0)
+    dual_clip: float | None = key(None, "bound on the ratio where A < 0, inf: none; null: the preset's", above=1)
+    ratio_level: Literal["token", "sequence"] | None = key(None, "what a ratio is taken over; null: the preset's")
+    entropy_advantage: float | None = key(None, "a in A (1 + a (H - mean H) / std H); null: the preset's", low=0)
+    clamp_entropy_factor: bool | None = key(None, "keep that factor >= 0; null: the preset's")
     entropy_stats: Literal["batch", "micro_batch"] = key(
-        "batch", "mean and std of H: whole rollout batch under the old policy, or each micro-batch as published"
+        "batch", "mean and std of H: rollout batch under the old policy, or each micro-batch as in the published code"
     )
-    entropy_bonus: float | None = key(None, "coefficient of + H in the objective; None: preset", low=0)
-    kl_coef: float | None = key(None, "KL penalty to the frozen starting weights; None: preset", low=0)
-    kl_estimator: Literal["k1", "k2", "k3"] | None = key(None, "None: preset")
-    aggregation: str | None = key(
-        None, "token-mean, seq-mean-token-sum, seq-mean-token-mean, seq-mean-token-sum-norm; None: preset"
+    entropy_bonus: float | None = key(None, "coefficient of H in the objective; null: the preset's", low=0)
+    kl_coef: float | None = key(None, "KL penalty to the frozen starting weights; null: the preset's", low=0)
+    kl_estimator: Literal["k1", "k2", "k3"] | None = key(None, "of that KL; null: the preset's")
+    aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant"] | None = key(
+        None, "from token losses to one number; constant divides by paths x rollout.max_tokens; null: the preset's"
     )
-    importance_cap: float | None = key(None, "cap of the engine/trainer mismatch weight; None: preset", above=0)
-    old_logprobs: Literal["engine", "recompute"] = key("engine", "where the old log-probs come from")
-    advantage: Literal["group", "batch", "gigpo"] | None = key(None, "how rewards are normalised; None: preset")
-    drop_equal_groups: bool | None = key(None, "leave questions with equal rewards out of the loss; None: preset")
+    importance_cap: float | None = key(
+        None, "cap of the weight for an engine that differs from the trainer; null: no such weight", above=0
+    )
+    old_logprobs: Literal["engine", "recompute"] = key("engine", "old log-probs: as sampled, or by the trainer")
+    advantage: Literal["group", "batch", "gigpo"] | None = key(None, "how rewards are normalised; null: the preset's")
+    drop_equal_groups: bool | None = key(None, "leave questions with equal rewards out; null: the preset's")
     overlong_buffer: int | None = key(
-        None, "reward falls by up to 1 over the last so many tokens before rollout.max_tokens; 0: off", low=0
+        None, "rewards fall by up to 1 over the last so many of rollout.max_tokens; null: the preset's", low=0
     )
     step_weight: float = key(1.0, "GiGPO: weight of the step advantage", low=0)
     step_discount: float = key(0.95, "GiGPO: discount per step of the return", above=0, high=1)
@@ -172,6 +176,11 @@ class Config:
         if self.train.minibatches > self.train.questions:
             raise ValueError(
                 f"train.minibatches = {self.train.minibatches}: expected <= train.questions ({self.train.questions})"
+            )
+        if self.policy.importance_cap is not None and self.policy.old_logprobs == "engine":
+            raise ValueError(
+                "policy.importance_cap weighs the trainer's log-probs against the engine's: "
+                "expected policy.old_logprobs = recompute"
             )
 
 

@@ -1,0 +1,155 @@
+"""From rewards to one advantage per generated token: group, batch and step-level estimates.
+
+A group is the k paths of one question. Pure Python on a few hundred numbers per step; the entropy-aware factor of
+AEPO is not here, the loss kernel applies it (its statistics are `entropy_statistics`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from aepo.config import PolicyConfig
+from aepo.types import TokenIds, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class AdvantageSettings:
+    """How rewards become advantages: the part of a preset that is not a loss."""
+
+    kind: Literal["group", "batch", "gigpo"] = "group"
+    drop_equal_groups: bool = False
+    overlong_buffer: int = 0
+    step_weight: float = 1.0
+    step_discount: float = 0.95
+
+
+# REINFORCE++ normalises over the batch; DAPO drops groups without a signal and shapes the reward of long answers
+# (its buffer is a fifth of the longest answer: 4096 of 20480 there, 64 tokens of our short paths); GiGPO adds steps.
+PRESETS: dict[str, dict] = {
+    "reinforce++": {"kind": "batch"},
+    "dapo": {"drop_equal_groups": True, "overlong_buffer": 64},
+    "gigpo": {"kind": "gigpo"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A trajectory to train on. `advantages` has one entry per token, 0.0 where the model did not write it."""
+
+    question: int  # index in the rollout batch
+    path: int
+    trajectory: Trajectory
+    advantages: tuple[float, ...]
+
+
+def advantage_settings(policy: PolicyConfig) -> AdvantageSettings:
+    """The preset's settings with the configured fields in their place."""
+    chosen = {
+        "kind": policy.advantage,
+        "drop_equal_groups": policy.drop_equal_groups,
+        "overlong_buffer": policy.overlong_buffer,
+    }
+    overrides = {name: value for name, value in chosen.items() if value is not None}
+    return AdvantageSettings(
+        step_weight=policy.step_weight,
+        step_discount=policy.step_discount,
+        **{**PRESETS.get(policy.preset, {}), **overrides},
+    )
+
+
+def make_samples(
+    groups: Sequence[Sequence[Trajectory]],
+    rewards: Sequence[Sequence[float]],
+    settings: AdvantageSettings,
+    max_tokens: int,
+) -> list[Sample]:
+    """Samples of a rollout batch, in order. `groups[q][j]` is path j of question q, `rewards[q][j]` its total reward.
+
+    The overlong penalty is part of the reward; equal rewards are looked for after it. With `drop_equal_groups` the
+    paths of a question without any difference are left out, so they do not count in the loss's denominator either.
+    """
+    shaped = [
+        [r - overlong_penalty(_length(t), max_tokens, settings.overlong_buffer) for t, r in zip(group, rs, strict=True)]
+        for group, rs in zip(groups, rewards, strict=True)
+    ]
+    for q, path_rewards in enumerate(shaped):
+        for j, reward in enumerate(path_rewards):
+            if not math.isfinite(reward):
+                raise ValueError(f"reward of question {q}, path {j} is {reward}: expected a finite number")
+    per_path = batch_advantages(shaped) if settings.kind == "batch" else [group_advantages(r) for r in shaped]
+    samples = []
+    for q, group in enumerate(groups):
+        if settings.drop_equal_groups and _all_equal(shaped[q]):
+            continue
+        steps = step_advantages(group, shaped[q], settings.step_discount) if settings.kind == "gigpo" else None
+        for j, trajectory in enumerate(group):
+            bonus = [settings.step_weight * a for a in steps[j]] if steps else [0.0] * len(trajectory.anchors)
+            advantages = tuple(per_path[q][j] + bonus[step] if step >= 0 else 0.0 for step in trajectory.steps)
+            samples.append(Sample(q, j, trajectory, advantages))
+    return samples
+
+
+def group_advantages(rewards: Sequence[float]) -> list[float]:
+    """(R - mean) / unbiased std over one group; all 0 where the rewards are equal or there is only one."""
+    # Compared exactly: the mean of equal floats can be off by one bit, and 1e-17 / 1e-17 is not 0.
+    if _all_equal(rewards):
+        return [0.0] * len(rewards)
+    mean, std = _mean_std(rewards)
+    return [(reward - mean) / std for reward in rewards]
+
+
+def batch_advantages(rewards: Sequence[Sequence[float]]) -> list[list[float]]:
+    """The same over all paths of the rollout batch (REINFORCE++)."""
+    flat = iter(group_advantages([reward for group in rewards for reward in group]))
+    return [[next(flat) for _ in group] for group in rewards]
+
+
+def step_advantages(trajectories: Sequence[Trajectory], rewards: Sequence[float], discount: float) -> list[list[float]]:
+    """GiGPO (arXiv 2505.10978): per path and step, the discounted return among all steps of the question that started
+    from the same anchor state. The reward comes at the end, so the return of step s of n is discount^(n-1-s) R. Steps
+    whose anchor occurs once have nothing to be compared with: 0."""
+    members: dict[TokenIds, list[tuple[int, int]]] = defaultdict(list)
+    for j, trajectory in enumerate(trajectories):
+        for step, anchor in enumerate(trajectory.anchors):
+            members[anchor].append((j, step))
+    result = [[0.0] * len(trajectory.anchors) for trajectory in trajectories]
+    for places in members.values():
+        returns = [rewards[j] * discount ** (len(trajectories[j].anchors) - 1 - step) for j, step in places]
+        for (j, step), advantage in zip(places, group_advantages(returns), strict=True):
+            result[j][step] = advantage
+    return result
+
+
+def overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
+    """DAPO (arXiv 2503.14476, equation 13): 0 up to max_tokens - buffer, then linearly up to 1 at max_tokens."""
+    if buffer == 0:
+        return 0.0
+    return min(max(length - (max_tokens - buffer), 0) / buffer, 1.0)
+
+
+def entropy_statistics(samples: Iterable[Sample]) -> tuple[float, float]:
+    """Mean and unbiased std [nats] of the old policy's entropy over all trained tokens; std 0 below two tokens."""
+    entropies = [
+        h for s in samples for h, trained in zip(s.trajectory.entropies, s.trajectory.generated, strict=True) if trained
+    ]
+    if not entropies:
+        return 0.0, 0.0
+    return (entropies[0], 0.0) if _all_equal(entropies) else _mean_std(entropies)
+
+
+def _mean_std(values: Sequence[float]) -> tuple[float, float]:
+    mean = math.fsum(values) / len(values)
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def _all_equal(values: Sequence[Hashable]) -> bool:
+    return all(value == values[0] for value in values)
+
+
+def _length(trajectory: Trajectory) -> int:
+    """Tokens after the prompt, written or read."""
+    return len(trajectory.token_ids) - trajectory.generated.index(True)
