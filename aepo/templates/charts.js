@@ -1,0 +1,173 @@
+"use strict";
+// Small multiples over the optimisation step. The legend is the read-out: it shows the value at the step under the
+// pointer in every chart at once, and the last value otherwise.
+
+const DATA = JSON.parse(document.getElementById("data").textContent);
+const WIDTH = 420, HEIGHT = 200, LEFT = 48, RIGHT = 10, TOP = 8, BOTTOM = 22; // of one chart, in viewBox units
+const readers = new Map(); // figure -> the function that shows its values at a step
+const readAll = (step) => readers.forEach((show) => show(step));
+
+function element(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+function shape(tag, attributes = {}, ...children) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+function formatted(value, unit) {
+  if (value === null || value === undefined) return "missing";
+  if (unit === "%") return `${+(100 * value).toPrecision(Math.abs(value) < 0.1 ? 2 : 3)}%`;
+  if (unit === "s") return `${formatted(value)} s`;
+  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6)) return value.toExponential(1);
+  if (Math.abs(value) >= 1000) return Math.round(value).toLocaleString("en");
+  return String(+value.toPrecision(3));
+}
+
+// Round numbers that cover [low, high]: steps of 1, 2 or 5 times a power of ten.
+function ticks(low, high, count) {
+  const rough = (high - low) / count;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough * 0.999);
+  const first = Math.ceil(low / step - 1e-9);
+  return Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, i) => (first + i) * step);
+}
+
+function centredMean(values, window) {
+  return values.map((_, i) => {
+    const near = values.slice(Math.max(0, i - window), i + window + 1).filter((value) => value !== null);
+    return near.length ? near.reduce((a, b) => a + b) / near.length : null;
+  });
+}
+
+// The lines of a chart: every metric of a single run, or one metric of several runs.
+function chartLines(spec, series) {
+  const alone = DATA.runs.length === 1;
+  return DATA.runs.flatMap((run, r) => series.filter(({ key }) => run.series[key]).map(({ key, label }) => ({
+    ...run.series[key], name: alone ? label : run.name, color: `var(--series-${(alone ? spec.series.findIndex((one) => one.key === key) : r) % 8})`,
+  })));
+}
+
+function legend(lines, unit) {
+  const values = lines.map(() => element("b"));
+  const list = element("ul", { class: "legend" }, ...lines.map((line, i) => element("li", {},
+    shape("svg", { viewBox: "0 0 18 8" }, shape("path", { d: "M0 4H18", stroke: line.color, "stroke-width": 3 })),
+    `${line.name} `, values[i])));
+  const show = (step) => lines.forEach((line, i) => {
+    const at = line.steps.findLastIndex((one, i) => line.values[i] !== null && (step === null || one <= step));
+    values[i].textContent = at < 0 ? "–" : formatted(line.values[at], unit);
+  });
+  show(null);
+  return { list, show };
+}
+
+function drawAxes(svg, xRange, yRange, x, y, unit) {
+  for (const tick of ticks(...yRange, 4)) {
+    svg.append(shape("path", { class: "grid", d: `M${LEFT} ${y(tick)}H${WIDTH - RIGHT}` }));
+    svg.append(shape("text", { x: LEFT - 6, y: y(tick) + 4, "text-anchor": "end" }, formatted(tick, unit)));
+  }
+  for (const tick of ticks(...xRange, 6).filter(Number.isInteger)) {
+    svg.append(shape("text", { x: x(tick), y: HEIGHT - 6, "text-anchor": "middle" }, String(tick)));
+  }
+}
+
+function linePath(steps, values, x, y) {
+  let pen = "M";
+  return steps.map((step, i) => {
+    if (values[i] === null) { pen = "M"; return ""; }
+    const part = `${pen}${x(step).toFixed(1)} ${y(values[i]).toFixed(1)}`;
+    pen = "L";
+    return part;
+  }).join("");
+}
+
+function drawLines(svg, lines, smooth, x, y) {
+  for (const line of lines) {
+    const window = smooth ? Math.floor(line.steps.length / 20) : 0; // thin: every step; bold: mean over a tenth of the run
+    if (window) svg.append(shape("path", { class: "raw", d: linePath(line.steps, line.values, x, y), stroke: line.color }));
+    const values = window ? centredMean(line.values, window) : line.values;
+    svg.append(shape("path", { class: "line", d: linePath(line.steps, values, x, y), stroke: line.color }));
+    if (line.steps.length <= 24) line.steps.forEach((step, i) => {
+      if (line.values[i] !== null) svg.append(shape("circle", { cx: x(step), cy: y(line.values[i]), r: 2.5, fill: line.color }));
+    });
+  }
+}
+
+// Areas on top of each other; every line is a function of the same steps.
+function drawStack(svg, lines, x, y) {
+  const base = new Array(lines[0].steps.length).fill(0);
+  for (const line of lines) {
+    const lower = base.map((value, i) => `L${x(line.steps[i])} ${y(value)}`).reverse().join("");
+    line.values.forEach((value, i) => { base[i] += value ?? 0; });
+    const upper = base.map((value, i) => `L${x(line.steps[i])} ${y(value)}`).join("");
+    svg.append(shape("path", { d: `M${(upper + lower).slice(1)}Z`, fill: line.color, "fill-opacity": 0.75 }));
+  }
+}
+
+function drawChart(figure, spec, series, stacked) {
+  const lines = chartLines(spec, series);
+  const missing = (why) => figure.append(element("div", { class: "missing" }, why));
+  if (!lines.length) return missing(`not recorded (${series.map((one) => one.key).join(", ")})`);
+  const allSteps = lines.flatMap((line) => line.steps);
+  const totals = stacked ? lines[0].steps.map((_, i) => lines.reduce((sum, line) => sum + (line.values[i] ?? 0), 0)) : [];
+  const allValues = stacked ? totals : lines.flatMap((line) => line.values).filter((value) => value !== null);
+  const xRange = [Math.min(...allSteps), Math.max(...allSteps)];
+  if (xRange[0] === xRange[1]) xRange[1] += 1;
+  const yRange = [Math.min(spec.low ?? Infinity, ...allValues), Math.max(spec.high ?? -Infinity, ...allValues)];
+  if (yRange[0] === yRange[1]) yRange[1] += Math.abs(yRange[0]) || 1;
+  const gap = ticks(...yRange, 4)[1] - ticks(...yRange, 4)[0];
+  yRange[0] = Math.floor(yRange[0] / gap + 1e-9) * gap; // from round number to round number
+  yRange[1] = Math.ceil(yRange[1] / gap - 1e-9) * gap;
+  const x = (step) => LEFT + (step - xRange[0]) / (xRange[1] - xRange[0]) * (WIDTH - LEFT - RIGHT);
+  const y = (value) => HEIGHT - BOTTOM - (value - yRange[0]) / (yRange[1] - yRange[0]) * (HEIGHT - TOP - BOTTOM);
+
+  const svg = shape("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": spec.title });
+  drawAxes(svg, xRange, yRange, x, y, spec.unit);
+  if (stacked) drawStack(svg, lines, x, y);
+  else drawLines(svg, lines, spec.smooth, x, y);
+  const cross = shape("path", { class: "cross", visibility: "hidden" });
+  svg.append(cross);
+  const { list, show } = legend(lines, spec.unit);
+  figure.append(svg, list);
+
+  const steps = [...new Set(allSteps)].sort((a, b) => a - b);
+  const stepAt = (event) => {
+    const box = svg.getBoundingClientRect();
+    const step = xRange[0] + ((event.clientX - box.left) / box.width * WIDTH - LEFT) / (WIDTH - LEFT - RIGHT) * (xRange[1] - xRange[0]);
+    return steps.reduce((best, one) => (Math.abs(one - step) < Math.abs(best - step) ? one : best));
+  };
+  readers.set(figure, (step) => {
+    show(step);
+    cross.setAttribute("visibility", step === null ? "hidden" : "visible");
+    if (step !== null) cross.setAttribute("d", `M${x(step)} ${TOP}V${HEIGHT - BOTTOM}`);
+  });
+  svg.addEventListener("pointermove", (event) => readAll(stepAt(event)));
+  svg.addEventListener("pointerleave", () => readAll(null));
+  svg.addEventListener("click", (event) => document.dispatchEvent(new CustomEvent("step", { detail: stepAt(event) })));
+}
+
+function chartFigure(spec) {
+  const caption = element("figcaption", {}, `${spec.title} `, element("small", {}, spec.note));
+  const figure = element("figure", { class: "chart", id: spec.id }, caption);
+  if (DATA.runs.length === 1 || spec.series.length === 1) {
+    drawChart(figure, spec, spec.series, spec.stacked && DATA.runs.length === 1);
+    return figure;
+  }
+  // Several runs and several metrics: one metric at a time, so that a colour means a run in every chart.
+  const menu = element("select", { "aria-label": "metric" }, ...spec.series.map(({ label }, i) => element("option", { value: i }, label)));
+  const draw = () => { figure.replaceChildren(caption); drawChart(figure, spec, [spec.series[menu.value]], false); };
+  menu.addEventListener("change", draw);
+  caption.append(menu);
+  draw();
+  return figure;
+}
+
+for (const { title, charts } of DATA.shelves) {
+  document.getElementById("charts").append(element("h3", {}, title), element("div", { class: "shelf" }, ...charts.map(chartFigure)));
+}
