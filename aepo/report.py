@@ -296,7 +296,8 @@ def _page_data(runs: Sequence[Run]) -> Any:
     data = {
         "runs": [{"name": run.name, "series": run.series} for run in runs],
         "shelves": [
-            {"title": title, "charts": [_chart_data(chart, runs) for chart in charts]} for title, charts in CHARTS.items()
+            {"title": title, "charts": [_chart_data(chart, runs) for chart in charts]}
+            for title, charts in CHARTS.items()
         ],
         "trees": [{"run": index, **tree} for index, run in enumerate(runs) for tree in run.trees],
     }

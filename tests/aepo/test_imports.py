@@ -1,0 +1,138 @@
+"""Imports flow one way: csrc <- aepo_kernels <- aepo <- {benchmarks, examples, tests}, and so do the rooms inside.
+
+Read from the syntax trees, so that imports inside functions count too.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# From the ground up. A module may import from its own floor and from those below; a name stands for all that is in it.
+# A new module must be given its place here.
+FLOORS = (
+    ("aepo_kernels.objective", "aepo_kernels.backend", "aepo_kernels.testing"),
+    ("aepo_kernels.reference", "aepo_kernels.kernels"),
+    ("aepo_kernels.ops",),
+    ("aepo_kernels",),
+    ("aepo.types", "aepo.config"),
+    ("aepo.tools",),
+    ("aepo.tasks", "aepo.rewards", "aepo.models"),
+    ("aepo.rollout",),
+    ("aepo.advantages", "aepo.packing", "aepo.loss", "aepo.metrics", "aepo.checkpoint"),
+    ("aepo.trainer", "aepo.warmstart"),
+    ("aepo.report", "aepo.doctor"),
+    ("aepo.cli",),
+)
+HEAVY = {"triton", "transformers", "vllm", "trl", "verl"}
+
+
+def sources(package: str) -> Iterator[tuple[str, Path]]:
+    for path in sorted((ROOT / package).rglob("*.py")):
+        yield ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), path
+
+
+MODULES = dict(item for package in ("aepo_kernels", "aepo") for item in sources(package))
+
+
+def imports(path: Path, *, module_level: bool = False) -> set[str]:
+    """Dotted names that a file imports; `from a import b` counts as a.b where that is a module of ours."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = set()
+    for node in _module_level(tree) if module_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the whole name"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= inner & MODULES.keys() or {str(node.module)}
+    return names
+
+
+def _module_level(tree: ast.AST) -> Iterator[ast.AST]:
+    """What runs when the module is imported: no function bodies, no `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from _module_level(node)
+
+
+def floor(module: str) -> int:
+    """The floor of the longest listed name that holds the module; package `aepo` itself stands on the ground."""
+    if module == "aepo":
+        return 0
+    names = [(len(name), level) for level, names in enumerate(FLOORS) for name in names]
+    matches = [
+        (size, level) for size, level in names if module[:size] in FLOORS[level] and module[size:][:1] in ("", ".")
+    ]
+    assert matches, f"{module} has no place in FLOORS"
+    return max(matches)[1]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_arrow_points_back(module):
+    for name in imports(MODULES[module]):
+        top = name.partition(".")[0]
+        assert top not in {"benchmarks", "examples", "tests"}, f"{module} imports {name}"
+        if top in {"aepo", "aepo_kernels"}:
+            assert floor(name) <= floor(module), f"{module} imports {name}, which stands above it"
+
+
+def test_backends_do_not_know_each_other():
+    for module, path in MODULES.items():
+        for one, other in (("reference", "kernels"), ("kernels", "reference")):
+            if module.startswith(f"aepo_kernels.{one}"):
+                assert not [name for name in imports(path) if name.startswith(f"aepo_kernels.{other}")], module
+
+
+def test_heavy_packages_have_their_rooms():
+    for module, path in MODULES.items():
+        heavy = {name.partition(".")[0] for name in imports(path)} & HEAVY
+        if module.startswith("aepo_kernels"):
+            assert heavy <= {"triton"}, module
+            assert not heavy or module.startswith("aepo_kernels.kernels"), module
+        else:
+            assert heavy <= {"transformers"}, f"{module}: {heavy} belong to aepo.vllm and aepo.integrations"
+
+
+def test_config_and_types_need_no_torch():
+    for module in ("aepo", "aepo.config", "aepo.types", "aepo.report"):
+        assert not {name.partition(".")[0] for name in imports(MODULES[module])} & {"torch", "aepo_kernels"}, module
+
+
+def test_native_headers_are_free_of_torch():
+    """What stands in csrc/include can be built and tested without torch: raw pointers and sizes."""
+    for path in (ROOT / "csrc" / "include").rglob("*.h"):
+        text = path.read_text(encoding="utf-8")
+        assert not [word for word in ("<torch/", "<ATen/", "<c10/") if word in text], path
+
+
+def test_the_tests_of_this_file_see_imports():
+    """The walker itself: an arrow inside a function is seen, and counts as not at module level."""
+    path = MODULES["aepo.report"]
+    assert "jinja2" in imports(path)
+    assert "jinja2" not in imports(path, module_level=True)
+    assert floor("aepo.trainer") > floor("aepo.rollout.engine") > floor("aepo_kernels.ops.rows") > floor("aepo")
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import aepo", {"torch", *HEAVY}),
+        ("import aepo.config, aepo.types", {"torch", *HEAVY}),
+        ("import aepo_kernels", HEAVY | {"aepo"}),
+        ("import aepo.advantages, aepo.packing, aepo.report", HEAVY),
+    ],
+)
+def test_importing_is_cheap(statement, absent):
+    code = f"import sys\n{statement}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not absent & set(loaded.split())
