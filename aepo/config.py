@@ -70,10 +70,33 @@ class WarmStartConfig(Section):
 
 @dataclass(frozen=True)
 class RolloutConfig(Section):
+    """How the k trajectories of a question come about (docs/rollout.md).
+
+    AEPO: these defaults. ARPO: a fixed `fresh_paths` and `branch_penalty=0`. GRPO: `fresh_paths` equal to `paths`.
+    """
+
     section: ClassVar[str] = "rollout"
     paths: int = key(8, "k: trajectories per question", low=1)
-    temperature: float = key(1.0, "softmax temperature of sampling and of the loss", above=0)
+    fresh_paths: int | None = key(
+        None, "m: how many of them start from the question, the others branch; None: entropy pre-monitoring", low=1
+    )
+    budget_beta: float = key(1.0, "pre-monitoring: m = k sigmoid(beta (H_root - mean H_tool)), entropies in nats")
+    entropy_window: int = key(20, "first tokens of a segment whose mean entropy is looked at", low=1)
+    branch_alpha: float | Literal["uniform"] = key(
+        "uniform", "base chance of a branch: a constant, or drawn from [0, 1) for every decision"
+    )
+    branch_gamma: float = key(0.2, "weight of the entropy change since the start of the path, in units of log V")
+    branch_penalty: float = key(0.05, "every branch in a row on a path lowers the chance by this part", low=0)
+    branch_threshold: float = key(0.5, "tau: a path branches where its chance is above this")
+    temperature: float = key(1.0, "softmax temperature of sampling and of the loss; 0: greedy (evaluation)", low=0)
     max_tokens: int = key(256, "generated and read tokens of one path after the prompt", low=1)
+    max_segment_tokens: int = key(128, "generated tokens between two tool results", low=1)
+    max_tool_calls: int = key(6, "tool results of one path; it ends where it calls once more", low=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fresh_paths is not None and self.fresh_paths > self.paths:
+            raise ValueError(f"rollout.fresh_paths = {self.fresh_paths}: expected <= rollout.paths ({self.paths})")
 
 
 @dataclass(frozen=True)
