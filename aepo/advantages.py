@@ -1,14 +1,14 @@
 """From rewards to one advantage per generated token: group, batch and step-level estimates.
 
 A group is the k paths of one question. Pure Python on a few hundred numbers per step; the entropy-aware factor of
-AEPO is not here, the loss kernel applies it (its statistics are `entropy_statistics`).
+AEPO is not here: the loss kernel applies it.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -129,16 +129,6 @@ def overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
     if buffer == 0:
         return 0.0
     return min(max(length - (max_tokens - buffer), 0) / buffer, 1.0)
-
-
-def entropy_statistics(samples: Iterable[Sample]) -> tuple[float, float]:
-    """Mean and unbiased std [nats] of the old policy's entropy over all trained tokens; std 0 below two tokens."""
-    entropies = [
-        h for s in samples for h, trained in zip(s.trajectory.entropies, s.trajectory.generated, strict=True) if trained
-    ]
-    if not entropies:
-        return 0.0, 0.0
-    return (entropies[0], 0.0) if _all_equal(entropies) else _mean_std(entropies)
 
 
 def _mean_std(values: Sequence[float]) -> tuple[float, float]:

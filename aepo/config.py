@@ -200,6 +200,8 @@ class Config:
             raise ValueError(
                 f"train.minibatches = {self.train.minibatches}: expected <= train.questions ({self.train.questions})"
             )
+        if self.rollout.temperature == 0:
+            raise ValueError("rollout.temperature = 0: expected > 0 in training (eval.temperature may be 0)")
         if self.policy.importance_cap is not None and self.policy.old_logprobs == "engine":
             raise ValueError(
                 "policy.importance_cap weighs the trainer's log-probs against the engine's: "

@@ -29,9 +29,11 @@ class PackedBatch:
     lengths: tuple[int, ...]  # N, the same on the host
     labels: torch.Tensor  # int64 [T]; IGNORED_LABEL off the mask
     mask: torch.Tensor  # bool [T]: the model wrote labels[t]
-    old_logprobs: torch.Tensor  # float32 or float64 [T], nats; 0 off the mask
+    rollout_logprobs: torch.Tensor  # float32 or float64 [T], nats, as the engine sampled; 0 off the mask
+    old_logprobs: torch.Tensor  # same, of the policy that the ratio is taken against: the engine's unless recomputed
     entropies: torch.Tensor  # same, of the old policy
     advantages: torch.Tensor  # same
+    ref_logprobs: torch.Tensor | None  # same, of the frozen reference; None where nothing needs it
     samples: tuple[Sample, ...]  # where the trajectories came from
 
     @property
@@ -51,6 +53,7 @@ def pack(
 
     labels = joined([t.token_ids[1:] for t in trajectories], torch.int64)
     mask = joined([t.generated[1:] for t in trajectories], torch.bool)
+    logprobs = joined([t.logprobs[1:] for t in trajectories], dtype)
     return PackedBatch(
         input_ids=joined([t.token_ids[:-1] for t in trajectories], torch.int64),
         position_ids=joined([range(length) for length in lengths], torch.int64),
@@ -58,11 +61,22 @@ def pack(
         lengths=lengths,
         labels=labels.where(mask, torch.full_like(labels, IGNORED_LABEL)),
         mask=mask,
-        old_logprobs=joined([t.logprobs[1:] for t in trajectories], dtype),
+        rollout_logprobs=logprobs,
+        old_logprobs=logprobs,
         entropies=joined([t.entropies[1:] for t in trajectories], dtype),
         advantages=joined([sample.advantages[1:] for sample in samples], dtype),
+        ref_logprobs=None,
         samples=tuple(samples),
     )
+
+
+def entropy_statistics(batches: Sequence[PackedBatch]) -> tuple[float, float]:
+    """Mean and unbiased std [nats] of the old policy's entropy over all trained tokens; std 0 below two tokens."""
+    entropies = torch.cat([batch.entropies[batch.mask] for batch in batches]).double()
+    # Compared exactly: the mean of equal numbers can be off by a bit, and dividing by such a std would blow it up.
+    if len(entropies) < 2 or bool((entropies == entropies[0]).all()):
+        return (entropies[0].item() if len(entropies) else 0.0), 0.0
+    return entropies.mean().item(), entropies.std().item()
 
 
 def microbatches(samples: Sequence[Sample], tokens: int) -> list[list[Sample]]:

@@ -1,0 +1,119 @@
+"""Advantages, compared with numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from trainer_toys import trajectory
+
+from aepo.advantages import (
+    AdvantageSettings,
+    advantage_settings,
+    batch_advantages,
+    group_advantages,
+    make_samples,
+    overlong_penalty,
+    step_advantages,
+)
+from aepo.config import PolicyConfig
+
+PROMPT = (1, 2, 3)
+
+
+def test_group() -> None:
+    # mean 0.25, unbiased variance (0.75^2 + 3 * 0.25^2) / 3 = 0.25
+    assert group_advantages([1.0, 0.0, 0.0, 0.0]) == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-15)
+
+
+@pytest.mark.parametrize("rewards", [[], [0.7], [0.1] * 3, [0.1] * 10, [-1e300] * 4])
+def test_equal_rewards_give_exactly_zero(rewards: list[float]) -> None:
+    # Three times 0.1 sums to 0.30000000000000004: a mean that is off by a bit must not become +-1.
+    assert group_advantages(rewards) == [0.0] * len(rewards)
+
+
+def test_batch() -> None:
+    # Rewards 1, 0 | 1, 1, 2: mean 1, unbiased variance 2/4.
+    root = math.sqrt(2.0)
+    assert batch_advantages([[1.0, 0.0], [1.0, 1.0, 2.0]]) == [
+        pytest.approx([0.0, -root]),
+        pytest.approx([0.0, 0.0, root]),
+    ]
+    assert batch_advantages([[1.0], [1.0]]) == [[0.0], [0.0]]
+
+
+def test_steps_are_grouped_by_equal_anchor_state() -> None:
+    # Both paths search from the prompt (anchor PROMPT) and read the same result 7 8 (anchor (7, 8)); path 0 answers at
+    # step 1; path 1 makes another call, reads 9, and answers at step 2 from an anchor of its own.
+    short = trajectory(PROMPT, ((10,), (7, 8)), ((11, 12), ()))
+    long = trajectory(PROMPT, ((13,), (7, 8)), ((14,), (9,)), ((15,), ()))
+    got = step_advantages([short, long], [1.0, 0.5], discount=0.5)
+    # Anchor PROMPT: returns 0.5 * 1 and 0.25 * 0.5; anchor (7, 8): 1 and 0.5 * 0.5. Two values always give +-1/sqrt(2).
+    half = 1 / math.sqrt(2)
+    assert got == [pytest.approx([half, half]), pytest.approx([-half, -half, 0.0])]
+
+
+def test_step_groups_compare_discounted_returns() -> None:
+    # Three paths from one anchor with equal rewards: only their lengths 1, 2, 2 differ, so returns are 1, 0.5, 0.5.
+    one = trajectory(PROMPT, ((10,), ()))
+    two = trajectory(PROMPT, ((10,), (7,)), ((11,), ()))
+    got = step_advantages([one, two, two], [1.0, 1.0, 1.0], discount=0.5)
+    third = math.sqrt(3) / 3  # mean 2/3, unbiased std sqrt(1/12)
+    assert got[0] == pytest.approx([2 * third])
+    assert got[1] == pytest.approx([-third, 0.0])
+
+
+def test_gigpo_adds_the_step_advantage_to_the_path_advantage() -> None:
+    short = trajectory(PROMPT, ((10,), (7, 8)), ((11, 12), ()))
+    long = trajectory(PROMPT, ((13,), (7, 8)), ((14,), (9,)), ((15,), ()))
+    settings = AdvantageSettings(kind="gigpo", step_weight=0.1, step_discount=0.5)
+    first, second = make_samples([[short, long]], [[1.0, 0.5]], settings, max_tokens=100)
+    half = 1 / math.sqrt(2)
+    assert first.advantages == pytest.approx((0, 0, 0, 1.1 * half, 0, 0, 1.1 * half, 1.1 * half))
+    assert second.advantages == pytest.approx((0, 0, 0, -1.1 * half, 0, 0, -1.1 * half, 0, -half))
+
+
+def test_advantages_stand_only_on_generated_tokens() -> None:
+    path = trajectory(PROMPT, ((10, 11), (7,)), ((12,), ()))
+    (good, bad) = make_samples([[path, path]], [[1.0, 0.0]], AdvantageSettings(), max_tokens=100)
+    half = 1 / math.sqrt(2)
+    assert good.advantages == pytest.approx((0, 0, 0, half, half, 0, half))
+    assert bad.advantages == pytest.approx((0, 0, 0, -half, -half, 0, -half))
+    assert (good.question, good.path, bad.path) == (0, 0, 1)
+
+
+def test_dapo_drops_groups_without_a_difference_and_keeps_the_indices() -> None:
+    path = trajectory(PROMPT, ((10,), ()))
+    settings = AdvantageSettings(drop_equal_groups=True)
+    samples = make_samples([[path, path], [path, path], [path]], [[1.0, 1.0], [0.0, 1.0], [1.0]], settings, 100)
+    assert [(s.question, s.path) for s in samples] == [(1, 0), (1, 1)]
+
+
+@pytest.mark.parametrize(("length", "expected"), [(10, 0.0), (80, 0.0), (85, 0.25), (100, 1.0), (130, 1.0)])
+def test_overlong_penalty(length: int, expected: float) -> None:
+    assert overlong_penalty(length, max_tokens=100, buffer=20) == pytest.approx(expected)
+    assert overlong_penalty(length, max_tokens=100, buffer=0) == 0.0
+
+
+def test_overlong_penalty_is_part_of_the_reward() -> None:
+    # Equal rewards, but path 1 has 10 tokens after the prompt, all of the buffer: shaped rewards are 1 and 0.
+    short, long = trajectory(PROMPT, ((10,), ())), trajectory(PROMPT, (range(10, 20), ()))
+    settings = AdvantageSettings(drop_equal_groups=True, overlong_buffer=5)
+    samples = make_samples([[short, long]], [[1.0, 1.0]], settings, max_tokens=10)
+    assert [s.advantages[-1] for s in samples] == pytest.approx([1 / math.sqrt(2), -1 / math.sqrt(2)])
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf])
+def test_a_reward_that_is_no_number_is_named(reward: float) -> None:
+    path = trajectory(PROMPT, ((10,), ()))
+    with pytest.raises(ValueError, match="reward of question 1, path 0 is"):
+        make_samples([[path], [path, path]], [[1.0], [reward, 0.0]], AdvantageSettings(), 100)
+
+
+def test_presets_and_overrides() -> None:
+    assert advantage_settings(PolicyConfig(preset="aepo")) == AdvantageSettings()
+    assert advantage_settings(PolicyConfig(preset="reinforce++")).kind == "batch"
+    assert advantage_settings(PolicyConfig(preset="gigpo", step_weight=0.5)).step_weight == 0.5
+    dapo = advantage_settings(PolicyConfig(preset="dapo", overlong_buffer=0))
+    assert (dapo.drop_equal_groups, dapo.overlong_buffer) == (True, 0)
+    assert advantage_settings(PolicyConfig(preset="aepo", advantage="batch")).kind == "batch"

@@ -1,0 +1,99 @@
+"""Configuration: file and overrides give one checked object; a wrong key or value is an error that helps."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aepo.config import Config, PolicyConfig, TrainConfig, all_keys, load_config, to_yaml
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def test_file_then_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("train:\n  steps: 7\n  questions: 3\noptimizer:\n  learning_rate: 2e-5\n")
+    config = load_config(file, ["train.steps=9", "optimizer.betas=[0.8,0.99]", "policy.eps_high=0.28"])
+    assert (config.train.steps, config.train.questions) == (9, 3)
+    assert config.optimizer.learning_rate == 2e-5
+    assert config.optimizer.betas == (0.8, 0.99)
+    assert config.policy.eps_high == 0.28
+    assert config.policy.eps_low is None, "null: the preset's own value"
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    config = load_config(overrides=["policy.preset=reinforce++", "run.dir=runs/a b", "policy.dual_clip=inf"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.step=3", "unknown key 'train.step': did you mean 'train.steps'?"),
+        ("learning_rate=1", "did you mean 'optimizer.learning_rate'?"),
+        ("policy.temperature=1", "did you mean 'rollout.temperature' or 'eval.temperature'?"),
+        ("run=3", "unknown key 'run'"),
+        ("policy.preset=aepoo", "policy.preset = 'aepoo': expected one of aepo, arpo, grpo"),
+        ("train.steps=1.5", "train.steps = 1.5: expected an integer >= 0"),
+        ("train.steps=-1", "train.steps = -1: expected an integer >= 0"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate = 'fast': expected a number"),
+        ("optimizer.betas=[0.9,2]", "expected a list of 2 numbers >= 0 and <= 1"),
+        ("optimizer.betas=[0.9]", "expected a list of 2 numbers"),
+        ("rollout.temperature=nan", "rollout.temperature = nan: expected a number >= 0"),
+        ("rollout.temperature=0", "expected > 0 in training"),
+        ("policy.drop_equal_groups=maybe", "expected true or false or null"),
+        ("train.minibatches=9", "train.minibatches = 9: expected <= train.questions (8)"),
+        ("policy.importance_cap=2", "expected policy.old_logprobs = recompute"),
+        ("train.steps", "expected section.key=value"),
+    ],
+)
+def test_a_wrong_override_says_what_is_right(override: str, expected: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011, the text is compared below
+        load_config(overrides=[override])
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("trian:\n  steps: 1\n", "unknown section 'trian'"),
+        ("train: 3\n", "section 'train'"),
+        ("train:\n  stepz: 3\n", "did you mean 'train.steps'"),
+        ("- 1\n", "expected sections with keys"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError) as error:  # noqa: PT011, the text is compared below
+        load_config(file)
+    assert expected in str(error.value)
+    assert "wrong.yaml" in str(error.value)
+
+
+def test_ranges_hold_for_python_callers_too() -> None:
+    with pytest.raises(ValueError, match=r"train\.questions = 0: expected an integer >= 1"):
+        TrainConfig(questions=0)
+    with pytest.raises(ValueError, match=r"policy\.eps_low = 1\.5"):
+        PolicyConfig(eps_low=1.5)
+
+
+def test_every_key_has_help_and_a_default_in_its_own_range() -> None:
+    Config()
+    for entry in all_keys():
+        assert entry.help, entry.name
+        assert entry.expected, entry.name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_committed_configurations_load(path: Path) -> None:
+    load_config(path)
+
+
+def test_importing_the_configuration_imports_no_torch() -> None:
+    code = "import sys, aepo.config, aepo.types; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
