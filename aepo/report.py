@@ -1,10 +1,12 @@
 """`aepo report RUN [RUN ...]`: one self-contained HTML page out of the files of a run directory.
 
-    run.json, config.yaml, metrics.jsonl, evals.jsonl, trees/*.json -> `Run` -> page data (JSON) -> templates/report.html.j2
+    run.json, config.yaml, metrics.jsonl, evals.jsonl, trees/*.json  ->  Run  ->  JSON  ->  templates/report.html.j2
 
-Unfinished runs are reported as they are. What is missing is shown as missing, what cannot be read is listed on the page.
-The charts are some 150 lines of SVG code in templates/charts.js, and not plotly: its script alone is 4.8 MB, and a page
-of a 40-step run is 0.2 MB without it. Text that a model or a tool wrote is untrusted: it reaches the page only escaped.
+Unfinished runs are reported as they are. What is missing is shown as missing; what cannot be read is listed on the
+page. Text that a model or a tool wrote is untrusted: it reaches the page only escaped.
+
+The charts are 150 lines of SVG code (templates/charts.js) instead of plotly: plotly's script alone is 4.8 MB, the whole
+page of a 60-step run is 0.3 MB.
 """
 
 from __future__ import annotations

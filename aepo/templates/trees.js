@@ -30,7 +30,7 @@ function decisionText(tree, decision) {
   const rule = decision.penalty === null ? `${decision.consecutive} branching steps just before`
     : `penalty ${formatted(decision.penalty)} after ${decision.consecutive} branching steps`;
   const outcome = decision.branched ? `branched${born.length ? ` into ${born.join(" and ")}` : ""}` : "did not branch";
-  return `${outcome} · P ${formatted(decision.probability)}: alpha ${formatted(decision.alpha)}, entropy ${nats(decision.entropy)}`
+  return `path ${decision.path} ${outcome} · P ${formatted(decision.probability)}: alpha ${formatted(decision.alpha)}, entropy ${nats(decision.entropy)}`
     + ` (${signed(decision.delta)} of ln V against the path's start), ${rule}`;
 }
 
@@ -154,11 +154,14 @@ function drawPath(tree, path) {
   const reward = tree.rewards?.[path.id];
   panel.append(element("div", {}, element("strong", {}, `Path ${path.id}`), ` · ${path.finish_reason}`,
     reward ? ` · reward ${formatted(reward.total)} (${Object.entries(reward.components).map(([name, value]) => `${name} ${formatted(value)}`).join(", ")})` : ""));
+  const ancestry = new Set(); // the paths whose decisions stand on this one
+  for (let id = path.id; id !== null; id = tree.paths[id].parent) ancestry.add(id);
   for (const id of lineage(tree, path)) {
     panel.append(nodeBlock(tree, tree.nodes[id]));
-    const decision = tree.decisions.find((one) => one.path === path.id && one.node === id);
-    if (decision) panel.append(element("div", { class: `decision ${decision.branched ? "yes" : ""}` },
-      `${decision.branched ? "◆" : "○"} ${decisionText(tree, decision)}`));
+    for (const decision of tree.decisions) {
+      if (decision.node !== id || !ancestry.has(decision.path)) continue;
+      panel.append(element("div", { class: `decision ${decision.branched ? "yes" : ""}` }, `${decision.branched ? "◆" : "○"} ${decisionText(tree, decision)}`));
+    }
     if (id === path.branch_node) panel.append(element("div", { class: "shared" }, `↑ shared with path ${path.parent} · ↓ path ${path.id} on its own`));
   }
   return panel;
