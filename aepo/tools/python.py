@@ -1,0 +1,267 @@
+"""The Python tool: runs code that a model wrote, in a sandbox, like a cell of a notebook.
+
+The code can compute with the standard library and print; it cannot open files, use the network, start or signal
+processes, or see anything of the run or of another call. How: `zygote.py` (a fork per call) and `seccomp.py` (the
+system calls it may use). Needs Linux on x86-64 or aarch64, and no privilege, no namespace, no container.
+
+A call costs about 3 ms; a fresh interpreter would cost 80 ms (2-core AVX-512 Xeon (Sapphire Rapids class) VM,
+`pytest tests/aepo/test_tools_python.py -k speed -s`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+
+from aepo.tools.protocol import ToolError
+from aepo.tools.seccomp import filter_program
+from aepo.tools.zygote import OK, RAISED, REQUEST, UNCONFINED
+
+START_SECONDS = 60.0  # to load the standard library, on a machine that is busy with other things
+KILL_SECONDS = 2.0  # from the order to kill a call until its connection is closed
+
+# Tried once in each new sandbox: the guarantees are checked, not assumed. Prints what it should not be able to do.
+PROBE = """
+import os, socket
+for name, attempt in {
+    "open files": lambda: os.listdir("/"),
+    "use the network": lambda: socket.socket(),
+    "signal processes": lambda: os.kill(os.getppid(), 0),
+}.items():
+    try:
+        attempt()
+        print(name)
+    except PermissionError:
+        pass
+"""
+
+
+class SandboxError(RuntimeError):
+    """The sandbox cannot be had on this machine; the message says why."""
+
+
+class _ZygoteDied(Exception):
+    """The zygote of this call is gone, and its calls with it."""
+
+
+class PythonTool:
+    """Runs the argument as a Python program and returns what it printed.
+
+    If the last statement is an expression, its value is printed too. An uncaught exception raises `ToolError`: what
+    was printed before it, and the last line of the traceback. Too much time raises `TimeoutError`. Calls may come
+    from several threads at once, and share nothing: each is a process of its own, started from the same state, with
+    the same random seed and string hashes, so that equal code gives equal text.
+
+    cpu_seconds, wall_seconds: limits of one call. The first does not depend on how busy the machine is.
+    memory_mib: address space of one call, the interpreter's own 30 MiB included.
+    max_output_chars: more output than this ends the call, and what there is comes back with a mark.
+
+    Raises `SandboxError` where a guarantee is missing (`sandbox_problem` tells without raising): there is no weaker
+    mode. `close` ends every process of the tool; the end of this process, however it comes, does too.
+    """
+
+    name = "python"
+
+    def __init__(
+        self,
+        *,
+        cpu_seconds: int = 2,
+        wall_seconds: float = 6.0,
+        memory_mib: int = 256,
+        max_output_chars: int = 10_000,
+    ) -> None:
+        for name, value, least in (
+            ("cpu_seconds", cpu_seconds, 1),
+            ("memory_mib", memory_mib, 64),
+            ("max_output_chars", max_output_chars, 1),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        if not wall_seconds > 0:
+            raise ValueError(f"wall_seconds must be > 0, got {wall_seconds!r}")
+        self.cpu_seconds = cpu_seconds
+        self.wall_seconds = wall_seconds
+        self.timeout = wall_seconds + 2 * KILL_SECONDS  # the ToolBox steps in only if the sandbox itself hangs
+        self._limits = {
+            "cpu_seconds": cpu_seconds,
+            "memory_bytes": memory_mib * 2**20,
+            "max_output_chars": max_output_chars,
+            "filter": _filter_or_raise().hex(),
+        }
+        self._max_answer_bytes = 4 * max_output_chars + 1000  # UTF-8, status and mark
+        self._lock = threading.Lock()
+        self._closed = False
+        self._zygote = _Zygote(self._limits)
+        try:
+            possible = self(PROBE)
+        except (ToolError, TimeoutError) as error:
+            possible = f"not run a first program: {error}"
+        if possible:
+            self.close()
+            raise SandboxError(f"a program in the sandbox can {', '.join(possible.splitlines())}")
+
+    def __call__(self, argument: str) -> str:
+        """The output of the program `argument`; empty if it printed nothing."""
+        zygote = self._living_zygote()
+        try:
+            status, text = self._run(zygote, argument)
+        except _ZygoteDied:
+            # Killed from outside. A call has no effects, so it is safe to run it again.
+            status, text = self._run(self._living_zygote(dead=zygote), argument)
+        if status == OK:
+            return text
+        if status == UNCONFINED:
+            raise SandboxError(f"the sandbox could not start a call: {text}")
+        raise ToolError(text if status == RAISED else "the interpreter crashed")
+
+    def close(self) -> None:
+        """Kill the zygote and every call that still runs. May be called twice."""
+        with self._lock:
+            self._closed = True
+            self._zygote.close()
+
+    def _living_zygote(self, dead: _Zygote | None = None) -> _Zygote:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the Python tool is closed")
+            if self._zygote is dead or self._zygote.process.poll() is not None:
+                self._zygote.close()
+                self._zygote = _Zygote(self._limits)
+            return self._zygote
+
+    def _run(self, zygote: _Zygote, code: str) -> tuple[bytes, str]:
+        """Status and text of one call. Whatever happens, its process is dead or dying when this returns."""
+        start = time.monotonic()
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                request = zygote.start_call(theirs)
+            answer, at_end = self._exchange(ours, code, start + self.wall_seconds)
+            alive = zygote.kill_call(request)  # also after an answer: the program may have closed its end and run on
+            if not at_end:
+                zygote.check_closed(ours)
+                raise TimeoutError(f"stopped after {self.wall_seconds:g} s")
+        if not answer and not alive:
+            raise _ZygoteDied
+        if not answer and time.monotonic() - start >= self.cpu_seconds:
+            raise TimeoutError(f"stopped after {self.cpu_seconds} s of computing")  # the kernel's RLIMIT_CPU
+        return answer[:1], answer[1:].decode("utf-8", "replace")
+
+    def _exchange(self, connection: socket.socket, code: str, deadline: float) -> tuple[bytes, bool]:
+        """Send the code; what came back, and whether the end of the answer came before the deadline."""
+        answer = bytearray()
+        try:
+            connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died early, perhaps with a message
+                connection.sendall(code.encode("utf-8", "replace"))
+                connection.shutdown(socket.SHUT_WR)
+            while len(answer) <= self._max_answer_bytes:
+                connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+                chunk = connection.recv(65536)
+                if not chunk:
+                    break
+                answer += chunk
+        except TimeoutError:
+            return b"", False
+        except ConnectionResetError:
+            pass  # it died before it read all of the code
+        return bytes(answer), True
+
+
+class _Zygote:
+    """The process that forks the calls, and the socket that orders it to."""
+
+    def __init__(self, limits: dict[str, object]) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        script = Path(__file__).with_name("zygote.py")
+        # Nothing of our environment, but where a shared libpython lies. String hashes decide the order of sets.
+        environment = {"PYTHONHASHSEED": "0", "TZ": "UTC"}
+        if "LD_LIBRARY_PATH" in os.environ:
+            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-s", "-S", "-X", "utf8", str(script), str(theirs.fileno()), json.dumps(limits)],
+                env=environment,
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,  # Ctrl-C in the terminal is for the training run, not for the calls
+            )
+        self._control = ours
+        self._requests = itertools.count()
+        # If this process is killed, the end of stream on the control socket ends the zygote.
+        self.close = weakref.finalize(self, _end, self.process, ours)
+        ours.settimeout(START_SECONDS)
+        try:
+            reply = ours.recv(1000)
+        except OSError as error:
+            reply = str(error).encode()
+        if reply != b"ready":
+            self.close()
+            reason = reply.decode() or f"exit code {self.process.returncode}"
+            raise SandboxError(f"the interpreter {sys.executable} did not start in the sandbox: {reason}")
+        ours.settimeout(KILL_SECONDS)
+
+    def start_call(self, connection: socket.socket) -> int:
+        request = next(self._requests)
+        try:
+            socket.send_fds(self._control, [REQUEST.pack(b"r", request)], [connection.fileno()])
+        except OSError as error:
+            self.process.kill()  # it is dead, or takes no orders
+            raise _ZygoteDied from error
+        return request
+
+    def kill_call(self, request: int) -> bool:
+        """False if the zygote is dead, and so are its calls."""
+        try:
+            self._control.send(REQUEST.pack(b"k", request))
+        except OSError:
+            return False
+        return True
+
+    def check_closed(self, connection: socket.socket) -> None:
+        """A killed call closes its connection at once. If not, the zygote hangs: kill it, a new one will start."""
+        connection.settimeout(KILL_SECONDS)
+        try:
+            while connection.recv(65536):
+                pass
+        except ConnectionResetError:
+            pass
+        except TimeoutError:
+            self.process.kill()
+
+
+def _end(process: subprocess.Popen[bytes], control: socket.socket) -> None:
+    process.kill()  # the kernel kills the forks of a zygote that died
+    process.wait()
+    control.close()
+
+
+def _filter_or_raise() -> bytes:
+    if sys.platform != "linux":
+        raise SandboxError(f"the Python sandbox needs Linux, this is {sys.platform}")
+    try:
+        return filter_program(platform.machine())
+    except ValueError as error:
+        raise SandboxError(f"the Python sandbox does not know this processor: {error}") from error
+
+
+def sandbox_problem() -> str | None:
+    """Why the Python tool cannot give its guarantees on this machine; None if it can. Takes about 0.2 s."""
+    try:
+        PythonTool().close()
+    except SandboxError as error:
+        return str(error)
+    return None
