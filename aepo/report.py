@@ -162,7 +162,7 @@ def read_run(path: Path, name: str) -> Run:
     series |= _series(evals, "eval.", problems)
     if not series:
         raise ValueError(f"{path}: its records hold no number")
-    return Run(name, facts, config, series, _read_trees(path / "trees", config, problems), problems)
+    return Run(name, facts, config, series, _read_trees(path / "trees", problems), problems)
 
 
 def _read(file: Path, reader: Callable[[Path], Any], problems: list[str]) -> Any:
@@ -233,15 +233,14 @@ def _series(records: list[dict[str, Any]], prefix: str, problems: list[str]) -> 
     return {key: points for key, points in series.items() if any(value is not None for value in points["values"])}
 
 
-def _read_trees(folder: Path, config: dict[str, Any], problems: list[str]) -> list[dict[str, Any]]:
+def _read_trees(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
     """The saved trees in page form. Where they are more than the page can hold: evenly spread steps, ends included."""
     steps = []
     for file in sorted(folder.glob("step_*.json")):
         record = _read(file, _read_json, problems)
         if record is not None:
             try:
-                penalty = config.get("rollout", {}).get("branch_penalty")
-                steps.append([_page_tree(record["step"], entry, penalty) for entry in record["trees"]])
+                steps.append([_page_tree(record["step"], entry) for entry in record["trees"]])
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 problems.append(f"{file.name}: not a record of rollout trees ({type(error).__name__}: {error})")
     sizes = [sum(len(node["texts"]) for tree in step for node in tree["nodes"]) for step in steps]
@@ -258,7 +257,7 @@ def _spread(total: int, keep: int) -> list[int]:
     return [total - 1 - (i * (total - 1)) // max(keep - 1, 1) for i in reversed(range(keep))]
 
 
-def _page_tree(step: int, entry: dict[str, Any], penalty: float | None) -> dict[str, Any]:
+def _page_tree(step: int, entry: dict[str, Any]) -> dict[str, Any]:
     """One saved tree as trees.js wants it: token texts and rounded numbers, without token ids."""
     tree = entry["tree"]
     texts = entry.get("texts") or [[f"[{token}]" for token in node["token_ids"]] for node in tree["nodes"]]
@@ -273,7 +272,6 @@ def _page_tree(step: int, entry: dict[str, Any], penalty: float | None) -> dict[
         )
     decisions = [
         {key: _rounded(value, 4) if isinstance(value, float) else value for key, value in decision.items()}
-        | {"penalty": None if penalty is None else min(1.0, penalty * decision["consecutive"])}
         for decision in tree["decisions"]
     ]
     question = {key: tree["question"][key] for key in ("id", "text", "answer", "kind")}
@@ -296,7 +294,7 @@ def _page_data(runs: Sequence[Run]) -> Any:
     from markupsafe import Markup
 
     data = {
-        "runs": [{"name": run.name, "series": run.series} for run in runs],
+        "runs": [{"name": run.name, "series": run.series, "rule": _branch_rule(run)} for run in runs],
         "shelves": [
             {"title": title, "charts": [_chart_data(chart, runs) for chart in charts]}
             for title, charts in CHARTS.items()
@@ -305,6 +303,10 @@ def _page_data(runs: Sequence[Run]) -> Any:
     }
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c"))  # "</script>" and "<!--" would end or bend the element
+
+
+def _branch_rule(run: Run) -> dict[str, float]:
+    return {key: value for key, value in run.config.get("rollout", {}).items() if key.startswith("branch_")}
 
 
 def _chart_data(chart: Chart, runs: Sequence[Run]) -> dict[str, Any]:
@@ -398,6 +400,8 @@ def _facts(run: Run) -> Iterator[tuple[str, Any]]:
         yield "task", f"{task.get('name')}, {counts}"
     if train and rollout:
         yield "batch", f"{train.get('questions')} questions x {rollout.get('paths')} paths per step"
+    if rollout:
+        yield "fresh paths", rollout.get("fresh_paths") or "by entropy pre-monitoring"
     yield "learning rate", config.get("optimizer", {}).get("learning_rate")
     if machine:
         capability = f" ({machine.get('cpu_capability')})" if machine.get("cpu_capability") else ""

@@ -27,11 +27,13 @@ document.addEventListener("pointermove", (event) => {
 
 function decisionText(tree, decision) {
   const born = tree.paths.filter((path) => path.parent === decision.path && path.branch_node === decision.node).map((path) => `path ${path.id}`);
-  const rule = decision.penalty === null ? `${decision.consecutive} branching steps just before`
-    : `penalty ${formatted(decision.penalty)} after ${decision.consecutive} branching steps`;
-  const outcome = decision.branched ? `branched${born.length ? ` into ${born.join(" and ")}` : ""}` : "did not branch";
-  return `path ${decision.path} ${outcome} · P ${formatted(decision.probability)}: alpha ${formatted(decision.alpha)}, entropy ${nats(decision.entropy)}`
-    + ` (${signed(decision.delta)} of ln V against the path's start), ${rule}`;
+  const rule = DATA.runs[tree.run].rule;
+  const penalty = rule.branch_penalty === undefined ? "missing" : formatted(Math.min(1, rule.branch_penalty * decision.consecutive));
+  const room = !decision.branched && decision.probability > rule.branch_threshold ? " (no path left to give)" : "";
+  const outcome = decision.branched ? `branched${born.length ? ` into ${born.join(" and ")}` : ""}` : `did not branch${room}`;
+  return `path ${decision.path} ${outcome} · P ${formatted(decision.probability)}, threshold ${formatted(rule.branch_threshold)}`
+    + ` · alpha ${formatted(decision.alpha)} · entropy ${nats(decision.entropy)}, ${signed(decision.delta)} ln V since the start`
+    + ` · penalty ${penalty} after ${decision.consecutive} branching steps`;
 }
 
 // Node ids from the root to the leaf of a path.

@@ -51,7 +51,9 @@ def make_run(path, *, success=(0.25, 0.5), preset="aepo"):
     facts = {"status": "finished", "wall_seconds": 83.2, "model": {"name": "tiny", "parameters": 1234567},
              "machine": {"cores": 2, "processor": "<b>CPU</b>"}, "versions": {"torch": "2.13.0"}}  # fmt: skip
     (path / "run.json").write_text(json.dumps(facts))
-    (path / "config.yaml").write_text(f"policy: {{preset: {preset}}}\nrollout: {{paths: 2, branch_penalty: 0.05}}\n")
+    (path / "config.yaml").write_text(
+        f"policy: {{preset: {preset}}}\nrollout: {{paths: 2, branch_penalty: 0.05, branch_threshold: 0.5}}\n"
+    )
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in metrics))
     (path / "evals.jsonl").write_text("".join(json.dumps(record) + "\n" for record in evals))
     (path / "trees" / "step_000002.json").write_text(json.dumps({"step": 2, "trees": [hand_made_tree()]}))
@@ -97,7 +99,8 @@ def test_the_page_holds_what_the_files_hold(tmp_path):
     (tree,) = data["trees"]
     assert tree["nodes"][1]["entropies"] == [1.25, 0.0]
     assert tree["nodes"][1]["texts"] == ["<search>", HOSTILE]
-    assert tree["decisions"][0]["penalty"] == pytest.approx(0.15)  # 3 branches in a row, 0.05 each
+    assert tree["decisions"][0]["consecutive"] == 3
+    assert data["runs"][0]["rule"] == {"branch_penalty": 0.05, "branch_threshold": 0.5}
     assert tree["rewards"][0]["success"] is True
 
 
@@ -230,6 +233,7 @@ def test_a_browser_draws_the_page(tmp_path):
     assert classes.count("row") + classes.count("row chosen") == 2  # paths
     assert classes.count("tool failed") == 1
     assert "back-6" in classes  # 2.75 nats, on the branched path that is shown first
-    assert "penalty 0.15 after 3 branching steps" in drawn.text
+    assert "path 0 branched into path 1 · P 0.6, threshold 0.5" in drawn.text
+    assert "penalty 0.15 after 3 branching steps" in drawn.text  # 3 x 0.05
     assert HOSTILE in drawn.text
     assert "img" not in [tag for tag, _ in drawn.found]
