@@ -1,0 +1,18 @@
+// The kernels of each translation unit that is compiled for its own instruction set.
+#pragma once
+
+#include "row_kernels.h"
+
+namespace aepo {
+
+#if defined(__x86_64__)
+extern const RowKernels kAvx512;
+extern const RowKernels kAvx2;
+#endif
+extern const RowKernels kPortable;
+
+// The only float64 kernels, shared by all three.
+SegmentStats token_stats_float64(const void* x, int64_t n, double scale);
+void logits_grad_float64(const void* x, void* out, int64_t n, const RowGrad& grad);
+
+}  // namespace aepo

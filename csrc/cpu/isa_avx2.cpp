@@ -1,0 +1,20 @@
+#include "isa.h"
+
+#if defined(__x86_64__)
+#include "simd_avx2.h"
+
+#include "logits_grad.h"
+#include "token_stats.h"
+
+namespace aepo {
+
+const RowKernels kAvx2 = {
+    "avx2",
+    {avx2::token_stats<avx2::Simd, BFloat16>, avx2::token_stats<avx2::Simd, Float16>,
+     avx2::token_stats<avx2::Simd, float>, token_stats_float64},
+    {avx2::logits_grad<avx2::Simd, BFloat16>, avx2::logits_grad<avx2::Simd, Float16>,
+     avx2::logits_grad<avx2::Simd, float>, logits_grad_float64},
+};
+
+}  // namespace aepo
+#endif

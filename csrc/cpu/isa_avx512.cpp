@@ -1,0 +1,20 @@
+#include "isa.h"
+
+#if defined(__x86_64__)
+#include "simd_avx512.h"
+
+#include "logits_grad.h"
+#include "token_stats.h"
+
+namespace aepo {
+
+const RowKernels kAvx512 = {
+    "avx512",
+    {avx512::token_stats<avx512::Simd, BFloat16>, avx512::token_stats<avx512::Simd, Float16>,
+     avx512::token_stats<avx512::Simd, float>, token_stats_float64},
+    {avx512::logits_grad<avx512::Simd, BFloat16>, avx512::logits_grad<avx512::Simd, Float16>,
+     avx512::logits_grad<avx512::Simd, float>, logits_grad_float64},
+};
+
+}  // namespace aepo
+#endif

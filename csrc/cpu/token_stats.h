@@ -1,0 +1,125 @@
+// Softmax statistics of a run of logits in one read: maximum, sum, weighted sum. A template over the lanes (Simd) and
+// the storage type, included once per instruction set after that set's simd header.
+//
+// All lanes share one running maximum, so they merge at the end by plain addition. It grows about ln(number of chunks)
+// times; only then does a chunk pay for a reduction across lanes and for leaving the maximum out of the sum. Each chunk
+// is summed from zero and then added, so that float32 makes 256 additions per lane and segment instead of 2048.
+#pragma once
+
+#include <cstring>
+
+#include "row_kernels.h"
+
+namespace aepo::AEPO_ISA_NAME {
+
+template <class Simd>
+struct Running {
+  using Vec = typename Simd::Vec;
+  using Scalar = typename Simd::Scalar;
+
+  Scalar scale;  // log2(e) / temperature
+  Scalar max = minus_infinity<Scalar>();
+  Scalar shift = 0;  // what is taken off a logit: max, or 0 while max is -inf (-inf - -inf would be NaN)
+  Vec rest = Simd::broadcast(0);
+  Vec weighted = Simd::broadcast(0);  // in log2 units
+};
+
+template <class Simd>
+AEPO_INLINE typename Simd::Scalar lane_max(typename Simd::Vec v) {
+  typename Simd::Scalar lane[Simd::kWidth];
+  Simd::store(lane, v);
+  typename Simd::Scalar result = lane[0];
+  for (int i = 1; i < Simd::kWidth; i++) result = lane[i] > result ? lane[i] : result;
+  return result;
+}
+
+template <class Simd>
+AEPO_INLINE double lane_sum(typename Simd::Vec v) {
+  typename Simd::Scalar lane[Simd::kWidth];
+  Simd::store(lane, v);
+  double result = 0;
+  for (int i = 0; i < Simd::kWidth; i++) result += lane[i];
+  return result;
+}
+
+// Make `max` the reference of the sums. The old maximum's own term, until now left out, becomes an ordinary one.
+template <class Simd>
+AEPO_INLINE void raise_max(Running<Simd>& state, typename Simd::Scalar max) {
+  using Vec = typename Simd::Vec;
+  if (state.max > minus_infinity<typename Simd::Scalar>()) {
+    const Vec y = Simd::max(Simd::broadcast(Simd::kMinExponent), Simd::broadcast((state.max - max) * state.scale));
+    const Vec e = Simd::exp2(y);
+    const Vec sum = state.rest + Simd::first_lane(1);
+    state.rest = e * sum;
+    state.weighted = e * Simd::fma(y, sum, state.weighted);
+  }
+  state.max = max;
+  state.shift = max;
+}
+
+// Add the logits x, none above state.max. kNewMax: the maximum was raised to one of them, and its first occurrence stays
+// out of the sums (later ones are ordinary terms of value 1).
+template <bool kNewMax, class Simd, size_t kVecs>
+AEPO_INLINE void add(Running<Simd>& state, const typename Simd::Vec (&x)[kVecs]) {
+  using Vec = typename Simd::Vec;
+  const Vec scale = Simd::broadcast(state.scale), shift = Simd::broadcast(state.shift);
+  const Vec zero = Simd::broadcast(0), one = Simd::broadcast(1), least = Simd::broadcast(Simd::kMinExponent);
+  Vec rest = zero, weighted = zero, equal = zero;
+#pragma GCC unroll 8
+  for (size_t i = 0; i < kVecs; i++) {
+    // The clamp makes the exponent of a -inf logit finite with power exactly 0, or 0 * -inf would come; NaN passes it.
+    const Vec y = Simd::max(least, (x[i] - shift) * scale);
+    Vec e = Simd::exp2(y);
+    if (kNewMax) {
+      e = Simd::if_equal(x[i], shift, zero, e);
+      equal = equal + Simd::if_equal(x[i], shift, one, zero);
+    }
+    rest = rest + e;
+    weighted = Simd::fma(e, y, weighted);
+  }
+  if (kNewMax) rest = rest + Simd::first_lane(lane_sum<Simd>(equal) - 1);
+  state.rest = state.rest + rest;
+  state.weighted = state.weighted + weighted;
+}
+
+template <class Simd, class T>
+AEPO_INLINE void add_chunk(Running<Simd>& state, const T* logits) {
+  using Vec = typename Simd::Vec;
+  Vec x[Simd::kChunk];
+#pragma GCC unroll 8
+  for (int i = 0; i < Simd::kChunk; i += 2) Simd::load2(logits + i * Simd::kWidth, x[i], x[i + 1]);
+  Vec top = x[0];
+#pragma GCC unroll 8
+  for (int i = 1; i < Simd::kChunk; i++) top = Simd::max(top, x[i]);
+  if (__builtin_expect(Simd::any_greater(top, Simd::broadcast(state.max)), 0)) {
+    raise_max(state, lane_max<Simd>(top));
+    add<true>(state, x);
+  } else {
+    add<false>(state, x);
+  }
+}
+
+template <class Simd, class T>
+AEPO_ISA SegmentStats token_stats(const void* x, int64_t n, double scale) {
+  constexpr int64_t kChunk = Simd::kChunk * Simd::kWidth;
+  // The hardware prefetcher stops at every 4 KiB page; asking for the next page ourselves took 256 rows of 151,936
+  // bfloat16 logits from 12.0 to 7.8 ms (one thread, Sapphire Rapids class VM; 2 KiB 8.4, 8 KiB 8.2).
+  constexpr int64_t kAhead = 4096;
+  const T* logits = static_cast<const T*>(x);
+  Running<Simd> state{static_cast<typename Simd::Scalar>(scale)};
+  int64_t i = 0;
+  for (; i + kChunk <= n; i += kChunk) {
+    const char* here = reinterpret_cast<const char*>(logits + i);
+    for (size_t line = 0; line < kChunk * sizeof(T); line += 64) __builtin_prefetch(here + kAhead + line);
+    add_chunk(state, logits + i);
+  }
+  if (i < n) {
+    T tail[kChunk];
+    for (T& logit : tail) logit = minus_infinity<T>();
+    std::memcpy(tail, logits + i, (n - i) * sizeof(T));
+    add_chunk(state, tail);
+  }
+  return {state.max, lane_sum<Simd>(state.rest), lane_sum<Simd>(state.weighted) * kLn2};
+}
+
+}  // namespace aepo::AEPO_ISA_NAME

@@ -1,0 +1,73 @@
+// The kernels over rows of logits, torch-free: plain pointers and sizes, so that they compile in seconds and can be
+// driven from a small main() under a sanitizer. The bindings add tensors, checks and threads.
+#pragma once
+
+#include <cstdint>
+
+namespace aepo {
+
+enum LogitsType { kBFloat16, kFloat16, kFloat32, kFloat64, kNumLogitsTypes };
+
+// Rows are always cut into segments of this many logits, whatever the number of rows and threads, and a row's segments
+// are merged in order. So a row has the same bits alone or in a batch, on 1 thread or on 64.
+constexpr int64_t kSegment = 32768;
+
+inline int64_t num_segments(int64_t vocab) { return (vocab + kSegment - 1) / kSegment; }
+
+// Softmax statistics of some logits x about their maximum, with z = x / temperature. `rest` leaves out one occurrence of
+// the maximum, whose term is exactly 1: a sum with it would round a confident row's entropy away (1 + 1e-9 == 1 in
+// float32), log1p(rest) keeps every digit.
+struct SegmentStats {
+  double max;       // of x; -inf while there is no finite logit
+  double rest;      // sum exp(z_i - z_max) over all but one occurrence of the maximum
+  double weighted;  // sum exp(z_i - z_max) (z_i - z_max), <= 0
+};
+
+// All NaN if the row holds NaN, +inf or no finite logit.
+struct RowStats {
+  double max;      // of x, an exact copy of a logit
+  double log_sum;  // log sum exp(z_i - z_max), >= 0
+  double entropy;  // >= 0, nats
+};
+
+// The gradient of one row:  out_i = p_i (uniform + slope y_i),  y_i = log2 p_i = (x_i - max) scale - offset.
+struct RowGrad {
+  double max;
+  double scale;    // log2_scale(temperature)
+  double offset;   // log2(e) log_sum
+  double uniform;  // -(grad_logprob + grad_entropy entropy) / temperature
+  double slope;    // -grad_entropy ln(2) / temperature
+};
+
+// The kernels for one instruction set, indexed by LogitsType.
+struct RowKernels {
+  const char* name;
+  // Statistics of n <= kSegment logits; scale = log2_scale(temperature).
+  SegmentStats (*token_stats[kNumLogitsTypes])(const void* x, int64_t n, double scale);
+  // Gradient of n logits, rounded once to their type; out may be x.
+  void (*logits_grad[kNumLogitsTypes])(const void* x, void* out, int64_t n, const RowGrad& grad);
+};
+
+// The widest of avx512, avx2 and portable that this processor runs, or the one that the environment variable
+// AEPO_CPU_CAPABILITY names (read once). Throws std::runtime_error if that one is unknown or not supported here.
+const RowKernels& row_kernels();
+
+// log2(e) / temperature.
+double log2_scale(double temperature);
+
+// Merge the n segments of one row.
+RowStats merge_segments(const SegmentStats* segments, int64_t n, double temperature);
+
+// log p of one logit of the row.
+double label_logprob(double logit, const RowStats& stats, double temperature);
+
+RowGrad row_grad(const RowStats& stats, double grad_logprob, double grad_entropy, double temperature);
+
+// The gradient of the label's logit, whose log-prob has the extra term grad_logprob. Made apart from its row because
+// 1 - p of a confident token has no digits left in float32; expm1(log p) has them all.
+double label_grad(double logit, const RowStats& stats, double grad_logprob, double grad_entropy, double temperature);
+
+double load_logit(LogitsType type, const void* x, int64_t i);
+void store_logit(LogitsType type, void* x, int64_t i, double value);
+
+}  // namespace aepo
