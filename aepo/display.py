@@ -1,0 +1,78 @@
+"""Live progress: a line per step and evaluation, and on a terminal a bar with the stage that is running."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from aepo.metrics import Record
+
+
+class Display:
+    """Without a terminal (a pipe, a log file) only the lines."""
+
+    def __init__(self, steps: int, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._steps = steps
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=steps)
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def stage(self, name: str) -> None:
+        self._bar.update(self._task, description=name.replace("_", " "))
+
+    def paths(self, finished: int, total: int) -> None:
+        """Progress of a rollout."""
+        self._bar.update(self._task, description=f"rollout: {finished} of {total} paths")
+
+    def resumed(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+        self.console.print(f"resumed after step {step}")
+
+    def step(self, record: Record) -> None:
+        self._bar.update(self._task, completed=record["step"])
+        parts = [
+            f"step {record['step']:>{len(str(self._steps))}}/{self._steps}",
+            f"reward {_number(record['reward.mean'])}",
+            f"success {_number(record['train.success'])}",
+            f"entropy {_number(record['policy.entropy'])}",
+            f"clipped {_number(record['policy.clip_high'])}+{_number(record['policy.clip_low'])}",
+            f"fresh {_number(record['rollout.fresh_paths'], 1)}",
+            f"tools {record['tools.calls']} ({record['tools.failures']} failed)",
+            f"grad {_number(record['optimizer.grad_norm'])}",
+            f"{record['tokens.per_second']:.0f} tok/s",
+            f"{record['seconds.step']:.1f} s",
+        ]
+        self.console.print("  ".join(parts))
+
+    def evaluation(self, record: Record) -> None:
+        kinds = [
+            f"{key.removeprefix('success.')} {_number(v)}" for key, v in record.items() if key.startswith("success.")
+        ]
+        self.console.print(
+            f"held-out after step {record['step']}: success {_number(record['success'])} of {record['questions']} questions"
+            f" ({', '.join(kinds)})  {record['seconds']:.1f} s"
+        )
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,46 @@
+"""Ctrl-C that never leaves a step half applied."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+
+class Interrupt:
+    """While entered, Ctrl-C raises KeyboardInterrupt at once, or, between `hold` and `release`, at `release`.
+
+    Outside the main thread, where Python handles no signals, nothing is installed.
+    """
+
+    def __init__(self) -> None:
+        self._held = self._pending = False
+
+    def __enter__(self) -> Interrupt:
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._before = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._main:
+            signal.signal(signal.SIGINT, self._before)
+
+    def hold(self) -> None:
+        """From here to `release`, let Ctrl-C wait: weights, counters and logs are being changed together."""
+        self._held = True
+
+    def release(self) -> None:
+        """Raises the KeyboardInterrupt that came meanwhile."""
+        self._held = False
+        if self._pending:
+            self._pending = False
+            raise KeyboardInterrupt
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._held:
+            self._pending = True
+        else:
+            raise KeyboardInterrupt

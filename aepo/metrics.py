@@ -1,0 +1,189 @@
+"""What a step or an evaluation looked like, as flat dotted keys: pure functions of its trees, rewards and losses.
+
+`docs/trainer.md` lists the keys. A value that does not exist in a step (no tool was called, nothing was trained) is
+None. Keys that start with seconds, memory or tools.seconds, and tokens.*per_second, are measurements; all others are
+functions of configuration and seed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from aepo.rollout.tree import branches_per_path
+from aepo.types import Reward, RolloutTree
+
+Record = dict[str, Any]  # dotted key -> number, None, or (rollout.branches_per_path) a list of numbers
+FINISH_REASONS = ("answered", "eos", "length", "tool_limit")
+TOOL_FAILURES = ("unknown_tool", "raised", "timeout", "empty")
+KERNEL_METRICS = {
+    "clip_fraction_high": "policy.clip_high",
+    "clip_fraction_low": "policy.clip_low",
+    "dual_clip_fraction": "policy.dual_clip",
+    "ratio_mean": "policy.ratio_mean",
+    "approx_kl": "policy.approx_kl",
+    "entropy_mean": "policy.entropy",
+    "kl": "policy.kl",
+}
+
+
+def rollout_metrics(trees: Sequence[RolloutTree], rewards: Sequence[Sequence[Reward]]) -> Record:
+    """Of a rollout batch; `rewards[q][j]` belongs to path j of question q."""
+    flat = [reward for group in rewards for reward in group]
+    totals = [reward.total for reward in flat]
+    branches = Counter(count for tree in trees for count in branches_per_path(tree))
+    finished = Counter(path.finish_reason for tree in trees for path in tree.paths)
+    fresh = [sum(path.parent is None for path in tree.paths) for tree in trees]
+    tool_entropies = [tree.budget.tool_entropy for tree in trees if tree.budget]
+    generated = [len(node.token_ids) for tree in trees for node in tree.nodes if node.source == "model"]
+    return {
+        "reward.mean": _mean(totals),
+        "reward.std": _mean([(total - _mean(totals)) ** 2 for total in totals]) ** 0.5,
+        **_means("reward", ((name, value) for reward in flat for name, value in reward.components.items())),
+        **_success("train.success", trees, rewards),
+        "advantage.zero_groups": _mean([len({reward.total for reward in group}) == 1 for group in rewards]),
+        "rollout.paths": len(flat),
+        "rollout.fresh_paths": _mean(fresh),
+        "rollout.branches_per_path": [branches[count] for count in range(max(branches, default=0) + 1)],
+        "rollout.root_entropy": _mean([tree.budget.root_entropy for tree in trees if tree.budget]),
+        "rollout.tool_entropy": _mean([entropy for entropy in tool_entropies if entropy is not None]),
+        "rollout.branch_probability": _mean([d.probability for tree in trees for d in tree.decisions]),
+        **{f"rollout.finish.{reason}": finished[reason] / len(flat) for reason in FINISH_REASONS},
+        **tool_metrics(trees),
+        "tokens.generated": sum(generated),
+    }
+
+
+def tool_metrics(trees: Sequence[RolloutTree]) -> Record:
+    """Calls and failures. A result that several paths share is one call."""
+    nodes = [node for tree in trees for node in tree.nodes if node.source == "tool"]
+    failures = Counter(node.result.error for node in nodes if node.result and node.result.error)
+    calls = Counter(node.call.tool for node in nodes if node.call)
+    return {
+        "tools.calls": len(nodes),
+        **{f"tools.calls.{tool}": calls[tool] for tool in sorted(calls)},
+        "tools.failures": failures.total(),
+        **{f"tools.failures.{kind}": failures[kind] for kind in TOOL_FAILURES},
+        "tools.seconds": sum(node.result.seconds for node in nodes if node.result),
+    }
+
+
+def evaluation_metrics(trees: Sequence[RolloutTree], rewards: Sequence[Sequence[Reward]]) -> Record:
+    """Of held-out questions with one path each."""
+    flat = [reward for group in rewards for reward in group]
+    generated = sum(len(node.token_ids) for tree in trees for node in tree.nodes if node.source == "model")
+    return {
+        **_success("success", trees, rewards),
+        "reward": _mean([reward.total for reward in flat]),
+        **_means("reward", ((name, value) for reward in flat for name, value in reward.components.items())),
+        "questions": len(trees),
+        "tool_calls": tool_metrics(trees)["tools.calls"] / len(trees),
+        "tokens": generated / len(trees),
+    }
+
+
+def loss_metrics(steps: Sequence[Sequence[dict[str, float]]]) -> Record:
+    """Of all micro-batches of all optimiser steps of a rollout batch, from the kernel's metrics.
+
+    The loss is summed within an optimiser step and averaged over them; means are over tokens; the entropy's standard
+    deviation is merged from (count, mean, M2).
+    """
+    parts = [part for step in steps for part in step]
+    tokens = sum(part["valid_tokens"] for part in parts)
+
+    def token_mean(name: str) -> float | None:
+        if not tokens or name not in parts[0]:
+            return None
+        return sum(part[name] * part["valid_tokens"] for part in parts) / tokens
+
+    mean = token_mean("entropy_mean")
+    squares = sum(
+        part["entropy_std"] ** 2 * (part["valid_tokens"] - 1)
+        + (part["entropy_mean"] - mean) ** 2 * part["valid_tokens"]
+        for part in parts
+        if mean is not None
+    )
+    return {
+        "policy.loss": _mean([sum(part["loss"] for part in step) for step in steps if step]),
+        **{key: token_mean(name) for name, key in KERNEL_METRICS.items()},
+        "policy.entropy_std": math.sqrt(squares / (tokens - 1)) if tokens > 1 else None,
+        "policy.ratio_max": max((part["ratio_max"] for part in parts), default=None),
+        "policy.advantage_flips": sum(part.get("advantage_flips", 0) for part in parts),
+        "tokens.trained": int(tokens),
+    }
+
+
+def mismatch_metrics(old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor) -> Record:
+    """How far the engine's log-probs [n] are from the trainer's [n] under the same weights: k3 estimate of
+    KL(engine || trainer), and the largest difference, both in nats."""
+    difference = (old_logprobs - rollout_logprobs).double()
+    return {
+        "policy.mismatch_kl": (difference.expm1() - difference).mean().item() if len(difference) else None,
+        "policy.mismatch_max": difference.abs().max().item() if len(difference) else None,
+    }
+
+
+def memory_metrics() -> Record:
+    """Peaks since the process started."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rss_mib = peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    gpu_mib = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+    return {"memory.peak_rss_mib": rss_mib, "memory.peak_gpu_mib": gpu_mib}
+
+
+class StageClock:
+    """Wall time of the stages of one step; `announce` is told when one begins."""
+
+    def __init__(self, announce: Callable[[str], None]) -> None:
+        self._announce = announce
+        self._start = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self._announce(stage)
+        start = time.perf_counter()
+        yield
+        self._seconds[stage] = time.perf_counter() - start
+
+    def metrics(self, generated: int, trained: int) -> Record:
+        """Seconds per stage, generated tokens per second of rollout, and trained tokens per second of the step."""
+        step = time.perf_counter() - self._start
+        return {
+            **{f"seconds.{stage}": seconds for stage, seconds in self._seconds.items()},
+            "seconds.step": step,
+            "tokens.per_second": trained / step,
+            "tokens.generated_per_second": generated / self._seconds["rollout"],
+        }
+
+
+def finite(record: Record) -> Record:
+    """With None in place of NaN and infinity, which JSON does not have."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
+def _success(prefix: str, trees: Sequence[RolloutTree], rewards: Sequence[Sequence[Reward]]) -> Record:
+    kinds = _means(
+        prefix,
+        ((tree.question.kind, reward.success) for tree, group in zip(trees, rewards, strict=True) for reward in group),
+    )
+    return {prefix: _mean([reward.success for group in rewards for reward in group]), **kinds}
+
+
+def _means(prefix: str, pairs: Iterable[tuple[str, float]]) -> Record:
+    values = defaultdict(list)
+    for name, value in pairs:
+        values[name].append(value)
+    return {f"{prefix}.{name}": _mean(values[name]) for name in sorted(values)}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None

@@ -1,0 +1,226 @@
+"""The files of a run directory, except checkpoints.
+
+    config.yaml    the whole configuration
+    run.json       what ran where, since when, and how it ended
+    metrics.jsonl  one record per step; step n = after n rollout batches
+    evals.jsonl    one record per held-out evaluation; step 0 = before the first step
+    trees/         step_000010.json: rollout trees of a step with rewards, advantages and the text of every token
+    tensorboard/   the same numbers as event files
+
+A resumed run first cuts all of them back to the step it starts from, so they read like those of one run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import aepo
+from aepo.config import Config, to_yaml
+from aepo.metrics import Record, finite
+from aepo.types import Reward, RolloutTree
+
+FORMAT = 1
+FILES = (
+    "config.yaml",
+    "run.json",
+    "metrics.jsonl",
+    "evals.jsonl",
+    "trees",
+    "tensorboard",
+    "checkpoints",
+    "report.html",
+)
+
+
+class RunLog:
+    """Writes the files above. `facts` are the model's and the task's entries of run.json."""
+
+    def __init__(self, directory: Path, config: Config, facts: dict[str, Any], step: int, resumed: bool) -> None:
+        self.directory = directory
+        self._start = time.perf_counter()
+        if resumed:
+            self._facts = json.loads((directory / "run.json").read_text())
+            self._facts["resumed"].append({"step": step, "time": _now()})
+            self._cut_back(step)
+        else:
+            refuse_existing_run(directory)
+            directory.mkdir(parents=True, exist_ok=True)
+            self._facts = {"format": FORMAT, "started": _now(), **facts, **machine_facts(), "resumed": []}
+        self._trees = directory / "trees"
+        self._trees.mkdir(exist_ok=True)
+        _replace(directory / "config.yaml", to_yaml(config))
+        self._state(status="running", finished=None, reason=None, wall_seconds=None)
+        self._board = None
+        if config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+
+    def step(self, record: Record) -> None:
+        self._append("metrics.jsonl", record, prefix="")
+
+    def evaluation(self, record: Record) -> None:
+        self._append("evals.jsonl", record, prefix="heldout.")
+
+    def evaluations(self) -> list[Record]:
+        return read_records(self.directory / "evals.jsonl")
+
+    def trees(
+        self,
+        step: int,
+        trees: Sequence[RolloutTree],
+        rewards: Sequence[Sequence[Reward]],
+        advantages: Sequence[Sequence[float]],
+        *,
+        vocab_size: int,
+        temperature: float,
+        decode: Callable[[Sequence[int]], str],
+    ) -> None:
+        entries = [
+            {
+                "tree": dataclasses.asdict(tree),
+                "rewards": [dataclasses.asdict(reward) for reward in path_rewards],
+                "advantages": list(path_advantages),
+                "texts": [token_texts(node.token_ids, decode) for node in tree.nodes],
+            }
+            for tree, path_rewards, path_advantages in zip(trees, rewards, advantages, strict=True)
+        ]
+        record = {"step": step, "vocab_size": vocab_size, "temperature": temperature, "trees": entries}
+        _replace(self._trees / f"step_{step:06d}.json", json.dumps(record))
+
+    def close(self, status: str, reason: str | None = None) -> None:
+        """`status`: finished, interrupted or failed; `reason`: the error's text."""
+        self._state(status=status, finished=_now(), reason=reason, wall_seconds=time.perf_counter() - self._start)
+        if self._board is not None:
+            self._board.close()
+
+    def _append(self, name: str, record: Record, prefix: str) -> None:
+        with (self.directory / name).open("a") as file:
+            file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+        if self._board is not None:
+            for key, value in record.items():
+                if isinstance(value, (int, float)) and key != "step":
+                    self._board.add_scalar((prefix + key).replace(".", "/", 1), value, record["step"])
+            self._board.flush()
+
+    def _cut_back(self, step: int) -> None:
+        for name in ("metrics.jsonl", "evals.jsonl"):
+            kept = [record for record in read_records(self.directory / name) if record["step"] <= step]
+            _replace(self.directory / name, "".join(json.dumps(record) + "\n" for record in kept))
+        for path in (self.directory / "trees").glob("step_*.json"):
+            if int(path.stem.removeprefix("step_")) > step:
+                path.unlink()
+
+    def _state(self, **changes: Any) -> None:
+        self._facts.update(changes)
+        _replace(self.directory / "run.json", json.dumps(self._facts, indent=2) + "\n")
+
+
+def refuse_existing_run(directory: Path) -> None:
+    """FileExistsError if `directory` already holds a run."""
+    if (directory / "run.json").exists():
+        raise FileExistsError(
+            f"{directory} already holds a run: continue it with --resume {directory}, replace it with --overwrite, "
+            "or choose another run.dir"
+        )
+
+
+def remove_run(directory: Path) -> None:
+    """Delete the files of a run, and nothing else that may lie beside them."""
+    for name in FILES:
+        path = directory / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def read_records(path: Path) -> list[Record]:
+    """Of a .jsonl file; a last line that was cut off while being written is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not JSON") from None
+    return records
+
+
+def token_texts(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """One piece of text per token; joined they are the decoded text. A character whose bytes are spread over several
+    tokens stands at the last of them."""
+    pieces, done = [], ""
+    for end in range(1, len(token_ids) + 1):
+        text = decode(token_ids[:end])
+        if text.endswith("\ufffd") and end < len(token_ids):
+            text = done
+        pieces.append(text[len(done) :])
+        done = text
+    return pieces
+
+
+def machine_facts() -> dict[str, Any]:
+    """The machine and versions that a result depends on."""
+    packages = {}
+    for name in ("torch", "transformers", "triton"):
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = None
+    return {
+        "machine": {
+            "platform": platform.platform(),
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": {"aepo": aepo.__version__, "python": platform.python_version(), **packages},
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str | None:
+    """Of the source tree that this package runs from; None if it is installed or git is missing."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write at once: a reader, or a crash, finds the old content or the new."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
