@@ -1,0 +1,67 @@
+"""What the two kernels that stream the logits share: where a row begins, which of its tiles are whole, who does it."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ACCESS_BYTES = 16  # the widest load or store of one thread
+# The compiler keeps 1/log(2) out of the loop; exp2 is one instruction on the GPU, exp would be two.
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Stands for log2 p = -inf: 2**-200 is exactly 0 in float32, and 0 * -200 is 0 where 0 * -inf would be NaN.
+LOG2_ZERO = tl.constexpr(-200.0)
+
+
+@triton.jit
+def aligned_row(ptr, row, stride, VEC: tl.constexpr):
+    """(pointer, head): the row starts `head` < VEC elements behind a pointer that is aligned to 16 bytes.
+
+    A vocabulary, stride or slice that is no multiple of VEC puts rows anywhere. Counting positions from the aligned
+    pointer keeps every access to a whole tile 16 bytes wide, whatever the row (without it: VEC narrow loads instead).
+    """
+    start = ptr + row.to(tl.int64) * stride
+    head = (start.to(tl.int64) % 16 // (16 // VEC)).to(tl.int32)
+    return tl.multiple_of(start - head, 16), head
+
+
+@triton.jit
+def tile_ranges(tile_0, begin, end, TILE: tl.constexpr):
+    """Cut positions [begin, end), which start in the tile at `tile_0`, into whole tiles and at most two cut ones.
+
+    Returns (edge_first, edge_step, whole_first, whole_end): the cut tiles are range(edge_first, end, edge_step), the
+    whole ones range(whole_first, whole_end, TILE). So the hot loop needs no mask.
+    """
+    whole_first = tl.where(begin > tile_0, tile_0 + TILE, tile_0)
+    whole_end = whole_first + tl.maximum(end - whole_first, 0) // TILE * TILE
+    edge_first = tl.where(begin > tile_0, tile_0, whole_end)
+    return edge_first, tl.maximum(whole_end - tile_0, TILE), whole_first, whole_end
+
+
+def row_programs(logits: Tensor, tile: int) -> tuple[int, int]:
+    """(programs per row, tiles per program) for logits [T, V] processed in tiles of `tile` elements.
+
+    One program per row once the rows fill the GPU several times over; fewer rows are split, so that every
+    multiprocessor has work, but never into parts of less than two tiles, whose fixed costs would dominate.
+    """
+    rows, vocab = logits.shape
+    tiles = triton.cdiv(vocab + ACCESS_BYTES, tile)  # positions count from up to VEC - 1 before the row
+    wanted = triton.cdiv(_programs_to_fill(logits.device), max(rows, 1))
+    programs = max(1, min(wanted, tiles // 2, MAX_PROGRAMS_PER_ROW))
+    per_program = triton.cdiv(tiles, programs)
+    return triton.cdiv(tiles, per_program), per_program
+
+
+MAX_PROGRAMS_PER_ROW = 64
+
+
+@functools.cache
+def _programs_to_fill(device: torch.device) -> int:
+    """Programs for four waves: 8 programs are resident per multiprocessor, and the last, partly filled wave of n costs
+    about 1/n of the time. The interpreter has no multiprocessors; 1 lets its tests see split rows."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return 4 * 8 * processors

@@ -1,0 +1,286 @@
+"""The O(T) part of every policy loss: loss, its two gradients and the metrics from per-token numbers.
+
+The rules are those of reference.policy_terms. One kernel serves all objectives. A program owns a range of tokens: a
+block of them, or one packed sequence where the ratio is per sequence. What crosses programs goes through a row of
+partial sums each, added up in a fixed order by a last program, so that equal inputs give equal bits.
+
+Everything is float64 inside: at a few hundred operations per token it is nothing beside the V logits of that token, sums
+of 1e5 terms keep their digits, and the mean of equal float32 entropies is exact, so their std is exactly 0.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+NUM_WARPS = 8
+
+# Columns of a program's partial sums: first the metrics in the order of reference.policy_terms.METRICS.
+CLIP_HIGH, CLIP_LOW, DUAL_CLIP, RATIO_MEAN, RATIO_MAX, APPROX_KL = (tl.constexpr(i) for i in range(6))
+ENTROPY_MEAN, ENTROPY_STD, FLIPS, KL, VALID = (tl.constexpr(i) for i in range(6, 11))
+NUM_METRICS, LOSS, COLUMNS = tl.constexpr(11), tl.constexpr(11), tl.constexpr(16)
+
+
+@triton.jit
+def _load(ptr, token, valid):
+    """Values of the valid tokens; masked ones, which may hold NaN, are not read and count as 0."""
+    return tl.load(ptr + token, mask=valid, other=0.0).to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def moments_kernel(entropy_ptr, weight_ptr, moments_ptr, tokens, BLOCK: tl.constexpr):
+    """Program (block): count, mean and sum of squared deviations of its valid entropies, to moments[block]."""
+    block = tl.program_id(0)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    valid = tl.load(weight_ptr + token, mask=token < tokens, other=0.0) != 0
+    entropy = _load(entropy_ptr, token, valid)
+    count = tl.sum(valid.to(tl.float64), 0)
+    mean = tl.sum(entropy, 0) / tl.maximum(count, 1)
+    deviation = tl.where(valid, entropy - mean, 0.0)
+    tl.store(moments_ptr + block * 3, count)
+    tl.store(moments_ptr + block * 3 + 1, mean)
+    tl.store(moments_ptr + block * 3 + 2, tl.sum(deviation * deviation, 0))
+
+
+@triton.jit
+def _mean_std(moments_ptr, blocks, BLOCK: tl.constexpr):
+    """Mean and unbiased std of the whole from the moments of its blocks; 0 where there are too few values."""
+    count = tl.zeros((BLOCK,), tl.float64)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, blocks, BLOCK):
+        block = first + tl.arange(0, BLOCK)
+        n = _load(moments_ptr, block * 3, block < blocks)
+        count += n
+        total += n * _load(moments_ptr, block * 3 + 1, block < blocks)
+    num = tl.sum(count, 0)
+    mean = tl.sum(total, 0) / tl.maximum(num, 1)
+    squares = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, blocks, BLOCK):
+        block = first + tl.arange(0, BLOCK)
+        n = _load(moments_ptr, block * 3, block < blocks)
+        shift = _load(moments_ptr, block * 3 + 1, block < blocks) - mean
+        squares += _load(moments_ptr, block * 3 + 2, block < blocks) + n * shift * shift
+    return mean, tl.sqrt(tl.sum(squares, 0) / tl.maximum(num - 1, 1))
+
+
+@triton.jit
+def _kl(x, estimator):
+    """The estimator k1, k2 or k3 of KL(policy || reference) and its slope in logprob; x = ref_logprob - logprob."""
+    growth = tl.exp(x) - 1  # float64: exact to 2e-16 where k3 is of the order x^2 / 2
+    kl = tl.where(estimator == 1, -x, tl.where(estimator == 2, x * x / 2, growth - x))
+    return kl, tl.where(estimator == 1, 1.0, tl.where(estimator == 2, -x, -growth))
+
+
+@triton.jit
+def _sum_in(column, index, x):
+    """The sum of x in one column of a row of sums, 0 in the others."""
+    return tl.where(column == index, tl.sum(x.to(tl.float64), 0), 0.0)
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks", "clamp_factor", "kl_estimator"])
+def policy_terms_kernel(
+    logprobs_ptr,  # (T,), like all the per-token tensors float32
+    old_logprobs_ptr,
+    advantages_ptr,
+    weight_ptr,
+    entropy_ptr,  # or None
+    ref_logprobs_ptr,  # or None
+    rollout_logprobs_ptr,  # or None
+    cu_seqlens_ptr,  # (N + 1,) int64, or None
+    entropy_stats_ptr,  # (2,), or None
+    moments_ptr,  # (blocks, 3) float64, None without entropy
+    grad_logprobs_ptr,  # (T,)
+    grad_entropy_ptr,  # (T,), None without an entropy bonus
+    partials_ptr,  # (programs, COLUMNS) float64
+    tokens,
+    blocks,
+    low,
+    high,
+    grad_low,
+    grad_high,
+    dual_clip,
+    entropy_advantage,
+    clamp_factor,
+    kl_coef,
+    kl_estimator,
+    entropy_bonus,
+    importance_cap,
+    DETACHED_RATIO: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (range of tokens): their gradients, and their sums to partials[program]."""
+    program = tl.program_id(0)
+    first, end = program * BLOCK, tl.minimum(program * BLOCK + BLOCK, tokens)
+    if cu_seqlens_ptr is not None:
+        first, end = tl.load(cu_seqlens_ptr + program), tl.load(cu_seqlens_ptr + program + 1)
+
+    sequence_log_ratio = tl.full((), 0.0, tl.float64)
+    num = tl.full((), 1.0, tl.float64)
+    if cu_seqlens_ptr is not None:
+        total = tl.zeros((BLOCK,), tl.float64)
+        count = tl.zeros((BLOCK,), tl.float64)
+        for block in range(first, end, BLOCK):
+            token = block + tl.arange(0, BLOCK)
+            valid = tl.load(weight_ptr + token, mask=token < end, other=0.0) != 0
+            total += _load(logprobs_ptr, token, valid) - _load(old_logprobs_ptr, token, valid)
+            count += valid.to(tl.float64)
+        num = tl.maximum(tl.sum(count, 0), 1)
+        sequence_log_ratio = tl.sum(total, 0) / num
+
+    if entropy_ptr is not None:
+        if entropy_stats_ptr is not None:
+            mean, std = tl.load(entropy_stats_ptr).to(tl.float64), tl.load(entropy_stats_ptr + 1).to(tl.float64)
+        else:
+            mean, std = _mean_std(moments_ptr, blocks, BLOCK)
+
+    column = tl.arange(0, COLUMNS)
+    sums = tl.zeros((COLUMNS,), tl.float64)
+    ratio_max = tl.zeros((BLOCK,), tl.float64)
+    shared = tl.zeros((BLOCK,), tl.float64)  # policy gradient that the tokens of a sequence divide among them
+    for block in range(first, end, BLOCK):
+        token = block + tl.arange(0, BLOCK)
+        weight = tl.load(weight_ptr + token, mask=token < end, other=0.0).to(tl.float64)
+        valid = weight != 0
+        logprob = _load(logprobs_ptr, token, valid)
+        old_logprob = _load(old_logprobs_ptr, token, valid)
+        log_ratio = logprob - old_logprob
+        ratio = tl.exp(log_ratio)
+        if cu_seqlens_ptr is not None:
+            ratio = tl.where(valid, tl.exp(sequence_log_ratio), 1.0)
+
+        advantage = _load(advantages_ptr, token, valid)
+        if entropy_ptr is not None:
+            entropy = _load(entropy_ptr, token, valid)
+            factor = 1 + entropy_advantage * (entropy - mean) / std
+            factor = tl.where((entropy_advantage == 0) | (std == 0), 1.0, factor)
+            sums += _sum_in(column, FLIPS, valid & (factor < 0))
+            advantage *= tl.where(factor < 0, tl.where(clamp_factor != 0, 0.0, factor), factor)
+
+        above, below = ratio > high, ratio < low
+        if DETACHED_RATIO:
+            slope = tl.where(above, high, tl.where(below, low, ratio))
+            policy = -slope * advantage * logprob
+        else:
+            above, below = (advantage > 0) & above, (advantage < 0) & below
+            beyond = (advantage < 0) & (ratio > dual_clip)
+            slope = tl.where(above, grad_high, tl.where(beyond, 0.0, tl.where(below, grad_low, ratio)))
+            policy = -advantage * tl.where(above, high, tl.where(beyond, dual_clip, tl.where(below, low, ratio)))
+            sums += _sum_in(column, DUAL_CLIP, valid & beyond)
+        if rollout_logprobs_ptr is not None:
+            importance = tl.exp(old_logprob - _load(rollout_logprobs_ptr, token, valid))
+            importance = tl.where(importance > importance_cap, importance_cap, importance)
+            policy *= importance
+            slope *= importance
+
+        term = policy
+        grad = tl.where(valid, -weight * advantage * slope, 0.0)
+        if (cu_seqlens_ptr is not None) and (not DETACHED_RATIO):
+            shared += grad
+            grad = tl.zeros((BLOCK,), tl.float64)
+        if ref_logprobs_ptr is not None:
+            kl, kl_slope = _kl(_load(ref_logprobs_ptr, token, valid) - logprob, kl_estimator)
+            sums += _sum_in(column, KL, kl)
+            if kl_coef != 0:  # else a metric alone, which must not carry an inf into the loss
+                term += kl_coef * kl
+                grad += tl.where(valid, weight * kl_coef * kl_slope, 0.0)
+        if grad_entropy_ptr is not None:
+            term -= entropy_bonus * entropy
+            tl.store(grad_entropy_ptr + token, tl.where(valid, -weight * entropy_bonus, 0.0), mask=token < end)
+        tl.store(grad_logprobs_ptr + token, grad, mask=token < end)
+
+        sums += _sum_in(column, LOSS, tl.where(valid, weight * term, 0.0))
+        sums += _sum_in(column, CLIP_HIGH, valid & above)
+        sums += _sum_in(column, CLIP_LOW, valid & below)
+        sums += _sum_in(column, RATIO_MEAN, tl.where(valid, ratio, 0.0))
+        sums += _sum_in(column, APPROX_KL, tl.exp(log_ratio) - 1 - log_ratio)
+        sums += _sum_in(column, VALID, valid)
+        ratio_max = tl.maximum(ratio_max, tl.where(valid, ratio, 0.0))
+    sums += tl.where(column == RATIO_MAX, tl.max(ratio_max, 0), 0.0)
+    tl.store(partials_ptr + program * COLUMNS + column, sums)
+
+    if (cu_seqlens_ptr is not None) and (not DETACHED_RATIO):
+        tl.debug_barrier()  # the gradients stored above are read back
+        share = tl.sum(shared, 0) / num
+        for block in range(first, end, BLOCK):
+            token = block + tl.arange(0, BLOCK)
+            valid = tl.load(weight_ptr + token, mask=token < end, other=0.0) != 0
+            tl.store(grad_logprobs_ptr + token, _load(grad_logprobs_ptr, token, valid) + share, mask=valid)
+
+
+@triton.jit(do_not_specialize=["programs", "blocks"])
+def totals_kernel(
+    partials_ptr, moments_ptr, loss_ptr, metrics_ptr, programs, blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One program: loss and final metrics from the partial sums of all programs."""
+    column = tl.arange(0, COLUMNS)
+    sums = tl.zeros((ROWS, COLUMNS), tl.float64)
+    highest = tl.zeros((ROWS, COLUMNS), tl.float64)
+    for first in range(0, programs, ROWS):
+        program = first + tl.arange(0, ROWS)[:, None]
+        partial = tl.load(partials_ptr + program * COLUMNS + column[None, :], mask=program < programs, other=0.0)
+        sums += partial
+        highest = tl.maximum(highest, partial)
+    total = tl.sum(sums, 0)
+    mean = total / tl.maximum(tl.sum(tl.where(column == VALID, total, 0.0), 0), 1)
+    result = tl.where((column == LOSS) | (column == VALID) | (column == FLIPS), total, mean)
+    result = tl.where(column == RATIO_MAX, tl.max(highest, 0), result)
+    if moments_ptr is not None:
+        entropy_mean, entropy_std = _mean_std(moments_ptr, blocks, BLOCK)
+        result = tl.where(column == ENTROPY_MEAN, entropy_mean, result)
+        result = tl.where(column == ENTROPY_STD, entropy_std, result)
+    tl.store(metrics_ptr + column, result, mask=column < NUM_METRICS)
+    tl.store(loss_ptr + column - LOSS, result, mask=column == LOSS)
+
+
+def policy_terms(
+    logprobs: Tensor,  # [T] float32, like all the per-token tensors
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weight: Tensor,  # share of the token in the loss, 0 = masked
+    entropy: Tensor | None,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    cu_seqlens: Tensor | None,  # [N + 1] int64; given = one ratio per sequence
+    entropy_stats: Tensor | None,  # [2]
+    low: float,
+    high: float,
+    grad_low: float,
+    grad_high: float,
+    dual_clip: float,
+    detached_ratio: bool,
+    entropy_advantage: float,
+    clamp_factor: bool,
+    kl_coef: float,
+    kl_estimator: int,
+    entropy_bonus: float,
+    importance_cap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (loss [], d loss/d logprobs [T], d loss/d entropy [T] or [0] without a bonus, metrics [11]), float32.
+
+    The meaning of every argument and output is that of reference.policy_terms. Deterministic.
+    """
+    tokens = logprobs.numel()
+    blocks = triton.cdiv(tokens, BLOCK)
+    programs = blocks if cu_seqlens is None else cu_seqlens.numel() - 1
+    loss, metrics = logprobs.new_empty(()), logprobs.new_empty(NUM_METRICS.value)
+    grad_logprobs = torch.empty_like(logprobs)
+    grad_entropy = logprobs.new_empty(tokens if entropy_bonus != 0 else 0)
+    partials = logprobs.new_empty(programs, COLUMNS.value, dtype=torch.float64)
+    moments = None if entropy is None else logprobs.new_empty(blocks, 3, dtype=torch.float64)
+    with torch.cuda.device_of(logprobs):
+        if moments is not None:
+            moments_kernel[(blocks,)](entropy, weight, moments, tokens, BLOCK=BLOCK, num_warps=NUM_WARPS)
+        policy_terms_kernel[(programs,)](
+            logprobs, old_logprobs, advantages, weight, entropy, ref_logprobs, rollout_logprobs, cu_seqlens,
+            entropy_stats, moments, grad_logprobs, grad_entropy if entropy_bonus != 0 else None, partials,
+            tokens, blocks, low, high, grad_low, grad_high, dual_clip, entropy_advantage, int(clamp_factor),
+            kl_coef, kl_estimator, entropy_bonus, importance_cap,
+            DETACHED_RATIO=detached_ratio, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        )  # fmt: skip
+        totals_kernel[(1,)](
+            partials, moments, loss, metrics, programs, blocks, ROWS=64, BLOCK=BLOCK, num_warps=NUM_WARPS
+        )
+    return loss, grad_logprobs, grad_entropy, metrics
