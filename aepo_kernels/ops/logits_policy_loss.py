@@ -79,7 +79,7 @@ class _LogitsPolicyLoss(torch.autograd.Function):
         coefficients = (grad_loss * grad_logprobs, grad_loss * grad_entropy if ctx.has_bonus else None)
         if ctx.inplace:
             torch.ops.aepo.logits_grad_(logits, labels, *stats, *coefficients, *ctx.settings)
-            grad = logits
+            grad = logits.detach()
         else:
             grad = torch.ops.aepo.logits_grad(logits, labels, *stats, *coefficients, *ctx.settings)
         return grad, None, None, None, *[None] * ctx.others

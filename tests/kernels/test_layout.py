@@ -1,0 +1,133 @@
+"""Claims about memory: leading dimensions and views are followed without a copy, other strides are refused, empty
+inputs work, and offsets beyond 2^31 elements are right."""
+
+import pytest
+import torch
+
+from aepo_kernels import PolicyObjective, entropy_from_logits, logits_policy_loss, logprobs_and_entropy
+from aepo_kernels.ops.rows import row_blocks
+from aepo_kernels.testing import make_labels, make_logits
+
+VOCAB = 37
+
+
+def padded_rows():
+    return make_logits(12, 64)[:, 3 : 3 + VOCAB]
+
+
+def shifted_by_one():  # what every trainer does: position t predicts token t + 1
+    return make_logits(12, VOCAB).view(3, 4, VOCAB)[:, :-1]
+
+
+def transposed_batch():
+    return make_logits(12, VOCAB).view(3, 4, VOCAB).transpose(0, 1)
+
+
+def every_second_row():
+    return make_logits(12, VOCAB)[::2]
+
+
+def four_dimensions():
+    return make_logits(24, VOCAB).view(2, 3, 4, VOCAB)[:, 1:, :-1]
+
+
+def one_row():
+    return make_logits(1, VOCAB)[0]
+
+
+def expanded():
+    return make_logits(1, VOCAB).expand(5, VOCAB)
+
+
+LAYOUTS = [padded_rows, shifted_by_one, transposed_batch, every_second_row, four_dimensions, one_row, expanded]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_views_give_what_their_copies_give(layout, backend):
+    view = layout()
+    copy = view.clone(memory_format=torch.contiguous_format)
+    labels = make_labels(copy.view(-1, VOCAB)).view(view.shape[:-1])
+    assert all(block.untyped_storage().data_ptr() == view.untyped_storage().data_ptr() for block in row_blocks(view))
+
+    def run(x):
+        x = x.detach().requires_grad_()
+        logprobs, entropy = logprobs_and_entropy(x, labels, backend=backend)
+        assert logprobs.shape == entropy.shape == x.shape[:-1]
+        (grad,) = torch.autograd.grad(logprobs.sum() + (entropy * entropy).sum(), x)
+        return logprobs, entropy, grad
+
+    for got, expected in zip(run(view), run(copy), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("layout", [padded_rows, shifted_by_one, transposed_batch])
+def test_in_place_through_a_view_writes_the_view_and_nothing_else(layout, backend):
+    view = layout()
+    base = view._base if view._base is not None else view
+    before = base.clone()
+    rows = view.shape[:-1]
+    labels = make_labels(view.reshape(-1, VOCAB)).view(rows)
+    given = {"advantages": torch.ones(rows), "mask": torch.ones(rows, dtype=torch.bool), "backend": backend}
+    objective = PolicyObjective.preset("dapo")
+    grads = []
+    for logits, inplace in ((view.clone(), False), (view, True)):
+        x = logits.requires_grad_()
+        old = torch.full(rows, -3.5)
+        loss = logits_policy_loss(x, labels, old, objective=objective, inplace_backward=inplace, **given).loss
+        grads.append(torch.autograd.grad(loss, x)[0])
+    assert torch.equal(*grads)
+    assert torch.equal(view.detach(), grads[0])
+    untouched = torch.ones_like(before, dtype=torch.bool)
+    untouched.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(False)
+    assert torch.equal(base.detach()[untouched], before[untouched])
+
+
+def test_a_strided_vocabulary_is_refused_not_copied(backend):
+    with pytest.raises(ValueError, match=r"logits must have a contiguous last dimension; got strides \(1, 4\)"):
+        entropy_from_logits(torch.zeros(5, 4).t(), backend=backend)
+
+
+def test_expanded_logits_cannot_be_overwritten(backend):
+    logits = expanded().requires_grad_()
+    zeros = torch.zeros(5)
+    with pytest.raises(ValueError, match="inplace_backward=True needs rows of their own"):
+        logits_policy_loss(
+            logits,
+            zeros.long(),
+            zeros,
+            zeros,
+            torch.ones(5, dtype=torch.bool),
+            objective=PolicyObjective.preset("dapo"),
+            inplace_backward=True,
+            backend=backend,
+        )
+
+
+@pytest.mark.parametrize("shape", [(0, VOCAB), (2, 0, VOCAB), (0, 4, VOCAB)])
+def test_empty_batches(shape, backend):
+    x = torch.zeros(shape, requires_grad=True)
+    logprobs, entropy = logprobs_and_entropy(x, torch.zeros(shape[:-1], dtype=torch.long), backend=backend)
+    assert logprobs.shape == entropy.shape == shape[:-1]
+    (logprobs.sum() + entropy.sum()).backward()
+    assert x.grad.shape == shape
+
+
+def test_offsets_beyond_two_to_the_31_elements(backend):
+    # Two rows 2^31 + 8 elements apart: 4.3 GB of address space, of which only the rows' own pages are ever touched.
+    stride = 2**31 + 8
+    torch.utils.deterministic.fill_uninitialized_memory = False  # the fixture would touch all of it
+    rows = torch.empty(stride + VOCAB, dtype=torch.bfloat16).as_strided((2, VOCAB), (stride, 1))
+    rows.copy_(make_logits(2, VOCAB, "flat", torch.bfloat16))
+    labels = make_labels(rows.clone())
+    near = rows.clone()
+    grads = []
+    for logits in (near, rows):
+        x = logits.requires_grad_()
+        zeros = torch.zeros(2)
+        mask = torch.ones(2, dtype=torch.bool)
+        loss = logits_policy_loss(
+            x, labels, zeros - 3, zeros + 1, mask, objective=PolicyObjective(), inplace_backward=True, backend=backend
+        ).loss
+        grads.append(torch.autograd.grad(loss, x)[0].clone())
+    assert grads[0].abs().max() > 1e-3
+    assert torch.equal(*grads)

@@ -1,0 +1,106 @@
+"""Claims about values that are not ordinary numbers: a logit of -inf counts as nothing, wherever it stands; a row with
+NaN, +inf or nothing finite is NaN in every output and disturbs no other row."""
+
+import pytest
+import torch
+
+from aepo_kernels import entropy_from_logits, logprobs_and_entropy
+from aepo_kernels.testing import assert_within_budget, eager_token_stats, make_labels, make_logits
+
+# Where the -inf logits of a row of 5000 stand: leading ones fill the first block of every kernel, and more.
+HOLES = {
+    "one": [2500],
+    "first": [0],
+    "last": [4999],
+    "leading block": range(2048),
+    "leading half and more": range(4500),
+    "trailing block": range(2900, 5000),
+    "every second": range(0, 5000, 2),
+    "all but one": range(1, 5000),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("holes", HOLES)
+def test_minus_inf_counts_as_nothing(holes, dtype, backend):
+    logits = make_logits(2, 5000, "normal", dtype)
+    logits[:, list(HOLES[holes])] = -torch.inf
+    labels = make_labels(logits)
+    x = logits.clone().requires_grad_()
+    logprobs, entropy = logprobs_and_entropy(x, labels, backend=backend)
+    (logprobs.sum() + 0.5 * entropy.sum()).backward()
+    weights = (torch.ones(2), torch.full((2,), 0.5))
+    truth = eager_token_stats(logits, labels, 1.0, *weights, dtype=torch.float64)
+    assert_within_budget("logprobs", logprobs, truth.logprobs, scale=10)
+    assert_within_budget("entropy", entropy, truth.entropy, scale=10)
+    assert_within_budget("grad", x.grad, truth.grad, scale=10)
+    assert x.grad[logits.isneginf()].eq(0).all()
+    assert entropy.ge(0).all()
+
+
+def test_a_label_without_probability_has_logprob_minus_inf(backend):
+    logits = torch.tensor([[0.0, -torch.inf, 1.0]])
+    logprobs, entropy = logprobs_and_entropy(logits, torch.tensor([1]), backend=backend)
+    assert logprobs.item() == -torch.inf
+    assert entropy.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_smallest_finite_number_as_a_mask(dtype, backend):
+    # Masked logits are often written as finfo.min; divided by a temperature below 1 it overflows to -inf.
+    logits = make_logits(3, 1000, "normal", dtype)
+    masked = logits.clone()
+    masked[:, ::3] = torch.finfo(dtype).min
+    dropped = logits.clone()
+    dropped[:, ::3] = -torch.inf
+    labels = make_labels(dropped)
+    for x, y in zip(*(logprobs_and_entropy(z, labels, 0.5, backend=backend) for z in (masked, dropped)), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=0)
+    uniform = torch.full((1, 1000), torch.finfo(dtype).min, dtype=dtype)
+    torch.testing.assert_close(entropy_from_logits(uniform, backend=backend), torch.tensor([1000.0]).log())
+
+
+@pytest.mark.parametrize("position", [0, 999, 2999])
+@pytest.mark.parametrize("bad", ["nan", "+inf", "nothing finite", "nan after +inf", "nan among -inf"])
+def test_an_undefined_row_is_nan_and_alone(bad, position, backend):
+    logits = make_logits(5, 3000)
+    clean = logits.clone()
+    row = logits[2]
+    if bad in ("nothing finite", "nan among -inf"):
+        row[:] = -torch.inf
+    if bad == "nan after +inf":
+        row[(position + 1) % 3000] = torch.inf
+    if "nan" in bad:
+        row[position] = torch.nan
+    if bad == "+inf":
+        row[position] = torch.inf
+    labels = make_labels(clean)
+    labels[2] = -100  # even the log-prob of an ignored token reports it
+
+    def run(x):
+        x = x.clone().requires_grad_()
+        logprobs, entropy = logprobs_and_entropy(x, labels, backend=backend)
+        (logprobs.sum() + entropy.sum()).backward()
+        return logprobs.detach(), entropy.detach(), x.grad
+
+    others = torch.arange(5) != 2
+    for got, expected in zip(run(logits), run(clean), strict=True):
+        assert got[2].isnan().all()
+        assert torch.equal(got[others], expected[others])
+
+
+def test_ties_of_the_maximum_count(backend):
+    logits = torch.full((2, 4096), -torch.inf)
+    logits[:, [1, 1023, 1024, 4095]] = torch.tensor([5.0, -1e4])[:, None]
+    logprobs, entropy = logprobs_and_entropy(logits, torch.tensor([1024, 1]), backend=backend)
+    torch.testing.assert_close(entropy, torch.full((2,), 4.0).log(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(logprobs, -torch.full((2,), 4.0).log(), rtol=1e-6, atol=0)
+
+
+def test_one_token_vocabulary_is_certain(backend):
+    x = torch.tensor([[3.0], [-1e4]], requires_grad=True)
+    logprobs, entropy = logprobs_and_entropy(x, torch.tensor([0, 0]), backend=backend)
+    (logprobs + entropy).sum().backward()
+    assert logprobs.eq(0).all()
+    assert entropy.eq(0).all()
+    assert x.grad.eq(0).all()
