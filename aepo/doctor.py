@@ -1,0 +1,299 @@
+"""`aepo doctor`: what is here, what is missing, and the command that gets it.
+
+Every line is looked at, not assumed: kernels are run and compared with the reference, the sandbox is tried. Works with
+torch alone installed (then as plain text, without the table); `python -m aepo.doctor` is the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+MIN_PYTHON = (3, 10)  # as in pyproject.toml
+SHOWN_PACKAGES = ("torch", "triton", "transformers", "vllm", "trl", "verl")  # one line each; the others one per extra
+INSTRUCTION_SETS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
+TOLERANCE = 1e-4  # relative, float32 kernels on 1000 logits: the tests hold them to much less
+FREE_GIB = 2.0  # less memory or disk than this is reported: the demo stays below
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination."""
+
+    topic: str
+    name: str
+    state: Literal["ok", "info", "missing", "broken"]  # only "broken" makes the exit code 1
+    detail: str
+    remedy: str = ""  # the command that installs what is missing
+
+
+def examine() -> list[Finding]:
+    """Look at everything; a part that raises is itself a finding and hides nothing else."""
+    findings: list[Finding] = []
+    for part in (machine, packages, kernels, tools, tasks_and_models):
+        try:
+            findings += part()
+        except Exception as error:  # whatever is wrong with an installation, the rest is still worth knowing
+            findings.append(Finding(part.__name__.replace("_", " "), "examination", "broken", _short(error)))
+    return findings
+
+
+def machine() -> Iterator[Finding]:
+    """Python, system, processor, memory, disk."""
+    version = platform.python_version()
+    good = sys.version_info >= MIN_PYTHON
+    needed = ".".join(map(str, MIN_PYTHON))
+    yield Finding("machine", "python", "ok" if good else "broken", f"{version} (needs >= {needed})")
+    yield Finding("machine", "system", "info", f"{platform.system()} {platform.release()}, {platform.machine()}")
+    model, flags = _processor()
+    sets = [name for name in INSTRUCTION_SETS if name in flags]
+    yield Finding("machine", "processor", "info", f"{model}, {_cores()} cores, {' '.join(sets) or 'no SIMD known'}")
+    for name, free, total in (("memory", *_memory()), ("disk", *_disk())):
+        state: Literal["ok", "missing"] = "ok" if free >= FREE_GIB else "missing"
+        yield Finding("machine", name, state, f"{free:.1f} of {total:.1f} GiB free (the demo needs {FREE_GIB:.0f})")
+
+
+def packages() -> Iterator[Finding]:
+    """Installed versions against what this distribution asks for; its metadata is the only list of ranges."""
+    try:
+        from packaging.requirements import Requirement
+    except ModuleNotFoundError:
+        yield Finding("packages", "packaging", "missing", "versions cannot be compared", "pip install packaging")
+        return
+    try:
+        distribution = metadata.distribution("aepo")
+    except metadata.PackageNotFoundError:
+        yield Finding("packages", "aepo", "missing", "runs from a source tree, not installed", "pip install -e .")
+        return
+    yield Finding("packages", "aepo", "ok", distribution.version)
+    asked = [Requirement(line) for line in distribution.requires or ()]
+    extras = ["", *(distribution.metadata.get_all("Provides-Extra") or ())]
+    members = {
+        extra: [one for one in asked if one.marker is None or one.marker.evaluate({"extra": extra})] for extra in extras
+    }
+    core = members[""]
+    for name in SHOWN_PACKAGES:
+        found = [(extra, one) for extra, group in members.items() for one in group if one.name == name]
+        extra, requirement = found[0] if found else ("", None)
+        yield _package(name, extra, str(requirement.specifier) if requirement else None)
+    for extra in extras[1:]:
+        group = [one for one in members[extra] if one not in core and one.name not in SHOWN_PACKAGES]
+        lacking = [f"{one.name}{one.specifier}" for one in group if not _satisfied(one.name, str(one.specifier))]
+        command = f'pip install "aepo[{extra}]"'
+        if lacking:
+            yield Finding("packages", f"extra {extra}", "missing", f"lacks {', '.join(lacking)}", command)
+        elif group:
+            yield Finding("packages", f"extra {extra}", "ok", ", ".join(one.name for one in group))
+
+
+def _package(name: str, extra: str, wanted: str | None) -> Finding:
+    version = _version(name)
+    if wanted is None:
+        return Finding("packages", name, "info", f"{version or 'not installed'}; this version has no adapter for it")
+    command = f'pip install "aepo[{extra}]"' if extra else f'pip install "{name}{wanted}"'
+    if version is None:
+        return Finding("packages", name, "missing" if extra else "broken", f"not installed (needs {wanted})", command)
+    if not _satisfied(name, wanted):
+        return Finding("packages", name, "missing" if extra else "broken", f"{version} (needs {wanted})", command)
+    return Finding("packages", name, "ok", f"{version} (needs {wanted})")
+
+
+def kernels() -> Iterator[Finding]:
+    """Which backend serves the operations on each device here, checked by running them."""
+    import torch
+
+    import aepo_kernels
+    from aepo_kernels import backend as backends
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        detail = f"{torch.cuda.device_count()} x {properties.name}, sm_{properties.major}{properties.minor}, {memory}"
+        yield Finding("kernels", "CUDA", "ok", detail)
+    else:
+        built = f"built for CUDA {torch.version.cuda}, no device found" if torch.version.cuda else "a CPU build"
+        yield Finding("kernels", "CUDA", "info", f"no device: torch is {built}")
+    if backends.missing("cpu") is None:
+        chosen = torch.ops.aepo_native.cpu_capability()
+        yield Finding("kernels", "extension", "ok", f"compiled, runs its {chosen} code on this processor")
+    operations = [name for name in aepo_kernels.__all__ if name[0].islower()]
+    for device in ["cpu", "cuda"][: 1 + torch.cuda.is_available()]:
+        probe = torch.empty(1, 8, device=device)
+        default = backends.resolve(None, probe)
+        for name in backends.BACKENDS:
+            where = f"{name} on {device}"
+            reason = backends.unserved(name, probe)
+            if reason is not None:
+                remedy = _REMEDIES.get((name, device), "")
+                yield Finding("kernels", where, "missing" if remedy else "info", reason, remedy)
+                continue
+            faults = {operation: _fault(operation, name, device) for operation in operations}
+            wrong = [f"{operation}: {fault}" for operation, fault in faults.items() if fault]
+            usual = ", the default" if name == default else ""
+            good = f"{', '.join(operations)}: agree with float64{usual}"
+            yield Finding("kernels", where, "broken" if wrong else "ok", "; ".join(wrong) or good)
+
+
+_REMEDIES = {
+    ("cpu", "cpu"): "pip install --no-build-isolation -e .",
+    ("triton", "cuda"): 'pip install "aepo[triton]"',
+}
+
+
+def _fault(operation: str, backend: str, device: str) -> str | None:
+    """Run an operation and its backward, and compare with the float64 reference; None: it is right."""
+    import torch
+
+    try:
+        ours = _run(operation, backend, device, torch.float32)
+    except Exception as error:  # a kernel that does not compile or run fails in as many ways as there are compilers
+        return _short(error)
+    truth = _run(operation, "reference", "cpu", torch.float64)
+    relative = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, truth, strict=True))
+    return None if relative <= TOLERANCE else f"relative error {relative:.1e} against float64"
+
+
+def _run(operation: str, backend: str, device: str, dtype: Any) -> list[Any]:
+    """Value and gradient of an operation on the same seeded input every time, as float64 on the CPU."""
+    import torch
+
+    import aepo_kernels
+
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(16, 1000, generator=generator)
+    labels = torch.randint(1000, (16,), generator=generator).to(device)
+    advantages = torch.randn(16, generator=generator).to(device, dtype)
+    logits = logits.to(device, dtype).requires_grad_()
+    function = getattr(aepo_kernels, operation)
+    if operation == "entropy_from_logits":
+        value = function(logits, backend=backend)
+    elif operation in ("selective_log_softmax", "logprobs_and_entropy"):
+        value = function(logits, labels, backend=backend)
+    else:
+        objective = aepo_kernels.PolicyObjective()
+        logprobs = torch.log_softmax(logits, -1).gather(-1, labels[:, None])[:, 0]
+        first = (logits, labels) if operation == "logits_policy_loss" else (logprobs,)
+        old_logprobs = logprobs.detach() - 0.1 * advantages
+        mask = torch.ones_like(labels)
+        value = function(*first, old_logprobs, advantages, mask, objective=objective, backend=backend).loss
+    total = sum(part.sum() for part in value) if isinstance(value, tuple) else value.sum()
+    (gradient,) = torch.autograd.grad(total, logits)
+    return [total.detach().double().cpu(), gradient.double().cpu()]
+
+
+def tools() -> Iterator[Finding]:
+    """The Python tool's sandbox: its guarantees hold or there is no Python tool."""
+    from aepo.tools.python import sandbox_problem
+
+    problem = sandbox_problem()
+    promise = "no files, no network, no other process; time, memory and output are limited (tried just now)"
+    yield Finding("tools", "python sandbox", "missing" if problem else "ok", problem or promise)
+
+
+def tasks_and_models() -> Iterator[Finding]:
+    yield Finding("tasks", "TODO", "info", "")
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _satisfied(name: str, wanted: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    version = _version(name)
+    # Local parts (2.13.0+cpu) and pre-releases count as the version that they are.
+    return version is not None and SpecifierSet(wanted).contains(version, prereleases=True)
+
+
+def _processor() -> tuple[str, set[str]]:
+    """Model name and feature flags; Linux says both, elsewhere there are no flags."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine(), set()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return fields.get("model name", platform.machine()), set(
+        (fields.get("flags") or fields.get("Features", "")).split()
+    )
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> tuple[float, float]:
+    """Available and total memory [GiB]."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+        return kib["MemAvailable"] / 2**20, kib["MemTotal"] / 2**20
+    except OSError:  # not Linux: what is free is not known, take all of it
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        return total, total
+
+
+def _disk() -> tuple[float, float]:
+    """Free and total space of the working directory's disk [GiB]."""
+    usage = shutil.disk_usage(".")
+    return usage.free / 2**30, usage.total / 2**30
+
+
+def main(as_json: bool = False) -> int:
+    """Print the findings; 0 unless something that everything needs is broken."""
+    findings = examine()
+    broken = any(finding.state == "broken" for finding in findings)
+    if as_json:
+        print(json.dumps({"healthy": not broken, "findings": [asdict(finding) for finding in findings]}, indent=2))
+    else:
+        _print_table(findings)
+    return int(broken)
+
+
+def _print_table(findings: list[Finding]) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ModuleNotFoundError:
+        for finding in findings:
+            print(
+                *filter(None, (finding.topic, finding.name, finding.state, finding.detail, finding.remedy)), sep=" | "
+            )
+        return
+    colors = {"ok": "green", "info": "dim", "missing": "yellow", "broken": "bold red"}
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "", "", "what was found", "how to get it"):
+        table.add_column(column, overflow="fold")
+    topic = None
+    for finding in findings:
+        if finding.topic != topic:
+            table.add_section()
+        first = finding.topic if finding.topic != topic else ""
+        state = Text(finding.state, style=colors[finding.state])
+        table.add_row(Text(first, style="bold"), finding.name, state, Text(finding.detail), Text(finding.remedy))
+        topic = finding.topic
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m aepo.doctor", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    sys.exit(main(parser.parse_args().json))
