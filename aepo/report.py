@@ -342,7 +342,10 @@ def _summary(run: Run) -> dict[str, Any]:
 def _progress(run: Run) -> str:
     status, reason = run.facts.get("status"), run.facts.get("reason")
     steps = max(points["steps"][-1] for points in run.series.values())
-    planned, wall = run.config.get("train", {}).get("steps"), run.facts.get("wall_seconds")
+    planned = run.config.get("train", {}).get("steps")
+    wall = (
+        None if run.facts.get("resumed") else run.facts.get("wall_seconds")
+    )  # a resumed run counts its last part only
     progress = f"{steps} steps" if planned in (None, steps) else f"{steps} of {planned} steps"
     progress += f" in {_duration(wall)}" if wall is not None else ""
     if status == "running":

@@ -24,8 +24,10 @@ FLOORS = (
     ("aepo.tools",),
     ("aepo.tasks", "aepo.rewards", "aepo.models"),
     ("aepo.rollout",),
-    ("aepo.advantages", "aepo.packing", "aepo.loss", "aepo.metrics", "aepo.checkpoint"),
-    ("aepo.trainer", "aepo.warmstart"),
+    ("aepo.packing", "aepo.advantages", "aepo.loss", "aepo.nonfinite"),
+    ("aepo.metrics", "aepo.run_log", "aepo.checkpoint", "aepo.display", "aepo.interrupt"),
+    ("aepo.learner", "aepo.evaluation", "aepo.warmstart"),
+    ("aepo.trainer",),
     ("aepo.report", "aepo.doctor"),
     ("aepo.cli",),
 )
