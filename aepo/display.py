@@ -69,8 +69,8 @@ class Display:
             f"{key.removeprefix('success.')} {_number(v)}" for key, v in record.items() if key.startswith("success.")
         ]
         self.console.print(
-            f"held-out after step {record['step']}: success {_number(record['success'])} of {record['questions']} questions"
-            f" ({', '.join(kinds)})  {record['seconds']:.1f} s"
+            f"held-out after step {record['step']}: success {_number(record['success'])} ({', '.join(kinds)})  "
+            f"{record['questions']} questions  {record['seconds']:.1f} s"
         )
 
 

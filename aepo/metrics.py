@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from aepo.rollout.tree import branches_per_path
+from aepo.packing import PackedBatch
+from aepo.rollout.tree import branches_per_path, path_nodes
 from aepo.types import Reward, RolloutTree
 
 Record = dict[str, Any]  # dotted key -> number, None, or (rollout.branches_per_path) a list of numbers
@@ -43,7 +44,11 @@ def rollout_metrics(trees: Sequence[RolloutTree], rewards: Sequence[Sequence[Rew
     finished = Counter(path.finish_reason for tree in trees for path in tree.paths)
     fresh = [sum(path.parent is None for path in tree.paths) for tree in trees]
     tool_entropies = [tree.budget.tool_entropy for tree in trees if tree.budget]
-    generated = [len(node.token_ids) for tree in trees for node in tree.nodes if node.source == "model"]
+    path_tokens = [
+        sum(len(node.token_ids) for node in path_nodes(tree, path.id) if node.source == "model")
+        for tree in trees
+        for path in tree.paths
+    ]
     return {
         "reward.mean": _mean(totals),
         "reward.std": _mean([(total - _mean(totals)) ** 2 for total in totals]) ** 0.5,
@@ -52,13 +57,15 @@ def rollout_metrics(trees: Sequence[RolloutTree], rewards: Sequence[Sequence[Rew
         "advantage.zero_groups": _mean([len({reward.total for reward in group}) == 1 for group in rewards]),
         "rollout.paths": len(flat),
         "rollout.fresh_paths": _mean(fresh),
+        "rollout.budget": _mean([tree.budget.fresh_paths for tree in trees if tree.budget]),
         "rollout.branches_per_path": [branches[count] for count in range(max(branches, default=0) + 1)],
         "rollout.root_entropy": _mean([tree.budget.root_entropy for tree in trees if tree.budget]),
         "rollout.tool_entropy": _mean([entropy for entropy in tool_entropies if entropy is not None]),
         "rollout.branch_probability": _mean([d.probability for tree in trees for d in tree.decisions]),
         **{f"rollout.finish.{reason}": finished[reason] / len(flat) for reason in FINISH_REASONS},
         **tool_metrics(trees),
-        "tokens.generated": sum(generated),
+        "rollout.path_tokens": _mean(path_tokens),
+        "tokens.generated": _generated(trees),
     }
 
 
@@ -79,14 +86,13 @@ def tool_metrics(trees: Sequence[RolloutTree]) -> Record:
 def evaluation_metrics(trees: Sequence[RolloutTree], rewards: Sequence[Sequence[Reward]]) -> Record:
     """Of held-out questions with one path each."""
     flat = [reward for group in rewards for reward in group]
-    generated = sum(len(node.token_ids) for tree in trees for node in tree.nodes if node.source == "model")
     return {
         **_success("success", trees, rewards),
         "reward": _mean([reward.total for reward in flat]),
         **_means("reward", ((name, value) for reward in flat for name, value in reward.components.items())),
         "questions": len(trees),
         "tool_calls": tool_metrics(trees)["tools.calls"] / len(trees),
-        "tokens": generated / len(trees),
+        "tokens": _generated(trees) / len(trees),
     }
 
 
@@ -121,13 +127,15 @@ def loss_metrics(steps: Sequence[Sequence[dict[str, float]]]) -> Record:
     }
 
 
-def mismatch_metrics(old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor) -> Record:
-    """How far the engine's log-probs [n] are from the trainer's [n] under the same weights: k3 estimate of
-    KL(engine || trainer), and the largest difference, both in nats."""
-    difference = (old_logprobs - rollout_logprobs).double()
+def mismatch_metrics(batches: Sequence[PackedBatch]) -> Record:
+    """How far the engine's log-probs are from the trainer's under the same weights, over the trained tokens: k3
+    estimate of KL(engine || trainer), and the largest difference, both in nats."""
+    if not batches:
+        return {"policy.mismatch_kl": None, "policy.mismatch_max": None}
+    difference = torch.cat([(b.old_logprobs - b.rollout_logprobs)[b.mask] for b in batches]).double()
     return {
-        "policy.mismatch_kl": (difference.expm1() - difference).mean().item() if len(difference) else None,
-        "policy.mismatch_max": difference.abs().max().item() if len(difference) else None,
+        "policy.mismatch_kl": (difference.expm1() - difference).mean().item(),
+        "policy.mismatch_max": difference.abs().max().item(),
     }
 
 
@@ -168,6 +176,11 @@ class StageClock:
 def finite(record: Record) -> Record:
     """With None in place of NaN and infinity, which JSON does not have."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
+def _generated(trees: Sequence[RolloutTree]) -> int:
+    """Tokens that were sampled; those of a shared prefix count once."""
+    return sum(len(node.token_ids) for tree in trees for node in tree.nodes if node.source == "model")
 
 
 def _success(prefix: str, trees: Sequence[RolloutTree], rewards: Sequence[Sequence[Reward]]) -> Record:

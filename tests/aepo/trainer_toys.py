@@ -1,4 +1,4 @@
-"""Hand-made trajectories and a tiny random model, for the tests of the trainer's stages."""
+"""Hand-made trajectories, a tiny random model and a toy task, for the tests of the trainer."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import random
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from aepo.advantages import Sample
-from aepo.types import Trajectory
+from aepo.types import Question, Reward, Trajectory
 
 VOCAB = 50
 
 
-def tiny_model(dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
+def tiny_model(dtype: torch.dtype = torch.float64, seed: int = 0, vocab_size: int = VOCAB) -> PreTrainedModel:
     """Two Qwen3 layers with grouped-query attention: every kind of layer that the real models have."""
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -70,3 +74,75 @@ def random_samples(count: int, seed: int = 0) -> list[Sample]:
         )
         samples.append(Sample(j // 4, j % 4, path, where_generated(-2, 2)))
     return samples
+
+
+WORDS = (
+    "<pad>",
+    "<eos>",
+    "?",
+    "<search>",
+    "</search>",
+    "<result>",
+    "</result>",
+    "<answer>",
+    "</answer>",
+    *"0123456789",
+)
+
+
+class ToyLanguageModel:
+    """A `LanguageModel` whose tokens are the words above and whose weights are random."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+        vocabulary = {word: i for i, word in enumerate(WORDS)}
+        inner = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+        inner.pre_tokenizer = WhitespaceSplit()
+        inner.decoder = Fuse()
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>")
+        self.model = tiny_model(dtype, seed, vocab_size=len(WORDS))
+        self.eos_ids = (1,)
+        self.vocab_size = len(WORDS)
+
+    def prompt_tokens(self, question_text: str) -> tuple[int, ...]:
+        return self._encode(f"? {' '.join(question_text)} ?")
+
+    def tool_result_tokens(self, result_text: str) -> tuple[int, ...]:
+        digits = [c for c in result_text if c.isdigit()] or ["?"]
+        return self._encode(f"<result> {' '.join(digits)} </result>")
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(WORDS[i] for i in token_ids if i not in self.eos_ids)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(WORDS.index(word) for word in text.split())
+
+
+class Lookup:
+    """A tool that knows one digit per question."""
+
+    name = "search"
+    timeout = 5.0
+
+    def __call__(self, argument: str) -> str:
+        if "9" in argument:
+            raise ValueError("nothing about 9")
+        return f"{len(argument)}"
+
+
+class ToyTask:
+    """A digit bandit: the first digit that the model writes must be that of the question's kind."""
+
+    name = "toy"
+    tools = (Lookup(),)
+
+    def __init__(self, train: int = 8, heldout: int = 4) -> None:
+        def question(i: int) -> Question:
+            return Question(id=f"q{i}", text=f"{i}", answer="7", kind="even" if i % 2 == 0 else "odd", entities=())
+
+        self.train = [question(i) for i in range(train)]
+        self.heldout = [question(i) for i in range(train, train + heldout)]
+
+    def reward(self, question: Question, response: str, finish_reason: str) -> Reward:
+        digits = [c for c in response if c.isdigit()]
+        success = bool(digits) and digits[0] == question.answer
+        return Reward(float(success) + 0.1 * bool(digits), {"digit": float(bool(digits))}, success)

@@ -1,0 +1,212 @@
+"""The command line: `aepo train`, `eval`, `report`, `keys` and `doctor`. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from aepo.config import Config
+    from aepo.models import LanguageModel
+    from aepo.tasks.protocol import Task
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+app = typer.Typer(
+    help="Train tool-using language-model agents with AEPO (arXiv 2510.14545) and its relatives.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045, typer on Python 3.10 reads this form alone
+    typer.Argument(metavar="[section.key=value]...", help="Settings, e.g. train.steps=100; `aepo keys` lists them."),
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    config: Annotated[Optional[Path], typer.Option(help="A YAML file with settings.")] = None,  # noqa: UP045
+    resume: Annotated[Optional[Path], typer.Option(metavar="RUN", help="Continue this run exactly.")] = None,  # noqa: UP045
+    from_step: Annotated[Optional[int], typer.Option(help="With --resume: not from the newest checkpoint.")] = None,  # noqa: UP045
+    overwrite: Annotated[bool, typer.Option(help="Replace a run that is already in run.dir.")] = False,
+) -> None:
+    """Train an agent.
+
+    Settings come from the defaults, then from --config, then from the command line.
+
+    The demo: a small agent learns to search and to calculate
+
+        aepo train --config configs/demo.yaml
+
+    Other algorithms, from the same configuration:
+
+        aepo train --config configs/demo.yaml policy.preset=arpo rollout.fresh_paths=4 rollout.branch_penalty=0
+
+        aepo train --config configs/demo.yaml policy.preset=grpo rollout.fresh_paths=8
+
+    After Ctrl-C or an error, with the settings of that run, which may be extended:
+
+        aepo train --resume runs/demo train.steps=200
+    """
+    from aepo.config import load_config
+
+    with _explained():
+        if resume is None:
+            if from_step is not None:
+                raise ValueError("--from-step: expected --resume RUN with it")
+            settings, step = load_config(config, overrides or ()), None
+        else:
+            if config is not None or overwrite:
+                raise ValueError("--resume continues a run with its own settings: expected no --config, no --overwrite")
+            settings = load_config(resume / "config.yaml", [*(overrides or ()), f"run.dir={resume}"])
+            step = _newest_step(resume) if from_step is None else from_step
+        _train(settings, step, overwrite)
+
+
+@app.command("eval")
+def evaluate(
+    run: RunPath,
+    step: Annotated[Optional[int], typer.Option(help="Of the checkpoint; default: the newest.")] = None,  # noqa: UP045
+    best: Annotated[bool, typer.Option(help="The checkpoint with the highest held-out success.")] = False,
+    questions: Annotated[Optional[int], typer.Option(help="Held-out questions; default: all.")] = None,  # noqa: UP045
+    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
+) -> None:
+    """Success of a checkpoint on held-out questions.
+
+    aepo eval runs/demo --best
+    """
+    from aepo.config import load_config
+
+    with _explained():
+        settings = load_config(run / "config.yaml", [f"run.dir={run}", f"eval.temperature={temperature}"])
+        chosen = _best_step(run) if best else _newest_step(run) if step is None else step
+        _evaluate(settings, chosen, questions)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    out: Annotated[Optional[Path], typer.Option(help="The page; default: report.html in the run.")] = None,  # noqa: UP045
+) -> None:
+    """Write a self-contained HTML page: curves, and rollout trees to look at. Several runs are laid over each other."""
+    from aepo.report import write_report
+
+    with _explained():
+        typer.echo(f"wrote {write_report(runs, out)}")
+
+
+@app.command()
+def keys(pattern: Annotated[str, typer.Argument(help="Only keys that contain this.")] = "") -> None:
+    """List all settings: key, default, meaning, and what values are expected."""
+    from aepo.config import all_keys
+
+    chosen = [entry for entry in all_keys() if pattern in entry.name]
+    if not chosen:
+        _fail(f"no key contains {pattern!r}")
+    for entry in chosen:
+        typer.echo(f"{entry.name} = {json.dumps(entry.default)}\n    {entry.help} ({entry.expected})")
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False) -> None:
+    """Say which backends, instruction sets and versions are present here, and what is missing."""
+    from aepo.doctor import main as examine
+
+    raise typer.Exit(examine(as_json))
+
+
+def main() -> None:
+    """The `aepo` command."""
+    app()
+
+
+def _train(config: Config, resume_step: int | None, overwrite: bool) -> None:
+    from aepo.run_log import refuse_existing_run, remove_run
+
+    directory = Path(config.run.dir)
+    if resume_step is None:  # before minutes of work on the model
+        if overwrite:
+            remove_run(directory)
+        refuse_existing_run(directory)
+    task, language_model = _load(config)
+
+    from aepo.trainer import Trainer
+
+    Trainer(config, task, language_model, resume_step=resume_step).train()
+    typer.echo(f"finished: {directory}. Look at it with: aepo report {directory}")
+
+
+def _evaluate(config: Config, step: int, count: int | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from aepo.checkpoint import checkpoint_path, load_weights
+    from aepo.evaluation import evaluate, evaluation_sampler, heldout_questions
+    from aepo.rollout.engines.huggingface import HuggingFaceEngine
+    from aepo.tools.toolbox import ToolBox
+
+    task, language_model = _load(config)
+    load_weights(checkpoint_path(Path(config.run.dir) / "checkpoints", step), language_model.model)
+    questions = heldout_questions(task, count or len(task.heldout))
+    engine = HuggingFaceEngine(language_model.model, language_model.tokenizer, language_model.eos_ids, version=step)
+    with closing(ToolBox(task.tools)) as toolbox:
+        sampler = evaluation_sampler(engine, toolbox, language_model, config)
+        record = evaluate(task, language_model, sampler, questions, seed=config.run.seed)
+    table = Table("metric", "value", title=f"{config.run.dir}, step {step}", box=None)
+    for key, value in record.items():
+        table.add_row(key, f"{value:.4g}")
+    Console().print(table)
+
+
+def _load(config: Config) -> tuple[Task, LanguageModel]:
+    """The task and the language model, with its warm start, on the configured device."""
+    raise NotImplementedError
+
+
+def _newest_step(run: Path) -> int:
+    from aepo.checkpoint import list_checkpoints
+
+    found = list_checkpoints(run / "checkpoints")
+    if not found:
+        raise ValueError(f"{run}: no checkpoints there")
+    return found[-1].step
+
+
+def _best_step(run: Path) -> int:
+    from aepo.checkpoint import best_checkpoint
+
+    found = best_checkpoint(run / "checkpoints")
+    if found is None:
+        raise ValueError(f"{run}: no checkpoint with a held-out evaluation there")
+    return found.step
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Errors that a user can do something about, as one message; Ctrl-C with its exit code."""
+    from aepo.checkpoint import CheckpointError
+    from aepo.nonfinite import NonFiniteError
+    from aepo.rollout.sampler import RolloutError
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except (ValueError, OSError, CheckpointError, NonFiniteError, RolloutError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(1)

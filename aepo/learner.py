@@ -1,0 +1,163 @@
+"""From samples to new weights: packing, the losses of the micro-batches, and AdamW."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from aepo.advantages import Sample
+from aepo.config import Config, OptimizerConfig
+from aepo.loss import (
+    check_packing,
+    loss_denominator,
+    microbatch_loss,
+    policy_objective,
+    with_old_policy,
+    with_reference,
+)
+from aepo.nonfinite import NonFiniteError, describe_tokens, single_trajectories
+from aepo.packing import PackedBatch, entropy_statistics, microbatches, pack
+from aepo_kernels import PolicyLoss
+
+Minibatch = list[PackedBatch]  # the micro-batches of one optimiser step
+EntropyStats = tuple[float, float]
+
+
+class Learner:
+    """Owns the optimizer of `model`, and a frozen copy of `model` as it is now if the objective has a KL term."""
+
+    def __init__(self, model: PreTrainedModel, config: Config, decode: Callable[[Sequence[int]], str]) -> None:
+        check_packing(model)
+        # Evaluation mode: dropout would make the ratio differ from 1 before any update.
+        self.model = model.eval()
+        self.objective = policy_objective(config.policy)
+        self.optimizer = make_optimizer(model, config.optimizer)
+        self._config = config
+        self._decode = decode
+        self._reference = None
+        if self.objective.kl_coef != 0:
+            self._reference = copy.deepcopy(model).requires_grad_(False)
+
+    def pack(self, samples: Sequence[Sample], questions: int) -> list[Minibatch]:
+        """One minibatch per optimiser step of an epoch; whole questions stay together. An empty one is left out."""
+        train = self._config.train
+        dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
+        parts: list[list[Sample]] = [[] for _ in range(train.minibatches)]
+        for sample in samples:
+            parts[sample.question * train.minibatches // questions].append(sample)
+        return [
+            [pack(micro, self.model.device, dtype) for micro in microbatches(part, train.tokens_per_microbatch)]
+            for part in parts
+            if part
+        ]
+
+    def add_log_probs(self, minibatches: Sequence[Minibatch]) -> list[Minibatch]:
+        """With the log-probs that the configuration asks for beside those of the engine: old policy, reference."""
+        temperature = self._config.rollout.temperature
+        result = [list(minibatch) for minibatch in minibatches]
+        if self._config.policy.old_logprobs == "recompute":
+            result = [[with_old_policy(self.model, b, temperature) for b in minibatch] for minibatch in result]
+        if self._reference is not None:
+            result = [[with_reference(self._reference, b, temperature) for b in minibatch] for minibatch in result]
+        return result
+
+    def entropy_stats(self, minibatches: Sequence[Minibatch]) -> EntropyStats | None:
+        """Over the whole rollout batch, so that the loss does not depend on how it is cut; None: not known before."""
+        if self.objective.entropy_advantage == 0 or self._config.policy.entropy_stats == "micro_batch":
+            return None
+        return entropy_statistics([batch for minibatch in minibatches for batch in minibatch])
+
+    def backward(
+        self, minibatch: Minibatch, stats: EntropyStats | None, question_ids: Sequence[str]
+    ) -> tuple[list[dict[str, float]], float]:
+        """Gradients of a minibatch, clipped. Returns the metrics of its micro-batches and the norm before clipping.
+
+        NonFiniteError names the tokens if a loss or a gradient is not finite.
+        """
+        self.optimizer.zero_grad()
+        metrics = []
+        for batch in minibatch:
+            result = self._loss(batch, minibatch, stats)
+            if not result.loss.isfinite():
+                raise NonFiniteError(f"the loss is {result.loss.item()}; {self._guilty(batch, question_ids)}")
+            result.loss.backward()
+            metrics.append({name: value.item() for name, value in result.metrics.items()})
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.optimizer.max_grad_norm).item()
+        if not norm < float("inf"):
+            raise NonFiniteError(f"the gradient norm is {norm}; {self._blame(minibatch, stats, question_ids)}")
+        return metrics, norm
+
+    def apply(self, step: int, index: int) -> float:
+        """The optimiser step with this index among those of rollout batch `step`; returns its learning rate."""
+        train = self._config.train
+        per_batch = train.epochs * train.minibatches
+        rate = learning_rate(self._config.optimizer, (step - 1) * per_batch + index, train.steps * per_batch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        return rate
+
+    @contextlib.contextmanager
+    def all_or_nothing(self, optimizer_steps: int) -> Iterator[None]:
+        """If the block fails or is interrupted, weights and optimizer are as they were before it.
+
+        A single optimiser step needs no copy: it is the last thing in the block, and nothing interrupts it.
+        """
+        if optimizer_steps < 2:
+            yield
+            return
+        weights = copy.deepcopy(self.model.state_dict())
+        moments = copy.deepcopy(self.optimizer.state_dict())
+        try:
+            yield
+        except BaseException:
+            self.model.load_state_dict(weights)
+            self.optimizer.load_state_dict(moments)
+            raise
+
+    def _loss(self, batch: PackedBatch, minibatch: Minibatch, stats: EntropyStats | None) -> PolicyLoss:
+        trained, paths = sum(b.trained_tokens for b in minibatch), sum(len(b.lengths) for b in minibatch)
+        rollout = self._config.rollout
+        return microbatch_loss(
+            self.model,
+            batch,
+            self.objective,
+            temperature=rollout.temperature,
+            denominator=loss_denominator(self.objective, trained, paths, rollout.max_tokens),
+            entropy_stats=stats,
+        )
+
+    def _guilty(self, batch: PackedBatch, question_ids: Sequence[str]) -> str:
+        return describe_tokens(self.model, batch, self._config.rollout.temperature, question_ids, self._decode)
+
+    def _blame(self, minibatch: Minibatch, stats: EntropyStats | None, question_ids: Sequence[str]) -> str:
+        """Which trajectories have a gradient that is not finite: found by running them one by one."""
+        for single in (single for batch in minibatch for single in single_trajectories(batch)):
+            self.optimizer.zero_grad()
+            self._loss(single, minibatch, stats).loss.backward()
+            if not all(p.grad is None or p.grad.isfinite().all() for p in self.model.parameters()):
+                return self._guilty(single, question_ids)
+        return "no single trajectory has such a gradient, only their sum"
+
+
+def make_optimizer(model: PreTrainedModel, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices, not on biases and norms."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas)
+
+
+def learning_rate(config: OptimizerConfig, index: int, total: int) -> float:
+    """Of optimiser step `index` of `total`: linear warmup, then constant, or linear to 0 after the last step."""
+    if index < config.warmup_steps:
+        return config.learning_rate * (index + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    return config.learning_rate * max(total - index, 0) / max(total - config.warmup_steps, 1)

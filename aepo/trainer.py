@@ -1,0 +1,261 @@
+"""The training loop: question -> rollout -> reward -> advantage -> pack -> loss -> step -> engine.
+
+Everything random is a function of (seed, step), so the state of a run between two steps is its weights, the moments of
+the optimizer and the number of the step: that is what a checkpoint holds, and why a resumed run continues exactly.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aepo.advantages import Sample, advantage_settings, make_samples
+from aepo.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, save_checkpoint
+from aepo.config import Config, to_yaml
+from aepo.display import Display
+from aepo.evaluation import evaluate, evaluation_sampler, heldout_questions, path_rewards
+from aepo.interrupt import Interrupt
+from aepo.learner import Learner, Minibatch
+from aepo.metrics import Record, StageClock, loss_metrics, memory_metrics, mismatch_metrics, rollout_metrics
+from aepo.rollout.engines.huggingface import HuggingFaceEngine
+from aepo.rollout.sampler import Sampler
+from aepo.rollout.tree import flatten
+from aepo.run_log import RunLog
+from aepo.tasks.protocol import Task
+from aepo.tools.toolbox import ToolBox
+from aepo.types import Question, Reward, RolloutTree
+
+if TYPE_CHECKING:
+    from aepo.models import LanguageModel
+
+EVALUATION = 1 << 31  # in place of a step number in the seed: every evaluation draws the same random numbers
+
+
+class Trainer:
+    """One run. `train` works until the last step, an error or Ctrl-C; what was finished by then is saved.
+
+    The language model's weights are trained in place. resume_step: continue from the checkpoint of that step in
+    `config.run.dir`; None: a new run, which must not find another one there.
+    """
+
+    def __init__(
+        self, config: Config, task: Task, language_model: LanguageModel, *, resume_step: int | None = None
+    ) -> None:
+        check_sizes(config, task)
+        self.config, self.task, self.language_model = config, task, language_model
+        self.directory = Path(config.run.dir)
+        self.learner = Learner(language_model.model, config, language_model.decode)
+        self.step = 0
+        if resume_step is not None:
+            path = checkpoint_path(self.directory / "checkpoints", resume_step)
+            self.step = load_checkpoint(path, self.learner.model, self.learner.optimizer)
+        self.log = RunLog(self.directory, config, self._facts(), self.step, resumed=resume_step is not None)
+        self._saved = (self.step, self._heldout_success()) if resume_step is not None else None
+        self.display = Display(config.train.steps)
+        self.interrupt = Interrupt()
+        self.advantage_settings = advantage_settings(config.policy)
+        self.engine = HuggingFaceEngine(
+            language_model.model, language_model.tokenizer, language_model.eos_ids, version=self.step
+        )
+        self.toolbox = ToolBox(task.tools)
+        self.sampler = Sampler(self.engine, self.toolbox, language_model, config.rollout)
+        self.evaluator = evaluation_sampler(self.engine, self.toolbox, language_model, config)
+
+    def train(self) -> None:
+        """KeyboardInterrupt after Ctrl-C, and every error, are raised again once the last finished step is saved."""
+        with self.display, self.interrupt:
+            if self.step:
+                self.display.resumed(self.step)
+            try:
+                self._evaluate_if_due()
+                while self.step < self.config.train.steps:
+                    self.train_step()
+                    self._evaluate_if_due()
+                    if self._due(self.config.checkpoint.every):
+                        self.save()
+                self.save()
+            except BaseException as error:
+                self._save_after(error)
+                raise
+            else:
+                self.log.close("finished")
+            finally:
+                self.toolbox.close()
+
+    def train_step(self) -> None:
+        """One rollout batch, and the optimiser steps on it."""
+        step, clock = self.step + 1, StageClock(self.display.stage)
+        questions = questions_of_step(self.task.train, self.config.run.seed, step, self.config.train.questions)
+        with clock("rollout"):
+            trees = self.sampler.rollout(questions, stream(self.config.run.seed, step), progress=self.display.paths)
+        with clock("reward"):
+            rewards = [path_rewards(self.task, self.language_model, tree) for tree in trees]
+        with clock("pack"):
+            paths = [[flatten(tree, path.id) for path in tree.paths] for tree in trees]
+            totals = [[reward.total for reward in group] for group in rewards]
+            samples = make_samples(paths, totals, self.advantage_settings, self.config.rollout.max_tokens)
+            minibatches = self.learner.pack(samples, len(questions))
+        with clock("old_logprobs"):
+            minibatches = self.learner.add_log_probs(minibatches)
+        with clock("update"):
+            losses = self.update(step, minibatches, [question.id for question in questions])
+        self.interrupt.hold()  # the update may have had no optimiser step
+        with clock("refresh"):
+            self.engine.refresh(step)
+        self.step = step
+        self._record(clock, trees, rewards, samples, minibatches, losses)
+        self.interrupt.release()
+
+    def update(self, step: int, minibatches: Sequence[Minibatch], question_ids: Sequence[str]) -> Record:
+        """The optimiser steps of a rollout batch, all or none. From the last one on, Ctrl-C waits."""
+        stats = self.learner.entropy_stats(minibatches)
+        order = [index for _ in range(self.config.train.epochs) for index in range(len(minibatches))]
+        metrics, norms, rate = [], [], None
+        with self.learner.all_or_nothing(len(order)):
+            for count, index in enumerate(order, start=1):
+                part, norm = self.learner.backward(minibatches[index], stats, question_ids)
+                if count == len(order):
+                    self.interrupt.hold()
+                rate = self.learner.apply(step, count - 1)
+                metrics.append(part)
+                norms.append(norm)
+        grad_norm = sum(norms) / len(norms) if norms else None
+        return {**loss_metrics(metrics), "optimizer.grad_norm": grad_norm, "optimizer.learning_rate": rate}
+
+    def save(self) -> None:
+        """The checkpoint of the last finished step, unless it is there."""
+        directory = self.directory / "checkpoints"
+        success = self._heldout_success()
+        if self._saved == (self.step, success):
+            return
+        self.display.stage("checkpoint")
+        save_checkpoint(
+            directory,
+            self.step,
+            self.learner.model,
+            self.language_model.tokenizer,
+            self.learner.optimizer,
+            heldout_success=success,
+            config_yaml=to_yaml(self.config),
+            keep=self.config.checkpoint.keep,
+        )
+        self._saved = (self.step, success)
+
+    def _heldout_success(self) -> float | None:
+        """At the present step."""
+        return {record["step"]: record["success"] for record in self.log.evaluations()}.get(self.step)
+
+    def _evaluate_if_due(self) -> None:
+        """At the start, every `eval.every` steps and at the end; a resumed run does not repeat one."""
+        done = self._heldout_success() is not None
+        if done or not (self.step in (0, self.config.train.steps) or self._due(self.config.eval.every)):
+            return
+        self.display.stage("evaluation")
+        questions, seed = (
+            heldout_questions(self.task, self.config.eval.questions),
+            stream(self.config.run.seed, EVALUATION),
+        )
+        record = evaluate(self.task, self.language_model, self.evaluator, questions, seed, self.display.paths)
+        best = max((r["success"] for r in self.log.evaluations()), default=-1.0)
+        self.log.evaluation({"step": self.step, **record})
+        self.display.evaluation({"step": self.step, **record})
+        if record["success"] > best:
+            self.save()
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step > 0 and self.step % every == 0
+
+    def _save_after(self, error: BaseException) -> None:
+        """Interrupted or failed: the live weights are those of the last finished step."""
+        self.interrupt.hold()  # a second Ctrl-C waits for the checkpoint
+        try:
+            if not isinstance(error, CheckpointError):
+                self.save()
+                saved = checkpoint_path(self.directory / "checkpoints", self.step)
+                self.display.console.print(f"the state after step {self.step} is saved in {saved}")
+        finally:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            self.log.close("interrupted" if interrupted else "failed", None if interrupted else str(error))
+
+    def _record(
+        self,
+        clock: StageClock,
+        trees: Sequence[RolloutTree],
+        rewards: Sequence[Sequence[Reward]],
+        samples: Sequence[Sample],
+        minibatches: Sequence[Minibatch],
+        losses: Record,
+    ) -> None:
+        batches = [batch for minibatch in minibatches for batch in minibatch]
+        rollout = rollout_metrics(trees, rewards)
+        record = {
+            "step": self.step,
+            **rollout,
+            **losses,
+            **(mismatch_metrics(batches) if self.config.policy.old_logprobs == "recompute" else {}),
+            "tokens.packed": sum(len(batch.input_ids) for batch in batches),
+            **clock.metrics(rollout["tokens.generated"], losses["tokens.trained"]),
+            **memory_metrics(),
+        }
+        self.log.step(record)
+        self.display.step(record)
+        if self.step == 1 or self._due(self.config.log.trees_every):
+            self._save_trees(trees, rewards, samples)
+
+    def _save_trees(
+        self, trees: Sequence[RolloutTree], rewards: Sequence[Sequence[Reward]], samples: Sequence[Sample]
+    ) -> None:
+        """The first questions of the batch. A path's advantage is that of its first token; 0 if it was left out."""
+        count = self.config.log.trees
+        firsts = {(s.question, s.path): s.advantages[s.trajectory.generated.index(True)] for s in samples}
+        self.log.trees(
+            self.step,
+            trees[:count],
+            rewards[:count],
+            [[firsts.get((q, path.id), 0.0) for path in tree.paths] for q, tree in enumerate(trees[:count])],
+            vocab_size=self.language_model.vocab_size,
+            temperature=self.config.rollout.temperature,
+            decode=self.language_model.decode,
+        )
+
+    def _facts(self) -> Record:
+        parameters = sum(p.numel() for p in self.learner.model.parameters())
+        return {
+            "model": {
+                "name": self.config.model.name,
+                "parameters": parameters,
+                "vocab_size": self.language_model.vocab_size,
+            },
+            "task": {
+                "name": self.task.name,
+                "train_questions": len(self.task.train),
+                "heldout_questions": len(self.task.heldout),
+            },
+        }
+
+
+def check_sizes(config: Config, task: Task) -> None:
+    """ValueError where the task is too small for the configuration."""
+    if len(task.train) < config.train.questions:
+        raise ValueError(
+            f"train.questions = {config.train.questions}: expected <= the task's {len(task.train)} training questions"
+        )
+    if not task.heldout:
+        raise ValueError(f"task {task.name!r} has no held-out questions")
+
+
+def stream(seed: int, step: int) -> int:
+    """The seed of everything random in a step."""
+    return (seed << 32) + step
+
+
+def questions_of_step(questions: Sequence[Question], seed: int, step: int, count: int) -> list[Question]:
+    """The `count` different questions of a step (1, 2, ...): every pass over the data is a new shuffle, and ends where
+    no full batch is left."""
+    batches = len(questions) // count
+    epoch, batch = divmod(step - 1, batches)
+    order = list(range(len(questions)))
+    random.Random(stream(seed, epoch)).shuffle(order)
+    return [questions[i] for i in order[batch * count : (batch + 1) * count]]
