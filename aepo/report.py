@@ -66,7 +66,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         ),
         Chart("Policy change", {"policy.approx_kl": "approximate KL per token"}, smooth=True, note="nats"),
         Chart("Largest ratio", {"policy.ratio_max": "new over old probability"}, low=1.0),
-        Chart("Flipped advantages", {"flips": "sign turned by the entropy factor"}, "%", note="share of tokens"),
+        Chart("Flipped advantages", {"policy.flipped": "sign turned by the entropy factor"}, "%", note="share of tokens"),
         Chart("Gradient norm", {"optimizer.grad_norm": "before clipping"}, smooth=True),
     ),
     "Rollouts and tools": (
@@ -209,7 +209,7 @@ def _derived(record: dict[str, Any]) -> dict[str, Any]:
         values["branches.3"] = sum(counts[3:]) / sum(counts)
     flips, tokens = record.get("policy.advantage_flips"), record.get("tokens.trained")
     if flips is not None and tokens:
-        values["flips"] = flips / tokens
+        values["policy.flipped"] = flips / tokens
     for key, value in record.items():
         if key.startswith("tools.calls.") and paths and value is not None:
             values[f"calls.{key.rpartition('.')[2]}"] = value / paths

@@ -33,7 +33,7 @@ function decisionText(tree, decision) {
   const outcome = decision.branched ? `branched${born.length ? ` into ${born.join(" and ")}` : ""}` : `did not branch${room}`;
   return `path ${decision.path} ${outcome} · P ${formatted(decision.probability)}, threshold ${formatted(rule.branch_threshold)}`
     + ` · alpha ${formatted(decision.alpha)} · entropy ${nats(decision.entropy)}, ${signed(decision.delta)} ln V since the start`
-    + ` · penalty ${penalty} after ${decision.consecutive} branching steps`;
+    + ` · penalty ${penalty} (${decision.consecutive} branches in a row before)`;
 }
 
 // Node ids from the root to the leaf of a path.

@@ -234,6 +234,6 @@ def test_a_browser_draws_the_page(tmp_path):
     assert classes.count("tool failed") == 1
     assert "back-6" in classes  # 2.75 nats, on the branched path that is shown first
     assert "path 0 branched into path 1 · P 0.6, threshold 0.5" in drawn.text
-    assert "penalty 0.15 after 3 branching steps" in drawn.text  # 3 x 0.05
+    assert "penalty 0.15 (3 branches in a row before)" in drawn.text  # 3 x 0.05
     assert HOSTILE in drawn.text
     assert "img" not in [tag for tag, _ in drawn.found]
