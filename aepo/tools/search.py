@@ -19,7 +19,7 @@ class SearchTool:
 
     Only documents that share a word with the argument are returned; equally good ones in the order of the corpus.
     Words are compared without case and accents. Nothing found: the text `NO_RESULTS`. Safe to call from several
-    threads; 0.2 ms per call with 4,000 documents of 40 words on one core of a 2-core AVX-512 Xeon (Sapphire Rapids
+    threads; 0.07 ms per call with 4,000 documents of 40 words on one core of a 2-core AVX-512 Xeon (Sapphire Rapids
     class) VM (`pytest tests/aepo/test_tools_search.py -k speed -s`).
 
     documents: non-empty texts. `SearchTool.from_jsonl` reads them from a file.

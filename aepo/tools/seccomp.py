@@ -16,8 +16,6 @@ ALLOWED: dict[str, tuple[int, int | None]] = {
     "write": (1, 64),
     "writev": (20, 66),
     "close": (3, 57),
-    "fstat": (5, 80),
-    "lseek": (8, 62),
     # memory
     "mmap": (9, 222),
     "mprotect": (10, 226),

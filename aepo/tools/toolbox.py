@@ -9,7 +9,6 @@ import re
 import threading
 import time
 import traceback
-import weakref
 from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
@@ -29,7 +28,8 @@ class ToolBox:
     max_chars: longer results are cut to this many characters, `CUT_MARK` included.
     max_concurrent: calls that run at the same time; the others wait, and their timeouts start when they do.
     max_hung: a call that is given up on keeps its thread until the tool returns. A tool with this many such
-        threads is not called again before one of them returns: its calls fail at once, as timeouts.
+        threads is not called again before one of them returns: its calls fail at once, as timeouts. So one tool
+        never holds more than max_hung + max_concurrent threads.
 
     The threads are daemons: a hung call does not keep the process from ending. A tool that blocks while it holds the
     interpreter lock (a foreign C library) cannot be given up on; such a tool belongs in a process of its own.
@@ -53,8 +53,7 @@ class ToolBox:
         self._max_hung = max_hung
         self._hung: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._slots: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]
-        self._slots = weakref.WeakKeyDictionary()
+        self._slots: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
         self._closed = False
         names = "|".join(self._tools) or "(?!)"  # no tools: matches nothing
         self._call_pattern = re.compile(rf"<({names})>((?:(?!<\1>).)*?)</\1>", re.DOTALL)
@@ -101,13 +100,18 @@ class ToolBox:
         if tool is None:
             known = ", ".join(self._tools) or "none"
             return self._result(f"error: there is no tool {call.tool!r}; tools: {known}", "unknown_tool", 0.0)
-        slots = self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self._max_concurrent))
-        async with slots:
+        async with self._free_slot():
             if self._hung[call.tool] >= self._max_hung:
                 return self._result("error: the tool does not respond", "timeout", 0.0)
             start = time.perf_counter()
             outcome = await self._in_thread(tool, call.argument)
             return self._to_result(outcome, time.perf_counter() - start)
+
+    def _free_slot(self) -> asyncio.Semaphore:
+        loop = asyncio.get_running_loop()
+        if self._slots is None or self._slots[0] is not loop:  # a semaphore belongs to one event loop
+            self._slots = (loop, asyncio.Semaphore(self._max_concurrent))
+        return self._slots[1]
 
     async def _in_thread(self, tool: Tool, argument: str) -> object:
         """What the tool returned, or the exception it raised, or a TimeoutError once its timeout is over."""
