@@ -175,7 +175,7 @@ void logits_grad(const Tensor& logits, const OptionalTensor& labels, const Tenso
   const Column entropy_of(entropy, "entropy", rows);
   const Column grad_logprob_of(grad_logprobs, "grad_logprobs", rows);
   const Column grad_entropy_of(grad_entropy, "grad_entropy", rows);
-  TORCH_CHECK_VALUE(!grad_logprob_of.given() || label != nullptr, "grad_logprobs needs labels");
+  TORCH_CHECK_VALUE(labels.has_value() || !grad_logprobs.has_value(), "grad_logprobs needs labels");
   const auto grad_logprob = [&](int64_t t) {
     return grad_logprob_of.given() && label[t] != ignore_index ? grad_logprob_of[t] : 0;
   };
@@ -220,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_terms_of(const PolicyObjective
   in.cu_seqlens = data<int64_t>(cu_seqlens, "cu_seqlens", num_sequences + 1);
   in.entropy_stats = data<Real>(entropy_stats, "entropy_stats", 2);
   const bool has_bonus = objective.entropy_bonus != 0;
-  TORCH_CHECK_VALUE(in.entropy != nullptr || (!has_bonus && objective.entropy_advantage == 0),
+  TORCH_CHECK_VALUE(entropy.has_value() || (!has_bonus && objective.entropy_advantage == 0),
                     "entropy_advantage and entropy_bonus need entropy");
   for (int64_t s = 0; s < num_sequences; s++) {
     TORCH_CHECK_VALUE(in.cu_seqlens[s] >= 0 && in.cu_seqlens[s] <= in.cu_seqlens[s + 1] && in.cu_seqlens[s + 1] <= n,

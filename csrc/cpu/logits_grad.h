@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "prefetch.h"
 #include "row_kernels.h"
 
 namespace aepo::AEPO_ISA_NAME {
@@ -41,7 +42,10 @@ AEPO_ISA void logits_grad(const void* x, void* out, int64_t n, const RowGrad& ro
       Simd::broadcast(static_cast<Scalar>(row.slope)),
   };
   int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) gradient2(g, logits + i, grad + i);
+  for (; i + kStep <= n; i += kStep) {
+    prefetch_ahead(logits + i, kStep * sizeof(T));
+    gradient2(g, logits + i, grad + i);
+  }
   if (i < n) {
     T tail[kStep] = {};
     std::memcpy(tail, logits + i, (n - i) * sizeof(T));
