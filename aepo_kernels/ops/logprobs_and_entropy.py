@@ -69,6 +69,8 @@ def _logits_grad_fake(logits: Tensor, *args: Any) -> Tensor:
 def _logits_grad_inplace(logits: Tensor, *args: Any) -> None:
     *args, backend = args
     rows.logits_grad(logits, *args, logits, backends.resolve(backend, logits))
+    # Native code writes behind autograd's back; whoever saved these logits for a backward must get an error.
+    torch.autograd.graph.increment_version(logits)
 
 
 @torch.library.register_fake("aepo::logits_grad_")
