@@ -42,7 +42,7 @@ class Chart:
 # Four shelves of the page, in reading order: does it learn, what does the update do, what do the rollouts do, how fast.
 CHARTS: dict[str, tuple[Chart, ...]] = {
     "Learning": (
-        Chart("Held-out success", {"eval.success": "success"}, "%", note="step 0 is the warm start"),
+        Chart("Held-out success", {"eval.success": "success"}, "%", note="step 0: the warm start"),
         Chart("Held-out success by kind", {"eval.success.*": "*"}, "%"),
         Chart("Reward", {"reward.mean": "mean over all paths"}, smooth=True, note="in training"),
         Chart("Reward components", {"reward.*": "*"}, smooth=True),
@@ -66,7 +66,9 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         ),
         Chart("Policy change", {"policy.approx_kl": "approximate KL per token"}, smooth=True, note="nats"),
         Chart("Largest ratio", {"policy.ratio_max": "new over old probability"}, low=1.0),
-        Chart("Flipped advantages", {"policy.flipped": "sign turned by the entropy factor"}, "%", note="share of tokens"),
+        Chart(
+            "Flipped advantages", {"policy.flipped": "sign turned by the entropy factor"}, "%", note="share of tokens"
+        ),
         Chart("Gradient norm", {"optimizer.grad_norm": "before clipping"}, smooth=True),
     ),
     "Rollouts and tools": (
@@ -158,7 +160,8 @@ def read_run(path: Path, name: str) -> Run:
     evals = _read(path / "evals.jsonl", lambda file: _read_lines(file, problems), problems) or []
     if not metrics and not evals:
         raise ValueError(f"{path}: nothing to report yet, no step and no evaluation has finished")
-    series = _series([_derived(record) for record in metrics], "", problems)
+    tools = {key for record in metrics for key in record if key.startswith("tools.calls.")}
+    series = _series([_derived(record, tools) for record in metrics], "", problems)
     series |= _series(evals, "eval.", problems)
     if not series:
         raise ValueError(f"{path}: its records hold no number")
@@ -199,8 +202,9 @@ def _read_lines(file: Path, problems: list[str]) -> list[dict[str, Any]]:
     return records
 
 
-def _derived(record: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of one step, with the shares that the charts show in place of counts."""
+def _derived(record: dict[str, Any], tools: set[str]) -> dict[str, Any]:
+    """The numbers of one step, with the shares that the charts show in place of counts. A tool without an entry in a
+    step was not called in it."""
     values = {key: value for key, value in record.items() if not isinstance(value, list)}
     counts, paths = record.get("rollout.branches_per_path"), record.get("rollout.paths")
     if counts and sum(counts):
@@ -210,11 +214,12 @@ def _derived(record: dict[str, Any]) -> dict[str, Any]:
     flips, tokens = record.get("policy.advantage_flips"), record.get("tokens.trained")
     if flips is not None and tokens:
         values["policy.flipped"] = flips / tokens
-    for key, value in record.items():
-        if key.startswith("tools.calls.") and paths and value is not None:
-            values[f"calls.{key.rpartition('.')[2]}"] = value / paths
-        if key.startswith("tools.failures.") and value is not None:
-            values[f"failures.{key.rpartition('.')[2]}"] = value / max(record.get("tools.calls") or 0, 1)
+    if paths:
+        values |= {f"calls.{key.removeprefix('tools.calls.')}": (record.get(key) or 0) / paths for key in tools}
+    if record.get("tools.calls"):
+        for key, value in record.items():
+            if key.startswith("tools.failures."):
+                values[f"failures.{key.removeprefix('tools.failures.')}"] = (value or 0) / record["tools.calls"]
     return values
 
 
@@ -358,7 +363,7 @@ def _gain(run: Run) -> str:
     values = _finite(run, "eval.success")
     if points is None or len(values) < 2:
         return ""
-    start = "the warm start" if points["steps"][0] == 0 else f"step {points['steps'][0]}"
+    start = "the start" if points["steps"][0] == 0 else f"step {points['steps'][0]}"
     return f"Held-out success went from {values[0]:.0%} at {start} to {values[-1]:.0%}"
 
 
@@ -412,7 +417,7 @@ def _facts(run: Run) -> Iterator[tuple[str, Any]]:
         yield "GPU", machine.get("gpu") or "none"
         yield "system", machine.get("platform")
     yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    yield "commit", facts.get("commit")
+    yield "commit", (facts.get("commit") or "")[:12]
     yield "started", facts.get("started")
     yield "status", facts.get("status")
     yield "resumed", ", ".join(f"at step {resume['step']}" for resume in facts.get("resumed", []))

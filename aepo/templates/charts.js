@@ -122,8 +122,8 @@ function drawChart(figure, spec, series, stacked) {
   const yRange = [Math.min(spec.low ?? Infinity, ...allValues), Math.max(spec.high ?? -Infinity, ...allValues)];
   if (yRange[0] === yRange[1]) yRange[1] += Math.abs(yRange[0]) || 1;
   const gap = ticks(...yRange, 4)[1] - ticks(...yRange, 4)[0];
-  yRange[0] = Math.floor(yRange[0] / gap + 1e-9) * gap; // from round number to round number
-  yRange[1] = Math.ceil(yRange[1] / gap - 1e-9) * gap;
+  yRange[0] = Math.floor(yRange[0] / gap + 1e-3) * gap; // from round number to round number, but for rounding errors
+  yRange[1] = Math.ceil(yRange[1] / gap - 1e-3) * gap;
   const x = (step) => LEFT + (step - xRange[0]) / (xRange[1] - xRange[0]) * (WIDTH - LEFT - RIGHT);
   const y = (value) => HEIGHT - BOTTOM - (value - yRange[0]) / (yRange[1] - yRange[0]) * (HEIGHT - TOP - BOTTOM);
 

@@ -85,7 +85,7 @@ def test_the_page_holds_what_the_files_hold(tmp_path):
     assert out == tmp_path / "demo" / "report.html"
     page = out.read_text(encoding="utf-8")
     text = Elements(page).text
-    for expected in ("from 25% at the warm start to 50%", "2 steps in 1 min 23 s", "aepo", "1,234,567 parameters",
+    for expected in ("from 25% at the start to 50%", "2 steps in 1 min 23 s", "aepo", "1,234,567 parameters",
                      "2 cores of <b>CPU</b>", "+25 points", "25.0%", "2 of 8"):  # fmt: skip
         assert expected in text
     data = page_data(page)
@@ -93,8 +93,8 @@ def test_the_page_holds_what_the_files_hold(tmp_path):
     assert series["reward.mean"] == {"steps": [1, 2], "values": [0.25, 0.75]}
     assert series["eval.success"] == {"steps": [0, 2], "values": [0.25, 0.5]}
     assert [series[f"branches.{b}"]["values"][0] for b in range(4)] == [0.6, 0.2, 0.0, 0.2]
-    assert series["failures.timeout"]["values"] == [0.25, 0.0]
-    assert series["calls.search"] == {"steps": [1], "values": [0.5]}
+    assert series["failures.timeout"] == {"steps": [1], "values": [0.25]}  # step 2 had no call that could fail
+    assert series["calls.search"]["values"] == [0.5, 0.0]
     assert "policy.kl" not in series  # undefined throughout
     (tree,) = data["trees"]
     assert tree["nodes"][1]["entropies"] == [1.25, 0.0]
@@ -147,7 +147,7 @@ def test_missing_files_are_named_and_the_rest_is_shown(tmp_path):
     for name in ("run.json is missing", "config.yaml is missing", "metrics.jsonl is missing"):
         assert name in Elements(page).text
     assert page_data(page)["trees"] == []
-    assert "from 25% at the warm start to 50%" in page
+    assert "from 25% at the start to 50%" in page
 
 
 def test_damage_is_listed_and_left_out(tmp_path):
