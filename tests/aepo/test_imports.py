@@ -28,7 +28,7 @@ FLOORS = (
     ("aepo.metrics", "aepo.run_log", "aepo.checkpoint", "aepo.display", "aepo.interrupt"),
     ("aepo.learner", "aepo.evaluation", "aepo.warmstart"),
     ("aepo.trainer",),
-    ("aepo.report", "aepo.doctor"),
+    ("aepo.run_reader", "aepo.report", "aepo.doctor"),
     ("aepo.cli",),
 )
 HEAVY = {"triton", "transformers", "vllm", "trl", "verl"}

@@ -12,7 +12,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from aepo.report import MAX_TREE_TOKENS, read_run, write_report
+from aepo.report import write_report
+from aepo.run_reader import MAX_TREE_TOKENS, read_run
 from aepo.types import BranchDecision, BudgetDecision, Node, Path, Question, Reward, RolloutTree, ToolCall, ToolResult
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)><!--"
@@ -159,13 +160,18 @@ def test_damage_is_listed_and_left_out(tmp_path):
     uneven = {"step": 4, "trees": [hand_made_tree()]}
     uneven["trees"][0]["texts"][1].pop()
     (run / "trees" / "step_000004.json").write_text(json.dumps(uneven))
+    circle = {"step": 5, "trees": [hand_made_tree()]}
+    circle["trees"][0]["tree"]["nodes"][1]["parent"] = 3
+    (run / "trees" / "step_000005.json").write_text(json.dumps(circle))
+    (run / "config.yaml").write_text("- a list\n")
     loaded = read_run(run, "demo")
     problems = "\n".join(loaded.problems)
     for expected in ("run.json cannot be read", "metrics.jsonl, line 3: not a record", "line 4: not a record",
                      "reward.mean is nan at step 3", "line 6: not a record", "line 7: cut off",
-                     "step_000003.json: not a record", "node 1 has 2 tokens and 1 texts"):  # fmt: skip
+                     "step_000003.json: not a record", "node 1 has 2 tokens and 1 texts",
+                     "a parent that does not come before its child", "config.yaml cannot be read: expected keys"):  # fmt: skip
         assert expected in problems
-    assert len(loaded.problems) == 8
+    assert len(loaded.problems) == 10
     assert loaded.series["reward.mean"] == {"steps": [1, 2, 3], "values": [0.25, 0.75, None]}
     assert [tree["step"] for tree in loaded.trees] == [2]
     assert "line 7: cut off" in Elements(write_report([run]).read_text(encoding="utf-8")).text
