@@ -166,10 +166,18 @@ def test_damage_is_listed_and_left_out(tmp_path):
     (run / "config.yaml").write_text("- a list\n")
     loaded = read_run(run, "demo")
     problems = "\n".join(loaded.problems)
-    for expected in ("run.json cannot be read", "metrics.jsonl, line 3: not a record", "line 4: not a record",
-                     "reward.mean is nan at step 3", "line 6: not a record", "line 7: cut off",
-                     "step_000003.json: not a record", "node 1 has 2 tokens and 1 texts",
-                     "a parent that does not come before its child", "config.yaml cannot be read: expected keys"):  # fmt: skip
+    for expected in (
+        "run.json cannot be read",
+        "config.yaml cannot be read: expected keys and values, got list",
+        "metrics.jsonl, line 3: not a record",
+        "line 4: not a record",
+        "reward.mean is nan at step 3",
+        "line 6: not a record",
+        "line 7: cut off",
+        "step_000003.json: not a record",
+        "node 1 has 2 tokens and 1 texts",
+        "a parent that does not come before its child",
+    ):
         assert expected in problems
     assert len(loaded.problems) == 10
     assert loaded.series["reward.mean"] == {"steps": [1, 2, 3], "values": [0.25, 0.75, None]}
