@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ class Section:
     section: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for item, expected, _ in _settings(type(self)):
+        for item, expected in _settings(type(self)):
             value, limits = getattr(self, item.name), item.metadata
             for number in value if isinstance(value, (tuple, list)) else (value,):
                 # Every comparison is written so that NaN fails it.
@@ -222,9 +223,9 @@ class Key:
 def all_keys() -> list[Key]:
     """Every dotted key, in the order of this file."""
     return [
-        Key(f"{section.name}.{item.name}", getattr(getattr(Config(), section.name), item.name), expected, help)
+        Key(f"{section.name}.{item.name}", item.default, expected, item.metadata["help"])
         for section in dataclasses.fields(Config)
-        for item, expected, help in _settings(typing.get_type_hints(Config)[section.name])
+        for item, expected in _settings(typing.get_type_hints(Config)[section.name])
     ]
 
 
@@ -259,16 +260,18 @@ def _apply(changes: Sequence[tuple[str, Any, str]]) -> Config:
     from omegaconf.errors import OmegaConfBaseException
 
     known = {entry.name: entry for entry in all_keys()}
-    merged = OmegaConf.structured(Config)
-    for name, value, where in changes:
+    for name, _, where in changes:
         if name not in known:
             raise ValueError(f"unknown key {name!r}{where}{_suggestion(name, list(known))}; `aepo keys` lists all keys")
+    sections: dict[str, Any] = {}
+    for name, value, where in changes:
+        section, _, setting = name.partition(".")
+        before = sections.get(section, OmegaConf.structured(typing.get_type_hints(Config)[section]))
         try:
-            section, _, setting = name.partition(".")
-            merged = OmegaConf.merge(merged, {section: {setting: value}})
+            sections[section] = OmegaConf.merge(before, {setting: value})
         except OmegaConfBaseException:
             raise ValueError(f"{name} = {value!r}{where}: expected {known[name].expected}") from None
-    return typing.cast(Config, OmegaConf.to_object(merged))
+    return Config(**{section: OmegaConf.to_object(settings) for section, settings in sections.items()})
 
 
 def _flatten(content: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -290,12 +293,15 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
     return f": did you mean {' or '.join(repr(k) for k in near)}?" if near else ""
 
 
-def _settings(section: type[Section]) -> Iterator[tuple[dataclasses.Field, str, str]]:
-    hints = typing.get_type_hints(section)
+@functools.cache
+def _settings(section: type[Section]) -> list[tuple[dataclasses.Field, str]]:
+    """The fields of a section, each with its type and range in words."""
+    hints, settings = typing.get_type_hints(section), []
     for item in dataclasses.fields(section):  # type: ignore[arg-type]
         limits = item.metadata
         bounds = " and ".join(f"{sign} {limits[name]}" for name, sign in _SIGNS.items() if limits[name] is not None)
-        yield item, f"{_type_in_words(hints[item.name])} {bounds}".rstrip(), limits["help"]
+        settings.append((item, f"{_type_in_words(hints[item.name])} {bounds}".rstrip()))
+    return settings
 
 
 _SIGNS = {"above": ">", "low": ">=", "high": "<="}

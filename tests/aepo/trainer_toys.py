@@ -130,17 +130,18 @@ class Lookup:
 
 
 class ToyTask:
-    """A digit bandit: the first digit that the model writes must be that of the question's kind."""
+    """A contextual bandit: the first digit that the model writes must be that of the question's kind."""
 
     name = "toy"
     tools = (Lookup(),)
 
     def __init__(self, train: int = 8, heldout: int = 4) -> None:
         def question(i: int) -> Question:
-            return Question(id=f"q{i}", text=f"{i}", answer="7", kind="even" if i % 2 == 0 else "odd", entities=())
+            kind, answer = ("even", "7") if i % 2 == 0 else ("odd", "2")
+            return Question(id=f"q{i}", text=f"{i}", answer=answer, kind=kind, entities=())
 
         self.train = [question(i) for i in range(train)]
-        self.heldout = [question(i) for i in range(train, train + heldout)]
+        self.heldout = [question(i % train + 100 * i) for i in range(heldout)]  # same last digits, longer numbers
 
     def reward(self, question: Question, response: str, finish_reason: str) -> Reward:
         digits = [c for c in response if c.isdigit()]
