@@ -158,7 +158,11 @@ class PolicyObjective:
             (self.entropy_bonus != 0, entropy, "entropy_bonus != 0 needs entropy"),
             (self.kl_coef != 0, ref_logprobs, "kl_coef != 0 needs ref_logprobs"),
             (self.importance_cap is not None, rollout_logprobs, "importance_cap needs rollout_logprobs"),
-            (self.needs_sequences, cu_seqlens, "sequence ratios and seq- aggregations need cu_seqlens or [B, L] inputs"),
+            (
+                self.needs_sequences,
+                cu_seqlens,
+                "sequence ratios and seq- aggregations need cu_seqlens or [B, L] inputs",
+            ),
             (self.aggregation == "constant", denominator, "aggregation='constant' needs denominator"),
         ):
             if asked and not given:
@@ -166,7 +170,9 @@ class PolicyObjective:
         if entropy_stats and self.entropy_advantage == 0:
             raise ValueError("objective: entropy_stats is given, but entropy_advantage is 0 and nothing would use it")
         if rollout_logprobs and self.importance_cap is None:
-            raise ValueError("objective: rollout_logprobs is given, but importance_cap is None and nothing would use it")
+            raise ValueError(
+                "objective: rollout_logprobs is given, but importance_cap is None and nothing would use it"
+            )
 
 
 PRESETS: dict[str, dict[str, Any]] = {

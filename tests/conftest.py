@@ -5,8 +5,14 @@ import os
 # The suite is many small problems; a test that is about threads asks for them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     # Triton's own interpreter runs the kernels on CPU tensors, so their claims are tested without a GPU too.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # NumPy warns about what the kernels mean to do with infinities; a GPU would not.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")

@@ -18,7 +18,7 @@ def token_weights(
         token-mean            1 / denominator            valid tokens; those of this call
         seq-mean-token-sum    1 / denominator            sequences; those of this call
         seq-mean-token-mean   1 / (denominator n_i)      sequences; those of this call
-        constant              1 / denominator            any constant, e.g. sequences * maximum length (Dr. GRPO); required
+        constant              1 / denominator            required; Dr. GRPO: sequences * maximum length
 
     Micro-batches and ranks add up exactly to the loss of the whole batch when each of them passes the count of the
     whole batch (no sequence may be cut for the seq- aggregations).

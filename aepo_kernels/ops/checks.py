@@ -29,13 +29,12 @@ def check_logits(logits: Tensor, *, inplace: bool = False) -> None:
             "They are not copied behind your back: call .contiguous() if a copy is what you want"
         )
     if inplace and any(s == 0 and n > 1 for s, n in zip(logits.stride(), logits.shape, strict=True)):
-        raise ValueError(f"inplace_backward=True needs rows of their own; got expanded logits, strides {logits.stride()}")
+        raise ValueError(
+            f"inplace_backward=True needs rows of their own; got expanded logits, strides {logits.stride()}"
+        )
 
 
-def check_like(name: str, x: Tensor | None, like_name: str, shape: torch.Size, device: torch.device) -> None:
-    """x, unless None, is a tensor of that shape on that device."""
-    if x is None:
-        return
+def check_like(name: str, x: Tensor, like_name: str, shape: torch.Size, device: torch.device) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
     if x.shape != shape:

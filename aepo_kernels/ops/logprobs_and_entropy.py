@@ -38,7 +38,7 @@ def _token_stats(
     backend = backends.resolve(backend, logits)
     if labels is not None and labels.device.type == "cpu":
         check_labels(labels, labels == ignore_index, logits.shape[-1])
-    return rows.token_stats(logits, labels, temperature, ignore_index, False, backend)
+    return rows.token_stats(backend, logits, labels, temperature, ignore_index, False)
 
 
 @torch.library.register_fake("aepo::token_stats")
@@ -55,8 +55,7 @@ def _token_stats_fake(
 @torch.library.impl("aepo::logits_grad", "CompositeExplicitAutograd")
 def _logits_grad(logits: Tensor, *args: Any) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    *args, backend = args
-    rows.logits_grad(logits, *args, out, backends.resolve(backend, logits))
+    rows.logits_grad(backends.resolve(args[-1], logits), logits, out, *args[:-1])
     return out
 
 
@@ -67,8 +66,7 @@ def _logits_grad_fake(logits: Tensor, *args: Any) -> Tensor:
 
 @torch.library.impl("aepo::logits_grad_", "CompositeExplicitAutograd")
 def _logits_grad_inplace(logits: Tensor, *args: Any) -> None:
-    *args, backend = args
-    rows.logits_grad(logits, *args, logits, backends.resolve(backend, logits))
+    rows.logits_grad(backends.resolve(args[-1], logits), logits, logits, *args[:-1])
     # Native code writes behind autograd's back; whoever saved these logits for a backward must get an error.
     torch.autograd.graph.increment_version(logits)
 
@@ -114,8 +112,8 @@ def logprobs_and_entropy(
     """Log-prob of each label and entropy of each distribution, in nats, from one read of the logits.
 
     logits [.., V] bfloat16, float16, float32 or float64 with a contiguous last dimension and any other strides (a slice
-    such as logits[:, :-1] is not copied); labels [..] integer. Returns (logprobs [..], entropy [..]) in float32 (float64
-    for float64 logits), both differentiable once in the logits; the gradient has the logits' dtype.
+    such as logits[:, :-1] is not copied); labels [..] integer. Returns (logprobs [..], entropy [..]) in float32
+    (float64 for float64 logits), both differentiable once in the logits; the gradient has the logits' dtype.
 
     A label equal to `ignore_index` gives log-prob 0 without gradient; its entropy is computed all the same. A logit of
     -inf has probability 0 and gradient 0. A row with NaN, +inf or no finite logit is NaN in both outputs. Entropy is

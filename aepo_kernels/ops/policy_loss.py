@@ -43,8 +43,8 @@ class PolicyLoss(NamedTuple):
     metrics: dict[str, Tensor]
     """Detached scalars [] over the valid tokens of this call: loss, clip_fraction_high and _low (share of tokens whose
     loss is at a clip bound), dual_clip_fraction, ratio_mean, ratio_max, approx_kl (k3 estimate of KL(old || new)),
-    valid_tokens; with entropies entropy_mean and entropy_std; with an entropy-aware advantage advantage_flips (number of
-    tokens whose factor is negative); with ref_logprobs kl."""
+    valid_tokens; with entropies entropy_mean and entropy_std; with an entropy-aware advantage advantage_flips (number
+    of tokens whose factor is negative); with ref_logprobs kl."""
 
 
 def policy_terms(
@@ -135,16 +135,11 @@ def policy_arguments(
     """Check what the two policy losses have in common and put it in the order of POLICY_ARGS."""
     if not isinstance(objective, PolicyObjective):
         raise TypeError(f"objective must be a PolicyObjective, e.g. PolicyObjective.preset('aepo'); got {objective!r}")
-    per_token = {
-        "old_logprobs": old_logprobs,
-        "advantages": advantages,
-        "ref_logprobs": ref_logprobs,
-        "rollout_logprobs": rollout_logprobs,
-    }
-    for name, x in per_token.items():
+    per_token = {"old_logprobs": old_logprobs, "advantages": advantages}
+    optional = {"ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs}
+    for name, x in (per_token | {name: x for name, x in optional.items() if x is not None}).items():
         check_like(name, x, "the tokens", shape, like.device)
-        if x is not None:
-            check_float_tensor(name, x)
+        check_float_tensor(name, x)
     check_like("mask", mask, "the tokens", shape, like.device)
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(f"mask must be bool or integer, non-zero = the token counts; got {mask.dtype} (pass mask != 0)")
@@ -182,8 +177,9 @@ def _scalar(name: str, x: float | Tensor, like: Tensor, minimum: float = -math.i
     if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number or a one-element tensor; got {type(x).__name__}")
     if not minimum <= x < math.inf:
-        raise ValueError(f"{name} must be finite and {'> 0' if 0 < minimum else f'>= {minimum}'}; got {x}")
-    return torch.full((), x, dtype=acc_dtype(like.dtype), device=like.device)
+        raise ValueError(f"{name} must be finite and {'> 0' if minimum > 0 else f'>= {minimum}'}; got {x}")
+    # A product and not torch.full, which would make x, new in every batch, a constant of torch.compile's graph.
+    return torch.ones((), dtype=acc_dtype(like.dtype), device=like.device) * x
 
 
 def policy_metrics(loss: Tensor, metrics: Tensor, objective: PolicyObjective, has_entropy: bool, has_kl: bool) -> Any:
@@ -228,8 +224,8 @@ def policy_loss(
     ranks add up to the loss of the whole batch. A mask without any valid token gives loss 0 with gradient 0. NaN on a
     token that counts gives a NaN loss.
 
-    Raises ValueError or TypeError naming the argument: shapes, dtypes and devices that disagree; a term of the objective
-    whose input is missing, or an input that no term uses; on the CPU also bounds that do not fit the tokens.
+    Raises ValueError or TypeError naming the argument: shapes, dtypes and devices that disagree; a term of the
+    objective whose input is missing, or an input that no term uses; on the CPU also bounds that do not fit the tokens.
     """
     check_float_tensor("logprobs", logprobs)
     if entropy is not None:

@@ -40,8 +40,8 @@ def _per_block(x: Tensor | None, blocks: list[Tensor]) -> Sequence[Tensor | None
 
 
 def token_stats(
-    logits: Tensor, labels: Tensor | None, temperature: float, ignore_index: int, skip_ignored: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    backend: str, logits: Tensor, labels: Tensor | None, temperature: float, ignore_index: int, skip_ignored: bool
+) -> tuple[Tensor, ...]:
     """The stage `token_stats` for logits [.., V] and labels [..]: (logprobs, entropy, maximum, log_sum), each [..]."""
     blocks = row_blocks(logits)
     stage = backends.stage(backend, "token_stats")
@@ -56,7 +56,9 @@ def token_stats(
 
 
 def logits_grad(
+    backend: str,
     logits: Tensor,
+    out: Tensor,
     labels: Tensor | None,
     maximum: Tensor,
     log_sum: Tensor,
@@ -65,8 +67,6 @@ def logits_grad(
     grad_entropy: Tensor | None,
     temperature: float,
     ignore_index: int,
-    out: Tensor,
-    backend: str,
 ) -> None:
     """The stage `logits_grad` for logits [.., V]; `out` is contiguous and of their shape, or the logits themselves."""
     blocks = row_blocks(logits)

@@ -1,4 +1,4 @@
-"""The specification: the three stages in plain PyTorch, any dtype up to float64, written to be read and not to be fast."""
+"""The specification: the three stages in plain PyTorch, in any dtype up to float64, written to be read."""
 
 from aepo_kernels.reference.logits_grad import logits_grad
 from aepo_kernels.reference.policy_terms import policy_terms

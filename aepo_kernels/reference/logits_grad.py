@@ -1,6 +1,6 @@
 """Gradient of per-token log-probs and entropies with respect to the logits, in plain PyTorch.
 
-    d logprob(y) / d x_i = (1[i = y] - p_i) / temperature        d H / d x_i = -p_i (log p_i + H) / temperature
+d logprob(y) / d x_i = (1[i = y] - p_i) / temperature        d H / d x_i = -p_i (log p_i + H) / temperature
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The policy losses written as the papers print them, for autograd: another formulation than the kernels' table."""
 
 import dataclasses
+import itertools
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def make_batch(seed=0, lengths=(13, 1, 0, 29, 8), spread=0.5):
 
 def policy_oracle(b, o, *, entropy_stats=None, denominator=None):
     """The loss of objective `o` on batch `b`, differentiable by autograd in b.logprobs and b.entropy."""
-    sequences = [range(int(i), int(j)) for i, j in zip(b.cu_seqlens[:-1], b.cu_seqlens[1:], strict=True)]
+    sequences = itertools.starmap(range, itertools.pairwise(b.cu_seqlens.tolist()))
     valid = [[t for t in sequence if b.mask[t]] for sequence in sequences]
     valid = [tokens for tokens in valid if tokens]
     everywhere = [t for tokens in valid for t in tokens]

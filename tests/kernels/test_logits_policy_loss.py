@@ -42,7 +42,10 @@ def oracle(problem, objective, dtype):
     """Loss and gradient in the logits by autograd through log_softmax and the printed formulas."""
     x = problem["logits"].clone().requires_grad_()
     log_p = torch.log_softmax(x.to(dtype), dim=-1)
-    per_token = {name: problem.get(name, problem["old_logprobs"]).to(dtype) for name in ("old_logprobs", "advantages", "ref_logprobs")}
+    per_token = {
+        name: problem.get(name, problem["old_logprobs"]).to(dtype)
+        for name in ("old_logprobs", "advantages", "ref_logprobs")
+    }
     batch = Batch(
         logprobs=log_p.gather(-1, problem["labels"][:, None])[:, 0],
         entropy=-torch.special.xlogy(log_p.exp(), log_p.exp()).sum(-1),

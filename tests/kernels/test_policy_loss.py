@@ -1,6 +1,7 @@
 """Claims about policy_loss beyond its gradient: values and metrics computed by hand, micro-batches that add up to the
 whole batch, masks without a token, NaN that shows, and a clear error for every input that does not fit."""
 
+import itertools
 import math
 
 import pytest
@@ -17,9 +18,7 @@ def hand_made(objective, ratios, advantages, backend, **given):
     old = torch.full((len(ratios),), -1.0)
     logprobs = (old + torch.tensor(ratios).log()).requires_grad_()
     mask = torch.ones(len(ratios), dtype=torch.bool)
-    out = policy_loss(
-        logprobs, old, torch.tensor(advantages), mask, objective=objective, backend=backend, **given
-    )
+    out = policy_loss(logprobs, old, torch.tensor(advantages), mask, objective=objective, backend=backend, **given)
     out.loss.backward()
     return out, logprobs.grad * len(ratios)
 
@@ -69,7 +68,7 @@ def test_cispo_by_hand(backend):
 
 
 def test_sequence_ratio_by_hand(backend):
-    # Sequence 1: log-ratios 0.3 and 0.1, ratio e^0.2, inside. Sequence 2: 1 token (the other is masked), e^0.5, clipped.
+    # Sequence 1: log-ratios 0.3 and 0.1, ratio e^0.2, inside. Sequence 2: one valid token, e^0.5, clipped.
     old = torch.full((4,), -1.0)
     logprobs = (old + torch.tensor([0.3, 0.1, 9.0, 0.5])).requires_grad_()
     advantages = torch.tensor([1.0, 3.0, 5.0, 2.0])
@@ -128,7 +127,7 @@ def test_micro_batches_add_up_to_the_whole_batch(aggregation, backend):
     batch = make_batch(7, (5, 9, 0, 3, 12, 6, 1, 8)).to(dtype)
     objective = PolicyObjective.preset("aepo", aggregation=aggregation)
     bounds = batch.cu_seqlens
-    counted = sum(bool(batch.mask[i:j].any()) for i, j in zip(bounds[:-1], bounds[1:], strict=True))
+    counted = sum(bool(batch.mask[i:j].any()) for i, j in itertools.pairwise(bounds))
     denominator = {"token-mean": batch.mask.sum(), "constant": 64}.get(aggregation, counted)
     valid = batch.entropy[batch.mask]
     stats = (valid.mean(), valid.std())
@@ -157,7 +156,9 @@ def test_micro_batches_add_up_to_the_whole_batch(aggregation, backend):
     eps = torch.finfo(dtype).eps
     assert sum(loss for loss, _ in parts).item() == pytest.approx(whole_loss.item(), abs=20 * eps)
     if aggregation != "constant":  # and the default is the same count, taken from the call
-        weights = [token_weights(batch.mask, bounds, aggregation, d, dtype) for d in (None, torch.tensor(float(denominator)))]
+        weights = [
+            token_weights(batch.mask, bounds, aggregation, d, dtype) for d in (None, torch.tensor(float(denominator)))
+        ]
         assert torch.equal(*weights)
 
 
@@ -192,7 +193,9 @@ def test_no_valid_token_is_a_zero_that_can_be_backpropagated(name, tokens, backe
     assert all(value.item() == 0 for value in out.metrics.values())
 
 
-@pytest.mark.parametrize("where", ["logprobs", "old_logprobs", "advantages", "ref_logprobs", "rollout_logprobs", "entropy"])
+@pytest.mark.parametrize(
+    "where", ["logprobs", "old_logprobs", "advantages", "ref_logprobs", "rollout_logprobs", "entropy"]
+)
 def test_nan_on_a_valid_token_shows_in_the_loss(where, backend):
     batch = make_batch().to(torch.float32)
     getattr(batch, where)[0] = torch.nan

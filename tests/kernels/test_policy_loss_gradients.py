@@ -80,7 +80,9 @@ def check(objective, backend, dtype, batch=None):
     actual, truth, eager = (loss_and_grads(f, b) for f, b in ((ours, batch), (oracle, truth_batch), (oracle, batch)))
     # Each token's part is rounded at its own size, and the loss adds parts of both signs.
     scales = (truth[1].abs().sum(), 10 * truth[1].abs().max(), 10 * truth[2].abs().max())
-    for name, *values, scale in zip(("loss", "grad of logprobs", "grad of entropy"), actual, truth, eager, scales, strict=True):
+    for name, *values, scale in zip(
+        ("loss", "grad of logprobs", "grad of entropy"), actual, truth, eager, scales, strict=True
+    ):
         assert_within_budget(name, *values, scale=scale)
     assert truth[1][batch.mask].ne(0).any()
     assert actual[1][~batch.mask].eq(0).all()
@@ -113,7 +115,13 @@ def test_the_entropy_advantage_takes_entropy_as_a_constant(backend):
     logprobs = batch.logprobs.requires_grad_()
     objective = PolicyObjective.preset("aepo")
     loss = policy_loss(
-        logprobs, batch.old_logprobs, batch.advantages, batch.mask, objective=objective, entropy=entropy, backend=backend
+        logprobs,
+        batch.old_logprobs,
+        batch.advantages,
+        batch.mask,
+        objective=objective,
+        entropy=entropy,
+        backend=backend,
     ).loss
     loss.backward()
     assert entropy.grad is None

@@ -1,0 +1,138 @@
+"""Claims about PyTorch integration: the registered operations pass opcheck, every public function compiles into one
+graph with the same result, also as the first thing a fresh process does, and importing the package is cheap."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from policy_oracle import make_batch
+
+from aepo_kernels import (
+    PolicyObjective,
+    entropy_from_logits,
+    logits_policy_loss,
+    logprobs_and_entropy,
+    policy_loss,
+    selective_log_softmax,
+)
+from aepo_kernels.testing import make_labels, make_logits
+
+TOKENS = 51
+LOGITS = make_logits(TOKENS, 23)
+LABELS = make_labels(LOGITS)
+BATCH = make_batch().to(torch.float32)
+AEPO = PolicyObjective.preset("aepo", entropy_bonus=0.01)
+OPS = torch.ops.aepo
+
+
+def policy_args(objective):
+    stats = torch.tensor([1.0, 0.5])
+    level = objective.ratio_level == "sequence"
+    optional = (BATCH.ref_logprobs, None, BATCH.cu_seqlens, stats, torch.tensor(40.0))
+    numbers = (objective.aggregation, level, *objective.terms())
+    return (BATCH.old_logprobs, BATCH.advantages, BATCH.mask, *optional, *numbers, None)
+
+
+def operations():
+    stats = OPS.token_stats(LOGITS, LABELS, 0.7, -100, None)
+    coefficients = (*stats[2:], stats[1], torch.randn(TOKENS), torch.randn(TOKENS))
+    yield "token_stats", (LOGITS, LABELS, 0.7, -100, None)
+    yield "token_stats without labels", (LOGITS, None, 0.7, -100, None)
+    yield "logits_grad", (LOGITS, LABELS, *coefficients, 0.7, -100, None)
+    yield "logits_grad_", (LOGITS.clone(), LABELS, *coefficients, 0.7, -100, None)
+    for name in ("aepo", "gspo"):
+        objective = PolicyObjective.preset(name, entropy_bonus=0.01 if name == "aepo" else 0.0)
+        yield f"policy_loss {name}", (BATCH.logprobs, BATCH.entropy, *policy_args(objective))
+        yield f"logits_policy_loss {name}", (LOGITS, LABELS, 0.7, *policy_args(objective))
+
+
+@pytest.mark.parametrize("case", [name for name, _ in operations()])
+def test_opcheck(case):
+    args = dict(operations())[case]
+    torch.library.opcheck(getattr(OPS, case.split()[0]).default, args)
+
+
+def through_logits(logits):
+    logprobs, entropy = logprobs_and_entropy(logits, LABELS, 0.7)
+    return (logprobs * entropy).sum() + entropy_from_logits(logits).sum() + selective_log_softmax(logits, LABELS).sum()
+
+
+def through_policy_loss(logits):
+    inputs = (BATCH.old_logprobs, BATCH.advantages, BATCH.mask)
+    return policy_loss(logits[:, 0], *inputs, objective=AEPO, entropy=logits[:, 1].abs(), denominator=40).loss
+
+
+def fused(logits, temperature=1.0, inplace=False):
+    inputs = (BATCH.old_logprobs, BATCH.advantages, BATCH.mask)
+    out = logits_policy_loss(
+        logits * 1, LABELS, *inputs, objective=AEPO, temperature=temperature, inplace_backward=inplace
+    )
+    return out.loss + 0 * out.metrics["ratio_mean"]
+
+
+def fused_in_place(logits):
+    return fused(logits, inplace=True)
+
+
+@pytest.mark.parametrize("function", [through_logits, through_policy_loss, fused, fused_in_place])
+def test_compiles_into_one_graph(function):
+    def run(f):
+        x = LOGITS.clone().requires_grad_()
+        loss = f(x)
+        loss.backward()
+        return loss.detach(), x.grad
+
+    # aot_eager runs everything of torch.compile but the code generator, which takes most of the time.
+    compiled = run(torch.compile(function, fullgraph=True, backend="aot_eager"))
+    for got, expected in zip(compiled, run(function), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+def loss_of(logits, tokens, denominator):
+    inputs = (BATCH.old_logprobs[:tokens], BATCH.advantages[:tokens], BATCH.mask[:tokens])
+    return logits_policy_loss(logits, LABELS[:tokens], *inputs, objective=AEPO, denominator=denominator).loss
+
+
+def test_another_length_or_denominator_does_not_recompile():
+    # Both change with every batch. (A new temperature does recompile: it is a constant of the graph.)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    for tokens in (51, 40):  # the second call makes lengths and numbers dynamic
+        compiled(LOGITS[:tokens], tokens, float(tokens))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens, denominator in ((30, 33.3), (20, 21.0)):
+            args = (LOGITS[:tokens], tokens, denominator)
+            assert torch.equal(compiled(*args), loss_of(*args))
+
+
+FRESH = {
+    "the import loads neither triton nor the extension": """
+import sys, aepo_kernels
+loaded = [name for name in sys.modules if name.split(".")[0] in ("triton", "transformers", "aepo")
+          or name in ("aepo_kernels._C", "aepo_kernels.kernels")]
+assert not loaded, loaded
+""",
+    "the first use is a compiled one": """
+import torch
+from aepo_kernels import PolicyObjective, logits_policy_loss
+objective = PolicyObjective.preset("aepo")
+def head(h, w):
+    t = torch.zeros(4)
+    return logits_policy_loss(h @ w, torch.tensor([0, 1, 2, 3]), t - 1, t + 1, t == 0,
+                              objective=objective, inplace_backward=True).loss
+torch.manual_seed(0)
+h, w = torch.randn(4, 8, requires_grad=True), torch.randn(8, 11, requires_grad=True)
+got = torch.autograd.grad(torch.compile(head, fullgraph=True)(h, w), (h, w))
+expected = torch.autograd.grad(head(h, w), (h, w))
+for a, b in zip(got, expected):
+    torch.testing.assert_close(a, b)
+    assert a.abs().max() > 1e-3
+""",
+}
+
+
+@pytest.mark.parametrize("claim", [next(iter(FRESH)), pytest.param(list(FRESH)[1], marks=pytest.mark.slow)])
+def test_in_a_fresh_process(claim):
+    result = subprocess.run([sys.executable, "-c", FRESH[claim]], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
