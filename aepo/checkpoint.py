@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT = 1
 SUMS = "SHA256SUMS"
+REQUIRED = {"model.safetensors", "optimizer.safetensors", "state.json", "run.yaml"}
 
 
 class CheckpointError(RuntimeError):
@@ -154,10 +155,10 @@ def _moments(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[s
 def _problem(path: Path) -> str | None:
     """Why this checkpoint is not what was written, or None."""
     try:
-        expected = [line.split("  ", 1) for line in (path / SUMS).read_text().splitlines()]
+        expected = [line.partition("  ")[::2] for line in (path / SUMS).read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         return f"{path / SUMS} cannot be read ({error})"
-    if "state.json" not in [name for _, name in expected]:
+    if not {name for _, name in expected} >= REQUIRED:
         return f"{path / SUMS} is cut off"
     for checksum, name in expected:
         try:
