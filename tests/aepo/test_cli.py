@@ -1,0 +1,145 @@
+"""The command line: what it prints, its exit codes, and Ctrl-C as a terminal sends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from trainer_toys import ToyLanguageModel, ToyTask
+from typer.testing import CliRunner, Result
+
+from aepo import cli
+from aepo.checkpoint import list_checkpoints
+from aepo.run_log import read_records
+
+SMALL = ["train.steps=2", "train.questions=4", "rollout.paths=2", "rollout.max_tokens=6", "log.tensorboard=false"]
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy task in place of the real one, whose model takes a warm start of a minute."""
+    monkeypatch.setattr(cli, "_load", lambda config: (ToyTask(), ToyLanguageModel()))
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.usefixtures("toy")
+def test_train_resume_eval_and_report(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    done = run("train", *SMALL, f"run.dir={directory}")
+    assert done.exit_code == 0, done.output
+    assert f"aepo report {directory}" in done.output
+    assert [record["step"] for record in read_records(directory / "metrics.jsonl")] == [1, 2]
+
+    again = run("train", *SMALL, f"run.dir={directory}")
+    assert again.exit_code == 1
+    assert "already holds a run: continue it with --resume" in again.output
+
+    longer = run("train", "--resume", directory, "train.steps=3")
+    assert longer.exit_code == 0, longer.output
+    assert "resumed after step 2" in longer.output
+    assert [record["step"] for record in read_records(directory / "metrics.jsonl")] == [1, 2, 3]
+
+    evaluated = run("eval", directory, "--best", "--questions", "3")
+    assert evaluated.exit_code == 0, evaluated.output
+    assert "success.even" in evaluated.output
+    reported = run("report", directory)
+    assert reported.exit_code == 0, reported.output
+    assert (directory / "report.html").stat().st_size > 10_000
+
+    replaced = run("train", *SMALL, f"run.dir={directory}", "train.steps=1", "--overwrite")
+    assert replaced.exit_code == 0, replaced.output
+    assert [record["step"] for record in read_records(directory / "metrics.jsonl")] == [1]
+
+
+@pytest.mark.usefixtures("toy")
+def test_resume_from_a_corrupt_checkpoint_names_the_file_and_the_way_out(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    assert run("train", *SMALL, "checkpoint.every=1", f"run.dir={directory}").exit_code == 0
+    (directory / "checkpoints" / "step_000002" / "model.safetensors").write_bytes(b"")
+    metrics = (directory / "metrics.jsonl").read_text()
+    failed = run("train", "--resume", directory, "train.steps=3")
+    assert failed.exit_code == 1
+    assert "step_000002/model.safetensors does not have the checksum" in failed.output
+    assert "--from-step 1" in failed.output
+    assert (directory / "metrics.jsonl").read_text() == metrics, "nothing was cut back"
+    assert run("train", "--resume", directory, "--from-step", "1", "train.steps=3").exit_code == 0
+    assert [record["step"] for record in read_records(directory / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "train.stepz=3"], "did you mean 'train.steps'?"),
+        (["train", "policy.preset=ppo"], "expected one of aepo, arpo"),
+        (["train", "--config", "missing.yaml"], "missing.yaml"),
+        (["train", "--from-step", "3"], "expected --resume RUN with it"),
+        (["train", "--resume", "nowhere"], "nowhere"),
+        (["train", "--resume", "nowhere", "--overwrite"], "expected no --config, no --overwrite"),
+        (["eval", "nowhere"], "nowhere"),
+        (["report", "nowhere"], "nowhere"),
+        (["keys", "nosuchkey"], "no key contains 'nosuchkey'"),
+    ],
+)
+def test_mistakes_are_one_line_not_a_traceback(arguments: list[str], expected: str) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 1
+    assert done.output.startswith("error: ")
+    assert expected in done.output
+    assert "Traceback" not in done.output
+
+
+def test_help_teaches() -> None:
+    text = run("train", "--help").output
+    assert "aepo train --config configs/demo.yaml" in text
+    assert "--resume" in text
+    listed = run("keys", "optimizer").output
+    assert "optimizer.learning_rate = 1e-06" in listed
+    assert "policy" not in listed
+
+
+PROGRAM = """
+import sys
+from trainer_toys import ToyLanguageModel, ToyTask
+from aepo import cli
+cli._load = lambda config: (ToyTask(), ToyLanguageModel())
+cli.main()
+"""
+
+
+def test_ctrl_c_in_a_terminal(tmp_path: Path) -> None:
+    """SIGINT to the process group while steps are running: exit code 130, and the run goes on from where it was."""
+    directory, here = tmp_path / "run", Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parents[1]}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PROGRAM, "train"]
+    process = subprocess.Popen(
+        [*command, *SMALL, "train.steps=100000", f"run.dir={directory}"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while len(read_lines(directory / "metrics.jsonl")) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, output
+    finished = len(read_records(directory / "metrics.jsonl"))
+    assert f"the state after step {finished} is saved" in output
+    assert list_checkpoints(directory / "checkpoints")[-1].step == finished
+
+
+def read_lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
