@@ -250,21 +250,27 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one token per row: the query heads that share a key head become the queries of that head.
+    """Attention without repeating keys and values for every query head.
 
-    transformers' own function repeats keys and values for every query head, over the whole cache at every step. That
-    was 72% of a decode step (4 layers, 2 query heads per key head, 300 columns, 64 rows of hidden size 128 and 128 rows
-    of 256; torch profiler, 2-core AVX-512 Xeon (Sapphire Rapids class) VM).
+    transformers' own function repeats them, over the whole cache at every step. That was 72% of a decode step (4 layers,
+    2 query heads per key head, 300 columns, 64 rows of hidden size 128 and 128 rows of 256; torch profiler, 2-core
+    AVX-512 Xeon (Sapphire Rapids class) VM).
     """
     unsupported = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
     if unsupported:
         raise ValueError(f"model: attention with {unsupported}; this engine serves plain full attention alone")
     rows, heads, tokens, head_dim = query.shape
-    if tokens > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    grouped = query.reshape(rows, key.shape[1], -1, head_dim)
-    output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-    return output.reshape(rows, 1, heads, -1), None
+    if tokens == 1:  # query heads that share a key head become the queries of that head
+        grouped = query.reshape(rows, key.shape[1], -1, head_dim)
+        output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+        return output.reshape(rows, 1, heads, -1), None
+    if query.device.type == "cpu":
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
+        )
+        return output.transpose(1, 2), None
+    # On CUDA, a mask together with enable_gqa leads to the kernel that materialises all scores.
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
 AttentionInterface.register(ATTENTION, _attention)
