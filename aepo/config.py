@@ -22,13 +22,14 @@ def key(default: Any, help: str, *, low: float | None = None, high: float | None
     return field(default=default, metadata={"help": help, "low": low, "high": high, "above": above})
 
 
+@dataclass(frozen=True)
 class Section:
     """Checks every range when an instance is made, from a file or in Python."""
 
     section: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for item, expected in _settings(type(self)):
+        for item, expected in _settings(type(self)):  # type: ignore[arg-type]  # mypy looks up the instances' hash
             value, limits = getattr(self, item.name), item.metadata
             for number in value if isinstance(value, (tuple, list)) else (value,):
                 # Every comparison is written so that NaN fails it.
@@ -271,7 +272,8 @@ def _apply(changes: Sequence[tuple[str, Any, str]]) -> Config:
             sections[section] = OmegaConf.merge(before, {setting: value})
         except OmegaConfBaseException:
             raise ValueError(f"{name} = {value!r}{where}: expected {known[name].expected}") from None
-    return Config(**{section: OmegaConf.to_object(settings) for section, settings in sections.items()})
+    made: dict[str, Any] = {section: OmegaConf.to_object(settings) for section, settings in sections.items()}
+    return Config(**made)
 
 
 def _flatten(content: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -297,7 +299,7 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
 def _settings(section: type[Section]) -> list[tuple[dataclasses.Field, str]]:
     """The fields of a section, each with its type and range in words."""
     hints, settings = typing.get_type_hints(section), []
-    for item in dataclasses.fields(section):  # type: ignore[arg-type]
+    for item in dataclasses.fields(section):
         limits = item.metadata
         bounds = " and ".join(f"{sign} {limits[name]}" for name, sign in _SIGNS.items() if limits[name] is not None)
         settings.append((item, f"{_type_in_words(hints[item.name])} {bounds}".rstrip()))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import resource
+import statistics
 import sys
 import time
 from collections import Counter, defaultdict
@@ -41,7 +42,7 @@ def rollout_metrics(trees: Sequence[RolloutTree], rewards: Sequence[Sequence[Rew
     flat = [reward for group in rewards for reward in group]
     totals = [reward.total for reward in flat]
     branches = Counter(count for tree in trees for count in branches_per_path(tree))
-    finished = Counter(path.finish_reason for tree in trees for path in tree.paths)
+    finished: Counter[str] = Counter(path.finish_reason for tree in trees for path in tree.paths)
     fresh = [sum(path.parent is None for path in tree.paths) for tree in trees]
     tool_entropies = [tree.budget.tool_entropy for tree in trees if tree.budget]
     path_tokens = [
@@ -51,7 +52,7 @@ def rollout_metrics(trees: Sequence[RolloutTree], rewards: Sequence[Sequence[Rew
     ]
     return {
         "reward.mean": _mean(totals),
-        "reward.std": _mean([(total - _mean(totals)) ** 2 for total in totals]) ** 0.5,
+        "reward.std": statistics.pstdev(totals),
         **_means("reward", ((name, value) for reward in flat for name, value in reward.components.items())),
         **_success("train.success", trees, rewards),
         "advantage.zero_groups": _mean([len({reward.total for reward in group}) == 1 for group in rewards]),
@@ -72,7 +73,7 @@ def rollout_metrics(trees: Sequence[RolloutTree], rewards: Sequence[Sequence[Rew
 def tool_metrics(trees: Sequence[RolloutTree]) -> Record:
     """Calls and failures. A result that several paths share is one call."""
     nodes = [node for tree in trees for node in tree.nodes if node.source == "tool"]
-    failures = Counter(node.result.error for node in nodes if node.result and node.result.error)
+    failures: Counter[str] = Counter(node.result.error for node in nodes if node.result and node.result.error)
     calls = Counter(node.call.tool for node in nodes if node.call)
     return {
         "tools.calls": len(nodes),
