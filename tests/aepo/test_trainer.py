@@ -43,6 +43,14 @@ def outcome(directory: Path) -> tuple[list[dict], list[dict]]:
     return comparable("metrics.jsonl"), comparable("evals.jsonl")
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of 4 steps."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    trainer_for(directory, "train.steps=4").train()
+    return directory
+
+
 def weights(trainer: Trainer) -> list[torch.Tensor]:
     return [p.detach().clone() for p in trainer.learner.model.parameters()]
 
@@ -111,8 +119,7 @@ class InterruptIn:
         ("refresh", 2),  # after it, before the step was counted
     ],
 )
-def test_ctrl_c_in_the_middle_of_a_step(tmp_path: Path, place: str, finished: int) -> None:
-    trainer_for(tmp_path / "whole", "train.steps=4").train()
+def test_ctrl_c_in_the_middle_of_a_step(tmp_path: Path, whole: Path, place: str, finished: int) -> None:
     trainer = trainer_for(tmp_path / "run", "train.steps=4")
     owners = {"rollout": trainer.sampler, "refresh": trainer.engine}
     InterruptIn(owners.get(place, trainer.learner), place, nth=2)
@@ -122,7 +129,7 @@ def test_ctrl_c_in_the_middle_of_a_step(tmp_path: Path, place: str, finished: in
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
     assert len(read_records(tmp_path / "run" / "metrics.jsonl")) == finished
     trainer_for(tmp_path / "run", "train.steps=4", resume_step=finished).train()
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "run") == outcome(whole)
 
 
 def test_ctrl_c_between_two_optimiser_steps_undoes_the_first(tmp_path: Path) -> None:
@@ -137,15 +144,14 @@ def test_ctrl_c_between_two_optimiser_steps_undoes_the_first(tmp_path: Path) -> 
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
-def test_an_interrupted_evaluation_is_made_up_for(tmp_path: Path) -> None:
-    trainer_for(tmp_path / "whole").train()
-    trainer = trainer_for(tmp_path / "run")
+def test_an_interrupted_evaluation_is_made_up_for(tmp_path: Path, whole: Path) -> None:
+    trainer = trainer_for(tmp_path / "run", "train.steps=4")
     InterruptIn(trainer.evaluator, "rollout", nth=2)  # the one after step 2
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].step == 2
-    trainer_for(tmp_path / "run", resume_step=2).train()
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    trainer_for(tmp_path / "run", "train.steps=4", resume_step=2).train()
+    assert outcome(tmp_path / "run") == outcome(whole)
 
 
 def poison_gradient(trainer: Trainer) -> None:
