@@ -2,8 +2,10 @@
 #pragma once
 
 // GCC 12 takes its own headers' undefined pass-through operands for uninitialised variables (GCC bug 105593).
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 #include "scalar_types.h"
