@@ -85,7 +85,7 @@ class Learner:
             if not result.loss.isfinite():
                 raise NonFiniteError(f"the loss is {result.loss.item()}; {self._guilty(batch, question_ids)}")
             result.loss.backward()
-            metrics.append({name: value.item() for name, value in result.metrics.items()})
+            metrics.append(dict(zip(result.metrics, torch.stack([*result.metrics.values()]).tolist(), strict=True)))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.optimizer.max_grad_norm).item()
         if not norm < float("inf"):
             raise NonFiniteError(f"the gradient norm is {norm}; {self._blame(minibatch, stats, question_ids)}")
