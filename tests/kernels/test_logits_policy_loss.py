@@ -134,16 +134,18 @@ def test_rows_that_do_not_count_are_never_read(backend):
     def run(**changes):
         x = {**problem, **changes}["logits"].clone().requires_grad_()
         out = logits_policy_loss(**{**problem, **changes, "logits": x}, objective=objective, backend=backend)
+        entropy = out.loss.grad_fn.saved_tensors[-1]
         out.loss.backward()
-        return out.loss, x.grad
+        return out.loss, x.grad, entropy
 
-    loss, grad = run()
+    loss, grad, _ = run()
     hidden = ~problem["mask"]
     assert hidden.any()
     nan = {name: problem[name].masked_fill(hidden, torch.nan) for name in ("old_logprobs", "advantages")}
     labels = problem["labels"].masked_fill(hidden, -100)
     logits = problem["logits"].masked_fill(hidden[:, None], torch.nan)
-    dirty_loss, dirty_grad = run(logits=logits, labels=labels, **nan)
+    dirty_loss, dirty_grad, entropy = run(logits=logits, labels=labels, **nan)
+    assert entropy[hidden].eq(0).all()  # a row that is read and holds NaN has entropy NaN
     assert torch.equal(dirty_loss, loss)
     assert torch.equal(dirty_grad, grad)
     assert grad[hidden].eq(0).all()

@@ -93,9 +93,9 @@ def test_entropy_factor_and_its_metrics_by_hand(backend):
     # H = 1, 2, 6: mean 3, unbiased std sqrt(7). With a = 1.5 the first factor is 1 - 3 / sqrt(7) < 0: its sign flips.
     objective = PolicyObjective(entropy_advantage=1.5)
     entropy = torch.tensor([1.0, 2.0, 6.0])
-    out, grad = hand_made(objective, [1.0, 1.0, 1.0], [1.0, 1.0, 1.0], backend, entropy=entropy)
+    out, grad = hand_made(objective, [1.0, 1.0, 1.0], [1.0, -1.0, 1.0], backend, entropy=entropy)
     factor = 1 + 1.5 * (entropy - 3) / math.sqrt(7)
-    torch.testing.assert_close(grad, -factor, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(grad, -factor * torch.tensor([1.0, -1.0, 1.0]), rtol=1e-6, atol=1e-7)
     assert out.metrics["advantage_flips"].item() == 1
     assert out.metrics["entropy_mean"].item() == pytest.approx(3)
     assert out.metrics["entropy_std"].item() == pytest.approx(math.sqrt(7))
