@@ -15,7 +15,7 @@ MAY_COMPLETE, IS_EOS = 1, 2
 class StopRules:
     """Tells after every step which rows have ended, looking at text only where a token may have completed a string.
 
-    A token may do so if its own text holds the last character of a stop string, or bytes of an unfinished character.
+    A token may do so if its own text holds the last character of a stop string, or a part of that character's bytes.
     For closing tags that is the few tokens with ">" in them, so most steps cost one table look-up for all rows.
     """
 
@@ -33,7 +33,9 @@ class StopRules:
         """uint8 [V]: what each token can do to a row with these stop strings: 0, MAY_COMPLETE or IS_EOS."""
         strings = frozenset(stop)
         if strings not in self._tables:
-            last = {string[-1] for string in strings} | {"\ufffd"}
+            last = {string[-1] for string in strings}
+            if any(ord(character) > 127 for character in last):
+                last.add("\ufffd")  # how a token with a part of a character's bytes is shown
             table = [MAY_COMPLETE if strings and not last.isdisjoint(text) else 0 for text in self._texts]
             table += [0] * (self._vocab_size - len(table))  # embeddings padded beyond the tokenizer
             for index in self._eos_ids:
