@@ -1,4 +1,4 @@
-"""Gradient of per-token log-probs and entropies with respect to the logits [T, V]: one read and one write, in place or not.
+"""Gradient of per-token log-probs and entropies in the logits [T, V]: one read and one write, in place or not.
 
     log p_i = (x_i - maximum) / temperature - log_sum
     dx_i = ( g_lp (1[i = label] - p_i) - g_H p_i (log p_i + H) ) / temperature

@@ -4,8 +4,8 @@ The rules are those of reference.policy_terms. One kernel serves all objectives.
 block of them, or one packed sequence where the ratio is per sequence. What crosses programs goes through a row of
 partial sums each, added up in a fixed order by a last program, so that equal inputs give equal bits.
 
-Everything is float64 inside: at a few hundred operations per token it is nothing beside the V logits of that token, sums
-of 1e5 terms keep their digits, and the mean of equal float32 entropies is exact, so their std is exactly 0.
+Everything is float64 inside: a few hundred operations per token are nothing beside the V logits of that token, sums of
+1e5 terms keep their digits, and the mean of equal float32 entropies is exact, so their std is exactly 0.
 """
 
 from __future__ import annotations
@@ -281,6 +281,6 @@ def policy_terms(
             DETACHED_RATIO=detached_ratio, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
         totals_kernel[(1,)](
-            partials, moments, loss, metrics, programs, blocks, ROWS=64, BLOCK=BLOCK, num_warps=NUM_WARPS
-        )
+            partials, moments, loss, metrics, programs, blocks, ROWS=32, BLOCK=256, num_warps=4
+        )  # fmt: skip
     return loss, grad_logprobs, grad_entropy, metrics

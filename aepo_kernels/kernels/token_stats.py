@@ -4,9 +4,9 @@ With x a row, d = (x - max x) / temperature and `rest` the sum of exp(d) over al
 
     log_sum = log1p(rest)      logprob(y) = d_y - log_sum      H = log_sum - sum exp(d) d / (1 + rest)
 
-The loop is an online softmax whose state stays inside one lane (a thread): nothing is exchanged before the end, so it
-has no barrier and costs about 9.4 instructions and 1.03 exponentials per bfloat16 logit on sm_90 (the textbook form,
-which reduces every block, costs 17 and 9 barriers; see benchmarks/gpu_static_check.py).
+The loop is an online softmax whose state stays inside one lane (a thread): nothing is exchanged before the end. It
+takes 9.4 instructions and 1.03 exponentials per bfloat16 logit on sm_90 and no barrier (benchmarks/gpu_static_check.py;
+a loop that reduces every block, the textbook form, compiled to 17 instructions and 9 barriers).
 
 `rest` must leave out the maximum's own 1, or a confident row loses its entropy (1 + 1e-9 == 1 in float32). A test per
 logit would cost two instructions each. Instead a lane sums the tile that holds its maximum apart (`own`) from all its
@@ -32,35 +32,60 @@ from aepo_kernels.kernels.common import (
     tile_ranges,
 )
 
-# 4 independent 16-byte loads per thread and 9 resident programs keep 72 KiB in flight per multiprocessor; HBM needs
-# about 25 (H100: 3.35 TB/s x 1 us / 132).
+# 4 independent 16-byte loads per thread and 9 resident programs (56 registers each) keep 72 KiB in flight in every
+# multiprocessor; 3.35 TB/s of memory, 1 us away from 132 of them, asks for 25. Left alone, the compiler takes up to 72
+# registers, which leaves 7 programs.
 NUM_WARPS = 4
-UNROLL = 4
+MAX_REGISTERS = 56
+WORDS = 4
 LANES = 32 * NUM_WARPS
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite float32: no logit but -inf is below it
 
 
 @triton.jit
-def _absorb(maximum, others, own, own_tile, weighted, x, tile, scale):
-    """Take one tile x [UNROLL, LANES, VEC] into the state of each lane.
+def _load_inside(x_ptr, at, begin, end):
+    """The logits at positions `at` in float32, -inf outside [begin, end).
 
-    Per lane, relative to its `maximum` and in units of log2: `own` and `others` sum exp(d) over the newest tile that
-    reached the maximum (it starts at `own_tile`) and over all others, `weighted` sums exp(d) d over all.
+    A select, because -inf as the load's own default for masked elements takes 24 registers more (80, not 56).
     """
-    tile_maximum = tl.max(tl.max(x, 2), 0)
+    inside = (at >= begin) & (at < end)
+    return tl.where(inside, tl.load(x_ptr + at, mask=inside).to(tl.float32), -float("inf"))
+
+
+@triton.jit
+def _sums(x, maximum, scale):
+    """Per lane, sum exp(d) and sum exp(d) d of x [LANES, VEC] about `maximum`, in units of log2.
+
+    d of the maximum is an exact 0. A NaN stays NaN (and +inf becomes one), and with it this lane's sums.
+    """
+    d = tl.maximum((x - maximum[:, None]) * scale, LOG2_ZERO, propagate_nan=tl.PropagateNan.ALL)
+    e = tl.exp2(d)
+    return tl.sum(e, 1), tl.sum(e * d, 1)
+
+
+@triton.jit
+def _absorb(state, x0, x1, x2, x3, tile, scale):
+    """The state of each lane after one tile, of which it holds the four words x_i [LANES, VEC].
+
+    About the lane's `maximum` and in units of log2, `own` and `others` sum exp(d) over the newest tile that reached the
+    maximum (it starts at `own_tile`) and over all other tiles; `weighted` sums exp(d) d over all of them.
+    """
+    maximum, others, own, own_tile, weighted = state
+    tile_maximum = tl.max(tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)), 1)
     is_own = tile_maximum >= maximum  # False for a tile of -inf alone
     new_maximum = tl.maximum(maximum, tile_maximum)
-    # d of the maximum is an exact 0. A NaN stays NaN (+inf becomes one), and with it this lane's sums.
-    d = tl.maximum((x - new_maximum[None, :, None]) * scale, LOG2_ZERO, propagate_nan=tl.PropagateNan.ALL)
-    e = tl.exp2(d)
-    tile_sum = tl.sum(tl.sum(e, 2), 0)
+    sum0, weighted0 = _sums(x0, new_maximum, scale)
+    sum1, weighted1 = _sums(x1, new_maximum, scale)
+    sum2, weighted2 = _sums(x2, new_maximum, scale)
+    sum3, weighted3 = _sums(x3, new_maximum, scale)
+    tile_sum = (sum0 + sum1) + (sum2 + sum3)
+    tile_weighted = (weighted0 + weighted1) + (weighted2 + weighted3)
     shift = tl.maximum((maximum - new_maximum) * scale, LOG2_ZERO)
     decay = tl.exp2(shift)
-    weighted = (weighted + shift * (others + own)) * decay + tl.sum(tl.sum(e * d, 2), 0)
+    weighted = (weighted + shift * (others + own)) * decay + tile_weighted
     others = others * decay + tl.where(is_own, own * decay, tile_sum)
-    own = tl.where(is_own, tile_sum, own)
-    return new_maximum, others, own, tl.where(is_own, tile, own_tile), weighted
+    return new_maximum, others, tl.where(is_own, tile_sum, own), tl.where(is_own, tile, own_tile), weighted
 
 
 @triton.jit
@@ -86,7 +111,7 @@ def _merge(maximum, rest, weighted, scale):
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) for x >= 0 to 4e-7 relative, however small x is (the hardware logarithm is good to 2e-7 absolute)."""
+    """log(1 + x) for x >= 0 to 4e-7 relative, however small x is (tl.log(1 + x) would see x rounded at 1)."""
     r = x / (2 + x)
     r2 = r * r
     series = 2 * r * (1 + r2 * (1 / 3 + r2 * (1 / 5 + r2 * (1 / 7 + r2 / 9))))  # 2 atanh(r); next term < 1e-8
@@ -96,7 +121,7 @@ def _log1p(x):
 @triton.jit
 def _store_row(
     row, maximum, rest, weighted, logits_ptr, labels_ptr, logprobs_ptr, entropy_ptr, maximum_ptr, log_sum_ptr,
-    stride, vocab, inv_temperature, ignore_index, skip_ignored,
+    stride, vocab, inv_temperature, ignore_index, SKIP_IGNORED: tl.constexpr,
 ):  # fmt: skip
     """Write the row's results from its state."""
     nan = float("nan")
@@ -107,21 +132,21 @@ def _store_row(
     entropy = log_sum - weighted * LN2 / (1 + rest)
     if labels_ptr is not None:
         label = tl.load(labels_ptr + row)
-        ignored = label == ignore_index
-        inside = (label >= 0) & (label < vocab) & (not ignored)
+        inside = (label >= 0) & (label < vocab) & (label != ignore_index)
         x = tl.load(logits_ptr + row.to(tl.int64) * stride + label, mask=inside, other=nan).to(tl.float32)
         logprob = (x - maximum) * inv_temperature - log_sum
-        skipped = ignored & (skip_ignored != 0)
-        tl.store(logprobs_ptr + row, tl.where(ignored & (defined | skipped), 0.0, logprob))
-        maximum = tl.where(skipped, 0.0, maximum)
-        log_sum = tl.where(skipped, 0.0, log_sum)
-        entropy = tl.where(skipped, 0.0, entropy)
+        if SKIP_IGNORED:
+            maximum = tl.where(label == ignore_index, 0.0, maximum)
+            log_sum = tl.where(label == ignore_index, 0.0, log_sum)
+            entropy = tl.where(label == ignore_index, 0.0, entropy)
+        # `maximum` is NaN in an undefined row that is not skipped, and shows it here too.
+        tl.store(logprobs_ptr + row, tl.where((label == ignore_index) & (maximum == maximum), 0.0, logprob))
     tl.store(maximum_ptr + row, maximum)
     tl.store(log_sum_ptr + row, log_sum)
     tl.store(entropy_ptr + row, entropy)
 
 
-@triton.jit(do_not_specialize=["stride", "vocab", "tiles_per_program", "ignore_index", "skip_ignored"])
+@triton.jit(do_not_specialize=["stride", "vocab", "tiles_per_program", "ignore_index"])
 def token_stats_kernel(
     logits_ptr,  # (T, V), 16-bit or float32
     labels_ptr,  # (T,) int64, or None
@@ -135,52 +160,56 @@ def token_stats_kernel(
     tiles_per_program,
     inv_temperature,
     ignore_index,
-    skip_ignored,
+    SKIP_IGNORED: tl.constexpr,
     VEC: tl.constexpr,
-    UNROLL: tl.constexpr,
+    WORDS: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Program (row, part): the state of one part of one row; its results, if the row is not split."""
-    TILE: tl.constexpr = UNROLL * LANES * VEC
+    STEP: tl.constexpr = LANES * VEC
+    TILE: tl.constexpr = WORDS * STEP
     row, part = tl.program_id(0), tl.program_id(1)
     x_ptr, head = aligned_row(logits_ptr, row, stride, VEC)
     tile_0 = part * tiles_per_program * TILE
     begin = tl.maximum(head, tile_0)
     end = tl.minimum(head + vocab, tile_0 + tiles_per_program * TILE)
-    if labels_ptr is not None:
-        skipped = (tl.load(labels_ptr + row) == ignore_index) & (skip_ignored != 0)
-        end = tl.where(skipped, begin, end)  # nothing to read
+    if SKIP_IGNORED:
+        end = tl.where(tl.load(labels_ptr + row) == ignore_index, begin, end)  # nothing to read
     edge_first, edge_step, whole_first, whole_end = tile_ranges(tile_0, begin, end, TILE)
 
     scale = inv_temperature * LOG2E
     lane = tl.arange(0, LANES)
-    in_lane = tl.arange(0, UNROLL)[:, None] * (LANES * VEC) + tl.arange(0, VEC)[None, :]
-    in_tile = in_lane[:, None, :] + lane[None, :, None] * VEC
-    maximum = tl.full((LANES,), LOWEST, tl.float32)
-    others = tl.zeros((LANES,), tl.float32)
-    own = tl.zeros((LANES,), tl.float32)
-    own_tile = tl.zeros((LANES,), tl.int32)
-    weighted = tl.zeros((LANES,), tl.float32)
+    word = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    zero = tl.zeros((LANES,), tl.float32)
+    state = (tl.full((LANES,), LOWEST, tl.float32), zero, zero, tl.zeros((LANES,), tl.int32), zero)
     for tile in range(edge_first, end, edge_step):
-        at = tile + in_tile
-        x = tl.load(x_ptr + at, mask=(at >= begin) & (at < end), other=-float("inf")).to(tl.float32)
-        maximum, others, own, own_tile, weighted = _absorb(maximum, others, own, own_tile, weighted, x, tile, scale)
+        at = tile + word
+        x0 = _load_inside(x_ptr, at, begin, end)
+        x1 = _load_inside(x_ptr, at + STEP, begin, end)
+        x2 = _load_inside(x_ptr, at + 2 * STEP, begin, end)
+        x3 = _load_inside(x_ptr, at + 3 * STEP, begin, end)
+        state = _absorb(state, x0, x1, x2, x3, tile, scale)
     for tile in range(whole_first, whole_end, TILE):
-        x = tl.load(x_ptr + tile + in_tile).to(tl.float32)
-        maximum, others, own, own_tile, weighted = _absorb(maximum, others, own, own_tile, weighted, x, tile, scale)
+        ptr = x_ptr + tile + word
+        x0 = tl.load(ptr).to(tl.float32)
+        x1 = tl.load(ptr + STEP).to(tl.float32)
+        x2 = tl.load(ptr + 2 * STEP).to(tl.float32)
+        x3 = tl.load(ptr + 3 * STEP).to(tl.float32)
+        state = _absorb(state, x0, x1, x2, x3, tile, scale)
+    maximum, others, own, own_tile, weighted = state
 
     # The lane that holds the row's maximum: its tile once more, now without the maximum itself.
     holder = tl.argmax(maximum, 0)
-    at = tl.sum(tl.where(lane == holder, own_tile, 0), 0) + in_lane + holder * VEC
-    x = tl.load(x_ptr + at, mask=(at >= begin) & (at < end), other=-float("inf")).to(tl.float32)
-    exact = _rest_of(x, tl.max(maximum, 0), scale)
+    at = tl.sum(tl.where(lane == holder, own_tile, 0), 0) + holder * VEC
+    at += tl.arange(0, WORDS)[:, None] * STEP + tl.arange(0, VEC)[None, :]
+    exact = _rest_of(_load_inside(x_ptr, at, begin, end), tl.max(maximum, 0), scale)
     rest = others + tl.where(lane == holder, exact, own - 1)
     row_max, rest, weighted = _merge(maximum, rest, weighted, scale)
 
     if partials_ptr is None:
         _store_row(
             row, row_max, rest, weighted, logits_ptr, labels_ptr, logprobs_ptr, entropy_ptr, maximum_ptr, log_sum_ptr,
-            stride, vocab, inv_temperature, ignore_index, skip_ignored,
+            stride, vocab, inv_temperature, ignore_index, SKIP_IGNORED,
         )  # fmt: skip
     else:
         partial_ptr = partials_ptr + (row.to(tl.int64) * tl.num_programs(1) + part) * 3
@@ -189,7 +218,7 @@ def token_stats_kernel(
         tl.store(partial_ptr + 2, weighted)
 
 
-@triton.jit(do_not_specialize=["stride", "vocab", "programs", "ignore_index", "skip_ignored"])
+@triton.jit(do_not_specialize=["stride", "vocab", "programs", "ignore_index"])
 def merge_parts_kernel(
     logits_ptr,
     labels_ptr,
@@ -203,7 +232,7 @@ def merge_parts_kernel(
     programs,
     inv_temperature,
     ignore_index,
-    skip_ignored,
+    SKIP_IGNORED: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
 ):
     """Program (row): the results of a split row from the states of its parts; arguments as in token_stats_kernel."""
@@ -217,7 +246,7 @@ def merge_parts_kernel(
     maximum, rest, weighted = _merge(maximum, rest, weighted, inv_temperature * LOG2E)
     _store_row(
         row, maximum, rest, weighted, logits_ptr, labels_ptr, logprobs_ptr, entropy_ptr, maximum_ptr, log_sum_ptr,
-        stride, vocab, inv_temperature, ignore_index, skip_ignored,
+        stride, vocab, inv_temperature, ignore_index, SKIP_IGNORED,
     )  # fmt: skip
 
 
@@ -236,16 +265,15 @@ def token_stats(
     logprobs = logits.new_empty(rows if labels is not None else 0, dtype=torch.float32)
     entropy, maximum, log_sum = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
     vec = ACCESS_BYTES // logits.element_size()
-    programs, tiles_per_program = row_programs(logits, UNROLL * LANES * vec)
+    programs, tiles_per_program = row_programs(logits, WORDS * LANES * vec)
     partials = logits.new_empty(rows, programs, 3, dtype=torch.float32) if programs > 1 else None
     tensors = (logits, labels, logprobs, entropy, maximum, log_sum, partials, logits.stride(0), vocab)
-    numbers = (1 / temperature, ignore_index, int(skip_ignored))
+    numbers = (1 / temperature, ignore_index, skip_ignored and labels is not None)
     with torch.cuda.device_of(logits):
         token_stats_kernel[(rows, programs)](
-            *tensors, tiles_per_program, *numbers, VEC=vec, UNROLL=UNROLL, LANES=LANES, num_warps=NUM_WARPS
-        )
+            *tensors, tiles_per_program, *numbers,
+            VEC=vec, WORDS=WORDS, LANES=LANES, num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS,
+        )  # fmt: skip
         if partials is not None:
-            merge_parts_kernel[(rows,)](
-                *tensors, programs, *numbers, MAX_PROGRAMS=MAX_PROGRAMS_PER_ROW, num_warps=1
-            )
+            merge_parts_kernel[(rows,)](*tensors, programs, *numbers, MAX_PROGRAMS=MAX_PROGRAMS_PER_ROW, num_warps=1)
     return logprobs, entropy, maximum, log_sum

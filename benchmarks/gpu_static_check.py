@@ -1,0 +1,322 @@
+"""What the Triton kernels compile to, without a GPU: registers, spills, access width and instructions per logit.
+
+    python -m benchmarks.gpu_static_check            # table; exit status 1 if a kernel breaks its budget
+    python -m benchmarks.gpu_static_check --json     # the same as JSON lines
+    python -m benchmarks.gpu_static_check --sass DIR # also writes the disassembly
+
+The real launchers run on tensors without memory ("meta") at real sizes; a stand-in for the GPU driver turns each launch
+into a compilation, so the variants and configurations are those of the launchers, not a copy. The numbers are read from
+the machine code with the tools that Triton brings along. Nothing here is a timing: `issue` and `MUFU` say how long the
+hot loop keeps the schedulers and the exponential units busy, as a share of the time that device memory needs for the
+same logits (public peak figures). Above 1 the kernel cannot reach the memory's speed, far below 1 it has a chance to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import json
+import multiprocessing
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+ROWS, VOCAB = 8192, 151_936
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    processors: int
+    clock_ghz: float
+    memory_tb_per_s: float
+    exp2_per_clock: int = 16  # per processor; instructions: 4 schedulers x 32 lanes
+
+
+GPUS = {80: Gpu("A100", 108, 1.41, 2.04), 90: Gpu("H100", 132, 1.98, 3.35), 100: Gpu("B200", 148, 1.965, 8.0)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of a launcher and the budget of the kernel that streams the logits in it (None: none does)."""
+
+    name: str
+    launch: Callable[[], object]
+    logit_bytes: int = 2
+    passes: int = 1  # over the logits: 1 = read, 2 = read and write
+    max_instructions: float | None = None  # per logit
+    max_registers: int = 255
+
+
+@dataclass(frozen=True)
+class Report:
+    case: str
+    kernel: str
+    capability: int
+    registers: int
+    stack_bytes: int
+    local_memory_instructions: int  # spills
+    loads: dict[str, int]  # in the hot loop: bits -> number
+    stores: dict[str, int]
+    instructions: float  # per logit, like exp2
+    exp2: float
+    barriers: int  # in the hot loop, like shuffles
+    shuffles: int
+    issue_share: float
+    exp2_share: float
+    problems: list[str]
+
+
+def _stats(dtype: torch.dtype, rows: int = ROWS, odd: bool = False) -> None:
+    from aepo_kernels.kernels.token_stats import token_stats
+
+    token_stats(_logits(dtype, rows, odd), _tensor(rows, dtype=torch.int64), 0.7, -100, False)
+
+
+def _grad(dtype: torch.dtype, entropy: bool = True, odd: bool = False, odd_out: bool = False) -> None:
+    from aepo_kernels.kernels.logits_grad import logits_grad
+
+    logits, labels, row = _logits(dtype, ROWS, odd), _tensor(ROWS, dtype=torch.int64), _tensor(ROWS)
+    out = _logits(dtype, ROWS, odd_out) if odd_out else logits
+    logits_grad(logits, labels, row, row, row, row, row if entropy else None, 0.7, -100, out)
+
+
+def _policy(sequences: bool = False, detached: bool = False, optional: bool = True) -> None:
+    from aepo_kernels.kernels.policy_terms import policy_terms
+
+    token = _tensor(ROWS)
+    extra = token if optional else None
+    cu_seqlens = _tensor(65, dtype=torch.int64) if sequences else None
+    policy_terms(
+        token, token, token, token, extra, extra, extra, cu_seqlens, None, 0.8, 1.2, 0.0, 1.2, 3.0, detached,
+        0.2 if optional else 0.0, False, 0.01, 3, 0.01 if optional else 0.0, 2.0,
+    )  # fmt: skip
+
+
+def _logits(dtype: torch.dtype, rows: int, odd: bool) -> torch.Tensor:
+    """Logits whose rows start on 16-byte boundaries, or (odd) all over the place."""
+    return _tensor(rows, VOCAB + 1, dtype=dtype)[:, 1:] if odd else _tensor(rows, VOCAB, dtype=dtype)
+
+
+def _tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# Budgets: what the kernels take today plus a little; the registers are what their occupancy is planned with.
+CASES = [
+    Case("stats bf16", functools.partial(_stats, BF16), max_instructions=9.5, max_registers=56),
+    Case("stats fp16, odd rows", functools.partial(_stats, FP16, odd=True), max_instructions=9.1, max_registers=56),
+    Case("stats fp32", functools.partial(_stats, FP32), logit_bytes=4, max_instructions=9.0, max_registers=56),
+    Case("stats bf16, 4 rows", functools.partial(_stats, BF16, rows=4), max_instructions=9.5, max_registers=56),
+    Case("grad bf16", functools.partial(_grad, BF16), passes=2, max_instructions=13.5, max_registers=40),
+    Case(
+        "grad fp16, odd rows",
+        functools.partial(_grad, FP16, odd=True),
+        passes=2,
+        max_instructions=13.5,
+        max_registers=40,
+    ),
+    Case("grad fp32", functools.partial(_grad, FP32), logit_bytes=4, passes=2, max_instructions=13.5, max_registers=40),
+    Case("grad bf16, no entropy", functools.partial(_grad, BF16, entropy=False), passes=2, max_instructions=11.5),
+    Case("policy", _policy),
+    Case("policy, sequences", functools.partial(_policy, sequences=True)),
+    Case("policy, detached", functools.partial(_policy, detached=True, optional=False)),
+]
+# The price of an `out` whose rows lie differently on 16-byte boundaries; shown, and the negative control of the check.
+NARROW = Case("grad bf16, odd out", functools.partial(_grad, BF16, odd_out=True), passes=2, max_instructions=13)
+
+
+class _Compiler:
+    """Stands in for Triton's driver: names the GPU to compile for. The compute capability serves as device number, so
+    that Triton keeps its kernels per target apart."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> object:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+
+def compile_case(case: Case, capability: int) -> dict[str, bytes]:
+    """The machine code of every kernel that the case launches, by name."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    binaries = {}
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        binaries[self.fn.__name__] = kernel.asm["cubin"]
+
+    triton.runtime.driver.set_active(_Compiler(capability))
+    JITFunction.run = compile_only
+    try:
+        case.launch()
+    finally:
+        JITFunction.run = run
+    return binaries
+
+
+def disassemble(binary: bytes) -> tuple[str, str]:
+    """(resource usage, SASS) as printed by cuobjdump and nvdisasm."""
+    import triton
+
+    tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        commands = ([tools / "cuobjdump", "-res-usage", file.name], [tools / "nvdisasm", "-c", file.name])
+        usage, sass = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
+    return usage, sass
+
+
+def instructions(sass: str) -> tuple[list[str], dict[str, int]]:
+    """Instructions ("LDG.E.128 R4, ...", without predicate) and for each label the index of the one behind it."""
+    code: list[str] = []
+    labels = {}
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z].*?)\s*;", line):
+            code.append(match[1])
+    return code, labels
+
+
+def hot_loop(code: list[str], labels: dict[str, int]) -> list[str]:
+    """The shortest loop with a 128-bit global load; without one, the shortest loop with the most global loads."""
+    loops = []
+    for end, instruction in enumerate(code):
+        target = re.search(r"\.L_\w+", instruction)
+        if instruction.startswith("BRA") and target and labels[target[0]] < end:
+            loops.append(code[labels[target[0]] : end + 1])
+    wide = [loop for loop in loops if any(_is_load(i) and ".128" in i for i in loop)]
+    return (
+        min(wide, key=len) if wide else max(loops, key=lambda loop: (sum(map(_is_load, loop)), -len(loop)), default=[])
+    )
+
+
+def _is_load(instruction: str) -> bool:
+    return instruction.startswith("LDG")
+
+
+def _bits(instruction: str) -> int:
+    width = re.search(r"\.[US]?(8|16|64|128|256)\b", instruction.split()[0])
+    return int(width[1]) if width else 32
+
+
+def inspect(case: Case, kernel: str, capability: int, binary: bytes, sass_dir: str | None = None) -> Report:
+    usage, sass = disassemble(binary)
+    if sass_dir:
+        name = re.sub(r"\W+", "_", f"{case.name}_{kernel}_sm{capability}")
+        pathlib.Path(sass_dir, f"{name}.sass").write_text(sass)
+    code, labels = instructions(sass)
+    streams = case.max_instructions is not None and kernel in ("token_stats_kernel", "logits_grad_kernel")
+    loop = hot_loop(code, labels) if streams else []
+    loads = collections.Counter(_bits(i) for i in loop if _is_load(i))
+    stores = collections.Counter(_bits(i) for i in loop if i.startswith("STG"))
+    logits = max(1, sum(bits * n for bits, n in loads.items()) // (8 * case.logit_bytes))
+    per_logit = len(loop) / logits
+    exp2 = sum(i.startswith("MUFU") for i in loop) / logits
+    gpu = GPUS[capability]
+    lanes_per_s = gpu.processors * gpu.clock_ghz * 1e9
+    memory_s = case.logit_bytes * case.passes / (gpu.memory_tb_per_s * 1e12)
+    report = Report(
+        case=case.name,
+        kernel=kernel,
+        capability=capability,
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
+        local_memory_instructions=sum(i.startswith(("LDL", "STL")) for i in code),
+        loads={str(bits): n for bits, n in loads.items()},
+        stores={str(bits): n for bits, n in stores.items()},
+        instructions=round(per_logit, 2),
+        exp2=round(exp2, 2),
+        barriers=sum(i.startswith("BAR") for i in loop),
+        shuffles=sum(i.startswith("SHFL") for i in loop),
+        issue_share=round(per_logit / (lanes_per_s * 4 * 32) / memory_s, 2),
+        exp2_share=round(exp2 / (lanes_per_s * gpu.exp2_per_clock) / memory_s, 2),
+        problems=[],
+    )
+    report.problems.extend(_problems(case, report, streams))
+    return report
+
+
+def _problems(case: Case, r: Report, streams: bool) -> list[str]:
+    problems = []
+    if r.local_memory_instructions or r.stack_bytes:
+        problems.append(f"spills: {r.local_memory_instructions} local accesses, {r.stack_bytes} bytes of stack")
+    if r.registers > case.max_registers:
+        problems.append(f"{r.registers} registers > {case.max_registers}")
+    if streams:
+        if set(r.loads) != {"128"} or set(r.stores) - {"128"}:
+            problems.append(f"accesses narrower than 128 bits: loads {r.loads}, stores {r.stores}")
+        if r.barriers or r.shuffles:
+            problems.append(f"lanes wait for each other: {r.barriers} barriers, {r.shuffles} shuffles")
+        if r.instructions > case.max_instructions:
+            problems.append(f"{r.instructions} instructions per logit > {case.max_instructions}")
+        if r.exp2 > 1.13:
+            problems.append(f"{r.exp2} exponentials per logit > 1.13")
+    return problems
+
+
+def check(task: tuple[Case, int, str | None]) -> list[Report]:
+    case, capability, sass_dir = task
+    return [inspect(case, name, capability, code, sass_dir) for name, code in compile_case(case, capability).items()]
+
+
+def row(r: Report) -> str:
+    accesses = " ".join(
+        f"{name}{n}x{bits}" for name, each in (("L", r.loads), ("S", r.stores)) for bits, n in each.items()
+    )
+    loop = f"{r.instructions:7.1f} {r.exp2:5.2f} {r.issue_share:6.2f} {r.exp2_share:5.2f}" if r.loads else " " * 26
+    return (
+        f"{r.case:22s} {r.kernel:20s} sm_{r.capability:<4d}{r.registers:4d} {r.local_memory_instructions:6d}  "
+        f"{accesses:14s}{loop}  {'; '.join(r.problems) or 'ok'}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object per kernel instead of the table")
+    parser.add_argument("--sass", metavar="DIR", help="write the disassembly of every kernel to this directory")
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET"):
+        parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled")
+    if arguments.sass:
+        pathlib.Path(arguments.sass).mkdir(parents=True, exist_ok=True)
+    tasks = [(case, capability, arguments.sass) for case in [*CASES, NARROW] for capability in GPUS]
+    if not arguments.json:
+        print(
+            f"{'case':22s} {'kernel':20s} {'target':7s} regs spills  hot loop       per logit    share of memory time"
+        )
+        print(f"{'':72s}{'instr':>7s} {'exp2':>5s} {'issue':>6s} {'MUFU':>5s}")
+    broken = 0
+    with multiprocessing.get_context("fork").Pool(arguments.processes) as pool:
+        for reports in pool.imap(check, tasks):
+            for report in reports:
+                print(json.dumps(asdict(report)) if arguments.json else row(report), flush=True)
+                broken += bool(report.problems) and report.case != NARROW.name
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
