@@ -39,6 +39,10 @@ def check_like(name: str, x: Tensor, like_name: str, shape: torch.Size, device: 
         raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
     if x.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)} like {like_name}; got {tuple(x.shape)}")
+    check_device(name, x, like_name, device)
+
+
+def check_device(name: str, x: Tensor, like_name: str, device: torch.device) -> None:
     if x.device != device:
         raise ValueError(f"{name} must be on {device} like {like_name}; got {x.device}")
 

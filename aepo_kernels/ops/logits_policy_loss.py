@@ -18,22 +18,14 @@ from aepo_kernels import backend as backends
 from aepo_kernels.objective import PolicyObjective
 from aepo_kernels.ops import rows
 from aepo_kernels.ops.checks import check_integer, check_labels, check_like, check_logits, check_temperature
-from aepo_kernels.ops.policy_loss import (
-    ENTROPY_BONUS,
-    POLICY_ARGS,
-    PolicyLoss,
-    policy_arguments,
-    policy_metrics,
-    policy_terms,
-    policy_terms_fake,
-)
+from aepo_kernels.ops.policy_arguments import ENTROPY_BONUS, MASK, POLICY_ARGS, policy_arguments
+from aepo_kernels.ops.policy_loss import PolicyLoss, policy_metrics, policy_terms, policy_terms_fake
 
 torch.library.define(
     "aepo::logits_policy_loss",
     f"(Tensor logits, Tensor labels, float temperature, {POLICY_ARGS}) -> (Tensor loss, Tensor metrics, "
     "Tensor grad_logprobs, Tensor grad_entropy, Tensor maximum, Tensor log_sum, Tensor entropy)",
 )
-MASK = 2  # position of the mask in POLICY_ARGS
 
 
 @torch.library.impl("aepo::logits_policy_loss", "CompositeExplicitAutograd")

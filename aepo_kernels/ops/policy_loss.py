@@ -15,19 +15,11 @@ from torch.autograd.function import once_differentiable
 from aepo_kernels import backend as backends
 from aepo_kernels.objective import PolicyObjective
 from aepo_kernels.ops.aggregation import token_weights
-from aepo_kernels.ops.checks import check_cu_seqlens, check_float_tensor, check_integer, check_like
+from aepo_kernels.ops.checks import check_cu_seqlens, check_float_tensor, check_like
+from aepo_kernels.ops.policy_arguments import ENTROPY_BONUS, POLICY_ARGS, policy_arguments
 from aepo_kernels.ops.rows import acc_dtype
 from aepo_kernels.reference.policy_terms import METRICS
 
-# What both policy operations take after their own tensors, in the order of `policy_arguments`.
-POLICY_ARGS = (
-    "Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
-    "Tensor? cu_seqlens, Tensor? entropy_stats, Tensor? denominator, str aggregation, bool sequence_ratio, "
-    "float low, float high, float grad_low, float grad_high, float dual_clip, bool detached_ratio, "
-    "float entropy_advantage, bool clamp_factor, float kl_coef, int kl_estimator, float entropy_bonus, "
-    "float importance_cap, str? backend"
-)
-ENTROPY_BONUS = -3  # position of that number in these arguments
 torch.library.define(
     "aepo::policy_loss",
     f"(Tensor logprobs, Tensor? entropy, {POLICY_ARGS}) "
@@ -116,73 +108,9 @@ class _PolicyLoss(torch.autograd.Function):
         return grad_loss * grad_logprobs, grad_loss * grad_entropy if ctx.has_bonus else None, *[None] * ctx.others
 
 
-def policy_arguments(
-    shape: torch.Size,
-    like: Tensor,
-    objective: PolicyObjective,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    has_entropy: bool,
-    ref_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
-    cu_seqlens: Tensor | None,
-    entropy_stats: tuple[float | Tensor, float | Tensor] | None,
-    denominator: float | Tensor | None,
-    backend: str | None,
-) -> tuple[Any, ...]:
-    """Check what the two policy losses have in common and put it in the order of POLICY_ARGS."""
-    if not isinstance(objective, PolicyObjective):
-        raise TypeError(f"objective must be a PolicyObjective, e.g. PolicyObjective.preset('aepo'); got {objective!r}")
-    per_token = {"old_logprobs": old_logprobs, "advantages": advantages}
-    optional = {"ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs}
-    for name, x in (per_token | {name: x for name, x in optional.items() if x is not None}).items():
-        check_like(name, x, "the tokens", shape, like.device)
-        check_float_tensor(name, x)
-    check_like("mask", mask, "the tokens", shape, like.device)
-    if mask.is_floating_point() or mask.is_complex():
-        raise TypeError(f"mask must be bool or integer, non-zero = the token counts; got {mask.dtype} (pass mask != 0)")
-    if cu_seqlens is not None:
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1:
-            raise TypeError("cu_seqlens must be a 1-D integer tensor [N + 1]")
-        check_integer("cu_seqlens", cu_seqlens)
-        check_like("cu_seqlens", cu_seqlens, "itself", cu_seqlens.shape, like.device)
-    objective.check_inputs(
-        entropy=has_entropy,
-        entropy_stats=entropy_stats is not None,
-        ref_logprobs=ref_logprobs is not None,
-        rollout_logprobs=rollout_logprobs is not None,
-        cu_seqlens=cu_seqlens is not None or len(shape) > 1,
-        denominator=denominator is not None,
-    )
-    stats = None
-    if entropy_stats is not None:
-        if not isinstance(entropy_stats, (tuple, list)) or len(entropy_stats) != 2:
-            raise TypeError("entropy_stats must be a pair (mean, std)")
-        mean, std = entropy_stats
-        stats = torch.stack([_scalar("entropy_stats mean", mean, like), _scalar("entropy_stats std", std, like, 0.0)])
-    share = None if denominator is None else _scalar("denominator", denominator, like, math.ulp(0.0))
-    others = (ref_logprobs, rollout_logprobs, cu_seqlens, stats, share)
-    sequence_ratio = objective.ratio_level == "sequence"
-    return (old_logprobs, advantages, mask, *others, objective.aggregation, sequence_ratio, *objective.terms(), backend)
-
-
-def _scalar(name: str, x: float | Tensor, like: Tensor, minimum: float = -math.inf) -> Tensor:
-    """A number or one-element tensor as a tensor [] beside `like`; the value of a tensor is not read."""
-    if isinstance(x, Tensor):
-        if x.numel() != 1:
-            raise ValueError(f"{name} must be one number; got a tensor of shape {tuple(x.shape)}")
-        return x.detach().reshape(()).to(device=like.device, dtype=acc_dtype(like.dtype))
-    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name} must be a number or a one-element tensor; got {type(x).__name__}")
-    if not minimum <= x < math.inf:
-        raise ValueError(f"{name} must be finite and {'> 0' if minimum > 0 else f'>= {minimum}'}; got {x}")
-    # A product and not torch.full, which would make x, new in every batch, a constant of torch.compile's graph.
-    return torch.ones((), dtype=acc_dtype(like.dtype), device=like.device) * x
-
-
-def policy_metrics(loss: Tensor, metrics: Tensor, objective: PolicyObjective, has_entropy: bool, has_kl: bool) -> Any:
+def policy_metrics(
+    loss: Tensor, metrics: Tensor, objective: PolicyObjective, has_entropy: bool, has_kl: bool
+) -> dict[str, Tensor]:
     """The metrics vector of the kernels as the dict of PolicyLoss."""
     hidden = set()
     if not has_entropy:
@@ -216,8 +144,8 @@ def policy_loss(
     mask [..] bool or integer, non-zero where the token counts. Whatever the other tokens hold, NaN included, they add
     nothing and get gradient 0. Sequences are the rows of [B, L] inputs, or given by cu_seqlens [N + 1] (integer bounds
     in the flattened tokens, first 0, last T). Returns PolicyLoss(loss, metrics), accumulated in float32 (float64 for
-    float64 logprobs) and differentiable once in logprobs, and in entropy if the objective has an entropy bonus; an
-    entropy-aware advantage takes the entropy as a constant.
+    float64 logprobs) and differentiable once in logprobs, and in entropy if the objective has an entropy bonus.
+    Everything else is a constant to it, and so is the entropy in an entropy-aware advantage.
 
     `entropy_stats` = (mean, std) are used in the entropy-aware advantage as they are; None takes those of this call.
     `denominator` replaces the count that the aggregation divides by (see `token_weights`), so that micro-batches and

@@ -102,6 +102,11 @@ def valid_call(**changes):
         ),
         ({"cu_seqlens": torch.tensor([0, 3, 2, 4])}, ValueError, "never decrease"),
         ({"cu_seqlens": torch.tensor([])}, TypeError, "cu_seqlens must have an integer dtype"),
+        (
+            {"cu_seqlens": torch.zeros(2, dtype=int, device="meta")},
+            ValueError,
+            "cu_seqlens must be on cpu .*; got meta",
+        ),
         ({"cu_seqlens": [0, 4]}, TypeError, "cu_seqlens must be a 1-D integer tensor"),
         ({"denominator": 0}, ValueError, "denominator must be finite and > 0; got 0"),
         ({"denominator": float("nan")}, ValueError, "denominator must be finite and > 0; got nan"),
