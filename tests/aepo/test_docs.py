@@ -27,11 +27,16 @@ def name(path: Path) -> str:
 
 
 def code_of(page: Path) -> list[str]:
-    """The lines of the code blocks (a backslash at the end joins two) and the inline code of a Markdown page."""
+    """The lines of the code blocks, fenced or indented, and the inline code of a Markdown page.
+
+    A backslash at the end of a line joins it with the next one.
+    """
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.S | re.M)
-    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.S | re.M))
-    return [line.strip() for block in blocks for line in block.splitlines()] + inline
+    fences = re.compile(r"^ *```\w*\n(.*?)^ *```", re.S | re.M)
+    prose = fences.sub("", text)
+    lines = [line for block in fences.findall(text) for line in block.splitlines()]
+    lines += re.findall(r"^ {4,}(.+)$", prose, re.M) + re.findall(r"`([^`\n]+)`", prose)
+    return [line.strip() for line in lines]
 
 
 def commands(pages: list[Path]) -> list[tuple[str, list[str]]]:
@@ -90,7 +95,7 @@ def test_cited_commands_exist():
 
 
 def test_cited_settings_exist():
-    known = {key.name for key in all_keys()}
+    known = {key.name for key in all_keys()} | {"section.key"}  # the form itself
     sections = {key.partition(".")[0] for key in known}
     for page, words in commands(PAGES):
         for key in (word.partition("=")[0] for word in words if re.match(r"[a-z_]+\.[a-z_]+=", word)):
@@ -102,8 +107,11 @@ def test_cited_settings_exist():
 
 def test_the_reader_of_this_file_sees_what_it_should(tmp_path):
     page = tmp_path / "x.md"
-    page.write_text("See `make demo`.\n```sh\nA=1 .venv/bin/aepo train \\\n  train.steps=3  # c\n```\n[a](docs/b.md#c)")
-    assert sorted(code_of(page)) == ["A=1 .venv/bin/aepo train    train.steps=3  # c", "make demo"]
+    page.write_text(
+        "See `make demo`.\n```sh\nA=1 .venv/bin/aepo train \\\n  train.steps=3  # c\n```\n"
+        "[a](docs/b.md#c)\n\n    make test"
+    )
+    assert code_of(page) == ["A=1 .venv/bin/aepo train    train.steps=3  # c", "make test", "make demo"]
     assert CITED_PATH.findall("in tests/aepo/x.py, csrc/ and <runs/aepo/y.py>") == ["tests/aepo/x.py", "csrc/"]
     assert LINK.findall(page.read_text()) == ["docs/b.md"]
     assert {"demo", "test", "test-fast"} <= make_targets()
