@@ -53,21 +53,28 @@ class RunConfig(Section):
 @dataclass(frozen=True)
 class TaskConfig(Section):
     section: ClassVar[str] = "task"
-    name: str = key("facts", "which task of aepo.tasks to train on")
-    seed: int = key(0, "of the split into training and held-out questions", low=0)
+    name: Literal["facts"] = key("facts", "which task of aepo.tasks to train on")
+    seed: int = key(0, "of the division into training and held-out questions", low=0)
 
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
     section: ClassVar[str] = "model"
-    name: str = key("tiny", "tiny (trained here from scratch) or smollm2 (SmolLM2-135M-Instruct)")
+    name: str = key("tiny", "tiny (trained here from scratch), smollm2-135m-instruct, or a model directory")
     dtype: Literal["float32", "bfloat16", "float64"] = key("float32", "of the weights and activations")
+    cache_dir: str = key("~/.cache/aepo", "where models are kept that were trained or converted here")
 
 
 @dataclass(frozen=True)
 class WarmStartConfig(Section):
+    """Supervised training of the tiny model on generated demonstrations, before AEPO (docs/task.md)."""
+
     section: ClassVar[str] = "warm_start"
-    steps: int = key(300, "supervised steps on generated demonstrations before AEPO; 0: none", low=0)
+    steps: int = key(700, "optimiser steps; 0: none, the weights are random", low=0)
+    batch_tokens: int = key(1024, "tokens per step, padding included", low=128)
+    learning_rate: float = key(3e-3, "peak learning rate of AdamW", above=0)
+    careful_share: float = key(0.6, "part of the steps with a demonstrator who makes no mistakes", low=0, high=1)
+    seed: int = key(0, "of the initial weights and the demonstrations", low=0)
 
 
 @dataclass(frozen=True)

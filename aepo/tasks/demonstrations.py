@@ -1,0 +1,98 @@
+"""What the tiny model imitates before AEPO: a hasty demonstrator who searches and calculates in invented worlds.
+
+An invented world has real names and facts drawn at random, never true ones. So nobody can learn the answer to a question
+of the task here, held-out or not: all there is to learn is the format, the tools, and to copy what a result says.
+
+The demonstrator knows the right steps and often does not take them: it answers with what it has just read, looks up
+something else, or gives up. A model that imitates it can do everything and decides badly: what is left to improve are
+the decisions, most of them right after a tool result.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from aepo.tasks.facts import KINDS, Plan, Step, make_plan, search
+from aepo.tasks.geography import MAX_NUMBER, NAMED, World, real_world
+
+# Chance of the right step: at the first step, at later ones, at the answer.
+CAREFUL = (1.0, 1.0, 1.0)
+HASTY = (0.75, 0.5, 0.85)
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A question, the tool calls that the demonstrator made with their results, and its answer."""
+
+    question: str
+    steps: tuple[Step, ...]
+    answer: str
+    right: bool
+
+
+def demonstrations(seed: str, skill: tuple[float, float, float]) -> Iterator[Demonstration]:
+    """Without end; every kind of question equally often."""
+    draw = random.Random(seed)
+    while True:
+        kind, plan = draw.choice(KINDS), None
+        while plan is None:
+            world = invented_world(draw)
+            country, other = draw.sample(list(world), 2)
+            plan = make_plan(kind, world, country, other)
+        yield demonstrate(plan, world, skill, draw)
+
+
+def invented_world(draw: random.Random) -> World:
+    """Three countries with a fact of every relation. No name is in its true place."""
+    real = real_world()
+    while True:
+        world = _random_world(real, draw)
+        if not any(facts[r] == real[country].get(r) for country, facts in world.items() for r in (*NAMED, "neighbour")):
+            return world
+
+
+def demonstrate(plan: Plan, world: World, skill: tuple[float, float, float], draw: random.Random) -> Demonstration:
+    """Follow a plan up to the first mistake, and answer after it."""
+    first, later, last = skill
+    taken: list[Step] = []
+    for step in plan.steps:
+        if draw.random() < (later if taken else first):
+            taken.append(step)
+            continue
+        if not taken or draw.random() < 0.25:
+            taken += _other_search(step, taken, world, draw)
+        answer = taken[-1].found if taken and draw.random() < 0.8 else UNKNOWN
+        break
+    else:
+        answer = plan.answer if draw.random() < last else UNKNOWN
+    return Demonstration(plan.text, tuple(taken), answer, answer == plan.answer)
+
+
+def _random_world(real: World, draw: random.Random) -> dict[str, dict[str, str]]:
+    countries = draw.sample(list(real), 3)
+    world: dict[str, dict[str, str]] = {country: {} for country in countries}
+    for relation in NAMED:
+        names = [facts[relation] for facts in real.values() if relation in facts]
+        for country, name in zip(countries, draw.sample(names, 3), strict=True):
+            world[country][relation] = name
+    for country, facts in world.items():
+        facts["neighbour"] = draw.choice([other for other in countries if other != country])
+        for relation in ("population", "area"):  # small numbers as often as large ones
+            facts[relation] = str(round(math.exp(draw.uniform(0, math.log(MAX_NUMBER)))))
+    return world
+
+
+def _other_search(step: Step, taken: list[Step], world: World, draw: random.Random) -> list[Step]:
+    """In place of a step, something else about the country in question; nothing, if no country is known yet."""
+    if step.argument.endswith(f" of {step.country}"):
+        country = step.country
+    elif taken:
+        country = taken[-1].country
+    else:
+        return []
+    asked = step.argument.removesuffix(f" of {country}")
+    return [search(world, draw.choice([relation for relation in world[country] if relation != asked]), country)]
