@@ -20,7 +20,9 @@ except ModuleNotFoundError:
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ModuleNotFoundError as error:
-    raise SystemExit(f"aepo builds its extension against your torch ({error}). Install torch first, then aepo.") from None
+    raise SystemExit(
+        f"aepo builds its extension against your torch ({error}): install torch first, then aepo"
+    ) from None
 
 ROOT = pathlib.Path(__file__).parent
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
