@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aepo.config import load_config
-from benchmarks.harness import machine_facts
+from benchmarks.harness import machine
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 
@@ -89,7 +89,7 @@ def main(
         for method in methods.split(","):
             rows.append(train(method, seed, runs / f"{method}-{seed}", overrides or []))
             print_table(rows)
-    result = {"benchmark": "learning_curves", "machine": machine_facts(), "overrides": overrides or [], "runs": rows}
+    result = {"benchmark": "learning_curves", "machine": machine(), "overrides": overrides or [], "runs": rows}
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(result, indent=1) + "\n")
