@@ -55,7 +55,7 @@ def train(language_model: LanguageModel, config: WarmStartConfig, progress: Prog
     """
     model, steps = language_model.model, config.steps
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.peak_rate, betas=(0.9, 0.95), weight_decay=0.0)
     careful = round(config.careful_share * steps)
     batches = itertools.chain(
         itertools.islice(_batches(language_model, config, CAREFUL), careful),
@@ -63,7 +63,7 @@ def train(language_model: LanguageModel, config: WarmStartConfig, progress: Prog
     )
     for step, (tokens, labels) in enumerate(batches):
         late = max(0.0, step / steps - 0.4) / 0.6
-        optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, (step + 1) / 20) * (1 - 0.95 * late)
+        optimizer.param_groups[0]["lr"] = config.peak_rate * min(1.0, (step + 1) / 20) * (1 - 0.95 * late)
         loss = _loss(model, tokens.to(model.device), labels.to(model.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -112,7 +112,7 @@ def encode(language_model: LanguageModel, demonstration: Demonstration) -> tuple
         tokens += [*call, *result]
         labels += [*call, *[IGNORED] * len(result)]
     answer = language_model.encode(f"<answer> {demonstration.answer}</answer>")
-    return tokens + [*answer], labels + [*answer]
+    return [*tokens, *answer], [*labels, *answer]
 
 
 def _padded(rows: list[list[int]], value: int) -> Tensor:
@@ -132,7 +132,7 @@ def _texts() -> Iterator[str]:
 
 
 def _digest(config: WarmStartConfig, fresh: LanguageModel) -> str:
-    """Of all that decides what training gives: settings, architecture, tokenizer, and a sample of the demonstrations."""
+    """Of all that decides the result: settings, architecture, tokenizer, and a sample of the demonstrations."""
     sample = [
         list(map(asdict, itertools.islice(demonstrations(str(config.seed), skill), 50))) for skill in (CAREFUL, HASTY)
     ]

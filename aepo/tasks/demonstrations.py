@@ -1,7 +1,7 @@
 """What the tiny model imitates before AEPO: a hasty demonstrator who searches and calculates in invented worlds.
 
-An invented world has real names and facts drawn at random, never true ones. So nobody can learn the answer to a question
-of the task here, held-out or not: all there is to learn is the format, the tools, and to copy what a result says.
+An invented world has real names and facts drawn at random, none of them true of a name. So no answer to a question of
+the task can be learned here, held-out or not: what can be learned are the format, the tools, and copying from results.
 
 The demonstrator knows the right steps and often does not take them: it answers with what it has just read, looks up
 something else, or gives up. A model that imitates it can do everything and decides badly: what is left to improve are

