@@ -200,7 +200,29 @@ def tools() -> Iterator[Finding]:
 
 
 def tasks_and_models() -> Iterator[Finding]:
-    yield Finding("tasks", "TODO", "info", "")
+    """Questions and policies that can be had here without a download."""
+    train_extra = 'pip install "aepo[train]"'
+    try:
+        from aepo.tasks.facts import FactsTask
+
+        task = FactsTask()
+        counts = f"{len(task.train)} training and {len(task.heldout)} held-out questions"
+        yield Finding("tasks", task.name, "ok", counts)
+    except ImportError as error:
+        yield Finding("tasks", "facts", "missing", _short(error), train_extra)
+    try:
+        import transformers  # noqa: F401, asked whether it imports
+
+        yield Finding("models", "tiny", "ok", "trained here, the first time it is needed")
+    except ImportError as error:
+        yield Finding("models", "tiny", "missing", _short(error), train_extra)
+    from aepo import smollm2
+
+    try:
+        detail = f"{smollm2.gguf_file().stat().st_size / 2**20:.0f} MiB in its package, converted when first needed"
+        yield Finding("models", "smollm2-135m-instruct", "ok", detail)
+    except ModuleNotFoundError:
+        yield Finding("models", "smollm2-135m-instruct", "missing", "its package is not installed", smollm2.INSTALL)
 
 
 def _short(error: BaseException) -> str:

@@ -1,0 +1,138 @@
+"""The doctor says what is there, what is not and how to get it, and calls a wrong kernel broken."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from aepo import doctor
+from aepo_kernels import backend as backends
+
+
+def by_name(findings):
+    return {finding.name: finding for finding in findings}
+
+
+def install(tmp_path, monkeypatch, *requirements, extras=()):
+    """Make a distribution `aepo` with these requirements the first one that Python's metadata finds."""
+    folder = tmp_path / "aepo-9.9.dist-info"
+    folder.mkdir()
+    lines = ["Metadata-Version: 2.1", "Name: aepo", "Version: 9.9"]
+    lines += [f"Requires-Dist: {one}" for one in requirements] + [f"Provides-Extra: {one}" for one in extras]
+    (folder / "METADATA").write_text("\n".join(lines) + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_the_kernels_here_are_run_and_right():
+    found = by_name(doctor.kernels())
+    assert found["reference on cpu"].state == "ok"
+    assert "logits_policy_loss" in found["reference on cpu"].detail
+    if backends.missing("cpu") is None:
+        assert found["extension"].detail.startswith(f"compiled, runs its {torch.ops.aepo_native.cpu_capability()}")
+        assert found["cpu on cpu"].state == "ok"
+        assert "the default" in found["cpu on cpu"].detail
+    assert found["cuda on cpu"].state == "info"
+    assert found["cuda on cpu"].detail == backends.unserved("cuda", torch.empty(1, 8))
+
+
+def test_a_missing_extension_comes_with_its_command(monkeypatch):
+    unserved = backends.unserved
+    monkeypatch.setattr(backends, "missing", lambda name: "not built" if name == "cpu" else None)
+    monkeypatch.setattr(backends, "unserved", lambda name, x: "not built" if name == "cpu" else unserved(name, x))
+    found = by_name(doctor.kernels())
+    assert (found["cpu on cpu"].state, found["cpu on cpu"].remedy) == (
+        "missing",
+        "pip install --no-build-isolation -e .",
+    )
+    assert "extension" not in found
+    assert "the default" in found["reference on cpu"].detail
+
+
+def test_a_wrong_kernel_is_called_broken(monkeypatch):
+    stage = backends.stage
+
+    def wrong(backend, name):
+        function = stage(backend, name)
+        if name != "logits_grad":
+            return function
+        return lambda *args: (function(*args), args[-1].mul_(1.001))[0]  # the gradient is 0.1% too large
+
+    monkeypatch.setattr(backends, "stage", wrong)
+    fault = doctor._fault("entropy_from_logits", "reference", "cpu")
+    assert fault is None  # compared with itself, equally wrong ...
+    monkeypatch.setattr(backends, "stage", lambda backend, name: (wrong if backend == "cpu" else stage)(backend, name))
+    if backends.missing("cpu") is None:
+        assert doctor._fault("entropy_from_logits", "cpu", "cpu") == "relative error 1.0e-03 against float64"
+    monkeypatch.setattr(backends, "stage", lambda backend, name: 1 / 0)
+    assert doctor._fault("entropy_from_logits", "reference", "cpu") == "ZeroDivisionError: division by zero"
+
+
+def test_versions_are_held_against_the_metadata(tmp_path, monkeypatch):
+    install(
+        tmp_path,
+        monkeypatch,
+        "torch>=99",
+        'triton>=0.1; extra == "triton"',
+        'pytest>=1; extra == "dev"',
+        'no-such-package-here>=3; extra == "train"',
+        'verl<0.1; extra == "verl"',
+        extras=("triton", "dev", "train", "verl"),
+    )
+    found = by_name(doctor.packages())
+    assert found["aepo"].detail == "9.9"
+    assert (found["torch"].state, found["torch"].remedy) == ("broken", 'pip install "torch>=99"')
+    assert torch.__version__ in found["torch"].detail
+    if backends.missing("triton") is None:
+        assert found["triton"].state == "ok"
+    assert (found["verl"].state, found["verl"].remedy) == ("missing", 'pip install "aepo[verl]"')
+    assert found["vllm"].state == "info"  # no extra asks for it
+    assert (found["extra dev"].state, found["extra dev"].detail) == ("ok", "pytest")
+    assert found["extra train"].detail == "lacks no-such-package-here>=3"
+    assert found["extra train"].remedy == 'pip install "aepo[train]"'
+
+
+def test_all_is_examined_and_nothing_here_is_broken(capsys):
+    assert doctor.main(as_json=True) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["healthy"] is True
+    assert {"python", "memory", "reference on cpu", "python sandbox"} <= {one["name"] for one in report["findings"]}
+    assert {one["topic"] for one in report["findings"]} == {
+        "machine",
+        "packages",
+        "kernels",
+        "tools",
+        "tasks",
+        "models",
+    }
+
+
+@pytest.mark.parametrize("with_rich", [True, False])
+def test_the_exit_code_is_for_what_everything_needs(capsys, monkeypatch, with_rich):
+    monkeypatch.setenv("COLUMNS", "120")
+    if not with_rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setattr(doctor, "examine", lambda: list(doctor.machine()))
+    assert doctor.main() == 0
+    monkeypatch.setattr(doctor, "MIN_PYTHON", (9, 9))
+    assert doctor.main() == 1
+    printed = capsys.readouterr().out
+    assert "needs >= 9.9" in printed
+    assert "broken" in printed
+    assert (" | " in printed) is not with_rich
+
+
+def test_one_broken_part_hides_no_other(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: (_ for _ in ()).throw(OSError("no such disk")))
+    findings = doctor.examine()
+    assert doctor.Finding("machine", "examination", "broken", "OSError: no such disk") in findings
+    assert "reference on cpu" in by_name(findings)
+
+
+def test_it_works_without_torch():
+    program = "import sys; sys.modules['torch'] = None; from aepo.doctor import main; sys.exit(main())"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "python sandbox" in result.stdout
+    assert "Traceback" not in result.stderr
