@@ -11,6 +11,12 @@ from aepo import doctor
 from aepo_kernels import backend as backends
 
 
+@pytest.fixture(autouse=True)
+def compiled_kernels_only(monkeypatch):
+    """Triton's interpreter has its own tests, and takes 5 seconds for what is 30 ms without it."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 def by_name(findings):
     return {finding.name: finding for finding in findings}
 
