@@ -40,8 +40,9 @@ def train(method: str, seed: int, run: Path, overrides: list[str]) -> dict[str, 
     finished = (run / "run.json").exists() and json.loads((run / "run.json").read_text())["status"] == "finished"
     if not finished:
         resumable = (run / "checkpoints").exists() and any((run / "checkpoints").iterdir())
-        start = ["--resume", str(run)] if resumable else ["--config", str(CONFIG), f"run.dir={run}", f"run.seed={seed}"]
-        settings = [] if resumable else [*method_overrides(method), *overrides]
+        start = ["--resume", str(run)] if resumable else ["--config", str(CONFIG), f"run.dir={run}"]
+        seeded = [f"run.seed={seed}", f"warm_start.seed={seed}"]
+        settings = [] if resumable else [*seeded, *method_overrides(method), *overrides]
         subprocess.run([sys.executable, "-m", "aepo.cli", "train", *start, *settings], check=True)
     facts = json.loads((run / "run.json").read_text())
     evaluations = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
