@@ -21,7 +21,9 @@ LANES = 32 * NUM_WARPS
 
 
 @triton.jit
-def _gradient(x, at, maximum, log2_sum, scale, constant, slope, label_at, label_grad, HAS_ENTROPY_GRAD: tl.constexpr):
+def _gradient(x, at, row, HAS_ENTROPY_GRAD: tl.constexpr):
+    """The gradient at the positions `at`, whose logits are x, from the numbers of their row."""
+    maximum, scale, log2_sum, constant, slope, label_at, label_grad = row
     log2_p = (x - maximum) * scale - log2_sum
     if HAS_ENTROPY_GRAD:
         log2_p = tl.maximum(log2_p, LOG2_ZERO, propagate_nan=tl.PropagateNan.ALL)
@@ -80,24 +82,19 @@ def logits_grad_kernel(
     log2_sum = tl.where(used, tl.load(log_sum_ptr + row), 0.0) * LOG2E
     constant = tl.where(used, -label_grad - entropy_grad * entropy, 0.0)
     slope = -entropy_grad * LN2  # log p = log2 p * LN2
-    scale = inv_temperature * LOG2E
+    numbers = (maximum, inv_temperature * LOG2E, log2_sum, constant, slope, label_at, label_grad)
     read_end = tl.where(used, end, begin)
 
     in_tile = tl.arange(0, TILE)
     for tile in range(edge_first, end, edge_step):
         at = tile + in_tile
-        inside = (at >= begin) & (at < end)
         x = tl.load(x_ptr + at, mask=(at >= begin) & (at < read_end), other=0.0).to(tl.float32)
-        dx = _gradient(
-            x, at, maximum, log2_sum, scale, constant, slope, label_at, label_grad, grad_entropy_ptr is not None
-        )
-        tl.store(dx_ptr + at, dx.to(out_ptr.dtype.element_ty), mask=inside)
+        dx = _gradient(x, at, numbers, grad_entropy_ptr is not None)
+        tl.store(dx_ptr + at, dx.to(out_ptr.dtype.element_ty), mask=(at >= begin) & (at < end))
     for tile in range(whole_first, whole_end, TILE):
         at = tile + in_tile
         x = tl.load(x_ptr + at, mask=used, other=0.0).to(tl.float32)
-        dx = _gradient(
-            x, at, maximum, log2_sum, scale, constant, slope, label_at, label_grad, grad_entropy_ptr is not None
-        )
+        dx = _gradient(x, at, numbers, grad_entropy_ptr is not None)
         tl.store(dx_ptr + at, dx.to(out_ptr.dtype.element_ty))
 
 

@@ -1,0 +1,67 @@
+"""Claims about the machine code of the Triton kernels, for sm_80, sm_90 and sm_100, without a GPU.
+
+Nothing spills; the loops over the logits use 128-bit accesses only, whatever the alignment of the rows, have no barrier
+and no exchange between lanes, and stay inside their instruction budgets.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = pathlib.Path(__file__).parents[2]
+TARGETS = (80, 90, 100)
+STREAMING = {"token_stats_kernel", "logits_grad_kernel"}
+
+
+@pytest.fixture(scope="module")
+def reports():
+    # A process of its own: here Triton may already be the interpreter.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.gpu_static_check", "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def of(reports, kernel, **equal):
+    return [r for r in reports if r["kernel"] == kernel and all(r[name] == value for name, value in equal.items())]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_keeps_its_budget(reports, target):
+    mine = [r for r in reports if r["capability"] == target and r["case"] != "grad bf16, odd out"]
+    broken = {f"{r['case']}: {r['kernel']}": r["problems"] for r in mine if r["problems"]}
+    assert not broken
+    launched = {"merge_parts_kernel", "moments_kernel", "policy_terms_kernel", "totals_kernel"}
+    assert {r["kernel"] for r in mine} == STREAMING | launched
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", sorted(STREAMING))
+def test_the_hot_loops_were_found_and_read(reports, kernel, target):
+    for r in of(reports, kernel, capability=target):
+        if r["case"] == "grad bf16, odd out":
+            continue
+        assert set(r["loads"]) == {"128"}
+        assert set(r["stores"]) == ({"128"} if kernel == "logits_grad_kernel" else set())
+        assert 1 <= r["exp2"] < 1.1  # one per logit, and the forward's rescaling
+        assert 6 < r["instructions"] < 14  # fewer cannot do the arithmetic
+
+
+def test_forward_leaves_half_of_an_h100s_memory_time_to_spare(reports):
+    for r in of(reports, "token_stats_kernel", capability=90):
+        assert r["issue_share"] <= 0.5
+        assert r["exp2_share"] <= 0.5
+
+
+def test_the_check_notices_narrow_accesses(reports):
+    narrow = of(reports, "logits_grad_kernel", case="grad bf16, odd out")
+    assert len(narrow) == len(TARGETS)
+    for r in narrow:
+        assert "16" in r["stores"]
+        assert any("narrower than 128 bits" in problem for problem in r["problems"])
