@@ -70,10 +70,10 @@ class WarmStartConfig(Section):
     """Supervised training of the tiny model on generated demonstrations, before AEPO (docs/task.md)."""
 
     section: ClassVar[str] = "warm_start"
-    steps: int = key(700, "optimiser steps; 0: none, the weights are random", low=0)
+    steps: int = key(800, "optimiser steps; 0: none, the weights are random", low=0)
     batch_tokens: int = key(1024, "tokens per step, padding included", low=128)
-    peak_rate: float = key(3e-3, "highest learning rate of AdamW", above=0)
-    careful_share: float = key(0.6, "part of the steps with a demonstrator who makes no mistakes", low=0, high=1)
+    peak_rate: float = key(2e-3, "highest learning rate of AdamW", above=0)
+    careful_share: float = key(0.7, "part of the steps with a demonstrator who makes no mistakes", low=0, high=1)
     seed: int = key(0, "of the initial weights and the demonstrations", low=0)
 
 
