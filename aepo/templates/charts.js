@@ -49,15 +49,16 @@ function centredMean(values, window) {
 // The lines of a chart: every metric of a single run, or one metric of several runs.
 function chartLines(spec, series) {
   const alone = DATA.runs.length === 1;
-  return DATA.runs.flatMap((run, r) => series.filter(({ key }) => run.series[key]).map(({ key, label }) => ({
-    ...run.series[key], name: alone ? label : run.name, color: `var(--series-${(alone ? spec.series.findIndex((one) => one.key === key) : r) % 8})`,
-  })));
+  return DATA.runs.flatMap((run, r) => series.filter(({ key }) => run.series[key]).map(({ key, label }) => {
+    const look = alone ? spec.series.findIndex((one) => one.key === key) : r;
+    return { ...run.series[key], name: alone ? label : run.name, color: `var(--series-${look % 8})`, dash: look < 8 ? "" : "6 3" };
+  }));
 }
 
 function legend(lines, unit) {
   const values = lines.map(() => element("b"));
   const list = element("ul", { class: "legend" }, ...lines.map((line, i) => element("li", {},
-    shape("svg", { viewBox: "0 0 18 8" }, shape("path", { d: "M0 4H18", stroke: line.color, "stroke-width": 3 })),
+    shape("svg", { viewBox: "0 0 18 8" }, shape("path", { d: "M0 4H18", stroke: line.color, "stroke-width": 3, "stroke-dasharray": line.dash })),
     `${line.name} `, values[i])));
   const show = (step) => lines.forEach((line, i) => {
     const at = line.steps.findLastIndex((one, i) => line.values[i] !== null && (step === null || one <= step));
@@ -92,7 +93,7 @@ function drawLines(svg, lines, smooth, x, y) {
     const window = smooth ? Math.floor(line.steps.length / 20) : 0; // thin: every step; bold: mean over a tenth of the run
     if (window) svg.append(shape("path", { class: "raw", d: linePath(line.steps, line.values, x, y), stroke: line.color }));
     const values = window ? centredMean(line.values, window) : line.values;
-    svg.append(shape("path", { class: "line", d: linePath(line.steps, values, x, y), stroke: line.color }));
+    svg.append(shape("path", { class: "line", d: linePath(line.steps, values, x, y), stroke: line.color, "stroke-dasharray": line.dash }));
     if (line.steps.length <= 24) line.steps.forEach((step, i) => {
       if (line.values[i] !== null) svg.append(shape("circle", { cx: x(step), cy: y(line.values[i]), r: 2.5, fill: line.color }));
     });

@@ -8,7 +8,7 @@ const tooltip = document.getElementById("tooltip");
 
 const level = (entropy) => ENTROPY_STEPS.filter((bound) => entropy >= bound).length;
 const nats = (value) => (value === null || value === undefined ? "missing" : `${formatted(value)} nats`);
-const signed = (value) => (value === null || value === undefined ? "missing" : `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`);
+const signed = (value) => (value === null || value === undefined ? "missing" : `${value < 0 ? "−" : "+"}${+Math.abs(value).toPrecision(2)}`);
 
 function withTip(node, text) {
   node.dataset.tip = text;
