@@ -149,7 +149,7 @@ def _branch_rule(run: Run) -> dict[str, float]:
 
 
 def _chart_data(chart: Chart, runs: Sequence[Run]) -> dict[str, Any]:
-    known = sorted({key for run in runs for key in run.series})  # sorted: a kind has one colour in all charts of a run
+    known = sorted({key for run in runs for key in run.series})  # sorted: kinds in one order in every chart
     series = []
     for key, label in chart.keys.items():
         if not key.endswith("*"):

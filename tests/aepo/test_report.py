@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from dataclasses import asdict
 from html.parser import HTMLParser
+from importlib.resources import files
 
 import pytest
 
@@ -231,6 +232,13 @@ def test_what_is_not_a_run_is_refused(tmp_path):
     (run / "evals.jsonl").unlink()
     with pytest.raises(ValueError, match="nothing to report yet"):
         write_report([run])
+
+
+def test_an_installed_package_has_all_parts_of_the_page():
+    root = files("aepo").parent
+    (patterns,) = re.findall(r"package-data\]\naepo = \[(.*)\]", (root / "pyproject.toml").read_text())
+    packed = {path for pattern in re.findall(r'"(.*?)"', patterns) for path in (root / "aepo").glob(pattern)}
+    assert packed == set((root / "aepo" / "templates").iterdir())
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
