@@ -170,7 +170,22 @@ def _evaluate(config: Config, step: int, count: int | None) -> None:
 
 def _load(config: Config) -> tuple[Task, LanguageModel]:
     """The task and the language model, with its warm start, on the configured device."""
-    raise NotImplementedError
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from aepo.display import WarmStartDisplay
+    from aepo.models import load_model
+    from aepo.tasks.facts import FactsTask
+
+    disable_progress_bar()
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    device = config.run.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with WarmStartDisplay() as display:
+        language_model = load_model(config.model, config.warm_start, device=device, progress=display.update)
+    return FactsTask(config.task.seed), language_model
 
 
 def _newest_step(run: Path) -> int:

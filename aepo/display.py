@@ -5,7 +5,15 @@ from __future__ import annotations
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from aepo.metrics import Record
 
@@ -72,6 +80,39 @@ class Display:
             f"held-out after step {record['step']}: success {_number(record['success'])} ({', '.join(kinds)})  "
             f"{record['questions']} questions  {record['seconds']:.1f} s"
         )
+
+
+class WarmStartDisplay:
+    """Supervised training before the run: a bar on a terminal, elsewhere a line per tenth. Silent if there is none."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("warm start"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> WarmStartDisplay:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, steps: int, loss: float) -> None:
+        if self._task is None:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=steps)
+        self._bar.update(self._task, completed=step, description=f"loss {loss:.2f}")
+        if not self.console.is_terminal and step % max(steps // 10, 1) == 0:
+            self.console.print(f"warm start {step}/{steps}  loss {loss:.2f}")
 
 
 def _number(value: float | None, digits: int = 2) -> str:
