@@ -9,13 +9,15 @@ from aepo.types import Reward
 
 FORMAT_WEIGHT = 0.1  # of a well-formed path with a wrong answer; a right answer has 1
 
-# Tool calls, each followed at once by its result, then the answer at the very end. Between them anything but tags.
+# Tool calls, each followed at once by its result, then the answer at the very end; between them anything but tags.
 _TAG = r"</?(?:search|python|result|answer)>"
 _PLAIN = rf"(?:(?!{_TAG}).)*"
-_WELL_FORMED = re.compile(
-    rf"(?:{_PLAIN}<(search|python)>{_PLAIN}</\1><result>(?P<result>.*?)</result>\n)*{_PLAIN}<answer>(?P<answer>{_PLAIN})</answer>",
-    re.DOTALL,
-)
+_RESULT = r"<result>(?:(?!</result>\n).)*</result>\n"
+_CALL = rf"<(search|python)>{_PLAIN}</\1>{_RESULT}"
+_WELL_FORMED = re.compile(rf"(?:{_PLAIN}{_CALL})*{_PLAIN}<answer>(?P<answer>{_PLAIN})</answer>", re.DOTALL)
+
+# A minus sign and a decimal point change a number; other punctuation changes nothing.
+_PUNCTUATION = re.compile(rf"(?!(?<!\w)-\d)(?!(?<=\d)\.\d)[{re.escape(string.punctuation)}]")
 
 
 def answer_reward(answer: str, response: str, finish_reason: str) -> Reward:
@@ -37,6 +39,6 @@ def answer_reward(answer: str, response: str, finish_reason: str) -> Reward:
 
 
 def normalized(text: str) -> str:
-    """For comparing answers: lower case, no punctuation, no articles, single spaces (as SQuAD does it)."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
+    """For comparing answers, as is usual for questions: lower case, single spaces, no articles, no punctuation."""
+    words = _PUNCTUATION.sub("", text.lower()).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
