@@ -134,7 +134,8 @@ def test_draw_inverts_the_distribution_function() -> None:
 def test_draw_reaches_both_ends() -> None:
     last, top = 1 - 2.0**-52, torch.tensor([[0.0] * 1000 + [-torch.inf]])
     assert draw(top, torch.tensor([0.0], dtype=torch.float64)).item() == 0
-    assert draw(top, torch.tensor([last], dtype=torch.float64)).item() == 999  # never the token of weight 0
+    assert draw(top, torch.tensor([last], dtype=torch.float64)).item() == 999  # never the token of weight 0,
+    assert draw(top.flip(1), torch.tensor([0.0], dtype=torch.float64)).item() == 1  # at neither end
     # A token with p = 2e-9 behind 150,000 others: in float32 their sum rounds to 1 and it is never drawn.
     logits = torch.zeros(1, 150_001)
     logits[0, -1] = math.log(150_000 * 2e-9)

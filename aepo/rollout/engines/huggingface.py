@@ -252,9 +252,9 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention without repeating keys and values for every query head.
 
-    transformers' own function repeats them, over the whole cache at every step. Without that, generation makes 1.5 and
-    1.8 times the tokens per second (4 layers, 2 query heads per key head, hidden size 128 with 64 rows and 256 with
-    128; one core of a 2-core AVX-512 Xeon (Sapphire Rapids class) VM).
+    transformers' own function repeats them, over the whole cache at every step. Without that, generation makes 1.8 and
+    2.5 times the tokens per CPU second (hidden size 128 with 64 rows, 256 with 128; `benchmarks.rollout_engine` on one
+    core of a 2-core AVX-512 Xeon (Sapphire Rapids class) VM).
     """
     unsupported = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
     if unsupported:
