@@ -68,6 +68,7 @@ class Report:
     stores: dict[str, int]
     instructions: float  # per logit, like exp2
     exp2: float
+    nan_maxima: float  # maxima that keep a NaN, per logit: the guard against 0 * -inf must not hide one
     barriers: int  # in the hot loop, like shuffles
     shuffles: int
     issue_share: float
@@ -183,9 +184,15 @@ def disassemble(binary: bytes) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        commands = ([tools / "cuobjdump", "-res-usage", file.name], [tools / "nvdisasm", "-c", file.name])
+        commands = ([str(tools / "cuobjdump"), "-res-usage", file.name], [str(tools / "nvdisasm"), "-c", file.name])
         usage, sass = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
     return usage, sass
+
+
+def _resource(usage: str, name: str) -> int:
+    found = re.search(rf"{name}:(\d+)", usage)
+    assert found, f"cuobjdump names no {name}: {usage}"
+    return int(found[1])
 
 
 def instructions(sass: str) -> tuple[list[str], dict[str, int]]:
@@ -228,8 +235,8 @@ def inspect(case: Case, kernel: str, capability: int, binary: bytes, sass_dir: s
         name = re.sub(r"\W+", "_", f"{case.name}_{kernel}_sm{capability}")
         pathlib.Path(sass_dir, f"{name}.sass").write_text(sass)
     code, labels = instructions(sass)
-    streams = case.max_instructions is not None and kernel in ("token_stats_kernel", "logits_grad_kernel")
-    loop = hot_loop(code, labels) if streams else []
+    budget = case.max_instructions if kernel in ("token_stats_kernel", "logits_grad_kernel") else None
+    loop = [] if budget is None else hot_loop(code, labels)
     loads = collections.Counter(_bits(i) for i in loop if _is_load(i))
     stores = collections.Counter(_bits(i) for i in loop if i.startswith("STG"))
     logits = max(1, sum(bits * n for bits, n in loads.items()) // (8 * case.logit_bytes))
@@ -242,36 +249,37 @@ def inspect(case: Case, kernel: str, capability: int, binary: bytes, sass_dir: s
         case=case.name,
         kernel=kernel,
         capability=capability,
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
+        registers=_resource(usage, "REG"),
+        stack_bytes=_resource(usage, "STACK"),
         local_memory_instructions=sum(i.startswith(("LDL", "STL")) for i in code),
         loads={str(bits): n for bits, n in loads.items()},
         stores={str(bits): n for bits, n in stores.items()},
         instructions=round(per_logit, 2),
         exp2=round(exp2, 2),
+        nan_maxima=round(sum("MNMX" in i and ".NAN" in i for i in loop) / logits, 2),
         barriers=sum(i.startswith("BAR") for i in loop),
         shuffles=sum(i.startswith("SHFL") for i in loop),
         issue_share=round(per_logit / (lanes_per_s * 4 * 32) / memory_s, 2),
         exp2_share=round(exp2 / (lanes_per_s * gpu.exp2_per_clock) / memory_s, 2),
         problems=[],
     )
-    report.problems.extend(_problems(case, report, streams))
+    report.problems.extend(_problems(report, case.max_registers, budget))
     return report
 
 
-def _problems(case: Case, r: Report, streams: bool) -> list[str]:
+def _problems(r: Report, max_registers: int, max_instructions: float | None) -> list[str]:
     problems = []
     if r.local_memory_instructions or r.stack_bytes:
         problems.append(f"spills: {r.local_memory_instructions} local accesses, {r.stack_bytes} bytes of stack")
-    if r.registers > case.max_registers:
-        problems.append(f"{r.registers} registers > {case.max_registers}")
-    if streams:
+    if r.registers > max_registers:
+        problems.append(f"{r.registers} registers > {max_registers}")
+    if max_instructions is not None:
         if set(r.loads) != {"128"} or set(r.stores) - {"128"}:
             problems.append(f"accesses narrower than 128 bits: loads {r.loads}, stores {r.stores}")
         if r.barriers or r.shuffles:
             problems.append(f"lanes wait for each other: {r.barriers} barriers, {r.shuffles} shuffles")
-        if r.instructions > case.max_instructions:
-            problems.append(f"{r.instructions} instructions per logit > {case.max_instructions}")
+        if r.instructions > max_instructions:
+            problems.append(f"{r.instructions} instructions per logit > {max_instructions}")
         if r.exp2 > 1.13:
             problems.append(f"{r.exp2} exponentials per logit > 1.13")
     return problems

@@ -1,5 +1,6 @@
 """What the two kernels that stream the logits share: where a row begins, which of its tiles are whole, who does it."""
 
+# mypy: allow-incomplete-defs
 from __future__ import annotations
 
 import functools
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 ACCESS_BYTES = 16  # the widest load or store of one thread
-# The compiler keeps 1/log(2) out of the loop; exp2 is one instruction on the GPU, exp would be two.
+# Loops count in units of log2: exp2 is one instruction on a GPU, exp is two.
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Stands for log2 p = -inf: 2**-200 is exactly 0 in float32, and 0 * -200 is 0 where 0 * -inf would be NaN.

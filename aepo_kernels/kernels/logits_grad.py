@@ -7,6 +7,7 @@ With the per-row numbers k = -(g_lp + g_H H) / temperature and s = -g_H / temper
 g_lp / temperature at the label. A row that takes part in no loss (both coefficients 0) is not read, only zeroed.
 """
 
+# mypy: allow-incomplete-defs
 from __future__ import annotations
 
 import torch

@@ -14,6 +14,7 @@ other tiles (`others`), for 0.2 instructions per logit, and when the row's maxim
 lane, 32 logits, is read again without it.
 """
 
+# mypy: allow-incomplete-defs
 from __future__ import annotations
 
 import torch

@@ -53,6 +53,12 @@ def test_the_hot_loops_were_found_and_read(reports, kernel, target):
         assert 6 < r["instructions"] < 14  # fewer cannot do the arithmetic
 
 
+def test_a_nan_survives_the_guard_against_minus_inf(reports):
+    # The interpreter's maximum always keeps a NaN, a GPU's only when told to, so only the machine code can show it.
+    for r in of(reports, "token_stats_kernel") + of(reports, "logits_grad_kernel"):
+        assert r["nan_maxima"] == (0 if r["case"] == "grad bf16, no entropy" else 1), r["case"]
+
+
 def test_forward_leaves_half_of_an_h100s_memory_time_to_spare(reports):
     for r in of(reports, "token_stats_kernel", capability=90):
         assert r["issue_share"] <= 0.5
