@@ -1,7 +1,7 @@
 """What the tiny model imitates before AEPO: a hasty demonstrator who searches and calculates in invented worlds.
 
-An invented world has real names and facts drawn at random, none of them true of a name. So no answer to a question of
-the task can be learned here, held-out or not: what can be learned are the format, the tools, and copying from results.
+An invented world has real names and random facts, and no question is asked whose answer there is its true one. So no
+answer to a question of the task is learned here, held-out or not, only the format, the tools, and to copy from results.
 
 The demonstrator knows the right steps and often does not take them: it answers with what it has just read, looks up
 something else, or gives up. A model that imitates it can do everything and decides badly: what is left to improve are
@@ -10,12 +10,13 @@ the decisions, most of them right after a tool result.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from aepo.tasks.facts import KINDS, Plan, Step, make_plan, search
+from aepo.tasks.facts import KINDS, PAIRS, Plan, Step, make_plan, plans, search
 from aepo.tasks.geography import MAX_NUMBER, NAMED, World, real_world
 
 # Chance of the right step: at the first step, at later ones, at the answer.
@@ -39,20 +40,28 @@ def demonstrations(seed: str, skill: tuple[float, float, float]) -> Iterator[Dem
     draw = random.Random(seed)
     while True:
         kind, plan = draw.choice(KINDS), None
-        while plan is None:
+        while plan is None or plan.answer == true_answer:
             world = invented_world(draw)
             country, other = draw.sample(list(world), 2)
             plan = make_plan(kind, world, country, other)
+            true_answer = _true_answer(plan, country, other) if plan else None
         yield demonstrate(plan, world, skill, draw)
 
 
 def invented_world(draw: random.Random) -> World:
-    """Three countries with a fact of every relation. No name is in its true place."""
+    """Three countries with a fact of every relation."""
     real = real_world()
-    while True:
-        world = _random_world(real, draw)
-        if not any(facts[r] == real[country].get(r) for country, facts in world.items() for r in (*NAMED, "neighbour")):
-            return world
+    countries = draw.sample(list(real), 3)
+    world: dict[str, dict[str, str]] = {country: {} for country in countries}
+    for relation in NAMED:
+        names = [facts[relation] for facts in real.values() if relation in facts]
+        for country, name in zip(countries, draw.sample(names, 3), strict=True):
+            world[country][relation] = name
+    for country, facts in world.items():
+        facts["neighbour"] = draw.choice([other for other in countries if other != country])
+        for relation in ("population", "area"):  # small numbers as often as large ones
+            facts[relation] = str(round(math.exp(draw.uniform(0, math.log(MAX_NUMBER)))))
+    return world
 
 
 def demonstrate(plan: Plan, world: World, skill: tuple[float, float, float], draw: random.Random) -> Demonstration:
@@ -72,18 +81,19 @@ def demonstrate(plan: Plan, world: World, skill: tuple[float, float, float], dra
     return Demonstration(plan.text, tuple(taken), answer, answer == plan.answer)
 
 
-def _random_world(real: World, draw: random.Random) -> dict[str, dict[str, str]]:
-    countries = draw.sample(list(real), 3)
-    world: dict[str, dict[str, str]] = {country: {} for country in countries}
-    for relation in NAMED:
-        names = [facts[relation] for facts in real.values() if relation in facts]
-        for country, name in zip(countries, draw.sample(names, 3), strict=True):
-            world[country][relation] = name
-    for country, facts in world.items():
-        facts["neighbour"] = draw.choice([other for other in countries if other != country])
-        for relation in ("population", "area"):  # small numbers as often as large ones
-            facts[relation] = str(round(math.exp(draw.uniform(0, math.log(MAX_NUMBER)))))
-    return world
+def _true_answer(plan: Plan, country: str, other: str) -> str | None:
+    """Of the same question about the real world; None: it is not asked there."""
+    if plan.kind in PAIRS:
+        real = make_plan(plan.kind, real_world(), country, other)
+        return real.answer if real else None
+    return _true_answers().get(plan.text)
+
+
+@functools.cache
+def _true_answers() -> Mapping[str, str]:
+    """Of all questions but those about two countries, which are very many."""
+    world = real_world()
+    return {p.text: p.answer for kind in KINDS if kind not in PAIRS for p in plans(world, list(world), kind)}
 
 
 def _other_search(step: Step, taken: list[Step], world: World, draw: random.Random) -> list[Step]:

@@ -136,13 +136,16 @@ def reverse_search(world: World, relation: str, country: str) -> Step:
     return Step("search", query, sentence(relation, country, value), country, country)
 
 
-def plans(world: World, countries: Sequence[str], kind: str) -> Iterator[Plan]:
-    """All questions of a kind that pass through no other countries; pairs in both orders."""
-    for country in countries:
-        for other in countries if kind in PAIRS else [None]:
-            plan = make_plan(kind, world, country, other) if other != country else None
-            if plan is not None and all(step.country in countries for step in plan.steps if step.country):
-                yield plan
+def plans(world: World, countries: Sequence[str], kind: str, draw: random.Random | None = None) -> Iterator[Plan]:
+    """All questions of a kind that pass through no other countries, in a random order if `draw` is given."""
+    pairs = kind in PAIRS
+    subjects = list(itertools.permutations(countries, 2)) if pairs else [(country, None) for country in countries]
+    if draw is not None:
+        draw.shuffle(subjects)
+    for country, other in subjects:
+        plan = make_plan(kind, world, country, other)
+        if plan is not None and all(step.country in countries for step in plan.steps if step.country):
+            yield plan
 
 
 def split_countries(world: World, seed: int) -> tuple[list[str], list[str]]:
@@ -162,8 +165,7 @@ def choose_plans(world: World, countries: Sequence[str], most: int, seed: str) -
     draw, find = random.Random(seed), SearchTool(documents(world), top_k=1)
     chosen: list[Plan] = []
     for kind in KINDS:
-        of_kind = list(plans(world, countries, kind))
-        draw.shuffle(of_kind)
+        of_kind = plans(world, countries, kind, draw)
         answerable = (p for p in of_kind if all(find(s.argument) == s.result for s in p.steps if s.tool == "search"))
         chosen += itertools.islice(answerable, most)
     draw.shuffle(chosen)
