@@ -78,7 +78,7 @@ def arguments(description: str, epilog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="one small shape, three rounds: does it run at all?")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own choice")
-    parser.add_argument("--rounds", type=int, help="timed rounds per shape (default 9, quick 3)")
+    parser.add_argument("--rounds", type=int, help="timed rounds per shape (default 7, quick 3)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the logits")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write machine and rows there")
     return parser
@@ -230,7 +230,7 @@ def report(problems: Iterable[Problem], providers: Sequence[Provider], baseline:
     CONSOLE.print(" | ".join(f"{key} {value}" for key, value in here.items()), style="dim")
     rows: list[Row] = []
     for problem in problems:
-        measured = measure(problem, providers, args.rounds or (3 if args.quick else 9))
+        measured = measure(problem, providers, args.rounds or (3 if args.quick else 7))
         CONSOLE.print(table(measured, baseline))
         rows += measured
     result = {"machine": here, "rows": [dataclasses.asdict(row) for row in rows]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -35,8 +36,11 @@ def installed() -> dict[str, TokenStats]:
         peers["verl"] = lambda x, labels: (verl.logprobs_from_logits(x, labels), verl.entropy_from_logits(x))
     except ImportError as error:
         print(f"no verl row: {error}")
-    in_float32 = {f"{name}, float32": lambda x, labels, f=f: f(x.float(), labels) for name, f in peers.items()}
-    return {**peers, **in_float32}
+    return {**peers, **{f"{name}, float32": functools.partial(_upcast, peer) for name, peer in peers.items()}}
+
+
+def _upcast(peer: TokenStats, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return peer(logits.float(), labels)
 
 
 def aepo_loss(logprobs: Tensor, entropy: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ python -m benchmarks.policy_loss_cpu --quick     # under a minute
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -55,8 +56,9 @@ def plain(token_stats: peers.TokenStats) -> Callable[[Tensor, Tensor, Tensor, Te
 def fused(inplace: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     def loss(logits: Tensor, labels: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
         mask = torch.ones_like(labels, dtype=torch.bool)
-        settings = {"objective": AEPO, "inplace_backward": inplace, "backend": "cpu"}
-        return logits_policy_loss(logits, labels, old_logprobs, advantages, mask, **settings).loss
+        return logits_policy_loss(
+            logits, labels, old_logprobs, advantages, mask, objective=AEPO, inplace_backward=inplace, backend="cpu"
+        ).loss
 
     return loss
 
@@ -92,7 +94,7 @@ def main() -> None:
         "torch.compile": torch.compile(plain(peers.eager), dynamic=False),
         **{name: plain(token_stats) for name, token_stats in peers.installed().items()},
     }
-    providers = [Provider(name, lambda inputs, loss=loss: loss_and_grad(loss, inputs)) for name, loss in losses.items()]
+    providers = [Provider(name, functools.partial(loss_and_grad, loss)) for name, loss in losses.items()]
     report(problems(getattr(torch, args.dtype), args.quick), providers, "eager", args)
 
 

@@ -6,9 +6,11 @@ python -m benchmarks.token_stats_cpu --quick     # under a minute
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from aepo_kernels import logprobs_and_entropy
 from aepo_kernels.testing import eager_token_stats, make_labels, make_logits
@@ -44,17 +46,21 @@ def problems(dtype: torch.dtype, quick: bool) -> Iterator[Problem]:
         )
 
 
+def call(function: peers.TokenStats, inputs: tuple[Tensor, Tensor]) -> Sequence[Tensor]:
+    return function(*inputs)
+
+
 def main() -> None:
     args = arguments(__doc__, EPILOG).parse_args()
     torch.set_num_threads(args.threads)
     compiled = torch.compile(peers.eager, dynamic=False)
-    functions = {
+    functions: dict[str, peers.TokenStats] = {
         "aepo_kernels (cpu)": lambda logits, labels: logprobs_and_entropy(logits, labels, backend="cpu"),
         "eager": peers.eager,
         "torch.compile": compiled,
         **peers.installed(),
     }
-    providers = [Provider(name, lambda inputs, f=f: f(*inputs)) for name, f in functions.items()]
+    providers = [Provider(name, functools.partial(call, function)) for name, function in functions.items()]
     with torch.no_grad():
         report(problems(getattr(torch, args.dtype), args.quick), providers, "eager", args)
 
