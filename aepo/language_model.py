@@ -42,7 +42,8 @@ class LanguageModel:
         """A model directory in the format of transformers. OSError: it is not there, or not one."""
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        return cls(model.to(device).eval(), tokenizer)
+        model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its types
+        return cls(model.eval(), tokenizer)
 
     @property
     def vocab_size(self) -> int:
