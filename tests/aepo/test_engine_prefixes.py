@@ -35,8 +35,22 @@ def test_samples_of_one_question_compute_the_prompt_once() -> None:
     _, forwards = counted.generate(*asked)
     assert forwards == 20 + 33 + 8 * 5  # the last token of a segment is not fed
     assert counted.engine.counters.prefilled == 20 + 33
-    assert counted.engine.counters.reused == 4 * 20 + 2 * 33
+    assert counted.engine.counters.asked == 5 * 20 + 3 * 33
     assert counted.engine.counters.generated == 8 * 6
+
+
+def test_what_all_questions_begin_with_is_computed_once() -> None:
+    counted = Counted()
+    instructions, *questions = prompts(50, 7, 12, 9)
+    asked = [request(instructions + question, 1) for question in [*questions, ()]]
+    results, forwards = counted.generate(*asked)
+    assert forwards == 50 + 7 + 12 + 9 + 1  # the last one ends where the others begin: its last token, again
+    assert counted.engine.counters.prefilled == forwards
+    assert counted.engine.counters.asked == 4 * 50 + 7 + 12 + 9
+    alone = [Counted().generate(one)[0][0] for one in asked]
+    assert [got.token_ids for got in results] == [got.token_ids for got in alone]
+    _, forwards = counted.generate(request((*instructions, 1, 2), 1), request((*instructions, 3), 1))
+    assert forwards == 3
 
 
 def test_continuing_computes_the_last_token_and_what_was_read() -> None:

@@ -30,14 +30,15 @@ from aepo.types import TokenIds
 
 ATTENTION = "aepo_rollout"
 PREFILL_TOKENS = 8192  # per forward, padding included: bounds the memory of activations
+SHARED_TOKENS = 32  # a common beginning shorter than this is not worth a forward of its own
 
 
 @dataclass
 class EngineCounters:
     """Tokens since the engine was made."""
 
-    prefilled: int = 0  # prefix tokens that went through the model
-    reused: int = 0  # prefix tokens that did not: computed by an earlier call, or for another row of the same call
+    asked: int = 0  # prefix tokens of all requests
+    prefilled: int = 0  # those that went through the model; the others were there already, or shared by several rows
     generated: int = 0
 
 
@@ -131,44 +132,54 @@ class HuggingFaceEngine:
         for index, request in enumerate(requests):
             members.setdefault(request.token_ids, []).append(index)
         prefixes = [Prefix(tokens, who, self._prefixes.longest_prefix(tokens)) for tokens, who in members.items()]
+        self.counters.asked += sum(len(request.token_ids) for request in requests)
+        self._share_beginning([prefix for prefix in prefixes if prefix.computed == 0])
         prefixes.sort(key=lambda prefix: prefix.missing, reverse=True)
-        missing = sum(prefix.missing for prefix in prefixes)
-        self.counters.prefilled += missing
-        self.counters.reused += sum(len(request.token_ids) for request in requests) - missing
-        wave = Wave(requests, prefixes, self._new_cache(requests), self._rules)
-        logits = torch.cat([self._compute(wave, first, prefixes[first:last]) for first, last in _chunks(prefixes)])
+        # The last token of a row never goes through the model, so it needs no column.
+        columns = max(len(r.token_ids) for r in requests) + max(r.max_new_tokens for r in requests) - 1
+        wave = Wave(requests, prefixes, self._new_cache(len(requests), columns), self._rules)
+        logits = torch.cat(
+            [self._compute(wave.cache, wave.start, first, prefixes[first:last]) for first, last in _chunks(prefixes)]
+        )
 
         for row, prefix in enumerate(prefixes):
             if prefix.segment.end < prefix.length:
-                columns = slice(wave.start - prefix.length + prefix.segment.end, wave.start)
                 tokens = prefix.token_ids[prefix.segment.end :]
-                prefix.segment = self._prefixes.add(prefix.segment, tokens, wave.cache.extract(row, columns))
+                kv = wave.cache.extract(row, slice(wave.start - len(tokens), wave.start))
+                prefix.segment = self._prefixes.add(prefix.segment, tokens, kv)
         leaders = [row for row, prefix in enumerate(prefixes) for _ in prefix.members[1:]]
         wave.cache.move(leaders, list(range(len(prefixes), len(requests))), slice(0, wave.start))
         wave.draw(logits[[*range(len(prefixes)), *leaders]])
         return wave
 
-    def _new_cache(self, requests: Sequence[GenerationRequest]) -> BatchCache:
-        # The last token of a row never goes through the model, so it needs no column.
-        columns = max(len(r.token_ids) for r in requests) + max(r.max_new_tokens for r in requests) - 1
+    def _share_beginning(self, prefixes: Sequence[Prefix]) -> None:
+        """Compute once what new prefixes all begin with: instructions, examples."""
+        common = _common_beginning([prefix.token_ids for prefix in prefixes])
+        if len(prefixes) < 2 or len(common) < SHARED_TOKENS:
+            return
+        beginning = Prefix(common, [], prefixes[0].segment)
+        cache = self._new_cache(1, len(common))
+        self._compute(cache, len(common), 0, [beginning])
+        segment = self._prefixes.add(beginning.segment, common, cache.extract(0, slice(None)))
+        for prefix in prefixes:
+            prefix.segment = segment
+
+    def _new_cache(self, rows: int, columns: int) -> BatchCache:
         return BatchCache(
-            rows=len(requests),
-            columns=columns,
-            dtype=self.model.dtype,
-            device=self.model.device,
-            **self._cache_shape,
+            rows=rows, columns=columns, dtype=self.model.dtype, device=self.model.device, **self._cache_shape
         )
 
-    def _compute(self, wave: Wave, row: int, prefixes: Sequence[Prefix]) -> Tensor:
+    def _compute(self, cache: BatchCache, start: int, row: int, prefixes: Sequence[Prefix]) -> Tensor:
         """One forward over what is missing of some prefixes, rows `row`...; logits after their last tokens [n, V].
 
-        Tokens are aligned at their ends like the rows of the cache. What stands before a row's first missing token is
+        All end before column `start`, tokens like rows of the cache. What stands before a row's first missing token is
         padding: it is not written, and nobody reads what comes out of it.
         """
-        device, start, tokens = self.model.device, wave.start, prefixes[0].missing
+        device, tokens = self.model.device, prefixes[0].missing
+        self.counters.prefilled += sum(prefix.missing for prefix in prefixes)
         token_ids = torch.zeros(len(prefixes), tokens, dtype=torch.int64)
         for index, prefix in enumerate(prefixes):
-            wave.cache.fill(row + index, start - prefix.length, prefix.segment, prefix.computed)
+            cache.fill(row + index, start - prefix.length, prefix.segment, prefix.computed)
             token_ids[index, tokens - prefix.missing :] = torch.tensor(prefix.token_ids[prefix.computed :])
         lengths = torch.tensor([prefix.length for prefix in prefixes], device=device)[:, None]
         missing = torch.tensor([prefix.missing for prefix in prefixes], device=device)[:, None]
@@ -180,15 +191,13 @@ class HuggingFaceEngine:
         # Padding before the row's first column sees what stands there, so that it has something to attend to.
         visible = (columns <= query) & ((columns >= first) | (query < first))  # [n, tokens, columns]
         mask = torch.zeros(visible.shape, dtype=self.model.dtype, device=device).masked_fill_(~visible, -torch.inf)
-        wave.cache.attend(
+        cache.attend(
             rows=slice(row, row + len(prefixes)),
             write=slice(start - tokens, start),
             read=slice(low, start),
             valid=(offsets >= tokens - missing)[:, None, :, None],
         )
-        return self._forward(
-            wave.cache, token_ids.to(device), (lengths - tokens + offsets).clamp_(min=0), mask[:, None]
-        )
+        return self._forward(cache, token_ids.to(device), (lengths - tokens + offsets).clamp_(min=0), mask[:, None])
 
     @torch.inference_mode()
     def _step(self, wave: Wave) -> bool:
@@ -226,6 +235,14 @@ class HuggingFaceEngine:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
+
+
+def _common_beginning(sequences: Sequence[TokenIds]) -> TokenIds:
+    if not sequences:
+        return ()
+    first, last = min(sequences), max(sequences)  # all others lie between them, so they begin alike too
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[:length]
 
 
 def _chunks(prefixes: Sequence[Prefix]) -> Iterator[tuple[int, int]]:
