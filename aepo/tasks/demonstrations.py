@@ -39,12 +39,7 @@ def demonstrations(seed: str, skill: tuple[float, float, float]) -> Iterator[Dem
     """Without end; every kind of question equally often."""
     draw = random.Random(seed)
     while True:
-        kind, plan = draw.choice(KINDS), None
-        while plan is None or plan.answer == true_answer:
-            world = invented_world(draw)
-            country, other = draw.sample(list(world), 2)
-            plan = make_plan(kind, world, country, other)
-            true_answer = _true_answer(plan, country, other) if plan else None
+        plan, world = _invented_question(draw.choice(KINDS), draw)
         yield demonstrate(plan, world, skill, draw)
 
 
@@ -79,6 +74,15 @@ def demonstrate(plan: Plan, world: World, skill: tuple[float, float, float], dra
     else:
         answer = plan.answer if draw.random() < last else UNKNOWN
     return Demonstration(plan.text, tuple(taken), answer, answer == plan.answer)
+
+
+def _invented_question(kind: str, draw: random.Random) -> tuple[Plan, World]:
+    while True:
+        world = invented_world(draw)
+        country, other = draw.sample(list(world), 2)
+        plan = make_plan(kind, world, country, other)
+        if plan is not None and plan.answer != _true_answer(plan, country, other):
+            return plan, world
 
 
 def _true_answer(plan: Plan, country: str, other: str) -> str | None:

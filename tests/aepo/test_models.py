@@ -1,0 +1,110 @@
+"""Language models: tokens and text, the tiny model before training, loading by name."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from aepo.config import ModelConfig, WarmStartConfig
+from aepo.language_model import INSTRUCTIONS, LanguageModel
+from aepo.models import load_model
+from aepo.smollm2 import gguf_file
+from aepo.tasks.facts import FactsTask
+from aepo.tasks.geography import documents, real_world
+from aepo.tiny import TAGS, tiny_model
+from aepo.warmstart import untrained
+
+UNTRAINED = WarmStartConfig(steps=0)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LanguageModel:
+    return untrained(UNTRAINED)
+
+
+def test_text_of_the_task_survives_tokenization(tiny: LanguageModel) -> None:
+    task, unknown = FactsTask(), tiny.tokenizer.unk_token_id
+    texts = [*documents(real_world()), *(plan.text for plan in (*task.train_plans, *task.heldout_plans))]
+    texts += [f"<python> print(round({i} * 1000 / 7))</python><result> {i}.25\n</result>\n" for i in range(0, 5000, 7)]
+    texts += ["error: ZeroDivisionError: division by zero", "x = [1]; print(x[0]) # {'Foo_bar'}"]
+    for text in texts:
+        tokens = tiny.encode(text)
+        assert unknown not in tokens
+        assert tiny.decode(tokens) == text
+
+
+def test_a_tag_a_number_and_a_name_of_one_word_are_one_token(tiny: LanguageModel) -> None:
+    for text in (*TAGS, "0", "7", "38", "999", " Warsaw", " Poland", " million"):
+        assert len(tiny.encode(text)) == 1, text
+    assert len(tiny.encode(" Burkina Faso")) == 2
+    assert len(tiny.encode("1234")) == 2
+
+
+def test_prompt_result_and_end_of_text(tiny: LanguageModel) -> None:
+    assert tiny.decode(tiny.prompt_tokens("What is the capital of Peru?")) == "What is the capital of Peru?\n"
+    result = tiny.tool_result_tokens("Peru: Lima is the capital of Peru.")
+    assert tiny.decode(result) == "<result> Peru: Lima is the capital of Peru.</result>\n"
+    assert tiny.eos_ids == (tiny.tokenizer.eos_token_id,)
+    assert tiny.decode([*result, *tiny.eos_ids]) == tiny.decode(result)
+    assert tiny.vocab_size == len(tiny.tokenizer) == tiny.model.get_input_embeddings().weight.shape[0]
+
+
+def test_the_initial_weights_are_a_function_of_the_seed_alone(tiny: LanguageModel) -> None:
+    before = torch.random.get_rng_state()
+    again, other = tiny_model(tiny.tokenizer, 0).state_dict(), tiny_model(tiny.tokenizer, 1).state_dict()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for name, weight in tiny.model.state_dict().items():
+        assert torch.equal(weight, again[name])
+    assert not torch.equal(other["model.embed_tokens.weight"], again["model.embed_tokens.weight"])
+
+
+@torch.no_grad()
+def test_attention_copies_from_the_start(tiny: LanguageModel) -> None:
+    # A word that stands before is likelier than the same word where it does not; with ordinary random weights the
+    # difference is zero on average.
+    names = [f" {name}" for name in ("Warsaw", "Lima", "Kyiv", "Oslo", "Tunis", "Tokyo", "Quito", "Hanoi")]
+    ids = torch.tensor([tiny.encode(name)[0] for name in names])
+    prompts = torch.tensor([tiny.encode(f"The capital is{name}. The capital is") for name in names])
+    logprobs = tiny.model(input_ids=prompts).logits[:, -1].log_softmax(-1)[:, ids]
+    assert (logprobs.diagonal() - logprobs.mean(1)).mean() > 0.1
+
+
+def test_a_model_directory_is_loaded(tiny: LanguageModel, tmp_path: Path) -> None:
+    tiny.model.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    loaded = load_model(ModelConfig(name=str(tmp_path)), UNTRAINED)
+    tokens = torch.tensor([tiny.prompt_tokens("What is the capital of Peru?")])
+    assert torch.equal(loaded.model(input_ids=tokens).logits, tiny.model(input_ids=tokens).logits)
+    assert not loaded.model.training
+    assert loaded.decode(loaded.encode(INSTRUCTIONS)) == tiny.decode(tiny.encode(INSTRUCTIONS))
+    half = load_model(ModelConfig(name=str(tmp_path), dtype="bfloat16"), UNTRAINED)
+    assert half.model.dtype == torch.bfloat16
+
+
+def test_a_name_that_is_none_says_what_is_expected(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model.name = 'gpt': expected tiny, smollm2-135m-instruct, or a directory"):
+        load_model(ModelConfig(name="gpt", cache_dir=str(tmp_path)), UNTRAINED)
+
+
+def _smollm2_is_installed() -> bool:
+    try:
+        return gguf_file().exists()
+    except ModuleNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _smollm2_is_installed(), reason="SmolLM2's weights are not installed (extra smollm2)")
+@torch.no_grad()
+def test_smollm2_speaks_english() -> None:
+    language_model = load_model(ModelConfig(name="smollm2-135m-instruct"), UNTRAINED)
+    text = "The capital of France is Paris, and the capital of Germany is Berlin."
+    tokens = torch.tensor([language_model.encode(text)])
+    loss = language_model.model(input_ids=tokens, labels=tokens).loss
+    assert loss < 3.0  # nats per token; ln(49152) = 10.8 for weights that are wrong
+
+    prompt = language_model.prompt_tokens("What is the capital of Peru?")
+    assert "<search>words</search>" in language_model.decode(prompt)
+    assert "What is the capital of Peru?" in language_model.decode(prompt)
+    assert language_model.tokenizer.convert_tokens_to_ids("<|im_end|>") in language_model.eos_ids
+    assert language_model.decode(language_model.tool_result_tokens("42")) == "<result> 42</result>\n"
