@@ -218,7 +218,11 @@ def _explained() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    except (ValueError, OSError, CheckpointError, NonFiniteError, RolloutError) as error:
+    except RolloutError as error:
+        if not isinstance(error.__cause__, FloatingPointError):  # not the weights' fault: worth a traceback
+            raise
+        _fail(str(error))
+    except (ValueError, OSError, CheckpointError, NonFiniteError) as error:
         _fail(str(error))
 
 
