@@ -36,6 +36,9 @@ GATE_TOLERANCE = 0.02
 """Largest error, relative to the largest true value, with which a provider is still timed. Wide enough for peers that
 round every intermediate result to bfloat16; the error column tells them apart."""
 
+PATIENCE_S = 15.0
+"""A provider that has taken this long in the timed rounds of a problem sits out the rest, after two at least."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -64,6 +67,7 @@ class Provider:
 class Row:
     problem: str
     provider: str
+    rounds: int
     median_ms: float
     gigabytes_per_second: float
     extra_share: float | None
@@ -183,18 +187,22 @@ def measure(problem: Problem, providers: Sequence[Provider], rounds: int) -> lis
 
     repeats, memory = {}, {}
     for provider in errors:
-        memory[provider] = extra_memory(lambda provider=provider: seconds(provider))
+        seconds(provider)  # compiles
+        once: list[float] = []
+        memory[provider] = extra_memory(lambda provider=provider, once=once: once.append(seconds(provider)))
         # Small problems are repeated to 5 ms, above the noise of the clock; an overwritten input cannot be.
-        repeats[provider] = 1 if problem.restore else max(1, int(0.005 / seconds(provider)))
+        repeats[provider] = 1 if problem.restore else max(1, int(0.005 / once[0]))
     times: dict[Provider, list[float]] = {provider: [] for provider in errors}
     for _ in range(rounds):
         for provider, samples in times.items():
-            samples.append(seconds(provider, repeats[provider]))
+            if len(samples) < 2 or sum(samples) < PATIENCE_S:
+                samples.append(seconds(provider, repeats[provider]))
     size = problem.logits.numel() * problem.logits.element_size()
     return [
         Row(
             problem=problem.name,
             provider=provider.name,
+            rounds=len(samples),
             median_ms=statistics.median(samples) * 1e3,
             gigabytes_per_second=problem.ideal_bytes / statistics.median(samples) / 1e9,
             extra_share=None if memory[provider] is None else memory[provider] / size,

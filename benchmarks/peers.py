@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -21,7 +20,7 @@ def eager(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def installed() -> dict[str, TokenStats]:
     """TRL's and verl's own functions where these libraries are installed; says which are not.
 
-    They compute in the dtype of the logits, so each comes twice: on the logits as stored and on a float32 copy.
+    They compute in the dtype of the logits.
     """
     peers: dict[str, TokenStats] = {}
     try:
@@ -36,11 +35,11 @@ def installed() -> dict[str, TokenStats]:
         peers["verl"] = lambda x, labels: (verl.logprobs_from_logits(x, labels), verl.entropy_from_logits(x))
     except ImportError as error:
         print(f"no verl row: {error}")
-    return {**peers, **{f"{name}, float32": functools.partial(_upcast, peer) for name, peer in peers.items()}}
+    return peers
 
 
-def _upcast(peer: TokenStats, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return peer(logits.float(), labels)
+def in_float32(peer: TokenStats) -> TokenStats:
+    return lambda logits, labels: peer(logits.float(), labels)
 
 
 def aepo_loss(logprobs: Tensor, entropy: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from benchmarks.harness import Problem, Provider, arguments, report
 EPILOG = """\
 Every token counts here, although in an agent's batch most do not, and aepo_kernels skips those. GB/s counts two reads
 and one write of the logits. "in place" writes the gradient over the logits. TRL and verl supply log-prob and entropy,
-the loss on top of them is the same few lines of PyTorch as in the eager row; on bfloat16 logits they are too far off to
-pass the gate (their log-probs are bfloat16 too), so look at their float32 rows.
+the loss on top of them is the same few lines of PyTorch as in the eager row. They get a float32 copy of the logits:
+their log-probs of bfloat16 logits are bfloat16 too, and the loss made from those does not pass the gate.
 """
 SHAPES = {"Qwen3": (512, 151936), "Llama 3": (512, 128256), "SmolLM2": (2048, 49152)}  # tokens, vocabulary
 AEPO = PolicyObjective.preset("aepo")
@@ -92,7 +92,7 @@ def main() -> None:
         "aepo_kernels (cpu)": fused(inplace=False),
         "eager": plain(peers.eager),
         "torch.compile": torch.compile(plain(peers.eager), dynamic=False),
-        **{name: plain(token_stats) for name, token_stats in peers.installed().items()},
+        **{f"{name}, float32": plain(peers.in_float32(peer)) for name, peer in peers.installed().items()},
     }
     providers = [Provider(name, functools.partial(loss_and_grad, loss)) for name, loss in losses.items()]
     report(problems(getattr(torch, args.dtype), args.quick), providers, "eager", args)
