@@ -12,19 +12,33 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from aepo.types import TokenIds
 
-# For models with a chat template, which learned to follow instructions. The example is not a question of the task.
-INSTRUCTIONS = """Answer the question with the help of two tools, one call at a time.
-<search>words</search> finds one sentence about countries. <python>code</python> runs a program and gives its output.
-The result comes back in <result></result>. End with the answer alone: <answer>name or number</answer>.
-
-Question: How many million people live in Atlantis and Lemuria together?
-<search>population of Atlantis</search>
-<result>Atlantis: the population of Atlantis is 12 million.</result>
-<search>population of Lemuria</search>
-<result>Lemuria: the population of Lemuria is 30 million.</result>
-<python>print(12 + 30)</python>
-<result>42</result>
-<answer>42</answer>"""
+# For models with a chat template: what they are told, and two dialogues about places that are in no task. With the same
+# examples inside the system message, SmolLM2-135M-Instruct called no tool for any of 16 questions.
+INSTRUCTIONS = (
+    "You answer questions with two tools. <search>words</search> finds a sentence about a country. "
+    "<python>code</python> runs a program. End with <answer>name or number</answer>."
+)
+# A line break after each call: without one, a token such as "><" closes the tag and begins the next one.
+EXAMPLES = (
+    (
+        "What is the currency of the country whose capital is Poseidonis?",
+        "<search>country with capital Poseidonis</search>\n"
+        "<result> Atlantis: Poseidonis is the capital of Atlantis.</result>\n"
+        "<search>currency of Atlantis</search>\n"
+        "<result> Atlantis: the currency of Atlantis is the Trident.</result>\n"
+        "<answer>Trident</answer>",
+    ),
+    (
+        "How many million people live in Atlantis and Lemuria together?",
+        "<search>population of Atlantis</search>\n"
+        "<result> Atlantis: the population of Atlantis is 12 million.</result>\n"
+        "<search>population of Lemuria</search>\n"
+        "<result> Lemuria: the population of Lemuria is 30 million.</result>\n"
+        "<python>print(12 + 30)</python>\n"
+        "<result> 42</result>\n"
+        "<answer>42</answer>",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -63,10 +77,10 @@ class LanguageModel:
         """What comes before the first generated token."""
         if self.tokenizer.chat_template is None:
             return self.encode(f"{question_text}\n")
-        messages = [
-            {"role": "system", "content": INSTRUCTIONS},
-            {"role": "user", "content": f"Question: {question_text}"},
-        ]
+        messages = [{"role": "system", "content": INSTRUCTIONS}]
+        for question, walk in EXAMPLES:
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": walk}]
+        messages.append({"role": "user", "content": question_text})
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self.encode(str(text))
 

@@ -9,11 +9,11 @@ from aepo.types import Reward
 
 FORMAT_WEIGHT = 0.1  # of a well-formed path with a wrong answer; a right answer has 1
 
-# Tool calls, each followed at once by its result, then the answer at the very end; between them anything but tags.
+# Tool calls, each followed by its result, then the answer at the very end; between them anything but tags.
 _TAG = r"</?(?:search|python|result|answer)>"
 _PLAIN = rf"(?:(?!{_TAG}).)*"
 _RESULT = r"<result>(?:(?!</result>\n).)*</result>\n"
-_CALL = rf"<(search|python)>{_PLAIN}</\1>{_RESULT}"
+_CALL = rf"<(search|python)>{_PLAIN}</\1>\s*{_RESULT}"
 _WELL_FORMED = re.compile(rf"(?:{_PLAIN}{_CALL})*{_PLAIN}<answer>(?P<answer>{_PLAIN})</answer>", re.DOTALL)
 
 # A minus sign and a decimal point change a number; other punctuation changes nothing.

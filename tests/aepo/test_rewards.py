@@ -13,6 +13,8 @@ CALL = "<search> capital of Poland</search><result> Poland: Warsaw is the capita
         (f"{CALL}<answer> Warsaw</answer>", 1.0, 1, 1),
         ("<answer>  the WARSAW.</answer>", 1.0, 1, 0),
         (f"I look it up. {CALL}So it is <answer>Warsaw</answer>\n", 1.0, 1, 1),
+        (CALL.replace("<result>", "\n<result>") + "<answer> Warsaw</answer>", 1.0, 1, 1),
+        (CALL.replace("<result>", "<<result>") + "<answer> Warsaw</answer>", 0.0, 0, 1),
         (f"{CALL}<python>print(1)</python><result>1</result>\n<answer>Warsaw</answer>", 1.0, 1, 2),
         (f"{CALL}<answer> Krakow</answer>", FORMAT_WEIGHT, 1, 1),
         (f"{CALL}<answer> Warsaw or Krakow</answer>", FORMAT_WEIGHT, 1, 1),
