@@ -33,8 +33,8 @@ class Rows {
                       logits.sizes(), " on ", logits.device());
     count = logits.size(0);
     vocab = logits.size(1);
-    TORCH_CHECK_VALUE(vocab <= 1 || logits.stride(1) == 1, name,
-                      " must have a contiguous last dimension; got strides ", logits.strides());
+    TORCH_CHECK_VALUE(vocab <= 1 || logits.stride(1) == 1, name, " must have a contiguous last dimension; got strides ",
+                      logits.strides());
     type = logits_type(logits, name);
     acc = type == kFloat64 ? at::kDouble : at::kFloat;
     data_ = static_cast<char*>(logits.data_ptr());
@@ -73,9 +73,9 @@ template <class T>
 T* data(const OptionalTensor& x, const char* name, int64_t count) {
   if (!x.has_value()) return nullptr;
   constexpr at::ScalarType type = c10::CppTypeToScalarType<T>::value;
-  TORCH_CHECK_VALUE(x->device().is_cpu() && x->scalar_type() == type && x->is_contiguous() && x->numel() == count,
-                    name, " must be contiguous ", type, " on the CPU with ", count, " elements; got ",
-                    x->scalar_type(), " ", x->sizes(), " on ", x->device());
+  TORCH_CHECK_VALUE(x->device().is_cpu() && x->scalar_type() == type && x->is_contiguous() && x->numel() == count, name,
+                    " must be contiguous ", type, " on the CPU with ", count, " elements; got ", x->scalar_type(), " ",
+                    x->sizes(), " on ", x->device());
   return x->data_ptr<T>();
 }
 
@@ -103,11 +103,11 @@ class Column {
   void* data_;
 };
 
-// body(index into `rows_used`, first column, number of columns) for every segment of those rows. One task is about one
-// segment's work, so that a single long row, many short ones, and a few used among many skipped all spread evenly.
+// body(row, first column, number of columns) for every segment of every row, over all threads. A task is about one
+// segment's work, so that one long row and many short ones both spread evenly.
 template <class Body>
-void for_each_segment(const std::vector<int64_t>& rows_used, int64_t vocab, const Body& body) {
-  const int64_t segments = num_segments(vocab), num_rows = rows_used.size();
+void for_each_segment(int64_t num_rows, int64_t vocab, const Body& body) {
+  const int64_t segments = num_segments(vocab);
   const int64_t grain = std::max<int64_t>(1, kSegment / std::max<int64_t>(1, vocab));
   at::parallel_for(0, num_rows * segments, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats(const Tensor& logits, con
   const Rows rows(logits, "logits");
   const int64_t* label = data<int64_t>(labels, "labels", rows.count);
   const auto ignored = [&](int64_t t) { return label != nullptr && label[t] == ignore_index; };
-  std::vector<int64_t> used;
+  std::vector<int64_t> used;  // listed first, so that threads stay balanced where most of a batch is skipped
   for (int64_t t = 0; t < rows.count; t++) {
     if (!(skip_ignored && ignored(t))) used.push_back(t);
   }
@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats(const Tensor& logits, con
   const auto kernel = row_kernels().token_stats[rows.type];
   const int64_t segments = num_segments(rows.vocab), num_used = used.size();
   std::vector<SegmentStats> partial(num_used * segments);
-  for_each_segment(used, rows.vocab, [&](int64_t i, int64_t column, int64_t n) {
+  for_each_segment(num_used, rows.vocab, [&](int64_t i, int64_t column, int64_t n) {
     partial[i * segments + column / kSegment] = kernel(rows.at(used[i], column), n, log2_scale(temperature));
   });
 
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats(const Tensor& logits, con
   at::parallel_for(0, num_used, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t t = used[i];
-      const RowStats stats = merge_segments(&partial[i * segments], segments, temperature);
+      const RowStats stats = merge_segments(partial.data() + i * segments, segments, temperature);
       to_entropy.set(t, stats.entropy);
       to_maximum.set(t, stats.max);
       to_log_sum.set(t, stats.log_sum);
@@ -183,11 +183,11 @@ void logits_grad(const Tensor& logits, const OptionalTensor& labels, const Tenso
 
   std::vector<int64_t> used, zero;  // a masked row may hold NaN, so a row without gradient is not read
   for (int64_t t = 0; t < rows.count; t++) (grad_logprob(t) != 0 || grad_h(t) != 0 ? used : zero).push_back(t);
-  for_each_segment(zero, rows.vocab, [&](int64_t i, int64_t column, int64_t n) {
+  for_each_segment(zero.size(), rows.vocab, [&](int64_t i, int64_t column, int64_t n) {
     std::memset(grads.at(zero[i], column), 0, n * grads.element_bytes);
   });
   const auto kernel = row_kernels().logits_grad[rows.type];
-  for_each_segment(used, rows.vocab, [&](int64_t i, int64_t column, int64_t n) {
+  for_each_segment(used.size(), rows.vocab, [&](int64_t i, int64_t column, int64_t n) {
     const int64_t t = used[i];
     const RowStats stats = {max_of[t], log_sum_of[t], entropy_of[t]};
     const double gl = grad_logprob(t), gh = grad_h(t);
@@ -199,13 +199,10 @@ void logits_grad(const Tensor& logits, const OptionalTensor& labels, const Tenso
 }
 
 template <class Real>
-std::tuple<Tensor, Tensor, Tensor, Tensor> policy_terms_of(const PolicyObjective& objective, const Tensor& logprobs,
-                                                           const Tensor& old_logprobs, const Tensor& advantages,
-                                                           const Tensor& weight, const OptionalTensor& entropy,
-                                                           const OptionalTensor& ref_logprobs,
-                                                           const OptionalTensor& rollout_logprobs,
-                                                           const OptionalTensor& cu_seqlens,
-                                                           const OptionalTensor& entropy_stats) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> policy_terms_of(
+    const PolicyObjective& objective, const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages,
+    const Tensor& weight, const OptionalTensor& entropy, const OptionalTensor& ref_logprobs,
+    const OptionalTensor& rollout_logprobs, const OptionalTensor& cu_seqlens, const OptionalTensor& entropy_stats) {
   const int64_t n = logprobs.numel(), num_sequences = cu_seqlens.has_value() ? cu_seqlens->numel() - 1 : 0;
   PolicyInputs<Real> in;
   in.num_tokens = n;
@@ -246,8 +243,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_terms_op(
     const OptionalTensor& cu_seqlens, const OptionalTensor& entropy_stats, double low, double high, double grad_low,
     double grad_high, double dual_clip, bool detached_ratio, double entropy_advantage, bool clamp_factor,
     double kl_coef, int64_t kl_estimator, double entropy_bonus, double importance_cap) {
-  const PolicyObjective objective = {low,          high,    grad_low,     grad_high,     dual_clip,     detached_ratio,
-                                     entropy_advantage, clamp_factor, kl_coef, kl_estimator, entropy_bonus, importance_cap};
+  const PolicyObjective objective = {low,       high,           grad_low,          grad_high,
+                                     dual_clip, detached_ratio, entropy_advantage, clamp_factor,
+                                     kl_coef,   kl_estimator,   entropy_bonus,     importance_cap};
   const auto run = logprobs.scalar_type() == at::kDouble ? policy_terms_of<double> : policy_terms_of<float>;
   return run(objective, logprobs, old_logprobs, advantages, weight, entropy, ref_logprobs, rollout_logprobs, cu_seqlens,
              entropy_stats);

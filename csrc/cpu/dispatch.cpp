@@ -31,7 +31,8 @@ const RowKernels& choose() {
     if (wanted == nullptr || candidate.kernels.name == std::string(wanted)) return candidate.kernels;
     here += std::string(here.empty() ? "" : ", ") + candidate.kernels.name;
   }
-  throw std::runtime_error("AEPO_CPU_CAPABILITY=" + std::string(wanted) + " is not available: this processor runs " + here);
+  throw std::runtime_error("AEPO_CPU_CAPABILITY=" + std::string(wanted) + " is not available: this processor runs " +
+                           here);
 }
 
 }  // namespace

@@ -62,8 +62,8 @@ class PolicyLoss {
   bool valid(int64_t t) const { return in_.weight[t] != 0; }
   double log_ratio(int64_t t) const { return static_cast<double>(in_.logprobs[t]) - in_.old_logprobs[t]; }
 
-  // One ratio for the tokens [begin, end). Its gradient is ratio / n for each of the n valid ones, so they share the mean
-  // of their gradients; a detached ratio has none, and each keeps its own.
+  // One ratio for the tokens [begin, end). Its gradient is ratio / n for each of the n valid ones, so they share the
+  // mean of their gradients; a detached ratio has none, and each keeps its own.
   void add_sequence(int64_t begin, int64_t end) {
     double count = 0, sum = 0, grad = 0;
     for (int64_t t = begin; t < end; t++) {

@@ -26,8 +26,8 @@ constexpr Float16 minus_infinity() {
   return {0xfc00};
 }
 
-// 2^f on [0, 1) = 1 + f (k[0] + f (k[1] + ...)): minimax in relative error (8e-8; 1.4e-7, about 1 ulp, when evaluated in
-// float32), with the constant fixed at 1 so that 2^0 is exactly 1.
+// 2^f on [0, 1) = 1 + f (k[0] + f (k[1] + ...)): minimax in relative error (8e-8, and 1.4e-7 or about 1 ulp when
+// evaluated in float32), with the constant fixed at 1 so that 2^0 is exactly 1.
 constexpr float kExp2[5] = {0.693151311807523f, 0.24016445013606755f, 0.055799913145968064f, 0.009017030284436749f,
                             0.0018671300819070081f};
 

@@ -1,4 +1,5 @@
-// 8 float32 lanes in AVX2 with FMA and F16C (Intel since Haswell, AMD since Zen). See simd_avx512.h for what is said once.
+// 8 float32 lanes in AVX2 with FMA and F16C (Intel since Haswell, AMD since Zen). What both share is said in
+// simd_avx512.h.
 #pragma once
 
 #include <immintrin.h>

@@ -10,8 +10,8 @@
 
 #include "scalar_types.h"
 
-// The instruction set is an attribute of our own functions only. With -m flags or a target pragma, an inline function of
-// a standard header compiled here could be the copy that the linker keeps, and the portable path would meet AVX-512.
+// The instruction set is an attribute of our own functions only. With -m flags or a target pragma, an inline function
+// of a standard header compiled here could be the copy that the linker keeps, and the portable path would meet AVX-512.
 #define AEPO_ISA __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define AEPO_ISA_NAME avx512
 #define AEPO_INLINE AEPO_ISA __attribute__((always_inline)) static inline

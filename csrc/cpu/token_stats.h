@@ -58,8 +58,8 @@ AEPO_INLINE void raise_max(Running<Simd>& state, typename Simd::Scalar max) {
   state.shift = max;
 }
 
-// Add the logits x, none above state.max. kNewMax: the maximum was raised to one of them, and its first occurrence stays
-// out of the sums (later ones are ordinary terms of value 1).
+// Add the logits x, none above state.max. kNewMax: the maximum was raised to one of them, and one occurrence of it
+// stays out of the sums (others are ordinary terms of value 1).
 template <bool kNewMax, class Simd, size_t kVecs>
 AEPO_INLINE void add(Running<Simd>& state, const typename Simd::Vec (&x)[kVecs]) {
   using Vec = typename Simd::Vec;

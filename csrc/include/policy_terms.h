@@ -38,12 +38,12 @@ struct PolicyObjective {
 template <class Real>
 struct PolicyInputs {
   int64_t num_tokens;
-  const Real* logprobs;       // [T]
-  const Real* old_logprobs;   // [T]
-  const Real* advantages;     // [T]
-  const Real* weight;         // [T], 0 = masked: such a token may hold NaN anywhere
-  const Real* entropy;        // [T], optional
-  const Real* ref_logprobs;   // [T], optional
+  const Real* logprobs;          // [T]
+  const Real* old_logprobs;      // [T]
+  const Real* advantages;        // [T]
+  const Real* weight;            // [T], 0 = masked: such a token may hold NaN anywhere
+  const Real* entropy;           // [T], optional
+  const Real* ref_logprobs;      // [T], optional
   const Real* rollout_logprobs;  // [T], optional
   int64_t num_sequences;
   const int64_t* cu_seqlens;  // [num_sequences + 1], optional: given means one ratio per sequence

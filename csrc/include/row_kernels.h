@@ -14,8 +14,8 @@ constexpr int64_t kSegment = 32768;
 
 inline int64_t num_segments(int64_t vocab) { return (vocab + kSegment - 1) / kSegment; }
 
-// Softmax statistics of some logits x about their maximum, with z = x / temperature. `rest` leaves out one occurrence of
-// the maximum, whose term is exactly 1: a sum with it would round a confident row's entropy away (1 + 1e-9 == 1 in
+// Softmax statistics of some logits x about their maximum, with z = x / temperature. `rest` leaves out one occurrence
+// of the maximum, whose term is exactly 1: a sum with it would round a confident row's entropy away (1 + 1e-9 == 1 in
 // float32), log1p(rest) keeps every digit.
 struct SegmentStats {
   double max;       // of x; -inf while there is no finite logit
