@@ -229,3 +229,7 @@ def _explained() -> Iterator[None]:
 def _fail(message: str) -> None:
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -54,6 +54,7 @@ class RunLog:
         if resumed:
             self._facts = json.loads((directory / "run.json").read_text())
             self._facts["resumed"].append({"step": step, "time": _now()})
+            self._start -= self._facts["wall_seconds"] or 0.0  # None: it was killed
             self._cut_back(step)
         else:
             refuse_existing_run(directory)
