@@ -52,11 +52,11 @@ def call(function: peers.TokenStats, inputs: tuple[Tensor, Tensor]) -> Sequence[
 def main() -> None:
     args = arguments(__doc__, EPILOG).parse_args()
     torch.set_num_threads(args.threads)
-    compiled = torch.compile(peers.eager, dynamic=False)
     functions: dict[str, peers.TokenStats] = {
         "aepo_kernels (cpu)": lambda logits, labels: logprobs_and_entropy(logits, labels, backend="cpu"),
         "eager": peers.eager,
-        "torch.compile": compiled,
+        "torch.compile": torch.compile(peers.eager, dynamic=False),
+        "torch.compile, logsumexp form": torch.compile(peers.logsumexp_form, dynamic=False),
         **peers.installed(),
     }
     providers = [Provider(name, functools.partial(call, function)) for name, function in functions.items()]
