@@ -7,10 +7,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     # Triton's own interpreter runs the kernels on CPU tensors, so their claims are tested without a GPU too.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# No example has a time limit: on a shared machine any of them can be slow.
+settings.register_profile("aepo", deadline=None)
+settings.load_profile("aepo")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -58,7 +58,7 @@ def children_of(pid):
     return found
 
 
-def wait_until(condition, seconds=5):
+def wait_until(condition, seconds=30):
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)

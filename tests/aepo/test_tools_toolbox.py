@@ -203,7 +203,7 @@ BEHAVIOURS = {
     "raises": lambda _: raise_(OSError("no")),
     "none": lambda _: None,
     "slow": lambda _: time.sleep(0.02) or "slow",
-    "hangs": lambda _: time.sleep(0.3) or "never seen",
+    "hangs": lambda _: time.sleep(2) or "never seen",
 }
 
 
