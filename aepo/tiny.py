@@ -44,8 +44,9 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
 
     In every layer the key projection starts equal to the query projection, so that a token attends to its like, and
     the output projection as the transpose of an orthogonal value projection, so that what is attended to becomes
-    likelier ("mimetic initialization", Trockman & Kolter, arXiv 2305.09828). After 0.4 million tokens of training
-    that made 64 of 100 held-out walks through a question right, and 0 without it.
+    likelier ("mimetic initialization", Trockman & Kolter, arXiv 2305.09828). In a prototype, after training on 0.4
+    million tokens, 0 of 100 held-out walks through a question were right without it, 54 with the value part alone,
+    and 64 with both parts and an initializer range of 0.05 in place of 0.02.
     """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
