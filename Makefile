@@ -27,7 +27,7 @@ $(READY): pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/aepo train --config configs/demo.yaml run.dir=runs/demo
+	$(BIN)/aepo train --config configs/demo.yaml --overwrite
 	$(BIN)/aepo report runs/demo
 
 test: lint
