@@ -46,7 +46,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.policy_loss_cpu --json benchmarks/results/policy_loss_cpu.json
 
 results: $(READY)
-	$(BIN)/python -m benchmarks.learning_curves
+	$(BIN)/python -m benchmarks.learning_curves --json benchmarks/results/learning_curves.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info aepo_kernels/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache runs/demo
