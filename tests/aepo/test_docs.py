@@ -109,9 +109,9 @@ def test_the_reader_of_this_file_sees_what_it_should(tmp_path):
     page = tmp_path / "x.md"
     page.write_text(
         "See `make demo`.\n```sh\nA=1 .venv/bin/aepo train \\\n  train.steps=3  # c\n```\n"
-        "[a](docs/b.md#c)\n\n    make test"
+        "[a](pages/b.md#c)\n\n    make test"
     )
     assert code_of(page) == ["A=1 .venv/bin/aepo train    train.steps=3  # c", "make test", "make demo"]
     assert CITED_PATH.findall("in tests/aepo/x.py, csrc/ and <runs/aepo/y.py>") == ["tests/aepo/x.py", "csrc/"]
-    assert LINK.findall(page.read_text()) == ["docs/b.md"]
+    assert LINK.findall(page.read_text()) == ["pages/b.md"]
     assert {"demo", "test", "test-fast"} <= make_targets()
