@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -112,31 +111,18 @@ def machine() -> dict[str, Any]:
     }
 
 
-class MemoryCeilings:
-    """Reads, and reads and rewrites, a buffer of the logits' size: nothing that touches them all can be faster."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self.buffer = torch.zeros(logits.numel() * logits.element_size() // 8, dtype=torch.int64)
-        self.find = ctypes.CDLL(None).memchr  # the C library's vectorised search; it never finds the 1
-        self.find.restype, self.find.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
-        self.threads = torch.get_num_threads()
-        self.pool = ThreadPoolExecutor(self.threads)
-
-    def providers(self) -> list[Provider]:
-        return [
-            Provider("read the logits once (ceiling)", self.read),
-            Provider("read and rewrite them in place (ceiling)", self.rewrite),
-        ]
-
-    def read(self, _: Any) -> Sequence[Tensor]:
-        parts = self.buffer.chunk(self.threads)
-        # ctypes releases the interpreter lock, so the parts are searched in parallel.
-        list(self.pool.map(lambda part: self.find(part.data_ptr(), 1, part.numel() * 8), parts))
-        return ()
-
-    def rewrite(self, _: Any) -> Sequence[Tensor]:
-        self.buffer.bitwise_not_()
-        return ()
+def memory_ceilings(logits: Tensor) -> list[Provider]:
+    """Read, and read and rewrite, a buffer of the logits' size: nothing that touches them all can be much faster."""
+    columns = 1024
+    rows = -(-logits.numel() * logits.element_size() // (4 * columns))
+    buffer, vector = torch.zeros(rows, columns), torch.zeros(columns)
+    bits = buffer.view(torch.int64)
+    # Of all reductions that PyTorch has, the matrix-vector product came out as the fastest reader: 5.6 ms for 156 MB on
+    # two threads, torch.dot 6.1, sum 6.9, amax 7.8 (2-core AVX-512 Xeon, Sapphire Rapids class VM).
+    return [
+        Provider("read the logits once (ceiling)", lambda _: (buffer @ vector,)),
+        Provider("read and rewrite them in place (ceiling)", lambda _: (bits.bitwise_not_(),)),
+    ]
 
 
 def max_error(outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
@@ -167,7 +153,7 @@ def extra_memory(run: Callable[[], Any]) -> int | None:
 
 def measure(problem: Problem, providers: Sequence[Provider], rounds: int) -> list[Row]:
     """Gate, then time in turn. A provider whose answer is wrong is reported and gets no row."""
-    errors: dict[Provider, float | None] = dict.fromkeys(MemoryCeilings(problem.logits).providers())
+    errors: dict[Provider, float | None] = dict.fromkeys(memory_ceilings(problem.logits))
     for provider in providers:
         if problem.restore is not None:
             problem.restore(problem.gate_inputs)

@@ -18,9 +18,9 @@ from benchmarks import peers
 from benchmarks.harness import Problem, Provider, arguments, report
 
 EPILOG = """\
-Columns: GB/s counts one read of the logits, whatever a provider really moves. "x one read" compares with the C
-library's memchr over a buffer of that size on as many threads. Eager and compiled code works on a float32 copy of the
-logits, TRL and verl on the logits as stored: see the error column. The last shape is one decoding step, in cache.
+Columns: GB/s counts one read of the logits, whatever a provider really moves. "x one read" compares with PyTorch's
+fastest reader over a buffer of that size. Eager and compiled code works on a float32 copy of the logits, TRL and verl
+on the logits as stored: see the error column. The last shape is one decoding step, in cache.
 """
 SHAPES = {  # tokens, vocabulary
     "Qwen3": (512, 151936),
