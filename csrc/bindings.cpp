@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats(const Tensor& logits, con
       to_maximum.set(t, stats.max);
       to_log_sum.set(t, stats.log_sum);
       if (label == nullptr) continue;
-      double logprob = stats.max * 0;  // an ignored row has 0, or NaN if the row has it
+      double logprob = stats.max * 0;  // an ignored row has 0, or NaN if the row has no softmax
       if (!ignored(t)) {
         // A label out of range must not be read. The operations above this one raise for it on the CPU.
         const bool in_range = label[t] >= 0 && label[t] < rows.vocab;

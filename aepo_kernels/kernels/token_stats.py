@@ -128,7 +128,7 @@ def _store_row(
     nan = float("nan")
     # NaN in the row makes both sums NaN, +inf makes `weighted` NaN, no finite logit leaves rest = -1.
     defined = (rest >= 0) & (weighted <= 0)
-    maximum = tl.where(defined, maximum, nan)
+    maximum = tl.where(defined, maximum, tl.where(rest < 0, -float("inf"), nan))
     log_sum = _log1p(tl.where(defined, rest, nan))
     entropy = log_sum - weighted * LN2 / (1 + rest)
     if labels_ptr is not None:
@@ -140,8 +140,8 @@ def _store_row(
             maximum = tl.where(label == ignore_index, 0.0, maximum)
             log_sum = tl.where(label == ignore_index, 0.0, log_sum)
             entropy = tl.where(label == ignore_index, 0.0, entropy)
-        # `maximum` is NaN in an undefined row that is not skipped, and shows it here too.
-        tl.store(logprobs_ptr + row, tl.where((label == ignore_index) & (maximum == maximum), 0.0, logprob))
+        # `log_sum` is NaN in an undefined row that is not skipped, and shows it here too.
+        tl.store(logprobs_ptr + row, tl.where((label == ignore_index) & (log_sum == log_sum), 0.0, logprob))
     tl.store(maximum_ptr + row, maximum)
     tl.store(log_sum_ptr + row, log_sum)
     tl.store(entropy_ptr + row, entropy)

@@ -25,8 +25,9 @@ def token_stats(
 
     `maximum` is the row's largest raw logit and `log_sum` the log of S, so that any log p_i can be had again as
     (x_i - maximum) / temperature - log_sum without the rounding of one large logsumexp. Ignored rows have log-prob 0,
-    with `skip_ignored` 0 in every output. Without labels `logprobs` is empty. A row with NaN, +inf or no finite logit
-    is NaN in every output; a label outside [0, V) gives log-prob NaN.
+    with `skip_ignored` 0 in every output. Without labels `logprobs` is empty. A row with NaN or +inf is NaN in every
+    output. So is a row without any finite logit, except that its `maximum` is -inf: as a part of a longer row it is
+    empty, not undefined (ops/merge.py). A label outside [0, V) gives log-prob NaN.
     """
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     x = logits.to(acc)
@@ -39,7 +40,8 @@ def token_stats(
     entropy = log_sum - torch.where(e == 0, 0.0, e * d).sum(-1) / (1 + rest)
 
     undefined = ~maximum.isfinite()  # max propagates NaN, so this also catches NaN among finite logits
-    maximum, log_sum, entropy = (stat.masked_fill(undefined, torch.nan) for stat in (maximum, log_sum, entropy))
+    log_sum, entropy = (stat.masked_fill(undefined, torch.nan) for stat in (log_sum, entropy))
+    maximum = maximum.masked_fill(undefined & ~maximum.isneginf(), torch.nan)
     if labels is None:
         return logits.new_empty(0, dtype=acc), entropy, maximum, log_sum
 

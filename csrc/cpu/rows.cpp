@@ -35,7 +35,10 @@ double log2_scale(double temperature) {
 RowStats merge_segments(const SegmentStats* segments, int64_t n, double temperature) {
   SegmentStats row = {-std::numeric_limits<double>::infinity(), 0, 0};
   for (int64_t i = 0; i < n; i++) row = merge(row, segments[i], temperature);
-  if (!std::isfinite(row.max) || std::isnan(row.rest)) return {kNaN, kNaN, kNaN};
+  if (!std::isfinite(row.max) || std::isnan(row.rest)) {
+    const bool empty = row.max < 0 && !std::isnan(row.rest);
+    return {empty ? row.max : kNaN, kNaN, kNaN};
+  }
   const double log_sum = std::log1p(row.rest);
   return {row.max, log_sum, log_sum - row.weighted / (1 + row.rest)};
 }

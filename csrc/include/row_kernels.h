@@ -23,7 +23,7 @@ struct SegmentStats {
   double weighted;  // sum exp(z_i - z_max) (z_i - z_max), <= 0
 };
 
-// All NaN if the row holds NaN, +inf or no finite logit.
+// All NaN if the row holds NaN or +inf. Without a finite logit max is -inf and the others are NaN.
 struct RowStats {
   double max;      // of x, an exact copy of a logit
   double log_sum;  // log sum exp(z_i - z_max), >= 0
