@@ -109,17 +109,21 @@ def logits_grad(
     grad_entropy: Tensor | None,  # [T] float32
     temperature: float,
     ignore_index: int,
-    out: Tensor,  # [T, V] of the logits' dtype, contiguous rows; may be `logits` itself
+    out: Tensor,  # [T, V] float16, bfloat16 or float32, contiguous rows; may be `logits` itself
 ) -> None:
     """Write the gradient into `out`; the meaning is that of reference.logits_grad. Deterministic, also across T.
 
-    Loads are always 16 bytes wide. Stores are, unless the rows of `out` lie differently on 16-byte boundaries than
-    those of the logits (never in place): then they are as narrow as one element.
+    Loads are always 16 bytes wide. Stores carry as many elements, unless the rows of `out` lie differently on 16-byte
+    boundaries than those of the logits (never in place): then they are as narrow as one element.
     """
     rows, vocab = logits.shape
     vec = ACCESS_BYTES // logits.element_size()
     programs, tiles_per_program = row_programs(logits, LANES * vec)
-    apart = (out.data_ptr() - logits.data_ptr(), (out.stride(0) - logits.stride(0)) * logits.element_size())
+    places = [(x.data_ptr(), x.stride(0) * x.element_size()) for x in (logits, out)]
+    if out.dtype == logits.dtype:
+        apart = [x - y for x, y in zip(*places, strict=True)]
+    else:  # a step of one element is not the same number of bytes: all rows must start on a boundary
+        apart = [nbytes for place in places for nbytes in place]
     with torch.cuda.device_of(logits):
         logits_grad_kernel[(rows, programs)](
             logits, labels, maximum, log_sum, entropy, grad_logprobs, grad_entropy, out,

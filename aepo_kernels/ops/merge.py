@@ -26,13 +26,16 @@ class TokenStats(NamedTuple):
     log_sum: Tensor
 
 
-def merge_stats(parts: TokenStats, holds_label: Tensor | None, temperature: float) -> TokenStats:
+def merge_stats(
+    parts: TokenStats, holds_label: Tensor | None, ignored: Tensor | None, temperature: float
+) -> TokenStats:
     """Merge P parts of T rows: every field [P, T] in, [T] out, in the same dtype; the arithmetic is float64.
 
-    holds_label [P, T] bool: the part whose `logprobs` is that of the row's label; no part for an ignored row, which gets
-    log-prob 0. None: no labels, `logprobs` is passed on untouched. A part without any finite logit (maximum -inf) is
-    empty; a part with a NaN maximum makes its row NaN, and so does a row whose parts are all empty, except that its
-    maximum is -inf. Parts are summed in their order, so equal parts give equal bits.
+    holds_label [P, T] bool: the part whose `logprobs` is that of the row's label; ignored [T] bool: rows with log-prob 0.
+    A row that is not ignored and has not exactly one such part gets log-prob NaN. Both None: no labels, `logprobs` is
+    passed on. A part without any finite logit (maximum -inf) is empty; a part with a NaN maximum makes its row NaN, and
+    so does a row whose parts are all empty, except that its maximum is -inf. Parts are summed in their order, so equal
+    parts give equal bits.
     """
     dtype = parts.maximum.dtype
     part_maximum, log_sum, entropy = (x.double() for x in (parts.maximum, parts.log_sum, parts.entropy))
@@ -48,8 +51,10 @@ def merge_stats(parts: TokenStats, holds_label: Tensor | None, temperature: floa
     row_log_sum = rest.log1p() + undefined
     row_entropy = row_log_sum - weighted / (1 + rest)
     logprobs = parts.logprobs
-    if holds_label is not None:
-        # The part's log-prob about its own maximum and sum, moved to those of the row.
+    if holds_label is not None and ignored is not None:
+        # The part's log-prob about its own maximum and sum, moved to those of the row; a label of an empty part is -inf.
         moved = parts.logprobs.double() + ((part_maximum - maximum) / temperature + (log_sum - row_log_sum))
-        logprobs = (torch.where(holds_label, moved, 0.0).sum(0) + undefined).to(dtype)
+        found = torch.where(holds_label, moved.masked_fill(empty, -torch.inf), 0.0).sum(0)
+        found = found.masked_fill(holds_label.sum(0) != 1, torch.nan).masked_fill(ignored, 0.0)
+        logprobs = (found + undefined).to(dtype)
     return TokenStats(logprobs, row_entropy.to(dtype), maximum.to(dtype), row_log_sum.to(dtype))
