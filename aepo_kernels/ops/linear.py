@@ -1,0 +1,273 @@
+"""The lm_head in tiles: logits of some rows and some vocabulary entries exist at a time, and are used up at once.
+
+    z = hidden @ weight.T + bias      softcap: z <- softcap tanh(z / softcap)      then the stages of `logits` ops on z
+
+A product is 2 T V D operations. Statistics take one. A gradient takes the logits of a tile, turns them into dz in place
+and adds two products, dz @ weight and dz.T @ hidden. Two schedules of the same tiles:
+
+    recompute   vocabulary outside, rows inside; the logits are made twice: 1 product forward, 3 backward. A tile's
+                weight gradient is finished before the next one begins, so nothing of size [V, D] is held in float32.
+    keep        rows outside: the logits of KEPT_ROWS rows over the whole vocabulary are kept until their statistics,
+                and with them the gradient's coefficients, are known: 3 products in all. The weight gradient is
+                accumulated over the chunks in float32 [V, D], read and written once per chunk.
+
+`keep` needs the coefficients of a row from that row's statistics alone; docs/kernels.md has the byte and flop model.
+Products accumulate in float32 (float64 for float64 inputs), and the stages read those sums, never rounded logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from aepo_kernels import backend as backends
+from aepo_kernels.ops import rows
+from aepo_kernels.ops.merge import TokenStats, merge_stats
+
+# Rows and vocabulary entries of a tile. CPU: 8 MiB of float32 logits stay in cache between product, stage and product.
+# GPU: 32 MiB of float32 logits stay in a 50 MiB L2.
+TILE = {"cpu": (512, 4096), "cuda": (2048, 4096)}
+# Rows whose logits are kept. Reading and rewriting the weight gradient once per chunk costs 8 V D bytes against
+# 6 KEPT_ROWS V D operations: 8 % of the products' time on a CPU with 300 GFLOP/s and 20 GB/s, 14 % at 700 TFLOP/s and
+# 3.35 TB/s. The logits of a chunk take 4 KEPT_ROWS V bytes.
+KEPT_ROWS = {"cpu": 256, "cuda": 2048}
+
+NamedRows = TypeVar("NamedRows", bound="TokenStats | Coefficients")
+
+
+class Wanted(NamedTuple):
+    """Which gradients somebody needs: a frozen weight costs no product."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """Of the whole tensors, in their dtypes; one that is not wanted is empty. Or sums for a part of them, then in
+    float32 (float64) and None where not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Coefficients(NamedTuple):
+    """d loss / d logprobs and d loss / d entropy of some rows."""
+
+    logprobs: Tensor | None
+    entropy: Tensor | None
+
+
+@dataclass(frozen=True)
+class Head:
+    """An lm_head, and the backend whose stages work on its logits."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    temperature: float
+    softcap: float | None
+    backend: str
+
+    @property
+    def acc(self) -> torch.dtype:
+        return rows.acc_dtype(self.weight.dtype)
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """What the products read. Tensor cores take 16-bit operands and sum in float32. PyTorch's CPU products round a
+        16-bit result, so there the operands are widened; without AMX that is also the faster product: 300 GFLOP/s in
+        float32 against 165 in bfloat16 (2-core AVX-512 Xeon, Sapphire Rapids class VM)."""
+        return self.weight.dtype if self.weight.is_cuda else self.acc
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        return TILE["cuda" if self.weight.is_cuda else "cpu"]
+
+    def empty(self, *shape: int) -> Tensor:
+        return self.weight.new_empty(shape, dtype=self.acc)
+
+    def vocabulary(self) -> Iterator[tuple[slice, Tensor]]:
+        """The tiles of the vocabulary with their weights [C, D] as an operand, each valid until the next."""
+        columns = min(self.tile[1], len(self.weight))
+        widened = None
+        if self.operand_dtype != self.weight.dtype:
+            widened = self.weight.new_empty(columns, self.weight.shape[1], dtype=self.operand_dtype)
+        for tile in slices(len(self.weight), columns):
+            weight = self.weight[tile]
+            yield tile, weight if widened is None else widened[: len(weight)].copy_(weight)
+
+    def logits(self, hidden: Tensor, weight: Tensor, tile: slice, out: Tensor) -> None:
+        """Write the logits [R, C] of operand rows [R, D] about one tile of the vocabulary."""
+        multiply(out, hidden, weight.t())
+        if self.bias is not None:
+            out.add_(self.bias[tile])
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def statistics(self, logits: Tensor, tile: slice, labels: Tensor) -> tuple[TokenStats, Tensor]:
+        """Statistics of some rows about one tile of the vocabulary, and which rows have their label in it."""
+        here = (labels >= tile.start) & (labels < tile.stop)
+        local = torch.where(here, labels - tile.start, rows.NO_LABEL)
+        stage = backends.stage(self.backend, "token_stats")
+        return TokenStats(*stage(logits, local, self.temperature, rows.NO_LABEL, False)), here
+
+    def add_gradient(
+        self,
+        sums: Gradients,  # [R, D], [C, D], [C]
+        logits: Tensor,  # [R, C], overwritten
+        hidden: Tensor,  # [R, D] operand
+        weight: Tensor,  # [C, D] operand
+        tile: slice,
+        labels: Tensor,  # [R]
+        stats: TokenStats,
+        coefficients: Coefficients,
+    ) -> None:
+        """Add the share of one tile to the gradients."""
+        slope = None if self.softcap is None else 1 - (logits / self.softcap).square_()
+        grad = logits if self.operand_dtype == self.acc else torch.empty_like(logits, dtype=self.operand_dtype)
+        local = torch.where(labels == rows.NO_LABEL, labels, labels - tile.start)
+        per_row = (stats.maximum, stats.log_sum, stats.entropy, *coefficients)
+        stage = backends.stage(self.backend, "logits_grad")
+        stage(logits, local, *per_row, self.temperature, rows.NO_LABEL, grad)
+        if slope is not None:
+            grad.mul_(slope)
+        if sums.hidden is not None:
+            multiply(sums.hidden, grad, weight, add=True)
+        if sums.weight is not None:
+            multiply(sums.weight, grad.t(), hidden, add=True)
+        if sums.bias is not None:
+            sums.bias.add_(grad.sum(0, dtype=self.acc))
+
+
+def slices(total: int, step: int) -> Iterator[slice]:
+    for start in range(0, total, step):
+        yield slice(start, min(start + step, total))
+
+
+def multiply(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b; the sums have the dtype of `out`, also where the operands are narrower."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=int(add), out=out)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(add), out=out)
+
+
+def of_rows(x: NamedRows, index: slice | Tensor) -> NamedRows:
+    """The fields of TokenStats or Coefficients for some rows."""
+    return type(x)(*(None if field is None else field[index] for field in x))
+
+
+def merge_tiles(parts: Sequence[tuple[TokenStats, Tensor]], labels: Tensor, temperature: float) -> TokenStats:
+    stats, here = zip(*parts, strict=True)
+    stacked = TokenStats(*map(torch.stack, zip(*stats, strict=True)))
+    return merge_stats(stacked, torch.stack(here), labels == rows.NO_LABEL, temperature)
+
+
+def statistics(head: Head, hidden: Tensor, labels: Tensor) -> TokenStats:
+    """Token statistics [T] of hidden [T, D]: one product. Rows labelled rows.NO_LABEL have log-prob 0."""
+    operand = hidden.to(head.operand_dtype)
+    row_tile, columns = head.tile
+    scratch = head.empty(min(row_tile, len(hidden)), min(columns, len(head.weight)))
+    blocks = list(slices(len(hidden), row_tile)) or [slice(0, 0)]
+    parts: list[list[tuple[TokenStats, Tensor]]] = [[] for _ in blocks]
+    for tile, weight in head.vocabulary():
+        for block, part in zip(blocks, parts, strict=True):
+            logits = scratch[: block.stop - block.start, : len(weight)]
+            head.logits(operand[block], weight, tile, logits)
+            part.append(head.statistics(logits, tile, labels[block]))
+    merged = [
+        merge_tiles(part, labels[block], head.temperature) for block, part in zip(blocks, parts, strict=True)
+    ]
+    return TokenStats(*(torch.cat(field) for field in zip(*merged, strict=True)))
+
+
+def gradients(
+    head: Head, hidden: Tensor, labels: Tensor, stats: TokenStats, coefficients: Coefficients, wanted: Wanted
+) -> Gradients:
+    """Gradients from known statistics, the backward of the `recompute` schedule: three products.
+
+    Rows whose coefficients are all 0 (ignored, or clipped without gradient) are left out of the products.
+    """
+    given = [x for x in coefficients if x is not None]
+    used = torch.stack([x != 0 for x in given]).any(0).nonzero()[:, 0]
+    # Coefficients are about 1 / T in training; near 1 they do not underflow in float16 gradients of logits.
+    scale = power_of_two(torch.cat(given))
+    coefficients = Coefficients(*(None if x is None else x[used] / scale for x in coefficients))
+    stats, labels, operand = of_rows(stats, used), labels[used], hidden[used].to(head.operand_dtype)
+
+    row_tile, columns = head.tile
+    columns = min(columns, len(head.weight))
+    scratch = head.empty(min(row_tile, len(used)), columns)
+    to_hidden = head.empty(*operand.shape).zero_() if wanted.hidden else None
+    to_weight = head.empty(columns, head.weight.shape[1]) if wanted.weight else None
+    to_bias = head.empty(len(head.weight)).zero_() if wanted.bias else None
+    grad_weight = head.weight.new_empty(head.weight.shape if wanted.weight else 0)
+    for tile, weight in head.vocabulary():
+        sum_weight = None if to_weight is None else to_weight[: len(weight)].zero_()
+        for block in slices(len(used), row_tile):
+            logits = scratch[: block.stop - block.start, : len(weight)]
+            head.logits(operand[block], weight, tile, logits)
+            sums = Gradients(_part(to_hidden, block), sum_weight, _part(to_bias, tile))
+            of_block = (labels[block], of_rows(stats, block), of_rows(coefficients, block))
+            head.add_gradient(sums, logits, operand[block], weight, tile, *of_block)
+        if sum_weight is not None:
+            grad_weight[tile] = sum_weight.mul_(scale)
+    grad_hidden = hidden.new_zeros(hidden.shape if wanted.hidden else 0)
+    if to_hidden is not None:
+        grad_hidden[used] = to_hidden.mul_(scale).to(hidden.dtype)
+    return Gradients(grad_hidden, grad_weight, _finish(to_bias, scale, head.weight))
+
+
+def statistics_and_gradients(
+    head: Head,
+    hidden: Tensor,
+    labels: Tensor,
+    coefficients: Callable[[slice, TokenStats], Coefficients],
+    scale: Tensor,
+    wanted: Wanted,
+) -> tuple[TokenStats, Gradients]:
+    """Statistics [T] and gradients of hidden [T, D] in one pass, the `keep` schedule: three products.
+
+    `coefficients` gives those of a slice of the rows from its statistics, divided by `scale` [].
+    """
+    operand = hidden.to(head.operand_dtype)
+    kept_rows = min(KEPT_ROWS["cuda" if hidden.is_cuda else "cpu"], max(1, len(hidden)))
+    scratch = head.empty(kept_rows, -(-len(head.weight) // 8) * 8)  # rows on boundaries of 16 bytes
+    to_hidden = head.empty(*operand.shape).zero_() if wanted.hidden else None
+    to_weight = head.empty(*head.weight.shape).zero_() if wanted.weight else None
+    to_bias = head.empty(len(head.weight)).zero_() if wanted.bias else None
+    merged = []
+    for chunk in list(slices(len(hidden), kept_rows)) or [slice(0, 0)]:
+        kept, parts = scratch[: chunk.stop - chunk.start], []
+        for tile, weight in head.vocabulary():
+            head.logits(operand[chunk], weight, tile, kept[:, tile])
+            parts.append(head.statistics(kept[:, tile], tile, labels[chunk]))
+        stats = merge_tiles(parts, labels[chunk], head.temperature)
+        of_chunk = (labels[chunk], stats, coefficients(chunk, stats))
+        for tile, weight in head.vocabulary():
+            sums = Gradients(_part(to_hidden, chunk), _part(to_weight, tile), _part(to_bias, tile))
+            head.add_gradient(sums, kept[:, tile], operand[chunk], weight, tile, *of_chunk)
+        merged.append(stats)
+    stats = TokenStats(*(torch.cat(field) for field in zip(*merged, strict=True)))
+    return stats, Gradients(
+        _finish(to_hidden, scale, hidden), _finish(to_weight, scale, head.weight), _finish(to_bias, scale, head.weight)
+    )
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """The power of two [] at or below the largest finite magnitude in x, 1 if there is none."""
+    largest = torch.cat((x.abs().nan_to_num(0, 0, 0), x.new_zeros(1))).amax()
+    return torch.where(largest > 0, largest.log2().floor().exp2(), 1.0)
+
+
+def _part(x: Tensor | None, index: slice) -> Tensor | None:
+    return None if x is None else x[index]
+
+
+def _finish(total: Tensor | None, scale: Tensor, like: Tensor) -> Tensor:
+    return like.new_empty(0) if total is None else total.mul_(scale).to(like.dtype)
