@@ -47,21 +47,27 @@ REGIMES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 
 
 def make_logits(
-    tokens: int, vocab: int, regime: str = "normal", dtype: torch.dtype = torch.float32, seed: int = 0
+    tokens: int,
+    vocab: int,
+    regime: str = "normal",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
 ) -> Tensor:
-    """Seeded logits [tokens, vocab] on the CPU in one of REGIMES."""
+    """Seeded logits [tokens, vocab] in one of REGIMES, the same numbers on every device."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, vocab, generator=g, dtype=torch.float64)
-    return REGIMES[regime](x, g).to(dtype)
+    return REGIMES[regime](x, g).to(dtype).to(device)
 
 
 def make_labels(logits: Tensor, seed: int = 0) -> Tensor:
-    """Seeded labels [T] with finite logits; every third one the row's most likely token."""
+    """Seeded labels [T] with finite logits, beside them; every third one the row's most likely token."""
     g = torch.Generator().manual_seed(seed)
-    chance = torch.rand(logits.shape, generator=g).masked_fill(logits.isinf(), -1.0)
+    here = logits.detach().cpu()
+    chance = torch.rand(here.shape, generator=g).masked_fill(here.isinf(), -1.0)
     labels = chance.argmax(-1)
-    labels[::3] = logits[::3].argmax(-1)
-    return labels
+    labels[::3] = here[::3].argmax(-1)
+    return labels.to(logits.device)
 
 
 class TokenStats(NamedTuple):
@@ -84,11 +90,12 @@ def eager_token_stats(
 ) -> TokenStats:
     """log_softmax and autograd, the way a trainer without kernels does it, computed in `dtype` (None: float32).
 
-    In float64 this is the truth. The gradient comes in the logits' dtype if that is what it would be in training
+    Inputs may be on any device; it is computed on the CPU, and its results are there. In float64 this is the truth. The gradient comes in the logits' dtype if that is what it would be in training
     (`dtype` None), else in `dtype`.
     """
-    x = logits.detach().clone() if dtype is None else logits.detach().to(dtype)
-    x.requires_grad_()
+    labels = labels.cpu()
+    x = logits.detach().cpu().clone()
+    x = (x if dtype is None else x.to(dtype)).requires_grad_()
     log_p = torch.log_softmax(x.to(dtype or torch.float32) / temperature, dim=-1)
     # A -inf logit: p = 0 and its log must not enter, neither forward (0 * inf) nor backward.
     entropy = -(log_p.exp() * log_p.masked_fill(log_p.isneginf(), 0.0)).sum(-1)
@@ -97,7 +104,7 @@ def eager_token_stats(
     total = torch.zeros((), dtype=log_p.dtype)
     for value, coefficient in ((logprobs, grad_logprobs), (entropy, grad_entropy)):
         if coefficient is not None:
-            total = total + (value * coefficient.to(log_p.dtype)).sum()
+            total = total + (value * coefficient.cpu().to(log_p.dtype)).sum()
     grad = torch.autograd.grad(total, x)[0] if total.requires_grad else torch.zeros_like(x)
     return TokenStats(logprobs.detach(), entropy.detach(), grad)
 
@@ -115,14 +122,14 @@ def assert_within_budget(
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     if truth.numel() == 0:
         return
-    ours, truth = actual.detach().double().cpu(), truth.double()
+    ours, truth = actual.detach().cpu().double(), truth.cpu().double()
     acc = torch.float64 if actual.dtype == torch.float64 else torch.float32
-    scale = torch.as_tensor(scale, dtype=torch.float64)
+    scale = torch.as_tensor(scale, dtype=torch.float64, device="cpu")
     rounding = truth.abs() * torch.finfo(actual.dtype).eps / 2 + scale * torch.finfo(acc).eps
     rounding = rounding + torch.finfo(actual.dtype).smallest_normal  # a result below it may be flushed to 0
     eager_error = torch.zeros_like(truth)
     if eager is not None:
-        eager_error = (eager.double().cpu() - truth).abs().nan_to_num(0.0, 0.0)
+        eager_error = (eager.cpu().double() - truth).abs().nan_to_num(0.0, 0.0)
         eager_error = eager_error.amax(-1, keepdim=True) if eager_error.dim() else eager_error
     budget = 2 * (eager_error + rounding)
 

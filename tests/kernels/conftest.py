@@ -1,8 +1,17 @@
-"""Every kernel test runs with poisoned memory, and where it takes `backend`, once per backend that this machine has."""
+"""Every kernel test runs with poisoned memory, and where it takes `backend` and `device`, once per pair that this machine
+serves: CPU tensors on reference, cpu and (without a GPU, in its interpreter) triton; CUDA tensors on reference, triton
+and cuda. A test that takes `backend` alone is about CPU tensors.
+
+Inputs are made on `device`; truth in float64 always stays on the CPU (aepo_kernels/testing.py).
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# PyTorch's deterministic mode, which poisoned_memory needs, refuses matrix products on CUDA without it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
@@ -10,8 +19,7 @@ import torch
 from aepo_kernels import backend as backends
 from aepo_kernels.testing import poisoned_memory
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EXAMPLE = torch.zeros(1, device=DEVICE)
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +29,18 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "backend" in metafunc.fixturenames:
-        here = [name for name in backends.BACKENDS if backends.unserved(name, torch.zeros(1)) is None]
-        metafunc.parametrize("backend", here)
+    names = metafunc.fixturenames
+    if "backend" not in names:
+        if "device" in names:
+            metafunc.parametrize("device", DEVICES)
+        return
+    pairs = [
+        pytest.param(name, device, id=name if device == "cpu" else f"{name}-{device}")
+        for device in (DEVICES if "device" in names else ("cpu",))
+        for name in backends.BACKENDS
+        if backends.unserved(name, torch.zeros(1, device=device)) is None
+    ]
+    if "device" in names:
+        metafunc.parametrize(("backend", "device"), pairs)
+    else:
+        metafunc.parametrize("backend", [pytest.param(pair.values[0], id=pair.id) for pair in pairs])
