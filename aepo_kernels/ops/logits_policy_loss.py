@@ -8,7 +8,7 @@ Registers aepo::logits_policy_loss; the backward is that of `logprobs_and_entrop
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,30 +20,40 @@ from aepo_kernels.ops import rows
 from aepo_kernels.ops.checks import check_integer, check_labels, check_like, check_logits, check_temperature
 from aepo_kernels.ops.policy_arguments import ENTROPY_BONUS, MASK, POLICY_ARGS, policy_arguments
 from aepo_kernels.ops.policy_loss import PolicyLoss, policy_metrics, policy_terms, policy_terms_fake
+from aepo_kernels.ops.vocab_parallel import Shard, local_labels, merge_over_ranks, shard_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 torch.library.define(
     "aepo::logits_policy_loss",
-    f"(Tensor logits, Tensor labels, float temperature, {POLICY_ARGS}) -> (Tensor loss, Tensor metrics, "
-    "Tensor grad_logprobs, Tensor grad_entropy, Tensor maximum, Tensor log_sum, Tensor entropy)",
+    f"(Tensor logits, Tensor labels, float temperature, str? group, int vocab_start, {POLICY_ARGS}) "
+    "-> (Tensor loss, Tensor metrics, Tensor grad_logprobs, Tensor grad_entropy, "
+    "Tensor maximum, Tensor log_sum, Tensor entropy)",
 )
 
 
 @torch.library.impl("aepo::logits_policy_loss", "CompositeExplicitAutograd")
-def _logits_policy_loss(logits: Tensor, labels: Tensor, temperature: float, *policy_args: Any) -> tuple[Tensor, ...]:
+def _logits_policy_loss(
+    logits: Tensor, labels: Tensor, temperature: float, group: str | None, vocab_start: int, *policy_args: Any
+) -> tuple[Tensor, ...]:
     backend = backends.resolve(policy_args[-1], logits)
     masked = policy_args[MASK] == 0
-    if labels.device.type == "cpu":
+    if labels.device.type == "cpu" and group is None:
         check_labels(labels, masked, logits.shape[-1])
     # Rows that do not count are not even read: in agent batches most tokens are prompt or tool results.
     labels = labels.masked_fill(masked, rows.NO_LABEL)
-    logprobs, entropy, maximum, log_sum = rows.token_stats(backend, logits, labels, temperature, rows.NO_LABEL, True)
+    stats = rows.token_stats(backend, logits, labels, temperature, rows.NO_LABEL, True)
+    if group is not None:
+        stats = merge_over_ranks(stats, labels, logits.shape[-1], temperature, Shard(group, vocab_start), True)
+    logprobs, entropy, maximum, log_sum = stats
     loss, grad_logprobs, grad_entropy, metrics = policy_terms(logprobs, entropy, *policy_args[:-1], backend)
     return loss, metrics, grad_logprobs, grad_entropy, maximum, log_sum, entropy
 
 
 @torch.library.register_fake("aepo::logits_policy_loss")
 def _logits_policy_loss_fake(
-    logits: Tensor, labels: Tensor, temperature: float, *policy_args: Any
+    logits: Tensor, labels: Tensor, temperature: float, group: str | None, vocab_start: int, *policy_args: Any
 ) -> tuple[Tensor, ...]:
     stats = [logits.new_empty(labels.shape, dtype=rows.acc_dtype(logits.dtype)) for _ in range(3)]
     loss, grad_logprobs, grad_entropy, metrics = policy_terms_fake(stats[0], None, *policy_args)
@@ -51,13 +61,19 @@ def _logits_policy_loss_fake(
 
 
 class _LogitsPolicyLoss(torch.autograd.Function):
-    """(logits, labels, temperature, inplace_backward, *policy_args) -> (loss, metrics), differentiable in logits."""
+    """(logits, labels, temperature, shard, in place, *policy_args) -> (loss, metrics), differentiable in logits."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, temperature: float, inplace_backward: bool, *policy_args: Any
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        temperature: float,
+        shard: Shard,
+        inplace_backward: bool,
+        *policy_args: Any,
     ) -> tuple[Tensor, Tensor]:
-        loss, metrics, *saved = torch.ops.aepo.logits_policy_loss(logits, labels, temperature, *policy_args)
+        loss, metrics, *saved = torch.ops.aepo.logits_policy_loss(logits, labels, temperature, *shard, *policy_args)
         ctx.save_for_backward(logits, labels, *saved)
         ctx.settings = (temperature, rows.NO_LABEL, policy_args[-1])
         ctx.inplace, ctx.has_bonus, ctx.others = inplace_backward, policy_args[ENTROPY_BONUS] != 0, len(policy_args)
@@ -74,7 +90,7 @@ class _LogitsPolicyLoss(torch.autograd.Function):
             grad = logits.detach()
         else:
             grad = torch.ops.aepo.logits_grad(logits, labels, *stats, *coefficients, *ctx.settings)
-        return grad, None, None, None, *[None] * ctx.others
+        return grad, None, None, None, None, *[None] * ctx.others
 
 
 def logits_policy_loss(
@@ -87,6 +103,8 @@ def logits_policy_loss(
     objective: PolicyObjective,
     temperature: float = 1.0,
     inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
     ref_logprobs: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -104,6 +122,9 @@ def logits_policy_loss(
     logits must then not be needed afterwards: whoever saved them for another backward gets PyTorch's error about an
     inplace modification, and so does a second backward through this loss. Under torch.compile the memory is saved too,
     for one more pass over the logits (inductor of 2.13).
+
+    `process_group` and `vocab_start` shard the vocabulary as in `logprobs_and_entropy`; all that is per token is the
+    same on every rank, and so are loss and metrics.
     """
     check_logits(logits, inplace=inplace_backward)
     check_temperature(temperature)
@@ -124,5 +145,7 @@ def logits_policy_loss(
         denominator=denominator,
         backend=backend,
     )
-    loss, metrics = _LogitsPolicyLoss.apply(logits, labels.to(torch.int64), float(temperature), inplace_backward, *args)
+    shard = shard_of(process_group, vocab_start)
+    labels, _ = local_labels(labels.to(torch.int64), rows.NO_LABEL, shard)
+    loss, metrics = _LogitsPolicyLoss.apply(logits, labels, float(temperature), shard, inplace_backward, *args)
     return PolicyLoss(loss, policy_metrics(loss, metrics, objective, True, ref_logprobs is not None))

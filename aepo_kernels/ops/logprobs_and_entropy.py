@@ -8,7 +8,7 @@ backend when they run; Triton and the compiled extension are not needed to trace
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ from torch.autograd.function import once_differentiable
 from aepo_kernels import backend as backends
 from aepo_kernels.ops import rows
 from aepo_kernels.ops.checks import check_integer, check_labels, check_like, check_logits, check_temperature
+from aepo_kernels.ops.vocab_parallel import Shard, local_labels, merge_over_ranks, shard_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 GRAD_ARGS = (
     "Tensor? labels, Tensor maximum, Tensor log_sum, Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy, "
@@ -24,7 +28,7 @@ GRAD_ARGS = (
 )
 torch.library.define(
     "aepo::token_stats",
-    "(Tensor logits, Tensor? labels, float temperature, int ignore_index, str? backend) "
+    "(Tensor logits, Tensor? labels, float temperature, int ignore_index, str? group, int vocab_start, str? backend) "
     "-> (Tensor logprobs, Tensor entropy, Tensor maximum, Tensor log_sum)",
 )
 torch.library.define("aepo::logits_grad", f"(Tensor logits, {GRAD_ARGS}) -> Tensor")
@@ -33,18 +37,25 @@ torch.library.define("aepo::logits_grad_", f"(Tensor(a!) logits, {GRAD_ARGS}) ->
 
 @torch.library.impl("aepo::token_stats", "CompositeExplicitAutograd")
 def _token_stats(
-    logits: Tensor, labels: Tensor | None, temperature: float, ignore_index: int, backend: str | None
+    logits: Tensor,
+    labels: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    group: str | None,
+    vocab_start: int,
+    backend: str | None,
 ) -> tuple[Tensor, ...]:
     backend = backends.resolve(backend, logits)
-    if labels is not None and labels.device.type == "cpu":
+    if labels is not None and labels.device.type == "cpu" and group is None:
         check_labels(labels, labels == ignore_index, logits.shape[-1])
-    return rows.token_stats(backend, logits, labels, temperature, ignore_index, False)
+    stats = rows.token_stats(backend, logits, labels, temperature, ignore_index, False)
+    if group is None:
+        return stats
+    return merge_over_ranks(stats, labels, logits.shape[-1], temperature, Shard(group, vocab_start), False)
 
 
 @torch.library.register_fake("aepo::token_stats")
-def _token_stats_fake(
-    logits: Tensor, labels: Tensor | None, temperature: float, ignore_index: int, backend: str | None
-) -> tuple[Tensor, ...]:
+def _token_stats_fake(logits: Tensor, labels: Tensor | None, *settings: Any) -> tuple[Tensor, ...]:
     def stat() -> Tensor:
         return logits.new_empty(logits.shape[:-1], dtype=rows.acc_dtype(logits.dtype))
 
@@ -81,10 +92,16 @@ class _TokenStats(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor | None, temperature: float, ignore_index: int, backend: str | None
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor | None,
+        temperature: float,
+        ignore_index: int,
+        shard: Shard,
+        backend: str | None,
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropy, maximum, log_sum = torch.ops.aepo.token_stats(
-            logits, labels, temperature, ignore_index, backend
+            logits, labels, temperature, ignore_index, *shard, backend
         )
         ctx.save_for_backward(logits, labels, maximum, log_sum, entropy)
         ctx.settings = (temperature, ignore_index, backend)
@@ -98,7 +115,7 @@ class _TokenStats(torch.autograd.Function):
         if labels is None:
             grad_logprobs = None
         grad = torch.ops.aepo.logits_grad(logits, labels, *stats, grad_logprobs, grad_entropy, *ctx.settings)
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None
 
 
 def logprobs_and_entropy(
@@ -107,6 +124,8 @@ def logprobs_and_entropy(
     temperature: float = 1.0,
     ignore_index: int = -100,
     *,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each label and entropy of each distribution, in nats, from one read of the logits.
@@ -122,16 +141,31 @@ def logprobs_and_entropy(
     Raises TypeError or ValueError for dtypes, shapes, devices or a temperature that do not fit, and, on the CPU, for a
     label outside [0, V); on other devices such a label gives log-prob NaN, which costs no synchronisation.
     `backend`: None takes the fastest that serves the tensors; a name never falls back (see `aepo_kernels.backend`).
+
+    `process_group`: the vocabulary is sharded over its ranks, in parts of any sizes >= 1. logits [.., V_r] are then
+    those of the ids from `vocab_start` on (required; nothing is guessed from the rank), labels the global ids, the same
+    on every rank. Costs one all-gather of 16 bytes per token and rank (32 for float64), none in the backward. Every
+    rank gets the same result, and the gradient of its own logits; the upstream gradient must be the same on all ranks,
+    as it is when all compute the same loss from this result. A label that no rank holds, or several, counts as one
+    outside [0, V), on all ranks.
     """
     check_logits(logits)
     check_temperature(temperature)
     check_like("labels", labels, "logits without the last dimension", logits.shape[:-1], logits.device)
     check_integer("labels", labels)
-    return _TokenStats.apply(logits, labels.to(torch.int64), float(temperature), ignore_index, backend)
+    shard = shard_of(process_group, vocab_start)
+    labels, ignore_index = local_labels(labels.to(torch.int64), ignore_index, shard)
+    return _TokenStats.apply(logits, labels, float(temperature), ignore_index, shard, backend)
 
 
 def selective_log_softmax(
-    logits: Tensor, index: Tensor, temperature: float = 1.0, *, backend: str | None = None
+    logits: Tensor,
+    index: Tensor,
+    temperature: float = 1.0,
+    *,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Log-prob [..] of the token `index` [..] under logits [.., V]; otherwise as `logprobs_and_entropy`.
 
@@ -142,17 +176,27 @@ def selective_log_softmax(
     check_temperature(temperature)
     check_like("index", index, "logits without the last dimension", logits.shape[:-1], logits.device)
     check_integer("index", index)
-    logprobs, _ = _TokenStats.apply(logits, index.to(torch.int64), float(temperature), rows.NO_LABEL, backend)
+    shard = shard_of(process_group, vocab_start)
+    index, no_label = local_labels(index.to(torch.int64), rows.NO_LABEL, shard)
+    logprobs, _ = _TokenStats.apply(logits, index, float(temperature), no_label, shard, backend)
     return logprobs
 
 
-def entropy_from_logits(logits: Tensor, temperature: float = 1.0, *, backend: str | None = None) -> Tensor:
+def entropy_from_logits(
+    logits: Tensor,
+    temperature: float = 1.0,
+    *,
+    process_group: ProcessGroup | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """Entropy [..] in nats of the distributions logits [.., V] / temperature; otherwise as `logprobs_and_entropy`.
 
     Drop-in for the functions of that name in TRL and verl, except that the result is float32 for 16-bit logits too.
-    TRL's second argument is a chunk size, which this function has no use for: do not pass it on.
+    TRL's second argument is a chunk size, which this function has no use for: do not pass it on. A process group needs
+    no vocab_start here, because without labels no id matters.
     """
     check_logits(logits)
     check_temperature(temperature)
-    _, entropy = _TokenStats.apply(logits, None, float(temperature), rows.NO_LABEL, backend)
+    shard = shard_of(process_group, None if process_group is None else 0)  # without labels the ids do not matter
+    _, entropy = _TokenStats.apply(logits, None, float(temperature), rows.NO_LABEL, shard, backend)
     return entropy

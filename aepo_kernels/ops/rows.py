@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from aepo_kernels import backend as backends
+from aepo_kernels.ops.merge import TokenStats
 
 NO_LABEL = torch.iinfo(torch.int64).min
 """An ignore_index that no caller's label is by accident: -100 on a token that counts must be an error."""
@@ -41,8 +42,8 @@ def _per_block(x: Tensor | None, blocks: list[Tensor]) -> Sequence[Tensor | None
 
 def token_stats(
     backend: str, logits: Tensor, labels: Tensor | None, temperature: float, ignore_index: int, skip_ignored: bool
-) -> tuple[Tensor, ...]:
-    """The stage `token_stats` for logits [.., V] and labels [..]: (logprobs, entropy, maximum, log_sum), each [..]."""
+) -> TokenStats:
+    """The stage `token_stats` for logits [.., V] and labels [..]; every field is [..]."""
     blocks = row_blocks(logits)
     stage = backends.stage(backend, "token_stats")
     parts = [
@@ -52,7 +53,7 @@ def token_stats(
     merged = parts[0] if len(parts) == 1 else tuple(torch.cat(stat) for stat in zip(*parts, strict=True))
     logprobs, *others = merged
     shape = logits.shape[:-1]
-    return (logprobs if labels is None else logprobs.view(shape), *(x.view(shape) for x in others))
+    return TokenStats(logprobs if labels is None else logprobs.view(shape), *(x.view(shape) for x in others))
 
 
 def logits_grad(

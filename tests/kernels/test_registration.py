@@ -35,16 +35,16 @@ def policy_args(objective):
 
 
 def operations():
-    stats = OPS.token_stats(LOGITS, LABELS, 0.7, -100, None)
+    stats = OPS.token_stats(LOGITS, LABELS, 0.7, -100, None, 0, None)
     coefficients = (*stats[2:], stats[1], torch.randn(TOKENS), torch.randn(TOKENS))
-    yield "token_stats", (LOGITS, LABELS, 0.7, -100, None)
-    yield "token_stats without labels", (LOGITS, None, 0.7, -100, None)
+    yield "token_stats", (LOGITS, LABELS, 0.7, -100, None, 0, None)
+    yield "token_stats without labels", (LOGITS, None, 0.7, -100, None, 0, None)
     yield "logits_grad", (LOGITS, LABELS, *coefficients, 0.7, -100, None)
     yield "logits_grad_", (LOGITS.clone(), LABELS, *coefficients, 0.7, -100, None)
     for name in ("aepo", "gspo"):
         objective = PolicyObjective.preset(name, entropy_bonus=0.01 if name == "aepo" else 0.0)
         yield f"policy_loss {name}", (BATCH.logprobs, BATCH.entropy, *policy_args(objective))
-        yield f"logits_policy_loss {name}", (LOGITS, LABELS, 0.7, *policy_args(objective))
+        yield f"logits_policy_loss {name}", (LOGITS, LABELS, 0.7, None, 0, *policy_args(objective))
 
 
 @pytest.mark.parametrize("case", [name for name, _ in operations()])
