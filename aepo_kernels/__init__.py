@@ -4,6 +4,8 @@ Importing this needs torch alone: Triton and the compiled extension load when a 
 """
 
 from aepo_kernels.objective import PolicyObjective
+from aepo_kernels.ops.linear_logprobs_and_entropy import linear_logprobs_and_entropy
+from aepo_kernels.ops.linear_policy_loss import linear_policy_loss
 from aepo_kernels.ops.logits_policy_loss import logits_policy_loss
 from aepo_kernels.ops.logprobs_and_entropy import entropy_from_logits, logprobs_and_entropy, selective_log_softmax
 from aepo_kernels.ops.policy_loss import PolicyLoss, policy_loss
@@ -12,6 +14,8 @@ __all__ = [
     "PolicyLoss",
     "PolicyObjective",
     "entropy_from_logits",
+    "linear_logprobs_and_entropy",
+    "linear_policy_loss",
     "logits_policy_loss",
     "logprobs_and_entropy",
     "policy_loss",

@@ -6,6 +6,7 @@ Registers aepo::policy_loss, which computes the loss and its gradients together;
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,9 +40,27 @@ class PolicyLoss(NamedTuple):
     of tokens whose factor is negative); with ref_logprobs kl."""
 
 
-def policy_terms(
-    logprobs: Tensor,
-    entropy: Tensor | None,
+class PolicyTensors(NamedTuple):
+    """What the stage `policy_terms` takes besides log-probs, entropies and the objective's numbers: flat, in the dtype
+    of the accumulation."""
+
+    old_logprobs: Tensor  # [T]
+    advantages: Tensor  # [T]
+    weight: Tensor  # [T]
+    ref_logprobs: Tensor | None  # [T]
+    rollout_logprobs: Tensor | None  # [T]
+    cu_seqlens: Tensor | None  # [N + 1], given = one ratio per sequence
+    entropy_stats: Tensor | None  # [2]
+
+    def of_tokens(self, index: Tensor | slice) -> PolicyTensors:
+        """Those of some tokens, whose ratios must not depend on others."""
+        per_token = (None if x is None else x[index] for x in self[:5])
+        return PolicyTensors(*per_token, None, self.entropy_stats)
+
+
+def policy_tensors(
+    shape: torch.Size,
+    acc: torch.dtype,
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
@@ -52,32 +71,56 @@ def policy_terms(
     denominator: Tensor | None,
     aggregation: str,
     sequence_ratio: bool,
-    *numbers_and_backend: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weigh the tokens and run the stage `policy_terms`: (loss [], grad_logprobs [..], grad_entropy, metrics [11])."""
-    *numbers, backend = numbers_and_backend
-    shape, tokens, acc = logprobs.shape, logprobs.numel(), logprobs.dtype
+) -> PolicyTensors:
+    """Check what can be checked of the values, and weigh the tokens, which have this shape."""
 
-    def flat(x: Tensor | None) -> Tensor | None:
+    def flat(x: Tensor | None) -> Any:
         return None if x is None else x.reshape(-1).to(acc).contiguous()
 
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(torch.int64)
         if cu_seqlens.device.type == "cpu":
-            check_cu_seqlens(cu_seqlens, tokens)
-    elif logprobs.dim() > 1:  # every row of [B, L] is a sequence
-        cu_seqlens = torch.arange(shape[:-1].numel() + 1, device=logprobs.device) * shape[-1]
+            check_cu_seqlens(cu_seqlens, shape.numel())
+    elif len(shape) > 1:  # every row of [B, L] is a sequence
+        cu_seqlens = torch.arange(shape[:-1].numel() + 1, device=mask.device) * shape[-1]
     if denominator is not None and denominator.device.type == "cpu" and not 0 < denominator.item() < math.inf:
         raise ValueError(f"denominator must be > 0 and finite; got {denominator.item()}")
     weight = token_weights(mask.reshape(-1) != 0, cu_seqlens, aggregation, denominator, acc)
-    loss, grad_logprobs, grad_entropy, metrics = backends.stage(backends.resolve(backend, logprobs), "policy_terms")(
-        *(flat(x) for x in (logprobs, old_logprobs, advantages)),
+    return PolicyTensors(
+        flat(old_logprobs),
+        flat(advantages),
         weight,
-        *(flat(x) for x in (entropy, ref_logprobs, rollout_logprobs)),
+        flat(ref_logprobs),
+        flat(rollout_logprobs),
         cu_seqlens if sequence_ratio else None,
         flat(entropy_stats),
-        *numbers,
     )
+
+
+def run_policy_terms(
+    backend: str, logprobs: Tensor, entropy: Tensor | None, tensors: PolicyTensors, numbers: Sequence[Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The stage `policy_terms` for flat log-probs and entropies."""
+    old_logprobs, advantages, weight, *others = tensors
+    return backends.stage(backend, "policy_terms")(
+        logprobs, old_logprobs, advantages, weight, entropy, *others, *numbers
+    )
+
+
+NUM_TENSORS = 10
+"""Of POLICY_ARGS, those that `policy_tensors` takes; the objective's numbers and the backend follow."""
+
+
+def policy_terms(
+    logprobs: Tensor, entropy: Tensor | None, *policy_args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weigh the tokens and run the stage `policy_terms`: (loss [], grad_logprobs [..], grad_entropy, metrics [11])."""
+    *numbers, backend = policy_args[NUM_TENSORS:]
+    shape = logprobs.shape
+    tensors = policy_tensors(shape, logprobs.dtype, *policy_args[:NUM_TENSORS])
+    flat = [None if x is None else x.reshape(-1).to(logprobs.dtype).contiguous() for x in (logprobs, entropy)]
+    outputs = run_policy_terms(backends.resolve(backend, logprobs), *flat, tensors, numbers)
+    loss, grad_logprobs, grad_entropy, metrics = outputs
     return loss, grad_logprobs.view(shape), grad_entropy.view(shape) if grad_entropy.numel() else grad_entropy, metrics
 
 

@@ -1,0 +1,235 @@
+"""The policy loss straight from hidden states and the lm_head's weight; the [T, V] logits never exist.
+
+Tokens that do not count take part in no product. If the gradient's coefficients follow from each token alone, loss and
+gradients come from one pass of three products (schedule `keep` of ops/linear.py); if they wait for all tokens (entropy
+statistics of this call, one ratio per sequence), the backward makes the logits again: four.
+
+Registers aepo::linear_policy_loss; the backward of the second schedule is aepo::linear_grad.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from aepo_kernels import backend as backends
+from aepo_kernels.objective import PolicyObjective
+from aepo_kernels.ops import linear, rows
+from aepo_kernels.ops.checks import check_labels, check_temperature
+from aepo_kernels.ops.linear_logprobs_and_entropy import check_linear, flat_rows, linear_grad_fake
+from aepo_kernels.ops.merge import TokenStats
+from aepo_kernels.ops.policy_arguments import ENTROPY_BONUS, MASK, POLICY_ARGS, policy_arguments
+from aepo_kernels.ops.policy_loss import (
+    NUM_TENSORS,
+    PolicyLoss,
+    policy_metrics,
+    policy_tensors,
+    policy_terms_fake,
+    run_policy_terms,
+)
+
+# Positions in POLICY_ARGS of what decides the schedule.
+ENTROPY_STATS, SEQUENCE_RATIO, ENTROPY_ADVANTAGE = 6, 9, 16
+
+torch.library.define(
+    "aepo::linear_policy_loss",
+    "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float temperature, float? softcap, bool[] wanted, "
+    f"{POLICY_ARGS}) -> (Tensor loss, Tensor metrics, Tensor grad_logprobs, Tensor grad_entropy, Tensor maximum, "
+    "Tensor log_sum, Tensor entropy, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+)
+torch.library.define("aepo::scaled", "(Tensor x, Tensor factor) -> Tensor")
+
+
+@torch.library.impl("aepo::scaled", "CompositeExplicitAutograd")
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """x * factor [] rounded once: PyTorch would round a float32 factor to x's bfloat16 first, 0.2 % off for all."""
+    out = torch.empty_like(x)
+    for block in linear.slices(len(x), 4096):
+        out[block] = x[block].to(factor.dtype) * factor
+    return out
+
+
+@torch.library.register_fake("aepo::scaled")
+def _scaled_fake(x: Tensor, factor: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def one_pass(policy_args: tuple[Any, ...]) -> bool:
+    """Do the coefficients of a token follow from its own statistics?"""
+    known_statistics = policy_args[ENTROPY_STATS] is not None or policy_args[ENTROPY_ADVANTAGE] == 0
+    return known_statistics and not policy_args[SEQUENCE_RATIO]
+
+
+@torch.library.impl("aepo::linear_policy_loss", "CompositeExplicitAutograd")
+def _linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    wanted: list[bool],
+    *policy_args: Any,
+) -> tuple[Tensor, ...]:
+    *numbers, backend = policy_args[NUM_TENSORS:]
+    backend = backends.resolve(backend, hidden)
+    head = linear.Head(weight, bias, temperature, softcap, backend)
+    masked = policy_args[MASK] == 0
+    if labels.device.type == "cpu":
+        check_labels(labels, masked, len(weight))
+    tensors = policy_tensors(labels.shape, head.acc, *policy_args[:NUM_TENSORS])
+    flat_hidden, flat_labels = flat_rows(hidden, labels, masked)
+    used = (~masked).reshape(-1).nonzero()[:, 0]
+    flat_hidden, flat_labels = flat_hidden[used], flat_labels[used]
+
+    grads = [x.new_empty(0) for x in (hidden, weight, weight)]
+    if any(wanted) and one_pass(policy_args):
+        # Weights are about 1 / T; near 1 their products do not underflow in float16 gradients of logits.
+        scale = linear.power_of_two(tensors.weight)
+        of_used = tensors.of_tokens(used)
+        of_used = of_used._replace(weight=of_used.weight / scale)
+
+        def coefficients(chunk: slice, stats: TokenStats) -> linear.Coefficients:
+            _, grad_logprobs, grad_entropy, _ = run_policy_terms(
+                backend, stats.logprobs, stats.entropy, of_used.of_tokens(chunk), numbers
+            )
+            return linear.Coefficients(grad_logprobs, grad_entropy if policy_args[ENTROPY_BONUS] != 0 else None)
+
+        stats, found = linear.statistics_and_gradients(
+            head, flat_hidden, flat_labels, coefficients, scale, linear.Wanted(*wanted)
+        )
+        grads = list(found)
+        if wanted[0]:
+            grads[0] = hidden.new_zeros(hidden.shape)
+            grads[0].view(-1, hidden.shape[-1])[used] = found.hidden
+    else:
+        stats = linear.statistics(head, flat_hidden, flat_labels)
+    logprobs, entropy, maximum, log_sum = (x.new_zeros(labels.numel()).index_copy_(0, used, x) for x in stats)
+    loss, grad_logprobs, grad_entropy, metrics = run_policy_terms(backend, logprobs, entropy, tensors, numbers)
+    return loss, metrics, grad_logprobs, grad_entropy, maximum, log_sum, entropy, *grads
+
+
+@torch.library.register_fake("aepo::linear_policy_loss")
+def _linear_policy_loss_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    wanted: list[bool],
+    *policy_args: Any,
+) -> tuple[Tensor, ...]:
+    stats = [hidden.new_empty(labels.numel(), dtype=rows.acc_dtype(hidden.dtype)) for _ in range(3)]
+    loss, grad_logprobs, grad_entropy, metrics = policy_terms_fake(stats[0], None, *policy_args)
+    grads = linear_grad_fake(hidden, weight, wanted if one_pass(policy_args) else [False] * 3, None)
+    return loss, metrics, grad_logprobs, grad_entropy, *stats, *grads
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    """(hidden, weight, labels, bias, temperature, softcap, wanted, *policy_args) -> (loss, metrics), differentiable
+    once in hidden, weight and bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        temperature: float,
+        softcap: float | None,
+        wanted: list[bool],
+        *policy_args: Any,
+    ) -> tuple[Tensor, Tensor]:
+        loss, metrics, *others = torch.ops.aepo.linear_policy_loss(
+            hidden, weight, labels, bias, temperature, softcap, wanted, *policy_args
+        )
+        *coefficients_and_stats, grad_hidden, grad_weight, grad_bias = others
+        ctx.one_pass, ctx.wanted, ctx.others = one_pass(policy_args), wanted, len(policy_args)
+        if ctx.one_pass:
+            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        else:
+            ctx.save_for_backward(hidden, weight, labels, bias, *coefficients_and_stats)
+            ctx.settings = (temperature, softcap, policy_args[-1])
+            ctx.has_bonus = policy_args[ENTROPY_BONUS] != 0
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.one_pass:
+            grads = tuple(torch.ops.aepo.scaled(grad, grad_loss) for grad in ctx.saved_tensors)
+        else:
+            hidden, weight, labels, bias, grad_logprobs, grad_entropy, *stats = ctx.saved_tensors
+            temperature, softcap, backend = ctx.settings
+            # Masked tokens have coefficient 0, and with it no part in anything: their labels may be anything.
+            grads = torch.ops.aepo.linear_grad(
+                hidden, weight, labels, bias, *stats, grad_loss * grad_logprobs,
+                grad_loss * grad_entropy if ctx.has_bonus else None, temperature, softcap, rows.NO_LABEL, ctx.wanted,
+                backend,
+            )  # fmt: skip
+        hidden_grad, weight_grad, bias_grad = (
+            grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True)
+        )
+        return hidden_grad, weight_grad, None, bias_grad, *[None] * (3 + ctx.others)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    objective: PolicyObjective,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    entropy_stats: tuple[float | Tensor, float | Tensor] | None = None,
+    denominator: float | Tensor | None = None,
+    backend: str | None = None,
+) -> PolicyLoss:
+    """The policy loss of `objective` from hidden states [.., D] and the lm_head (as in `linear_logprobs_and_entropy`).
+
+    Everything else is as in `logits_policy_loss`: tokens whose mask is 0 cost nothing, their hidden states may be NaN
+    and their labels anything. Differentiable once in hidden, weight and bias; only the gradients that somebody needs
+    are computed, so a frozen weight costs no product and no memory.
+
+    Choice of schedule, by what is asked for: with `entropy_stats` given (say, of the old policy's entropies over the
+    batch), or an objective without an entropy-aware advantage, and one ratio per token, loss and gradients take three
+    products in the forward, which then holds the gradients, float32 sums of them [V, D] and some rows of logits. Else
+    the forward takes one product and holds statistics, the backward takes three more and holds one tile. Rows of a
+    token that has no gradient (clipped) take part in none of those three. On CUDA counting such rows synchronises.
+    """
+    check_linear(hidden, weight, labels, bias, softcap)
+    check_temperature(temperature)
+    args = policy_arguments(
+        labels.shape,
+        hidden,
+        objective,
+        old_logprobs,
+        advantages,
+        mask,
+        has_entropy=True,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        cu_seqlens=cu_seqlens,
+        entropy_stats=entropy_stats,
+        denominator=denominator,
+        backend=backend,
+    )
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    softcap = None if softcap is None else float(softcap)
+    loss, metrics = _LinearPolicyLoss.apply(
+        hidden, weight, labels.to(torch.int64), bias, float(temperature), softcap, wanted, *args
+    )
+    return PolicyLoss(loss, policy_metrics(loss, metrics, objective, True, ref_logprobs is not None))
