@@ -14,5 +14,7 @@ extern const RowKernels kPortable;
 // The only float64 kernels, shared by all three.
 SegmentStats token_stats_float64(const void* x, int64_t n, double scale);
 void logits_grad_float64(const void* x, void* out, int64_t n, const RowGrad& grad);
+void draw_float64(const void* x, int64_t n, int64_t first, const DrawRow& row, Draw& best);
+void above_float64(const void* x, int64_t n, double threshold, double max, double scale, Above& total);
 
 }  // namespace aepo

@@ -4,6 +4,7 @@
 #include "simd_avx2.h"
 
 #include "logits_grad.h"
+#include "sample_passes.h"
 #include "token_stats.h"
 
 namespace aepo {
@@ -14,6 +15,10 @@ const RowKernels kAvx2 = {
      avx2::token_stats<avx2::Simd, float>, token_stats_float64},
     {avx2::logits_grad<avx2::Simd, BFloat16>, avx2::logits_grad<avx2::Simd, Float16>,
      avx2::logits_grad<avx2::Simd, float>, logits_grad_float64},
+    {avx2::draw<avx2::Simd, BFloat16>, avx2::draw<avx2::Simd, Float16>, avx2::draw<avx2::Simd, float>,
+     draw_float64},
+    {avx2::above<avx2::Simd, BFloat16>, avx2::above<avx2::Simd, Float16>, avx2::above<avx2::Simd, float>,
+     above_float64},
 };
 
 }  // namespace aepo

@@ -27,7 +27,13 @@ struct Simd {
   AEPO_INLINE Vec if_equal(Vec a, Vec b, Vec yes, Vec no) {
     return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_EQ_OQ));
   }
+  AEPO_INLINE Vec if_greater(Vec a, Vec b, Vec yes, Vec no) {
+    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
+  }
   AEPO_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+
+  typedef uint64_t Wide __attribute__((vector_size(32)));
+  AEPO_INLINE Wide multiply(Wide a, Wide b) { return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
 
   // 2^y for y >= kMinExponent: the integer part goes into the exponent field of the polynomial in [1, 2), so that -127
   // leaves all bits 0. Below -126 the result is a wrong denormal, less than 2e-38 beside a sum of at least 1.

@@ -34,7 +34,14 @@ struct Simd {
   AEPO_INLINE Vec if_equal(Vec a, Vec b, Vec yes, Vec no) {
     return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), yes);
   }
+  AEPO_INLINE Vec if_greater(Vec a, Vec b, Vec yes, Vec no) {
+    return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), yes);
+  }
   AEPO_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+
+  // Integer lanes for random words; the product is that of the lower halves.
+  typedef uint64_t Wide __attribute__((vector_size(64)));
+  AEPO_INLINE Wide multiply(Wide a, Wide b) { return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
 
   // 2^y for y >= kMinExponent: vreduceps takes the fraction, vscalefps adds the exponent, one micro-operation each.
   AEPO_INLINE Vec exp2(Vec y) {

@@ -32,6 +32,10 @@ struct Lanes {
     return any;
   }
   AEPO_INLINE Vec if_equal(Vec a, Vec b, Vec yes, Vec no) { return a == b ? yes : no; }
+  AEPO_INLINE Vec if_greater(Vec a, Vec b, Vec yes, Vec no) { return a > b ? yes : no; }
+
+  typedef uint64_t Wide __attribute__((vector_size(16)));
+  AEPO_INLINE Wide multiply(Wide a, Wide b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
   AEPO_INLINE Vec load(const Scalar* p) {
     Vec v;
     std::memcpy(&v, p, sizeof v);

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "sample.h"
+
 namespace aepo {
 
 enum LogitsType { kBFloat16, kFloat16, kFloat32, kFloat64, kNumLogitsTypes };
@@ -46,6 +48,10 @@ struct RowKernels {
   SegmentStats (*token_stats[kNumLogitsTypes])(const void* x, int64_t n, double scale);
   // Gradient of n logits, rounded once to their type; out may be x.
   void (*logits_grad[kNumLogitsTypes])(const void* x, void* out, int64_t n, const RowGrad& grad);
+  // Look for a better draw among n logits, whose first is that of token `first`, a multiple of kSegment.
+  void (*draw[kNumLogitsTypes])(const void* x, int64_t n, int64_t first, const DrawRow& row, Draw& best);
+  // Add what lies above `threshold` among n <= kSegment logits, about max; scale = log2_scale(temperature).
+  void (*above[kNumLogitsTypes])(const void* x, int64_t n, double threshold, double max, double scale, Above& total);
 };
 
 // The widest of avx512, avx2 and portable that this processor runs, or the one that the environment variable

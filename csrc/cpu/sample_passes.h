@@ -1,0 +1,187 @@
+// The two passes of a draw over a run of logits: `draw` looks for the best score above a pivot, `above` weighs what lies
+// above a logit. A template over the lanes (Simd) and the storage type, included once per instruction set.
+//
+// Most of a row is passed over. A chunk whose largest logit would not win with the largest possible noise has no noise
+// made for it. In the others a token's score exceeds the best only if v = (word + 1/2) / 2^32 < exp(z - best), because
+// -log1p(-v) >= v: the smallest word of a chunk against its largest logit tells, without a logarithm, whether one can.
+// Only where one can are scores computed, in double.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "row_kernels.h"
+#include "token_stats.h"
+
+namespace aepo::AEPO_ISA_NAME {
+
+constexpr double kMaxNoise = 22.875;    // of word 0: 33 ln 2, rounded up
+constexpr uint64_t kAnyWord = 1ull << 32;  // above every word
+
+// Philox4x32-10 (Salmon et al. 2011) for the counters (block, offset, 0) of kVecs vectors of blocks: words[j][i] belongs
+// to token 4 (first_block + i) + j. Lanes of 64 bits hold words of 32, because that is what a product needs; what stands
+// in their upper halves does not matter before the end. Returns the smallest word.
+template <class Simd, int kVecs, int kBlocks>
+AEPO_INLINE uint64_t philox(uint64_t seed, uint64_t offset, uint64_t first_block, uint64_t (&words)[4][kBlocks]) {
+  using Wide = typename Simd::Wide;
+  constexpr int kLanes = kBlocks / kVecs;
+  const Wide zero = {}, multiplier0 = zero + 0xD2511F53, multiplier2 = zero + 0xCD9E8D57;
+  Wide c[4][kVecs], lane = zero;
+  for (int i = 0; i < kLanes; i++) lane[i] = i;
+#pragma GCC unroll 4
+  for (int v = 0; v < kVecs; v++) {
+    c[0][v] = lane + (first_block + v * kLanes);
+    c[1][v] = zero + offset;
+    c[2][v] = zero + (offset >> 32);
+    c[3][v] = zero;
+  }
+  Wide key0 = zero + seed, key1 = zero + (seed >> 32);
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; round++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; v++) {
+      const Wide product0 = Simd::multiply(c[0][v], multiplier0), product2 = Simd::multiply(c[2][v], multiplier2);
+      c[0][v] = (product2 >> 32) ^ c[1][v] ^ key0;
+      c[1][v] = product2;
+      c[2][v] = (product0 >> 32) ^ c[3][v] ^ key1;
+      c[3][v] = product0;
+    }
+    key0 += 0x9E3779B9;
+    key1 += 0xBB67AE85;
+  }
+  Wide smallest = zero + kAnyWord;
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; v++) {
+      const Wide word = c[j][v] & 0xffffffff;
+      smallest = word < smallest ? word : smallest;
+      std::memcpy(&words[j][v * kLanes], &word, sizeof word);
+    }
+  }
+  uint64_t result = kAnyWord;
+  for (int i = 0; i < kLanes; i++) result = smallest[i] < result ? smallest[i] : result;
+  return result;
+}
+
+template <class Simd, class T>
+AEPO_INLINE typename Simd::Scalar to_scalar(const T* logit) {
+  using Vec = typename Simd::Vec;
+  T lanes[2 * Simd::kWidth] = {*logit};
+  Vec first, second;
+  Simd::load2(lanes, first, second);
+  return first[0];
+}
+
+template <class Simd, class T>
+AEPO_INLINE typename Simd::Vec load_chunk(const T* logits, typename Simd::Vec (&x)[Simd::kChunk]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < Simd::kChunk; i += 2) Simd::load2(logits + i * Simd::kWidth, x[i], x[i + 1]);
+  typename Simd::Vec top = x[0];
+#pragma GCC unroll 8
+  for (int i = 1; i < Simd::kChunk; i++) top = Simd::max(top, x[i]);
+  return top;
+}
+
+// The lowest bound that a logit must exceed to be drawn: the pivot, or what would not win with the largest noise.
+template <class Scalar>
+AEPO_INLINE Scalar draw_bound(const DrawRow& row, double best_score) {
+  const double loses = row.max + (best_score - (row.greedy ? 0 : kMaxNoise)) * row.temperature;
+  constexpr Scalar kLowest = std::numeric_limits<Scalar>::lowest();
+  const Scalar rounded_down =
+      loses > kLowest ? std::nextafter(static_cast<Scalar>(loses), minus_infinity<Scalar>()) : minus_infinity<Scalar>();
+  return rounded_down > row.pivot ? rounded_down : static_cast<Scalar>(row.pivot);
+}
+
+// No word from here on lets a token with a logit up to `top` win. A thousandth is more than float32's roundings.
+template <class Simd>
+AEPO_INLINE uint64_t winning_words(const DrawRow& row, double top, double best_score) {
+  const double y = ((top - row.max) / row.temperature - best_score) * kLog2E;
+  if (row.greedy || y >= 0) return kAnyWord;
+  const double least = Simd::kMinExponent;
+  const auto v = Simd::exp2(Simd::broadcast(static_cast<typename Simd::Scalar>(y > least ? y : least)));
+  return static_cast<uint64_t>(v[0] * 1.001 * static_cast<double>(kAnyWord)) + 1;
+}
+
+// Score the tokens of one chunk; true if one of them is better than `best`, which it then replaces.
+template <class Simd, class T>
+AEPO_INLINE bool draw_chunk(const T* logits, int64_t first, typename Simd::Vec top, const DrawRow& row, Draw& best) {
+  constexpr int kLanes = sizeof(typename Simd::Wide) / sizeof(uint64_t);
+  constexpr int kBlocks = Simd::kChunk * Simd::kWidth / 4;
+  uint64_t words[4][kBlocks];
+  const uint64_t smallest = philox<Simd, kBlocks / kLanes>(row.seed, row.offset, first / 4, words);
+  const uint64_t limit = winning_words<Simd>(row, lane_max<Simd>(top), best.score);
+  if (smallest >= limit) return false;
+  bool found = false;
+  for (int i = 0; i < kBlocks; i++) {
+    for (int j = 0; j < 4; j++) {
+      if (words[j][i] >= limit) continue;
+      const double x = to_scalar<Simd>(logits + 4 * i + j);
+      if (!(x > row.pivot)) continue;
+      const double v = (words[j][i] + 0.5) / kAnyWord;
+      const double noise = row.greedy ? 0 : -std::log(-std::log1p(-v));
+      const double score = (x - row.max) / row.temperature + noise;
+      if (score > best.score) {
+        best = {score, first + 4 * i + j, x};
+        found = true;
+      }
+    }
+  }
+  return found;
+}
+
+template <class Simd, class T>
+AEPO_ISA void draw(const void* x, int64_t n, int64_t first, const DrawRow& row, Draw& best) {
+  using Scalar = typename Simd::Scalar;
+  constexpr int64_t kChunk = Simd::kChunk * Simd::kWidth;
+  const T* logits = static_cast<const T*>(x);
+  T tail[kChunk];
+  Scalar bound = draw_bound<Scalar>(row, best.score);
+  for (int64_t i = 0; i < n; i += kChunk) {
+    const T* chunk = logits + i;
+    if (i + kChunk > n) {
+      for (T& logit : tail) logit = minus_infinity<T>();
+      std::memcpy(tail, chunk, (n - i) * sizeof(T));
+      chunk = tail;
+    }
+    typename Simd::Vec lanes[Simd::kChunk];
+    const auto top = load_chunk<Simd>(chunk, lanes);
+    if (!Simd::any_greater(top, Simd::broadcast(bound))) continue;
+    if (draw_chunk<Simd>(chunk, first + i, top, row, best)) bound = draw_bound<Scalar>(row, best.score);
+  }
+}
+
+template <class Simd, class T>
+AEPO_ISA void above(const void* x, int64_t n, double threshold, double max, double scale, Above& total) {
+  using Vec = typename Simd::Vec;
+  using Scalar = typename Simd::Scalar;
+  constexpr int64_t kChunk = Simd::kChunk * Simd::kWidth;
+  const T* logits = static_cast<const T*>(x);
+  const Vec bound = Simd::broadcast(static_cast<Scalar>(threshold)), shift = Simd::broadcast(static_cast<Scalar>(max));
+  const Vec factor = Simd::broadcast(static_cast<Scalar>(scale)), least = Simd::broadcast(Simd::kMinExponent);
+  const Vec zero = Simd::broadcast(0), one = Simd::broadcast(1);
+  Vec mass = zero, count = zero;
+  T tail[kChunk];
+  for (int64_t i = 0; i < n; i += kChunk) {
+    const T* chunk = logits + i;
+    if (i + kChunk > n) {
+      for (T& logit : tail) logit = minus_infinity<T>();
+      std::memcpy(tail, chunk, (n - i) * sizeof(T));
+      chunk = tail;
+    }
+    Vec lanes[Simd::kChunk];
+    if (!Simd::any_greater(load_chunk<Simd>(chunk, lanes), bound)) continue;
+    Vec chunk_mass = zero;
+#pragma GCC unroll 8
+    for (int v = 0; v < Simd::kChunk; v++) {
+      const Vec e = Simd::exp2(Simd::max(least, (lanes[v] - shift) * factor));
+      chunk_mass = chunk_mass + Simd::if_greater(lanes[v], bound, e, zero);
+      count = count + Simd::if_greater(lanes[v], bound, one, zero);
+    }
+    mass = mass + chunk_mass;
+  }
+  total.mass += lane_sum<Simd>(mass);
+  total.count += lane_sum<Simd>(count);
+}
+
+}  // namespace aepo::AEPO_ISA_NAME
