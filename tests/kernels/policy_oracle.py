@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclasses.dataclass
 class Batch:
-    """Packed tokens with everything that any objective can ask for, float64 unless converted."""
+    """Packed tokens with everything that any objective can ask for, float64 on the CPU unless converted."""
 
     logprobs: Tensor
     old_logprobs: Tensor
@@ -20,8 +20,8 @@ class Batch:
     rollout_logprobs: Tensor
     cu_seqlens: Tensor
 
-    def to(self, dtype):
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    def to(self, dtype, device="cpu"):
+        fields = {f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)}
         return Batch(**{name: x.to(dtype) if x.is_floating_point() else x for name, x in fields.items()})
 
 

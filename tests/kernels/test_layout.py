@@ -11,40 +11,40 @@ from aepo_kernels.testing import make_labels, make_logits
 VOCAB = 37
 
 
-def padded_rows():
-    return make_logits(12, 64)[:, 3 : 3 + VOCAB]
+def padded_rows(device):
+    return make_logits(12, 64, device=device)[:, 3 : 3 + VOCAB]
 
 
-def shifted_by_one():  # what every trainer does: position t predicts token t + 1
-    return make_logits(12, VOCAB).view(3, 4, VOCAB)[:, :-1]
+def shifted_by_one(device):  # what every trainer does: position t predicts token t + 1
+    return make_logits(12, VOCAB, device=device).view(3, 4, VOCAB)[:, :-1]
 
 
-def transposed_batch():
-    return make_logits(12, VOCAB).view(3, 4, VOCAB).transpose(0, 1)
+def transposed_batch(device):
+    return make_logits(12, VOCAB, device=device).view(3, 4, VOCAB).transpose(0, 1)
 
 
-def every_second_row():
-    return make_logits(12, VOCAB)[::2]
+def every_second_row(device):
+    return make_logits(12, VOCAB, device=device)[::2]
 
 
-def four_dimensions():
-    return make_logits(24, VOCAB).view(2, 3, 4, VOCAB)[:, 1:, :-1]
+def four_dimensions(device):
+    return make_logits(24, VOCAB, device=device).view(2, 3, 4, VOCAB)[:, 1:, :-1]
 
 
-def one_row():
-    return make_logits(1, VOCAB)[0]
+def one_row(device):
+    return make_logits(1, VOCAB, device=device)[0]
 
 
-def expanded():
-    return make_logits(1, VOCAB).expand(5, VOCAB)
+def expanded(device):
+    return make_logits(1, VOCAB, device=device).expand(5, VOCAB)
 
 
 LAYOUTS = [padded_rows, shifted_by_one, transposed_batch, every_second_row, four_dimensions, one_row, expanded]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_views_give_what_their_copies_give(layout, backend):
-    view = layout()
+def test_views_give_what_their_copies_give(layout, backend, device):
+    view = layout(device)
     copy = view.clone(memory_format=torch.contiguous_format)
     labels = make_labels(copy.view(-1, VOCAB)).view(view.shape[:-1])
     assert all(block.untyped_storage().data_ptr() == view.untyped_storage().data_ptr() for block in row_blocks(view))
@@ -62,18 +62,18 @@ def test_views_give_what_their_copies_give(layout, backend):
 
 
 @pytest.mark.parametrize("layout", [padded_rows, shifted_by_one, transposed_batch])
-def test_in_place_through_a_view_writes_the_view_and_nothing_else(layout, backend):
-    view = layout()
+def test_in_place_through_a_view_writes_the_view_and_nothing_else(layout, backend, device):
+    view = layout(device)
     base = view._base if view._base is not None else view
     before = base.clone()
     rows = view.shape[:-1]
     labels = make_labels(view.reshape(-1, VOCAB)).view(rows)
-    given = {"advantages": torch.ones(rows), "mask": torch.ones(rows, dtype=torch.bool), "backend": backend}
+    given = {"advantages": torch.ones(rows, device=device), "mask": labels >= 0, "backend": backend}
     objective = PolicyObjective.preset("dapo")
     grads = []
     for logits, inplace in ((view.clone(), False), (view, True)):
         x = logits.requires_grad_()
-        old = torch.full(rows, -3.5)
+        old = torch.full(rows, -3.5, device=device)
         loss = logits_policy_loss(x, labels, old, objective=objective, inplace_backward=inplace, **given).loss
         grads.append(torch.autograd.grad(loss, x)[0])
     torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-8)
@@ -83,21 +83,21 @@ def test_in_place_through_a_view_writes_the_view_and_nothing_else(layout, backen
     assert torch.equal(base.detach()[untouched], before[untouched])
 
 
-def test_a_strided_vocabulary_is_refused_not_copied(backend):
+def test_a_strided_vocabulary_is_refused_not_copied(backend, device):
     with pytest.raises(ValueError, match=r"logits must have a contiguous last dimension; got strides \(1, 4\)"):
-        entropy_from_logits(torch.zeros(5, 4).t(), backend=backend)
+        entropy_from_logits(torch.zeros(5, 4, device=device).t(), backend=backend)
 
 
-def test_expanded_logits_cannot_be_overwritten(backend):
-    logits = expanded().requires_grad_()
-    zeros = torch.zeros(5)
+def test_expanded_logits_cannot_be_overwritten(backend, device):
+    logits = expanded(device).requires_grad_()
+    zeros = torch.zeros(5, device=device)
     with pytest.raises(ValueError, match="inplace_backward=True needs rows of their own"):
         logits_policy_loss(
             logits,
             zeros.long(),
             zeros,
             zeros,
-            torch.ones(5, dtype=torch.bool),
+            zeros == 0,
             objective=PolicyObjective.preset("dapo"),
             inplace_backward=True,
             backend=backend,
@@ -105,30 +105,31 @@ def test_expanded_logits_cannot_be_overwritten(backend):
 
 
 @pytest.mark.parametrize("shape", [(0, VOCAB), (2, 0, VOCAB), (0, 4, VOCAB)])
-def test_empty_batches(shape, backend):
-    x = torch.zeros(shape, requires_grad=True)
-    logprobs, entropy = logprobs_and_entropy(x, torch.zeros(shape[:-1], dtype=torch.long), backend=backend)
+def test_empty_batches(shape, backend, device):
+    x = torch.zeros(shape, device=device, requires_grad=True)
+    labels = torch.zeros(shape[:-1], dtype=torch.long, device=device)
+    logprobs, entropy = logprobs_and_entropy(x, labels, backend=backend)
     assert logprobs.shape == entropy.shape == shape[:-1]
     (logprobs.sum() + entropy.sum()).backward()
     assert x.grad.shape == shape
 
 
-def test_offsets_beyond_two_to_the_31_elements(backend):
-    # Two rows 2^31 + 8 elements apart: 4.3 GB of address space, of which only the rows' own pages are ever touched.
+def test_offsets_beyond_two_to_the_31_elements(backend, device):
+    # Two rows 2^31 + 8 elements apart: on the CPU 4.3 GB of address space, of which only the rows' own pages are ever
+    # touched; on a GPU 4.3 GB of its memory.
     stride = 2**31 + 8
     torch.utils.deterministic.fill_uninitialized_memory = False  # the fixture would touch all of it
-    rows = torch.empty(stride + VOCAB, dtype=torch.bfloat16).as_strided((2, VOCAB), (stride, 1))
+    rows = torch.empty(stride + VOCAB, dtype=torch.bfloat16, device=device).as_strided((2, VOCAB), (stride, 1))
     rows.copy_(make_logits(2, VOCAB, "flat", torch.bfloat16))
     labels = make_labels(rows.clone())
     near = rows.clone()
+    objective = PolicyObjective()
     grads = []
     for logits in (near, rows):
         x = logits.requires_grad_()
-        zeros = torch.zeros(2)
-        mask = torch.ones(2, dtype=torch.bool)
-        loss = logits_policy_loss(
-            x, labels, zeros - 3, zeros + 1, mask, objective=PolicyObjective(), inplace_backward=True, backend=backend
-        ).loss
+        zeros = torch.zeros(2, device=device)
+        given = {"objective": objective, "inplace_backward": True, "backend": backend}
+        loss = logits_policy_loss(x, labels, zeros - 3, zeros + 1, zeros == 0, **given).loss
         grads.append(torch.autograd.grad(loss, x)[0].clone())
     assert grads[0].abs().max() > 1e-3
     assert torch.equal(*grads)

@@ -15,7 +15,7 @@ TOKENS, VOCAB = sum(LENGTHS), 301
 BONUS = "aepo with bonus and kl"
 
 
-def make_problem(dtype=torch.float32, objective=None, seed=0):
+def make_problem(dtype=torch.float32, device="cpu", objective=None, seed=0):
     """Keyword arguments of logits_policy_loss, without the objective."""
     g = torch.Generator().manual_seed(seed)
     logits = make_logits(TOKENS, VOCAB, "normal", dtype, seed)
@@ -36,11 +36,12 @@ def make_problem(dtype=torch.float32, objective=None, seed=0):
     }
     if objective is not None and objective.kl_coef:
         problem["ref_logprobs"] = near(0.3)
-    return problem
+    return {name: x.to(device) for name, x in problem.items()}
 
 
 def oracle(problem, objective, dtype):
-    """Loss and gradient in the logits by autograd through log_softmax and the printed formulas."""
+    """Loss and gradient in the logits, on the CPU, by autograd through log_softmax and the printed formulas."""
+    problem = {name: x.cpu() for name, x in problem.items()}
     x = problem["logits"].clone().requires_grad_()
     log_p = torch.log_softmax(x.to(dtype), dim=-1)
     per_token = {
@@ -63,11 +64,11 @@ def oracle(problem, objective, dtype):
 @pytest.mark.parametrize(
     ("name", "dtype"), [*((name, torch.float32) for name in PRESETS), *((BONUS, d) for d in DTYPES[:3])], ids=str
 )
-def test_loss_and_gradient_against_float64(name, dtype, backend):
+def test_loss_and_gradient_against_float64(name, dtype, backend, device):
     objective = PolicyObjective.preset("aepo", entropy_bonus=0.05, kl_coef=0.1)
     if name != BONUS:
         objective = PolicyObjective.preset(name)
-    problem = make_problem(dtype, objective)
+    problem = make_problem(dtype, device, objective)
     x = problem["logits"].clone().requires_grad_()
     out = logits_policy_loss(**{**problem, "logits": x}, objective=objective, backend=backend)
     out.loss.backward()
@@ -84,8 +85,8 @@ def test_loss_and_gradient_against_float64(name, dtype, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_in_place_gives_the_same_bits_over_the_same_memory(dtype, backend):
-    problem = make_problem(dtype)
+def test_in_place_gives_the_same_bits_over_the_same_memory(dtype, backend, device):
+    problem = make_problem(dtype, device)
     objective = PolicyObjective.preset("aepo", entropy_bonus=0.01)
     received = []
 
@@ -107,8 +108,8 @@ def test_in_place_gives_the_same_bits_over_the_same_memory(dtype, backend):
     assert torch.equal(logits.detach(), grad)
 
 
-def test_in_place_is_known_to_autograd(backend):
-    problem = make_problem()
+def test_in_place_is_known_to_autograd(backend, device):
+    problem = make_problem(device=device)
     objective = PolicyObjective.preset("aepo")
     leaf = problem["logits"].clone().requires_grad_()
     logits = leaf.tanh() * 30
@@ -130,8 +131,8 @@ def test_in_place_is_known_to_autograd(backend):
         loss.backward()
 
 
-def test_rows_that_do_not_count_are_never_read(backend):
-    problem = make_problem()
+def test_rows_that_do_not_count_are_never_read(backend, device):
+    problem = make_problem(device=device)
     objective = PolicyObjective.preset("aepo", entropy_bonus=0.01)
 
     def run(**changes):
@@ -154,8 +155,8 @@ def test_rows_that_do_not_count_are_never_read(backend):
     assert grad[hidden].eq(0).all()
 
 
-def test_it_is_the_composition_of_its_parts(backend):
-    problem = make_problem()
+def test_it_is_the_composition_of_its_parts(backend, device):
+    problem = make_problem(device=device)
     objective = PolicyObjective.preset("aepo")
     whole = logits_policy_loss(**problem, objective=objective, temperature=0.8, backend=backend)
     logits, labels = problem.pop("logits"), problem.pop("labels")
@@ -166,15 +167,15 @@ def test_it_is_the_composition_of_its_parts(backend):
 
 
 @pytest.mark.parametrize("tokens", [0, 6])
-def test_no_valid_token(tokens, backend):
-    x = torch.full((tokens, 9), torch.nan, requires_grad=True)
-    zeros = torch.zeros(tokens)
+def test_no_valid_token(tokens, backend, device):
+    x = torch.full((tokens, 9), torch.nan, device=device, requires_grad=True)
+    zeros = torch.zeros(tokens, device=device)
     out = logits_policy_loss(
         x,
-        torch.full((tokens,), -100),
+        torch.full((tokens,), -100, device=device),
         zeros,
         zeros,
-        torch.zeros(tokens, dtype=torch.bool),
+        zeros != 0,
         objective=PolicyObjective.preset("aepo"),
         backend=backend,
     )
@@ -184,8 +185,8 @@ def test_no_valid_token(tokens, backend):
     assert x.grad.eq(0).all()
 
 
-def test_a_nan_row_that_counts_shows_in_the_loss_and_only_in_its_own_gradient(backend):
-    problem = make_problem()
+def test_a_nan_row_that_counts_shows_in_the_loss_and_only_in_its_own_gradient(backend, device):
+    problem = make_problem(device=device)
     problem["mask"][:] = True
     problem["logits"][3, 17] = torch.nan
     x = problem["logits"].requires_grad_()
@@ -193,4 +194,4 @@ def test_a_nan_row_that_counts_shows_in_the_loss_and_only_in_its_own_gradient(ba
     out.loss.backward()
     assert out.loss.isnan()
     assert x.grad[3].isnan().all()
-    assert x.grad[torch.arange(TOKENS) != 3].isfinite().all()
+    assert x.grad[torch.arange(TOKENS, device=device) != 3].isfinite().all()

@@ -13,14 +13,16 @@ from aepo_kernels.objective import AGGREGATIONS
 from aepo_kernels.ops.aggregation import token_weights
 
 
-def hand_made(objective, ratios, advantages, backend, **given):
+def hand_made(objective, ratios, advantages, backend, device, **given):
     """Loss and gradient of tokens with these ratios; the loss weighs them 1/T."""
-    old = torch.full((len(ratios),), -1.0)
-    logprobs = (old + torch.tensor(ratios).log()).requires_grad_()
-    mask = torch.ones(len(ratios), dtype=torch.bool)
-    out = policy_loss(logprobs, old, torch.tensor(advantages), mask, objective=objective, backend=backend, **given)
+    ratios, advantages = torch.tensor(ratios), torch.tensor(advantages)
+    old = torch.full_like(ratios, -1.0)
+    inputs = [x.to(device) for x in (old + ratios.log(), old, advantages, ratios > 0)]
+    given = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    logprobs = inputs[0].requires_grad_()
+    out = policy_loss(*inputs, objective=objective, backend=backend, **given)
     out.loss.backward()
-    return out, logprobs.grad * len(ratios)
+    return out, logprobs.grad.cpu() * len(ratios)
 
 
 # One token per case: above, inside and below the bounds [0.8, 1.2] for either sign, and beyond the dual clip 3.
@@ -36,9 +38,9 @@ ADVANTAGES = [2.0, 2.0, 2.0, -2.0, -2.0, -2.0, -2.0]
         ("gppo", [-2.4, -2.2, -1.0, 3.0, 2.2, 1.6, 6.0], [-2.4, -2.2, -1.0, 3.0, 2.2, 1.6, 0.0]),
     ],
 )
-def test_clip_rules_by_hand(clip, losses, grads, backend):
+def test_clip_rules_by_hand(clip, losses, grads, backend, device):
     objective = PolicyObjective(clip=clip, dual_clip=3.0)
-    out, grad = hand_made(objective, RATIOS, ADVANTAGES, backend)
+    out, grad = hand_made(objective, RATIOS, ADVANTAGES, backend, device)
     torch.testing.assert_close(grad, torch.tensor(grads), rtol=1e-6, atol=1e-7)
     assert out.loss.item() == pytest.approx(sum(losses) / 7, rel=1e-6)
     metrics = {name: value.item() for name, value in out.metrics.items()}
@@ -59,72 +61,73 @@ def test_clip_rules_by_hand(clip, losses, grads, backend):
     assert not any(value.requires_grad for value in out.metrics.values())
 
 
-def test_cispo_by_hand(backend):
-    out, grad = hand_made(PolicyObjective(clip="cispo"), RATIOS, ADVANTAGES, backend)
+def test_cispo_by_hand(backend, device):
+    out, grad = hand_made(PolicyObjective(clip="cispo"), RATIOS, ADVANTAGES, backend, device)
     expected = [-2.4, -2.2, -1.6, 2.4, 2.2, 1.6, 2.4]  # -A clip(r), for every token
     torch.testing.assert_close(grad, torch.tensor(expected), rtol=1e-6, atol=0)
     assert out.metrics["clip_fraction_high"].item() == pytest.approx(3 / 7)
     assert out.metrics["clip_fraction_low"].item() == pytest.approx(2 / 7)
 
 
-def test_sequence_ratio_by_hand(backend):
+def test_sequence_ratio_by_hand(backend, device):
     # Sequence 1: log-ratios 0.3 and 0.1, ratio e^0.2, inside. Sequence 2: one valid token, e^0.5, clipped.
-    old = torch.full((4,), -1.0)
-    logprobs = (old + torch.tensor([0.3, 0.1, 9.0, 0.5])).requires_grad_()
-    advantages = torch.tensor([1.0, 3.0, 5.0, 2.0])
+    old = torch.full((4,), -1.0, device=device)
+    logprobs = (old + torch.tensor([0.3, 0.1, 9.0, 0.5], device=device)).requires_grad_()
+    advantages = torch.tensor([1.0, 3.0, 5.0, 2.0], device=device)
     objective = PolicyObjective(ratio_level="sequence", eps_low=0.3, eps_high=0.3)
     out = policy_loss(
         logprobs,
         old,
         advantages,
-        torch.tensor([1, 1, 0, 1]),
+        torch.tensor([1, 1, 0, 1], device=device),
         objective=objective,
-        cu_seqlens=torch.tensor([0, 2, 4]),
+        cu_seqlens=torch.tensor([0, 2, 4], device=device),
         backend=backend,
     )
     out.loss.backward()
     r = math.exp(0.2)
     assert out.loss.item() == pytest.approx(-(1 * r + 3 * r + 2 * 1.3) / 3, rel=1e-6)
-    torch.testing.assert_close(logprobs.grad, torch.tensor([-2 * r, -2 * r, 0.0, 0.0]) / 3, rtol=1e-6, atol=0)
+    torch.testing.assert_close(logprobs.grad.cpu(), torch.tensor([-2 * r, -2 * r, 0.0, 0.0]) / 3, rtol=1e-6, atol=0)
     assert out.metrics["ratio_max"].item() == pytest.approx(math.exp(0.5), rel=1e-6)
 
 
-def test_entropy_factor_and_its_metrics_by_hand(backend):
+def test_entropy_factor_and_its_metrics_by_hand(backend, device):
     # H = 1, 2, 6: mean 3, unbiased std sqrt(7). With a = 1.5 the first factor is 1 - 3 / sqrt(7) < 0: its sign flips.
     objective = PolicyObjective(entropy_advantage=1.5)
     entropy = torch.tensor([1.0, 2.0, 6.0])
-    out, grad = hand_made(objective, [1.0, 1.0, 1.0], [1.0, -1.0, 1.0], backend, entropy=entropy)
+    out, grad = hand_made(objective, [1.0, 1.0, 1.0], [1.0, -1.0, 1.0], backend, device, entropy=entropy)
     factor = 1 + 1.5 * (entropy - 3) / math.sqrt(7)
     torch.testing.assert_close(grad, -factor * torch.tensor([1.0, -1.0, 1.0]), rtol=1e-6, atol=1e-7)
     assert out.metrics["advantage_flips"].item() == 1
     assert out.metrics["entropy_mean"].item() == pytest.approx(3)
     assert out.metrics["entropy_std"].item() == pytest.approx(math.sqrt(7))
-    _, grad = hand_made(objective, [1.0, 1.0, 1.0], [1.0, 1.0, 1.0], backend, entropy=entropy, entropy_stats=(0.0, 3.0))
+    given = {"entropy": entropy, "entropy_stats": (0.0, 3.0)}
+    _, grad = hand_made(objective, [1.0, 1.0, 1.0], [1.0, 1.0, 1.0], backend, device, **given)
     torch.testing.assert_close(grad, -(1 + 0.5 * entropy), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("entropy", [[0.7], [0.1] * 50, [1e-3] * 3, [0.0, 0.0]])
-def test_equal_entropies_leave_the_advantage_alone(entropy, backend):
+def test_equal_entropies_leave_the_advantage_alone(entropy, backend, device):
     # In float32 the mean of fifty 0.1 is not 0.1: a careless std is that rounding, and the factor noise over noise.
     n = len(entropy)
     objective = PolicyObjective.preset("aepo")
-    out, grad = hand_made(objective, [1.0] * n, [1.0] * n, backend, entropy=torch.tensor(entropy))
+    out, grad = hand_made(objective, [1.0] * n, [1.0] * n, backend, device, entropy=torch.tensor(entropy))
     assert grad.sub(-1).abs().max() < 1e-6
     assert out.metrics["entropy_std"].item() == 0
 
 
-def test_entropy_std_does_not_cancel(backend):
+def test_entropy_std_does_not_cancel(backend, device):
     # E[H^2] - E[H]^2 in float32 loses a spread of 1e-4 around 8 altogether.
     g = torch.Generator().manual_seed(0)
     entropy = 8 + 1e-4 * torch.randn(1000, generator=g)
-    out, _ = hand_made(PolicyObjective(), [1.0] * 1000, [1.0] * 1000, backend, entropy=entropy)
+    out, _ = hand_made(PolicyObjective(), [1.0] * 1000, [1.0] * 1000, backend, device, entropy=entropy)
     assert out.metrics["entropy_std"].item() == pytest.approx(entropy.double().std().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_micro_batches_add_up_to_the_whole_batch(aggregation, backend):
+def test_micro_batches_add_up_to_the_whole_batch(aggregation, backend, device):
     dtype = torch.float32 if backend == "triton" else torch.float64
-    batch = make_batch(7, (5, 9, 0, 3, 12, 6, 1, 8)).to(dtype)
+    batch = make_batch(7, (5, 9, 0, 3, 12, 6, 1, 8)).to(dtype, device)
     objective = PolicyObjective.preset("aepo", aggregation=aggregation)
     bounds = batch.cu_seqlens
     counted = sum(bool(batch.mask[i:j].any()) for i, j in itertools.pairwise(bounds))
@@ -157,13 +160,14 @@ def test_micro_batches_add_up_to_the_whole_batch(aggregation, backend):
     assert sum(loss for loss, _ in parts).item() == pytest.approx(whole_loss.item(), abs=20 * eps)
     if aggregation != "constant":  # and the default is the same count, taken from the call
         weights = [
-            token_weights(batch.mask, bounds, aggregation, d, dtype) for d in (None, torch.tensor(float(denominator)))
+            token_weights(batch.mask, bounds, aggregation, d, dtype)
+            for d in (None, torch.tensor(float(denominator), device=device))
         ]
         assert torch.equal(*weights)
 
 
-def test_rows_of_a_batch_are_its_sequences(backend):
-    batch = make_batch(2, (6, 6, 6)).to(torch.float32)
+def test_rows_of_a_batch_are_its_sequences(backend, device):
+    batch = make_batch(2, (6, 6, 6)).to(torch.float32, device)
     objective = PolicyObjective.preset("gspo")
     flat = [batch.logprobs, batch.old_logprobs, batch.advantages, batch.mask]
     packed = policy_loss(*flat, objective=objective, cu_seqlens=batch.cu_seqlens, backend=backend)
@@ -173,17 +177,17 @@ def test_rows_of_a_batch_are_its_sequences(backend):
 
 @pytest.mark.parametrize("tokens", [0, 5])
 @pytest.mark.parametrize("name", ["aepo", "gspo", "cispo"])
-def test_no_valid_token_is_a_zero_that_can_be_backpropagated(name, tokens, backend):
-    logprobs = torch.full((tokens,), torch.nan, requires_grad=True)
-    other = torch.full((tokens,), torch.nan)
+def test_no_valid_token_is_a_zero_that_can_be_backpropagated(name, tokens, backend, device):
+    logprobs = torch.full((tokens,), torch.nan, device=device, requires_grad=True)
+    other = torch.full((tokens,), torch.nan, device=device)
     out = policy_loss(
         logprobs,
         other,
         other,
-        torch.zeros(tokens, dtype=torch.bool),
+        torch.zeros(tokens, dtype=torch.bool, device=device),
         objective=PolicyObjective.preset(name),
         entropy=other,
-        cu_seqlens=torch.tensor([0, tokens]),
+        cu_seqlens=torch.tensor([0, tokens], device=device),
         backend=backend,
     )
     out.loss.backward()
@@ -196,8 +200,8 @@ def test_no_valid_token_is_a_zero_that_can_be_backpropagated(name, tokens, backe
 @pytest.mark.parametrize(
     "where", ["logprobs", "old_logprobs", "advantages", "ref_logprobs", "rollout_logprobs", "entropy"]
 )
-def test_nan_on_a_valid_token_shows_in_the_loss(where, backend):
-    batch = make_batch().to(torch.float32)
+def test_nan_on_a_valid_token_shows_in_the_loss(where, backend, device):
+    batch = make_batch().to(torch.float32, device)
     getattr(batch, where)[0] = torch.nan
     objective = PolicyObjective.preset("aepo", kl_coef=0.1, importance_cap=2.0)
     out = policy_loss(
