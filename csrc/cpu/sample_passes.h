@@ -83,14 +83,14 @@ AEPO_INLINE typename Simd::Vec load_chunk(const T* logits, typename Simd::Vec (&
   return top;
 }
 
-// The lowest bound that a logit must exceed to be drawn: the pivot, or what would not win with the largest noise.
+// No logit up to here is drawn: it is not above the pivot, or would not win with the largest noise. Rounded down, so
+// that the exact tests decide at the bound.
 template <class Scalar>
 AEPO_INLINE Scalar draw_bound(const DrawRow& row, double best_score) {
   const double loses = row.max + (best_score - (row.greedy ? 0 : kMaxNoise)) * row.temperature;
-  constexpr Scalar kLowest = std::numeric_limits<Scalar>::lowest();
-  const Scalar rounded_down =
-      loses > kLowest ? std::nextafter(static_cast<Scalar>(loses), minus_infinity<Scalar>()) : minus_infinity<Scalar>();
-  return rounded_down > row.pivot ? rounded_down : static_cast<Scalar>(row.pivot);
+  const double bound = loses > row.pivot ? loses : row.pivot;
+  if (!(bound > std::numeric_limits<Scalar>::lowest())) return minus_infinity<Scalar>();
+  return std::nextafter(static_cast<Scalar>(bound), minus_infinity<Scalar>());
 }
 
 // No word from here on lets a token with a logit up to `top` win. A thousandth is more than float32's roundings.

@@ -57,8 +57,11 @@ SampledToken sample_row(LogitsType type, const void* x, int64_t vocab, int64_t e
   if (std::isnan(stats.log_sum)) return {-1, stats.log_sum, stats.entropy};
 
   DrawRow draw = {stats.max, minus_infinity<double>(), temperature, greedy, params.seed, params.offset};
-  // What min_p cuts off needs no draw to be found; the thousandth leaves the bound itself to the exact test.
-  if (params.min_p > 0) draw.pivot = stats.max + temperature * (std::log(params.min_p) - 1e-3);
+  if (params.min_p > 0) {
+    // What min_p cuts off needs no draw to be found. The thousandth leaves its very bound to the exact test.
+    const double bound = stats.max + temperature * (std::log(params.min_p) - 1e-3);
+    draw.pivot = std::min(bound, std::nextafter(stats.max, minus_infinity<double>()));
+  }
   for (;;) {
     // The row's maximum itself scores at least that much.
     Draw best = {greedy ? -1e-9 : kMinNoise, -1, 0};

@@ -58,6 +58,9 @@ struct RowKernels {
 // AEPO_CPU_CAPABILITY names (read once). Throws std::runtime_error if that one is unknown or not supported here.
 const RowKernels& row_kernels();
 
+// The token that one row of logits gives, and its statistics.
+SampledToken sample_row(LogitsType type, const void* x, int64_t vocab, int64_t element_bytes, const SampleRow& params);
+
 // log2(e) / temperature.
 double log2_scale(double temperature);
 
