@@ -1,4 +1,4 @@
-"""The command line: `aepo train`, `eval`, `report`, `keys` and `doctor`. Heavy imports wait until a command runs."""
+"""The command line: `aepo train`, `eval`, `report`, `keys`, `bench`, `doctor`. Heavy imports wait for their command."""
 
 from __future__ import annotations
 
@@ -118,6 +118,80 @@ def keys(pattern: Annotated[str, typer.Argument(help="Only keys that contain thi
 
 
 @app.command()
+def bench(
+    questions: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(
+            metavar="[QUESTION]...", help="token-stats, policy-loss, linear, decode or sample; default: all."
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One small shape each: does it all run?")] = False,
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda; default: cuda if there.")] = None,  # noqa: UP045
+    tokens: Annotated[Optional[str], typer.Option(help="Rows of logits, one number or several: 128,512.")] = None,  # noqa: UP045
+    vocab: Annotated[Optional[str], typer.Option(help="Size of the vocabulary, one or several.")] = None,  # noqa: UP045
+    hidden: Annotated[Optional[int], typer.Option(help="Size of the hidden states (linear).")] = None,  # noqa: UP045
+    dtype: Annotated[Optional[str], typer.Option(help="bfloat16, float16 or float32.")] = None,  # noqa: UP045
+    rounds: Annotated[Optional[int], typer.Option(help="Timed rounds; default: 7, with --quick 3.")] = None,  # noqa: UP045
+    threads: Annotated[Optional[int], typer.Option(help="CPU threads; default: torch's own choice.")] = None,  # noqa: UP045
+    json_path: Annotated[Optional[Path], typer.Option("--json", metavar="FILE", help="Write all rows there.")] = None,  # noqa: UP045
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Draw time and memory as .svg or .png; needs several --tokens or --vocab."),
+    ] = None,
+    list_only: Annotated[
+        bool, typer.Option("--list", help="Which libraries are here to compare with; no run.")
+    ] = False,
+) -> None:
+    """Measure the kernels on this machine, beside eager PyTorch, torch.compile and the libraries that are installed.
+
+    Every row first passed a comparison with float64; ceilings are measured in the same run.
+
+    All tables, a few minutes; a quick look; one table for your own model
+
+        aepo bench
+
+        aepo bench --quick
+
+        aepo bench linear --tokens 4096 --vocab 151936 --hidden 2560
+
+    A figure: time and memory of the losses against the number of tokens
+
+        aepo bench linear policy-loss --tokens 128,256,512 --plot losses.svg
+
+    Who is compared with: install trl, verl, liger-kernel, cut-cross-entropy, flash-attn or quack-kernels for their rows
+
+        aepo bench --list
+    """
+    try:
+        import torch
+
+        from aepo.bench.run import list_peers, run
+        from aepo.bench.settings import DTYPES, Settings
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+        settings = Settings(
+            device=device,
+            quick=quick,
+            tokens=_integers("tokens", tokens),
+            vocab=_integers("vocab", vocab),
+            hidden=hidden,
+            dtype=DTYPES[dtype] if dtype else None,
+            rounds=rounds,
+        )
+        if list_only:
+            list_peers(device)
+        elif not run(settings, questions or (), threads=threads, json_path=json_path, plot_path=plot):
+            _fail("a kernel of this library gave a wrong result, see above")
+    except ValueError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False) -> None:
     """Say which backends, instruction sets and versions are present here, and what is missing."""
     from aepo.doctor import main as examine
@@ -224,6 +298,14 @@ def _explained() -> Iterator[None]:
         _fail(str(error))
     except (ValueError, OSError, CheckpointError, NonFiniteError) as error:
         _fail(str(error))
+
+
+def _integers(name: str, text: str | None) -> tuple[int, ...] | None:
+    """ "128,512" as numbers."""
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{name} must be integers separated by commas, e.g. 128,512; got {text!r}") from None
 
 
 def _fail(message: str) -> None:

@@ -1,0 +1,188 @@
+"""The same from hidden states and the weight of the last layer: log-prob and entropy, and the loss with gradients.
+
+The bound is the bare matrix products: one forward, two more for the gradients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aepo.bench import peers
+from aepo.bench.harness import BASELINE, OURS, Ceiling, Problem, Provider, max_error
+from aepo.bench.inputs import (
+    AEPO,
+    GATE_TOKENS,
+    GRPO,
+    STATS,
+    Policy,
+    eager_stats,
+    make_labels,
+    make_linear,
+    make_policy,
+    plain_loss,
+)
+from aepo.bench.policy_loss import OBJECTIVES
+from aepo.bench.settings import QWEN3, Settings
+from aepo.bench.token_stats import without_grad
+from aepo_kernels import linear_logprobs_and_entropy, linear_policy_loss
+
+NOTE = """\
+TFLOP/s counts one product forward and two for the gradients, whatever a provider really multiplies. Eager and compiled
+rows make the logits [T, V] in memory. "known statistics": mean and standard deviation of the entropy, which the AEPO loss
+needs, come from an earlier pass, so the gradients need not wait for a second pass over the products."""
+CPU = [(512, QWEN3)]
+CUDA = [(8192, 131072)]
+QUICK = (64, 32000)
+HIDDEN = {"cpu": 1024, "cuda": 4096}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inputs:
+    hidden: Tensor
+    """[T, D]"""
+    weight: Tensor
+    """[V, D]"""
+    policy: Policy
+    entropy_stats: tuple[float, float]
+    """Mean and standard deviation over the tokens that count."""
+
+
+def make_inputs(tokens: int, vocab: int, hidden: int, dtype: torch.dtype, device: str) -> Inputs:
+    states, weight = make_linear(tokens, vocab, hidden, dtype, device)
+    labels = make_labels(tokens, vocab, device)
+    logprobs, entropy = linear_logprobs_and_entropy(states, weight, labels)
+    policy = make_policy(labels, logprobs)
+    counted = entropy[policy.mask]
+    stats = (counted.mean().item(), counted.std().item())
+    return Inputs(states.requires_grad_(), weight.requires_grad_(), policy, stats)
+
+
+def eager_linear(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return eager_stats(hidden @ weight.T, labels)
+
+
+Loss = Callable[[Inputs], Tensor]
+
+
+def ours(computes: str, known: bool = False) -> Loss:
+    def loss(inputs: Inputs) -> Tensor:
+        policy = inputs.policy
+        return linear_policy_loss(
+            inputs.hidden,
+            inputs.weight,
+            policy.labels,
+            policy.old_logprobs,
+            policy.advantages,
+            policy.mask,
+            objective=OBJECTIVES[computes],
+            entropy_stats=inputs.entropy_stats if known else None,
+        ).loss
+
+    return loss
+
+
+def plain(computes: str, stats: Callable[..., tuple[Tensor, ...]]) -> Loss:
+    """A loss in PyTorch on top of (hidden, weight, labels) -> log-prob, and entropy where `computes` needs it."""
+
+    def loss(inputs: Inputs) -> Tensor:
+        logprobs, *entropy = stats(inputs.hidden, inputs.weight, inputs.policy.labels)
+        return plain_loss(computes, logprobs, entropy[0] if entropy else None, inputs.policy)
+
+    return loss
+
+
+def losses(device: str) -> list[tuple[str, str, Loss]]:
+    """(name, what it computes, loss) of all providers."""
+    rows = [
+        (f"{OURS}, known statistics", AEPO, ours(AEPO, known=True)),
+        (OURS, AEPO, ours(AEPO)),
+        (BASELINE, AEPO, plain(AEPO, eager_linear)),
+        ("torch.compile", AEPO, plain(AEPO, torch.compile(eager_linear, dynamic=False))),
+    ]
+    for peer in peers.available("linear", device):
+        computes = AEPO if peer.computes == STATS else GRPO
+        rows.append((peer.name, computes, plain(computes, peers.function(peer))))
+    for peer in peers.available("linear loss", device):
+        loss = peers.function(peer)
+        rows.append((peer.name, peer.computes, lambda x, loss=loss: loss(x.hidden, x.weight, x.policy)))  # type: ignore[misc]
+    if any(computes == GRPO for _, computes, _ in rows):  # to compare with
+        rows.insert(2, (OURS, GRPO, ours(GRPO)))
+    return rows
+
+
+def loss_and_grads(loss: Loss) -> Callable[[Inputs], Sequence[Tensor]]:
+    def run(inputs: Inputs) -> Sequence[Tensor]:
+        value = loss(inputs)
+        return value.detach(), *torch.autograd.grad(value, (inputs.hidden, inputs.weight))
+
+    return run
+
+
+@functools.lru_cache(maxsize=1)  # gradients of a whole weight in float64: one is enough at a time
+def truth(computes: str, inputs: Inputs) -> Sequence[Tensor]:
+    """In float64; the products too."""
+    hidden, weight = (x.detach().double().requires_grad_() for x in (inputs.hidden, inputs.weight))
+    exact = dataclasses.replace(inputs, hidden=hidden, weight=weight)
+    if computes == STATS:
+        with torch.no_grad():
+            return eager_linear(hidden, weight, inputs.policy.labels)
+    return loss_and_grads(plain(computes, eager_linear))(exact)
+
+
+def products(inputs: Inputs) -> list[Ceiling]:
+    """The three products, logits = hidden weight^T and both gradients, in the dtype of the inputs."""
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    logits = hidden @ weight.T
+    flops = 2.0 * logits.numel() * hidden.shape[1]
+    return [
+        Ceiling("product: logits", lambda: hidden @ weight.T, flops),
+        Ceiling("product: gradient of hidden", lambda: logits @ weight, flops),
+        Ceiling("product: gradient of weight", lambda: logits.T @ hidden, flops),
+    ]
+
+
+def problems(settings: Settings) -> Iterator[Problem]:
+    device, dtype = settings.device, settings.dtype or torch.bfloat16
+    hidden = settings.hidden or (256 if settings.quick else HIDDEN[device])
+    stats: list[tuple[str, str, Callable[..., Any]]] = [
+        (OURS, STATS, linear_logprobs_and_entropy),
+        (BASELINE, STATS, eager_linear),
+        ("torch.compile", STATS, torch.compile(eager_linear, dynamic=False)),
+        *((peer.name, peer.computes, peers.function(peer)) for peer in peers.available("linear", device)),
+    ]
+    rows = losses(device)
+    for tokens, vocab in settings.shapes(CPU, CUDA, QUICK):
+        inputs, gate = (make_inputs(n, vocab, hidden, dtype, device) for n in (tokens, GATE_TOKENS))
+        ceilings = products(inputs)
+        common = {"question": "linear", "tokens": tokens, "vocab": vocab, "hidden": hidden, "dtype": dtype}
+        common |= {"unit": "TFLOP/s"}
+
+        def arguments(x: Inputs) -> tuple[Tensor, ...]:
+            return x.hidden, x.weight, x.policy.labels
+
+        yield Problem(
+            **common,
+            title="log-prob + entropy from hidden states",
+            inputs=arguments(inputs),
+            gate_inputs=arguments(gate),
+            error=lambda computes, outputs, gate=gate: max_error(outputs, truth(STATS, gate)[: len(outputs)]),
+            providers=[Provider(name, without_grad(function), computes) for name, computes, function in stats],
+            ceilings=ceilings[:1],
+            work=ceilings[0].work,
+        )
+        yield Problem(
+            **common,
+            title="policy loss from hidden states, forward + backward",
+            inputs=inputs,
+            gate_inputs=gate,
+            error=lambda computes, outputs, gate=gate: max_error(outputs, truth(computes, gate)),
+            providers=[Provider(name, loss_and_grads(loss), computes) for name, computes, loss in rows],
+            ceilings=ceilings,
+            work=sum(ceiling.work for ceiling in ceilings),
+        )

@@ -1,0 +1,65 @@
+"""Time and peak memory against the number of tokens, or the size of the vocabulary, as one figure (matplotlib)."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aepo.bench.harness import BASELINE, OURS, Row
+from aepo.bench.settings import Settings
+
+FORMATS = (".svg", ".png", ".pdf")
+
+
+def check_plot(settings: Settings, path: Path) -> None:
+    """ValueError where no figure can come of it; asked before minutes of measuring."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("a plot needs matplotlib, which is not installed: pip install matplotlib")
+    if path.suffix not in FORMATS:
+        raise ValueError(f"a plot's file must end with one of {', '.join(FORMATS)}; got {path}")
+    if max(len(settings.tokens or ()), len(settings.vocab or ())) < 2:
+        raise ValueError("a plot needs several numbers of tokens or sizes of the vocabulary, e.g. --tokens 128,256,512")
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """One line of panels per title: time on the left, extra memory on the right."""
+    from matplotlib.figure import Figure
+
+    titles = list(dict.fromkeys(row.title for row in rows))
+    figure = Figure(figsize=(12, 4.2 * len(titles)), layout="constrained")
+    panels = figure.subplots(len(titles), 2, squeeze=False)
+    for (time_panel, memory_panel), title in zip(panels, titles, strict=True):
+        _draw_title([row for row in rows if row.title == title], time_panel, memory_panel)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _draw_title(rows: list[Row], time_panel: Any, memory_panel: Any) -> None:
+    over = "tokens" if len({row.tokens for row in rows}) > 1 else "vocab"
+    fixed = f"V = {rows[0].vocab:,}" if over == "tokens" else f"T = {rows[0].tokens:,}"
+    hidden = "" if rows[0].hidden is None else f", D = {rows[0].hidden:,}"
+    for key in dict.fromkeys((row.provider, row.computes) for row in rows if row.max_error is not None):
+        line = sorted((row for row in rows if (row.provider, row.computes) == key), key=lambda row: getattr(row, over))
+        x = [getattr(row, over) for row in line]
+        style = _style(key[0]) | {"label": f"{key[0]} ({key[1]})", "marker": "o", "markersize": 4}
+        time_panel.plot(x, [row.median_ms for row in line], **style)
+        if all(row.extra_bytes is not None for row in line):
+            memory_panel.plot(x, [max(row.extra_bytes or 0, 2**12) / 2**20 for row in line], **style)
+    for panel, what in ((time_panel, "time [ms]"), (memory_panel, "extra memory at the peak [MiB]")):
+        panel.set(xscale="log", yscale="log", xlabel="tokens T" if over == "tokens" else "vocabulary V", ylabel=what)
+        ticks = sorted({getattr(row, over) for row in rows})
+        panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    time_panel.set_title(f"{rows[0].title}\n{rows[0].dtype}, {fixed}{hidden}", loc="left", fontsize=11)
+    memory_panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
+
+
+def _style(provider: str) -> dict[str, Any]:
+    """Ours stands out, eager is black, peers take the colours in turn."""
+    if provider.startswith(OURS):
+        return {"linewidth": 2.5, "color": "#d62728", "linestyle": "-" if provider == OURS else "--", "zorder": 3}
+    return {"color": "black", "linestyle": ":"} if provider == BASELINE else {"linewidth": 1.2}

@@ -1,0 +1,144 @@
+"""Policy loss from logits, forward and backward: time and memory of the part after the model's last layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from aepo.bench import peers
+from aepo.bench.harness import BASELINE, OURS, Problem, Provider, max_error
+from aepo.bench.inputs import (
+    AEPO,
+    GATE_TOKENS,
+    GRPO,
+    STATS,
+    Policy,
+    eager_stats,
+    make_labels,
+    make_logits,
+    make_policy,
+    plain_loss,
+    read_ceiling,
+    rewrite_ceiling,
+)
+from aepo.bench.settings import LLAMA3, QWEN3, SMOLLM2, Settings
+from aepo_kernels import PolicyObjective, logits_policy_loss, logprobs_and_entropy
+
+NOTE = """\
+GB/s counts two reads and one write of the logits. "in place": the gradient is written over the logits. Nearly every token
+counts here; in an agent's batch most do not, and aepo_kernels skips those. Peers without a loss of their own supply
+log-prob (and entropy), with the same few lines of PyTorch as in the eager row on top; "float32": on a float32 copy of the
+logits, because the peer's log-probs of 16-bit logits have 16 bits, and a loss made from those is wrong by more than 2%."""
+CPU = [(512, QWEN3), (2048, SMOLLM2)]
+CUDA = [(8192, QWEN3), (8192, LLAMA3)]
+QUICK = (64, 32000)
+OBJECTIVES = {AEPO: PolicyObjective.preset("aepo"), GRPO: PolicyObjective(clip="ppo", eps_low=0.2, eps_high=0.2)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inputs:
+    logits: Tensor
+    """[T, V], overwritten by in-place providers."""
+    pristine: Tensor
+    policy: Policy
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            self.logits.copy_(self.pristine)
+
+
+def make_inputs(tokens: int, vocab: int, dtype: torch.dtype, device: str) -> Inputs:
+    logits = make_logits(tokens, vocab, dtype, device)
+    labels = make_labels(tokens, vocab, device)
+    policy = make_policy(labels, logprobs_and_entropy(logits, labels)[0])
+    return Inputs(logits.clone().requires_grad_(), logits, policy)
+
+
+Loss = Callable[[Tensor, Policy], Tensor]
+
+
+def ours(computes: str, inplace: bool) -> Loss:
+    def loss(logits: Tensor, policy: Policy) -> Tensor:
+        return logits_policy_loss(
+            logits,
+            policy.labels,
+            policy.old_logprobs,
+            policy.advantages,
+            policy.mask,
+            objective=OBJECTIVES[computes],
+            inplace_backward=inplace,
+        ).loss
+
+    return loss
+
+
+def plain(computes: str, stats: Callable[..., tuple[Tensor, ...]], float32: bool = False) -> Loss:
+    """A loss in PyTorch on top of (logits, labels) -> log-prob, and entropy where `computes` needs it."""
+
+    def loss(logits: Tensor, policy: Policy) -> Tensor:
+        logprobs, *entropy = stats(logits.float() if float32 else logits, policy.labels)
+        return plain_loss(computes, logprobs, entropy[0] if entropy else None, policy)
+
+    return loss
+
+
+def losses(device: str, dtype: torch.dtype) -> list[tuple[str, str, Loss]]:
+    """(name, what it computes, loss) of all providers."""
+    rows = [
+        (f"{OURS}, in place", AEPO, ours(AEPO, inplace=True)),
+        (OURS, AEPO, ours(AEPO, inplace=False)),
+        (BASELINE, AEPO, plain(AEPO, eager_stats)),
+        ("torch.compile", AEPO, torch.compile(plain(AEPO, eager_stats), dynamic=False)),
+    ]
+    for peer in peers.available("logits", device):
+        computes = AEPO if peer.computes == STATS else GRPO
+        float32 = device in peer.float32_loss and dtype != torch.float32
+        name = f"{peer.name}, float32" if float32 else peer.name
+        rows.append((name, computes, plain(computes, peers.function(peer), float32)))
+    own_losses = peers.available("logits loss", device)
+    rows += [(f"{peer.name}, in place", peer.computes, peers.function(peer)) for peer in own_losses]
+    if any(computes == GRPO for _, computes, _ in rows):  # to compare with
+        rows.insert(2, (f"{OURS}, in place", GRPO, ours(GRPO, inplace=True)))
+    return rows
+
+
+def loss_and_grad(loss: Loss) -> Callable[[Inputs], Sequence[Tensor]]:
+    def run(inputs: Inputs) -> Sequence[Tensor]:
+        value = loss(inputs.logits, inputs.policy)
+        return value.detach(), torch.autograd.grad(value, inputs.logits)[0]
+
+    return run
+
+
+@functools.lru_cache(maxsize=1)
+def truth(computes: str, inputs: Inputs) -> Sequence[Tensor]:
+    exact = dataclasses.replace(inputs, logits=inputs.pristine.double().requires_grad_())
+    return loss_and_grad(plain(computes, eager_stats))(exact)
+
+
+def problems(settings: Settings) -> Iterator[Problem]:
+    dtype, device = settings.dtype or torch.bfloat16, settings.device
+    rows = losses(device, dtype)
+    for tokens, vocab in settings.shapes(CPU, CUDA, QUICK):
+        inputs, gate = (make_inputs(n, vocab, dtype, device) for n in (tokens, GATE_TOKENS))
+        size = inputs.logits.numel() * inputs.logits.element_size()
+        yield Problem(
+            question="policy-loss",
+            title="policy loss from logits, forward + backward",
+            tokens=tokens,
+            vocab=vocab,
+            hidden=None,
+            dtype=dtype,
+            inputs=inputs,
+            gate_inputs=gate,
+            error=lambda computes, outputs, gate=gate: max_error(outputs, truth(computes, gate)),  # type: ignore[misc]
+            providers=[Provider(name, loss_and_grad(loss), computes) for name, computes, loss in rows],
+            ceilings=[read_ceiling(inputs.logits), rewrite_ceiling(inputs.logits)],
+            work=3 * size,
+            unit="GB/s",
+            restore=Inputs.restore,
+        )

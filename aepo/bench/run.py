@@ -1,0 +1,179 @@
+"""`aepo bench` as a function: measure the questions, print tables, write JSON and a figure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from aepo.bench import linear, peers, policy_loss, token_stats
+from aepo.bench.clock import clock_for, machine
+from aepo.bench.harness import OURS, Refusal, Row, measure
+from aepo.bench.settings import Settings
+
+QUESTIONS: dict[str, ModuleType] = {
+    "token-stats": token_stats,
+    "policy-loss": policy_loss,
+    "linear": linear,
+}
+ROUNDS, QUICK_ROUNDS = 7, 3
+
+
+def run(
+    settings: Settings,
+    questions: Sequence[str] = (),
+    *,
+    threads: int | None = None,
+    json_path: Path | None = None,
+    plot_path: Path | None = None,
+    console: Console | None = None,
+) -> bool:
+    """Measure (all questions if none is named); True if every row of ours passed its gate.
+
+    json_path is written after every problem, so that a run that is stopped leaves what it had. Raises ValueError for
+    settings that cannot be met, before anything is measured.
+    """
+    unknown = [question for question in questions if question not in QUESTIONS]
+    if unknown:
+        raise ValueError(f"question must be one of {', '.join(QUESTIONS)}; got {', '.join(unknown)}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be an integer >= 1; got {threads}")
+    if plot_path is not None:
+        from aepo.bench.plot import check_plot
+
+        check_plot(settings, plot_path)
+    console = console or Console(highlight=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        rows, refused = _measure(settings, questions or list(QUESTIONS), json_path, console)
+    finally:
+        torch.set_num_threads(before)
+    if plot_path is not None:
+        from aepo.bench.plot import draw
+
+        draw(rows, plot_path)
+        console.print(f"wrote {plot_path}")
+    return not any(refusal.provider.startswith(OURS) for refusal in refused)
+
+
+def _measure(
+    settings: Settings, questions: Sequence[str], json_path: Path | None, console: Console
+) -> tuple[list[Row], list[Refusal]]:
+    here, clock = machine(settings.device), clock_for(settings.device)
+    console.print(" | ".join(f"{key} {value}" for key, value in here.items()), style="dim")
+    compared = list(peer_status(settings.device))
+    for peer in compared:
+        if peer["missing"]:
+            console.print(f"no row for {peer['name']}: {peer['missing']}", style="dim")
+    rounds = settings.rounds or (QUICK_ROUNDS if settings.quick else ROUNDS)
+    rows: list[Row] = []
+    refused: list[Refusal] = []
+    with _progress() as progress:
+        for question in questions:
+            torch.compiler.reset()  # a question's shapes do not count against the next one's limit of compilations
+            for problem in QUESTIONS[question].problems(settings):
+                new_rows, new_refused = measure(problem, clock, rounds, progress)
+                console.print(table(new_rows))
+                for refusal in new_refused:
+                    console.print(f"no row for {refusal.provider}: {refusal.reason}", style="red")
+                rows += new_rows
+                refused += new_refused
+                if json_path is not None:
+                    write_json(json_path, here, compared, rows, refused)
+            console.print(QUESTIONS[question].NOTE + "\n", style="dim")
+    return rows, refused
+
+
+class _progress:
+    """On a terminal, one line that says what is being measured; elsewhere nothing."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+    def __enter__(self) -> Callable[[str], None]:
+        self._bar.start()
+        task = self._bar.add_task("")
+        return lambda doing: self._bar.update(task, description=doing)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+def peer_status(device: str) -> Iterator[dict[str, Any]]:
+    """Every peer with its version and why it is missing, if it is."""
+    for peer in peers.PEERS:
+        reason = peers.missing(peer, device)
+        found = {} if reason else {"version": peers.version(peer)}
+        yield {"name": peer.name, "package": peer.package, "computes": peer.computes, **found, "missing": reason}
+
+
+def list_peers(device: str, console: Console | None = None) -> None:
+    """Print who would be compared with on this device."""
+    result = Table(box=None, pad_edge=False)
+    for column in ("peer", "computes", "package", "here?"):
+        result.add_column(column, overflow="fold")
+    for peer in peer_status(device):
+        here = f"no: {peer['missing']}" if peer["missing"] else f"yes, {peer['version']}"
+        result.add_row(peer["name"], peer["computes"], peer["package"], here)
+    (console or Console(highlight=False)).print(result)
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """One problem's rows."""
+    result = Table(title=rows[0].problem, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    columns = (
+        "",
+        "computes",
+        "ms",
+        rows[0].unit,
+        "% of ceiling",
+        "faster than eager",
+        "extra MiB",
+        "/ logits",
+        "max error",
+    )
+    for index, column in enumerate(columns):
+        result.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
+
+    def text(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    for row in rows:
+        result.add_row(
+            row.provider,
+            row.computes,
+            f"{row.median_ms:.3g}" if row.median_ms < 1000 else f"{row.median_ms:.0f}",
+            f"{row.rate:.3g}",
+            text(row.percent_of_ceiling, ".0f"),
+            "" if row.times_faster_than_eager is None else f"{row.times_faster_than_eager:.3g}x",
+            "?" if row.extra_bytes is None else f"{row.extra_bytes / 2**20:.4g}",
+            text(row.extra_share, ".1%"),
+            text(row.max_error, ".0e"),
+            style="bold" if row.provider.startswith(OURS) else None,
+        )
+    return result
+
+
+def write_json(
+    path: Path, here: dict[str, Any], compared: list[dict[str, Any]], rows: list[Row], refused: list[Refusal]
+) -> None:
+    """Machine, peers, rows, and who got no row and why."""
+    result = {
+        "machine": here,
+        "peers": compared,
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "refused": [dataclasses.asdict(refusal) for refusal in refused],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,99 @@
+"""Sampling a token while decoding: token, its log-prob and the entropy, against the token alone elsewhere."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aepo.bench.harness import BASELINE, OURS, Problem, Provider, max_error
+from aepo.bench.inputs import GATE_TOKENS, make_logits, read_ceiling
+from aepo.bench.settings import QWEN3, Settings
+from aepo.bench.token_stats import without_grad
+from aepo_kernels import sample_with_entropy
+
+NOTE = """\
+GB/s counts one read of the logits. The first table draws from all tokens, the second from the 50 likeliest within a mass of
+0.95. Sorting is how samplers without a kernel of their own find those. Gate: no drawn token is outside the set, and
+log-probs and entropies, where given, are float64's."""
+CPU = [(b, QWEN3) for b in (1, 64)]
+CUDA = [(b, QWEN3) for b in (1, 64, 256)]
+QUICK = (8, 32000)
+TOP_K, TOP_P = 50, 0.95
+TOKEN, ALL = "token", "token, log-prob, entropy"
+
+
+def ours(logits: Tensor, **filters: Any) -> tuple[Tensor, Tensor, Tensor]:
+    drawn = sample_with_entropy(logits, seed=0, **filters)
+    return drawn.tokens, drawn.logprobs, drawn.entropy
+
+
+def eager(logits: Tensor) -> tuple[Tensor]:
+    return (torch.multinomial(torch.softmax(logits, dim=-1), 1)[:, 0],)
+
+
+def eager_with_stats(logits: Tensor, draw: Callable[[Tensor], tuple[Tensor]] = eager) -> tuple[Tensor, Tensor, Tensor]:
+    """And log-prob and entropy of all tokens, as `ours`."""
+    log_p = torch.log_softmax(logits, dim=-1)
+    (tokens,) = draw(logits)
+    return tokens, log_p.gather(-1, tokens[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+def kept_by_sorting(logits: Tensor) -> Tensor:
+    """The logits with -inf outside the top-k and top-p set."""
+    ordered, index = logits.sort(dim=-1, descending=True)
+    p = torch.softmax(ordered, dim=-1)
+    outside = p.cumsum(-1) - p >= TOP_P
+    outside[:, TOP_K:] = True
+    return torch.full_like(logits, -torch.inf).scatter(1, index, ordered.masked_fill(outside, -torch.inf))
+
+
+def eager_sorted(logits: Tensor) -> tuple[Tensor]:
+    return eager(kept_by_sorting(logits))
+
+
+def error(logits: Tensor, filtered: bool, computes: str, outputs: Sequence[Tensor]) -> float:
+    """Infinite where a token is outside the set, else that of log-probs and entropies."""
+    exact = logits.double()
+    tokens, *rest = outputs
+    if filtered:
+        least = kept_by_sorting(exact).nan_to_num(neginf=torch.inf).amin(-1)  # ties with the least are inside as well
+        if bool((exact.gather(1, tokens[:, None])[:, 0] < least).any()):
+            return torch.inf
+    return max_error(rest, eager_with_stats(exact, lambda _: (tokens,))[1:]) if rest else 0.0
+
+
+def problems(settings: Settings) -> Iterator[Problem]:
+    dtype, device = settings.dtype or torch.float32, settings.device
+    filters = {"top_k": TOP_K, "top_p": TOP_P}
+    plain = [
+        (OURS, ALL, ours),
+        (BASELINE, TOKEN, eager),
+        ("eager with log-prob and entropy", ALL, eager_with_stats),
+    ]
+    filtered = [
+        (OURS, ALL, functools.partial(ours, **filters)),
+        (BASELINE, TOKEN, eager_sorted),
+        ("eager with log-prob and entropy", ALL, functools.partial(eager_with_stats, draw=eager_sorted)),
+    ]
+    for batch, vocab in settings.shapes(CPU, CUDA, QUICK):
+        logits, gate = (make_logits(n, vocab, dtype, device) for n in (batch, GATE_TOKENS))
+        for which, functions in (("all tokens", plain), (f"top {TOP_K}, mass {TOP_P}", filtered)):
+            yield Problem(
+                question="sample",
+                title=f"a token drawn from {which}",
+                tokens=batch,
+                vocab=vocab,
+                hidden=None,
+                dtype=dtype,
+                inputs=(logits,),
+                gate_inputs=(gate,),
+                error=functools.partial(error, gate, functions is filtered),
+                providers=[Provider(name, without_grad(function), computes) for name, computes, function in functions],
+                ceilings=[read_ceiling(logits)],
+                work=logits.numel() * logits.element_size(),
+                unit="GB/s",
+            )

@@ -1,0 +1,50 @@
+"""What a run of the benchmarks was asked for, and the shapes that follow from it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+QWEN3, LLAMA3, SMOLLM2 = 151936, 128256, 49152
+"""Vocabularies: an odd multiple of 128, a power of two's neighbour, and one of a small model."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """None: each question's own default."""
+
+    device: str
+    """"cpu" or "cuda"."""
+    quick: bool = False
+    tokens: tuple[int, ...] | None = None
+    vocab: tuple[int, ...] | None = None
+    hidden: int | None = None
+    dtype: torch.dtype | None = None
+    rounds: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu or cuda; got {self.device!r}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device is cuda, but torch.cuda.is_available() is False here")
+        for name in ("tokens", "vocab"):
+            values = getattr(self, name)
+            if values is not None and (not values or min(values) < 2):
+                raise ValueError(f"{name} must be integers >= 2; got {values}")
+        for name in ("hidden", "rounds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be an integer >= 1; got {value}")
+
+    def shapes(
+        self, cpu: list[tuple[int, int]], cuda: list[tuple[int, int]], quick: tuple[int, int]
+    ) -> list[tuple[int, int]]:
+        """(tokens, vocab) of every problem: the defaults of the device, or all combinations of what was asked for."""
+        defaults = [quick] if self.quick else {"cpu": cpu, "cuda": cuda}[self.device]
+        if self.tokens is None and self.vocab is None:
+            return defaults
+        if self.tokens is None:  # decoding has several batch sizes, each vocabulary is measured with all of them
+            return [(t, v) for v in self.vocab or () for t in dict.fromkeys(t for t, _ in defaults)]
+        return [(t, v) for v in self.vocab or defaults[0][1:] for t in self.tokens]
