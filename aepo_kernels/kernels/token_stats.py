@@ -99,7 +99,7 @@ def _rest_of(x, maximum, scale):
 
 
 @triton.jit
-def _merge(maximum, rest, weighted, scale):
+def merge(maximum, rest, weighted, scale):
     """The state (maximum, rest, weighted) of a whole from those of its parts [N]; the `rest` of an empty part is -1."""
     whole_maximum = tl.max(maximum, 0)
     holder = tl.argmax(maximum, 0) == tl.arange(0, maximum.shape[0])
@@ -108,6 +108,27 @@ def _merge(maximum, rest, weighted, scale):
     part_sum = 1 + rest
     whole_rest = tl.sum(tl.where(holder, rest, part_sum * decay), 0)
     return whole_maximum, whole_rest, tl.sum((weighted + shift * part_sum) * decay, 0)
+
+
+@triton.jit
+def store_part(partials_ptr, row, part, maximum, rest, weighted):
+    """Leave the state of this program's part of a split row in partials (T, programs, 3)."""
+    partial_ptr = partials_ptr + (row.to(tl.int64) * tl.num_programs(1) + part) * 3
+    tl.store(partial_ptr, maximum)
+    tl.store(partial_ptr + 1, rest)
+    tl.store(partial_ptr + 2, weighted)
+
+
+@triton.jit
+def merge_parts(partials_ptr, row, programs, scale, MAX_PROGRAMS: tl.constexpr):
+    """The state of a split row from those that its programs left."""
+    part = tl.arange(0, MAX_PROGRAMS)
+    partial_ptr = partials_ptr + (row.to(tl.int64) * programs + part) * 3
+    exists = part < programs
+    maximum = tl.load(partial_ptr, mask=exists, other=LOWEST)
+    rest = tl.load(partial_ptr + 1, mask=exists, other=-1.0)
+    weighted = tl.load(partial_ptr + 2, mask=exists, other=0.0)
+    return merge(maximum, rest, weighted, scale)
 
 
 @triton.jit
@@ -120,17 +141,25 @@ def _log1p(x):
 
 
 @triton.jit
+def row_result(rest, weighted):
+    """(defined, log_sum, entropy) of a whole row; NaN where it has no softmax.
+
+    NaN in the row makes both sums NaN, +inf makes `weighted` NaN, no finite logit leaves rest = -1.
+    """
+    defined = (rest >= 0) & (weighted <= 0)
+    log_sum = _log1p(tl.where(defined, rest, float("nan")))
+    return defined, log_sum, log_sum - weighted * LN2 / (1 + rest)
+
+
+@triton.jit
 def _store_row(
     row, maximum, rest, weighted, logits_ptr, labels_ptr, logprobs_ptr, entropy_ptr, maximum_ptr, log_sum_ptr,
     stride, vocab, inv_temperature, ignore_index, SKIP_IGNORED: tl.constexpr,
 ):  # fmt: skip
     """Write the row's results from its state."""
     nan = float("nan")
-    # NaN in the row makes both sums NaN, +inf makes `weighted` NaN, no finite logit leaves rest = -1.
-    defined = (rest >= 0) & (weighted <= 0)
+    defined, log_sum, entropy = row_result(rest, weighted)
     maximum = tl.where(defined, maximum, tl.where(rest < 0, -float("inf"), nan))
-    log_sum = _log1p(tl.where(defined, rest, nan))
-    entropy = log_sum - weighted * LN2 / (1 + rest)
     if labels_ptr is not None:
         label = tl.load(labels_ptr + row)
         inside = (label >= 0) & (label < vocab) & (label != ignore_index)
@@ -147,38 +176,20 @@ def _store_row(
     tl.store(entropy_ptr + row, entropy)
 
 
-@triton.jit(do_not_specialize=["stride", "vocab", "tiles_per_program", "ignore_index"])
-def token_stats_kernel(
-    logits_ptr,  # (T, V), 16-bit or float32
-    labels_ptr,  # (T,) int64, or None
-    logprobs_ptr,  # (T,)
-    entropy_ptr,  # (T,)
-    maximum_ptr,  # (T,)
-    log_sum_ptr,  # (T,)
-    partials_ptr,  # (T, programs, 3): the states of a split row, or None
-    stride,
-    vocab,
-    tiles_per_program,
-    inv_temperature,
-    ignore_index,
-    SKIP_IGNORED: tl.constexpr,
-    VEC: tl.constexpr,
-    WORDS: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """Program (row, part): the state of one part of one row; its results, if the row is not split."""
+@triton.jit
+def part_state(
+    logits_ptr, row, part, stride, vocab, tiles_per_program, scale,
+    VEC: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The state (maximum, rest, weighted) of one program's part of a row; scale = log2(e) / temperature."""
     STEP: tl.constexpr = LANES * VEC
     TILE: tl.constexpr = WORDS * STEP
-    row, part = tl.program_id(0), tl.program_id(1)
     x_ptr, head = aligned_row(logits_ptr, row, stride, VEC)
     tile_0 = part * tiles_per_program * TILE
     begin = tl.maximum(head, tile_0)
     end = tl.minimum(head + vocab, tile_0 + tiles_per_program * TILE)
-    if SKIP_IGNORED:
-        end = tl.where(tl.load(labels_ptr + row) == ignore_index, begin, end)  # nothing to read
     edge_first, edge_step, whole_first, whole_end = tile_ranges(tile_0, begin, end, TILE)
 
-    scale = inv_temperature * LOG2E
     lane = tl.arange(0, LANES)
     word = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
     zero = tl.zeros((LANES,), tl.float32)
@@ -205,18 +216,43 @@ def token_stats_kernel(
     at += tl.arange(0, WORDS)[:, None] * STEP + tl.arange(0, VEC)[None, :]
     exact = _rest_of(_load_inside(x_ptr, at, begin, end), tl.max(maximum, 0), scale)
     rest = others + tl.where(lane == holder, exact, own - 1)
-    row_max, rest, weighted = _merge(maximum, rest, weighted, scale)
+    return merge(maximum, rest, weighted, scale)
 
+
+@triton.jit(do_not_specialize=["stride", "vocab", "tiles_per_program", "ignore_index"])
+def token_stats_kernel(
+    logits_ptr,  # (T, V), 16-bit or float32
+    labels_ptr,  # (T,) int64, or None
+    logprobs_ptr,  # (T,)
+    entropy_ptr,  # (T,)
+    maximum_ptr,  # (T,)
+    log_sum_ptr,  # (T,)
+    partials_ptr,  # (T, programs, 3): the states of a split row, or None
+    stride,
+    vocab,
+    tiles_per_program,
+    inv_temperature,
+    ignore_index,
+    SKIP_IGNORED: tl.constexpr,
+    VEC: tl.constexpr,
+    WORDS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Program (row, part): the state of one part of one row; its results, if the row is not split."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    length = vocab
+    if SKIP_IGNORED:
+        length = tl.where(tl.load(labels_ptr + row) == ignore_index, 0, vocab)  # nothing to read
+    row_max, rest, weighted = part_state(
+        logits_ptr, row, part, stride, length, tiles_per_program, inv_temperature * LOG2E, VEC, WORDS, LANES
+    )
     if partials_ptr is None:
         _store_row(
             row, row_max, rest, weighted, logits_ptr, labels_ptr, logprobs_ptr, entropy_ptr, maximum_ptr, log_sum_ptr,
             stride, vocab, inv_temperature, ignore_index, SKIP_IGNORED,
         )  # fmt: skip
     else:
-        partial_ptr = partials_ptr + (row.to(tl.int64) * tl.num_programs(1) + part) * 3
-        tl.store(partial_ptr, row_max)
-        tl.store(partial_ptr + 1, rest)
-        tl.store(partial_ptr + 2, weighted)
+        store_part(partials_ptr, row, part, row_max, rest, weighted)
 
 
 @triton.jit(do_not_specialize=["stride", "vocab", "programs", "ignore_index"])
@@ -238,13 +274,7 @@ def merge_parts_kernel(
 ):
     """Program (row): the results of a split row from the states of its parts; arguments as in token_stats_kernel."""
     row = tl.program_id(0)
-    part = tl.arange(0, MAX_PROGRAMS)
-    partial_ptr = partials_ptr + (row.to(tl.int64) * programs + part) * 3
-    exists = part < programs
-    maximum = tl.load(partial_ptr, mask=exists, other=LOWEST)
-    rest = tl.load(partial_ptr + 1, mask=exists, other=-1.0)
-    weighted = tl.load(partial_ptr + 2, mask=exists, other=0.0)
-    maximum, rest, weighted = _merge(maximum, rest, weighted, inv_temperature * LOG2E)
+    maximum, rest, weighted = merge_parts(partials_ptr, row, programs, inv_temperature * LOG2E, MAX_PROGRAMS)
     _store_row(
         row, maximum, rest, weighted, logits_ptr, labels_ptr, logprobs_ptr, entropy_ptr, maximum_ptr, log_sum_ptr,
         stride, vocab, inv_temperature, ignore_index, SKIP_IGNORED,

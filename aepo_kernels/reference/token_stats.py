@@ -17,7 +17,7 @@ from torch import Tensor
 def token_stats(
     logits: Tensor,  # [T, V]
     labels: Tensor | None,  # [T] int64
-    temperature: float,
+    temperature: float | Tensor,  # or [T, 1]
     ignore_index: int,
     skip_ignored: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 # A new module must be given its place here.
 FLOORS = (
     ("aepo_kernels.objective", "aepo_kernels.backend", "aepo_kernels.testing"),
-    ("aepo_kernels.reference", "aepo_kernels.kernels"),
+    ("aepo_kernels.reference", "aepo_kernels.kernels", "aepo_kernels.cuda"),
     ("aepo_kernels.ops",),
     ("aepo_kernels",),
     ("aepo.types", "aepo.config"),

@@ -1,0 +1,1 @@
+"""Launchers of the CUDA C++ kernels (csrc/cuda/) that the compiled extension holds where nvcc built them."""
