@@ -1,5 +1,5 @@
-"""Every kernel test runs with poisoned memory, and where it takes `backend` and `device`, once per pair that is here: CPU
-tensors on reference, cpu and (without a GPU, in its interpreter) triton; CUDA tensors on reference, triton and cuda.
+"""Every kernel test runs with poisoned memory; a test that takes `backend` and `device` runs once per pair that exists:
+CPU tensors on reference, cpu and (without a GPU, in its interpreter) triton; CUDA tensors on reference, triton, cuda.
 A test that takes `backend` alone is about CPU tensors.
 
 Inputs are made on `device`; truth in float64 always stays on the CPU (aepo_kernels/testing.py).
