@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,12 +31,9 @@ from aepo_kernels.ops.merge import TokenStats, merge_stats
 # Rows and vocabulary entries of a tile. CPU: 8 MiB of float32 logits stay in cache between product, stage and product.
 # GPU: 32 MiB of float32 logits stay in a 50 MiB L2.
 TILE = {"cpu": (512, 4096), "cuda": (2048, 4096)}
-# Rows whose logits are kept. Reading and rewriting the weight gradient once per chunk costs 8 V D bytes against
-# 6 KEPT_ROWS V D operations: 8 % of the products' time on a CPU with 300 GFLOP/s and 20 GB/s, 14 % at 700 TFLOP/s and
-# 3.35 TB/s. The logits of a chunk take 4 KEPT_ROWS V bytes.
-KEPT_ROWS = {"cpu": 256, "cuda": 2048}
-
-NamedRows = TypeVar("NamedRows", bound="TokenStats | Coefficients")
+# Rows whose logits are kept, 4 V bytes each. Once per chunk the weight's gradient is read and rewritten, 8 V D bytes
+# against 6 KEPT_ROWS V D operations (14 % at 3.35 TB/s and 700 TFLOP/s), and a CPU widens the weight twice.
+KEPT_ROWS = {"cpu": 512, "cuda": 2048}
 
 
 class Wanted(NamedTuple):
@@ -48,12 +45,19 @@ class Wanted(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of the whole tensors, in their dtypes; one that is not wanted is empty. Or sums for a part of them, then in
-    float32 (float64) and None where not wanted."""
+    """In the dtypes of their tensors; one that is not wanted is empty."""
 
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+class Sums(NamedTuple):
+    """Where the gradients of some rows and vocabulary entries add up, float32 (float64); None where not wanted."""
+
+    hidden: Tensor | None  # [R, D]
+    weight: Tensor | None  # [C, D]
+    bias: Tensor | None  # [C]
 
 
 class Coefficients(NamedTuple):
@@ -61,6 +65,9 @@ class Coefficients(NamedTuple):
 
     logprobs: Tensor | None
     entropy: Tensor | None
+
+    def of_rows(self, index: slice) -> Coefficients:
+        return Coefficients(_part(self.logprobs, index), _part(self.entropy, index))
 
 
 @dataclass(frozen=True)
@@ -85,8 +92,12 @@ class Head:
         return self.weight.dtype if self.weight.is_cuda else self.acc
 
     @property
+    def place(self) -> str:
+        return "cuda" if self.weight.is_cuda else "cpu"
+
+    @property
     def tile(self) -> tuple[int, int]:
-        return TILE["cuda" if self.weight.is_cuda else "cpu"]
+        return TILE[self.place]
 
     def empty(self, *shape: int) -> Tensor:
         return self.weight.new_empty(shape, dtype=self.acc)
@@ -118,7 +129,7 @@ class Head:
 
     def add_gradient(
         self,
-        sums: Gradients,  # [R, D], [C, D], [C]
+        sums: Sums,
         logits: Tensor,  # [R, C], overwritten
         hidden: Tensor,  # [R, D] operand
         weight: Tensor,  # [C, D] operand
@@ -126,8 +137,9 @@ class Head:
         labels: Tensor,  # [R]
         stats: TokenStats,
         coefficients: Coefficients,
+        first: bool,
     ) -> None:
-        """Add the share of one tile to the gradients."""
+        """Add the share of one tile to the gradients; the first one of a weight's tile overwrites it."""
         slope = None if self.softcap is None else 1 - (logits / self.softcap).square_()
         grad = logits if self.operand_dtype == self.acc else torch.empty_like(logits, dtype=self.operand_dtype)
         local = torch.where(labels == rows.NO_LABEL, labels, labels - tile.start)
@@ -139,13 +151,14 @@ class Head:
         if sums.hidden is not None:
             multiply(sums.hidden, grad, weight, add=True)
         if sums.weight is not None:
-            multiply(sums.weight, grad.t(), hidden, add=True)
+            multiply(sums.weight, grad.t(), hidden, add=not first)
         if sums.bias is not None:
             sums.bias.add_(grad.sum(0, dtype=self.acc))
 
 
 def slices(total: int, step: int) -> Iterator[slice]:
-    for start in range(0, total, step):
+    """[0, total) in steps; one empty slice for 0, so that empty inputs take the same way."""
+    for start in range(0, max(total, 1), step):
         yield slice(start, min(start + step, total))
 
 
@@ -155,11 +168,6 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
         torch.addmm(out, a, b, beta=int(add), out=out)
     else:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(add), out=out)
-
-
-def of_rows(x: NamedRows, index: slice | Tensor) -> NamedRows:
-    """The fields of TokenStats or Coefficients for some rows."""
-    return type(x)(*(None if field is None else field[index] for field in x))
 
 
 def merge_tiles(parts: Sequence[tuple[TokenStats, Tensor]], labels: Tensor, temperature: float) -> TokenStats:
@@ -173,16 +181,14 @@ def statistics(head: Head, hidden: Tensor, labels: Tensor) -> TokenStats:
     operand = hidden.to(head.operand_dtype)
     row_tile, columns = head.tile
     scratch = head.empty(min(row_tile, len(hidden)), min(columns, len(head.weight)))
-    blocks = list(slices(len(hidden), row_tile)) or [slice(0, 0)]
+    blocks = list(slices(len(hidden), row_tile))
     parts: list[list[tuple[TokenStats, Tensor]]] = [[] for _ in blocks]
     for tile, weight in head.vocabulary():
         for block, part in zip(blocks, parts, strict=True):
             logits = scratch[: block.stop - block.start, : len(weight)]
             head.logits(operand[block], weight, tile, logits)
             part.append(head.statistics(logits, tile, labels[block]))
-    merged = [
-        merge_tiles(part, labels[block], head.temperature) for block, part in zip(blocks, parts, strict=True)
-    ]
+    merged = [merge_tiles(part, labels[block], head.temperature) for block, part in zip(blocks, parts, strict=True)]
     return TokenStats(*(torch.cat(field) for field in zip(*merged, strict=True)))
 
 
@@ -198,7 +204,7 @@ def gradients(
     # Coefficients are about 1 / T in training; near 1 they do not underflow in float16 gradients of logits.
     scale = power_of_two(torch.cat(given))
     coefficients = Coefficients(*(None if x is None else x[used] / scale for x in coefficients))
-    stats, labels, operand = of_rows(stats, used), labels[used], hidden[used].to(head.operand_dtype)
+    stats, labels, operand = stats.of_rows(used), labels[used], hidden[used].to(head.operand_dtype)
 
     row_tile, columns = head.tile
     columns = min(columns, len(head.weight))
@@ -208,18 +214,18 @@ def gradients(
     to_bias = head.empty(len(head.weight)).zero_() if wanted.bias else None
     grad_weight = head.weight.new_empty(head.weight.shape if wanted.weight else 0)
     for tile, weight in head.vocabulary():
-        sum_weight = None if to_weight is None else to_weight[: len(weight)].zero_()
+        sum_weight = None if to_weight is None else to_weight[: len(weight)]
         for block in slices(len(used), row_tile):
             logits = scratch[: block.stop - block.start, : len(weight)]
             head.logits(operand[block], weight, tile, logits)
-            sums = Gradients(_part(to_hidden, block), sum_weight, _part(to_bias, tile))
-            of_block = (labels[block], of_rows(stats, block), of_rows(coefficients, block))
-            head.add_gradient(sums, logits, operand[block], weight, tile, *of_block)
+            sums = Sums(_part(to_hidden, block), sum_weight, _part(to_bias, tile))
+            of_block = (labels[block], stats.of_rows(block), coefficients.of_rows(block))
+            head.add_gradient(sums, logits, operand[block], weight, tile, *of_block, first=block.start == 0)
         if sum_weight is not None:
             grad_weight[tile] = sum_weight.mul_(scale)
     grad_hidden = hidden.new_zeros(hidden.shape if wanted.hidden else 0)
     if to_hidden is not None:
-        grad_hidden[used] = to_hidden.mul_(scale).to(hidden.dtype)
+        grad_hidden[used] = _finish(to_hidden, scale, hidden)
     return Gradients(grad_hidden, grad_weight, _finish(to_bias, scale, head.weight))
 
 
@@ -236,13 +242,13 @@ def statistics_and_gradients(
     `coefficients` gives those of a slice of the rows from its statistics, divided by `scale` [].
     """
     operand = hidden.to(head.operand_dtype)
-    kept_rows = min(KEPT_ROWS["cuda" if hidden.is_cuda else "cpu"], max(1, len(hidden)))
+    kept_rows = min(KEPT_ROWS[head.place], max(1, len(hidden)))
     scratch = head.empty(kept_rows, -(-len(head.weight) // 8) * 8)  # rows on boundaries of 16 bytes
     to_hidden = head.empty(*operand.shape).zero_() if wanted.hidden else None
-    to_weight = head.empty(*head.weight.shape).zero_() if wanted.weight else None
+    to_weight = head.empty(*head.weight.shape) if wanted.weight else None
     to_bias = head.empty(len(head.weight)).zero_() if wanted.bias else None
     merged = []
-    for chunk in list(slices(len(hidden), kept_rows)) or [slice(0, 0)]:
+    for chunk in slices(len(hidden), kept_rows):
         kept, parts = scratch[: chunk.stop - chunk.start], []
         for tile, weight in head.vocabulary():
             head.logits(operand[chunk], weight, tile, kept[:, tile])
@@ -250,8 +256,8 @@ def statistics_and_gradients(
         stats = merge_tiles(parts, labels[chunk], head.temperature)
         of_chunk = (labels[chunk], stats, coefficients(chunk, stats))
         for tile, weight in head.vocabulary():
-            sums = Gradients(_part(to_hidden, chunk), _part(to_weight, tile), _part(to_bias, tile))
-            head.add_gradient(sums, kept[:, tile], operand[chunk], weight, tile, *of_chunk)
+            sums = Sums(_part(to_hidden, chunk), _part(to_weight, tile), _part(to_bias, tile))
+            head.add_gradient(sums, kept[:, tile], operand[chunk], weight, tile, *of_chunk, first=chunk.start == 0)
         merged.append(stats)
     stats = TokenStats(*(torch.cat(field) for field in zip(*merged, strict=True)))
     return stats, Gradients(
@@ -270,4 +276,9 @@ def _part(x: Tensor | None, index: slice) -> Tensor | None:
 
 
 def _finish(total: Tensor | None, scale: Tensor, like: Tensor) -> Tensor:
-    return like.new_empty(0) if total is None else total.mul_(scale).to(like.dtype)
+    """total * scale in the dtype of `like`, by blocks: whole, the product would be a second float32 tensor."""
+    out = like.new_empty(0 if total is None else total.shape)
+    if total is not None:
+        for block in slices(len(total), 1024):
+            out[block] = total[block].mul_(scale)
+    return out

@@ -109,9 +109,7 @@ class _LinearTokenStats(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *settings: Any
     ) -> tuple[Tensor, Tensor]:
-        logprobs, entropy, maximum, log_sum = torch.ops.aepo.linear_token_stats(
-            hidden, weight, labels, bias, *settings
-        )
+        logprobs, entropy, maximum, log_sum = torch.ops.aepo.linear_token_stats(hidden, weight, labels, bias, *settings)
         ctx.save_for_backward(hidden, weight, labels, bias, maximum, log_sum, entropy)
         ctx.settings = settings
         ctx.set_materialize_grads(False)

@@ -1,15 +1,15 @@
 """The policy loss straight from hidden states and the lm_head's weight; the [T, V] logits never exist.
 
-Tokens that do not count take part in no product. If the gradient's coefficients follow from each token alone, loss and
-gradients come from one pass of three products (schedule `keep` of ops/linear.py); if they wait for all tokens (entropy
-statistics of this call, one ratio per sequence), the backward makes the logits again: four.
+Tokens that do not count take part in no product. The schedules are those of ops/linear.py. `keep` makes loss and
+gradients in one pass of three products; it needs coefficients that follow from each token alone. Where they wait for
+all tokens (entropy statistics of this call, one ratio per sequence), `recompute` makes the logits again: four products.
 
 Registers aepo::linear_policy_loss; the backward of the second schedule is aepo::linear_grad.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,8 +37,8 @@ ENTROPY_STATS, SEQUENCE_RATIO, ENTROPY_ADVANTAGE = 6, 9, 16
 torch.library.define(
     "aepo::linear_policy_loss",
     "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float temperature, float? softcap, bool[] wanted, "
-    f"{POLICY_ARGS}) -> (Tensor loss, Tensor metrics, Tensor grad_logprobs, Tensor grad_entropy, Tensor maximum, "
-    "Tensor log_sum, Tensor entropy, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    f"bool keep, {POLICY_ARGS}) -> (Tensor loss, Tensor metrics, Tensor grad_logprobs, Tensor grad_entropy, "
+    "Tensor maximum, Tensor log_sum, Tensor entropy, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
 )
 torch.library.define("aepo::scaled", "(Tensor x, Tensor factor) -> Tensor")
 
@@ -57,10 +57,18 @@ def _scaled_fake(x: Tensor, factor: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def one_pass(policy_args: tuple[Any, ...]) -> bool:
-    """Do the coefficients of a token follow from its own statistics?"""
-    known_statistics = policy_args[ENTROPY_STATS] is not None or policy_args[ENTROPY_ADVANTAGE] == 0
-    return known_statistics and not policy_args[SEQUENCE_RATIO]
+def _keeps(schedule: str | None, tokens: int, place: str, policy_args: tuple[Any, ...]) -> bool:
+    """Whether the logits are kept: as asked for, else where they are few beside the [T, V] that this avoids."""
+    if schedule not in (None, "keep", "recompute"):
+        raise ValueError(f"schedule must be None, 'keep' or 'recompute'; got {schedule!r}")
+    known = policy_args[ENTROPY_STATS] is not None or policy_args[ENTROPY_ADVANTAGE] == 0
+    possible = known and not policy_args[SEQUENCE_RATIO]
+    if schedule == "keep" and not possible:
+        raise ValueError(
+            "schedule='keep' needs coefficients that follow from each token alone: entropy_stats with an entropy-aware "
+            "advantage, and ratio_level='token'"
+        )
+    return possible and (schedule == "keep" or (schedule is None and tokens >= 4 * linear.KEPT_ROWS[place]))
 
 
 @torch.library.impl("aepo::linear_policy_loss", "CompositeExplicitAutograd")
@@ -72,6 +80,7 @@ def _linear_policy_loss(
     temperature: float,
     softcap: float | None,
     wanted: list[bool],
+    keep: bool,
     *policy_args: Any,
 ) -> tuple[Tensor, ...]:
     *numbers, backend = policy_args[NUM_TENSORS:]
@@ -86,7 +95,7 @@ def _linear_policy_loss(
     flat_hidden, flat_labels = flat_hidden[used], flat_labels[used]
 
     grads = [x.new_empty(0) for x in (hidden, weight, weight)]
-    if any(wanted) and one_pass(policy_args):
+    if keep:
         # Weights are about 1 / T; near 1 their products do not underflow in float16 gradients of logits.
         scale = linear.power_of_two(tensors.weight)
         of_used = tensors.of_tokens(used)
@@ -103,8 +112,8 @@ def _linear_policy_loss(
         )
         grads = list(found)
         if wanted[0]:
-            grads[0] = hidden.new_zeros(hidden.shape)
-            grads[0].view(-1, hidden.shape[-1])[used] = found.hidden
+            grads[0] = hidden.new_zeros(labels.numel(), hidden.shape[-1]).index_copy_(0, used, found.hidden)
+            grads[0] = grads[0].view(hidden.shape)
     else:
         stats = linear.statistics(head, flat_hidden, flat_labels)
     logprobs, entropy, maximum, log_sum = (x.new_zeros(labels.numel()).index_copy_(0, used, x) for x in stats)
@@ -121,17 +130,18 @@ def _linear_policy_loss_fake(
     temperature: float,
     softcap: float | None,
     wanted: list[bool],
+    keep: bool,
     *policy_args: Any,
 ) -> tuple[Tensor, ...]:
     stats = [hidden.new_empty(labels.numel(), dtype=rows.acc_dtype(hidden.dtype)) for _ in range(3)]
     loss, grad_logprobs, grad_entropy, metrics = policy_terms_fake(stats[0], None, *policy_args)
-    grads = linear_grad_fake(hidden, weight, wanted if one_pass(policy_args) else [False] * 3, None)
+    grads = linear_grad_fake(hidden, weight, wanted if keep else [False] * 3, None)
     return loss, metrics, grad_logprobs, grad_entropy, *stats, *grads
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
-    """(hidden, weight, labels, bias, temperature, softcap, wanted, *policy_args) -> (loss, metrics), differentiable
-    once in hidden, weight and bias."""
+    """(hidden, weight, labels, bias, temperature, softcap, wanted, keep, *policy_args) -> (loss, metrics),
+    differentiable once in hidden, weight and bias."""
 
     @staticmethod
     def forward(
@@ -143,14 +153,15 @@ class _LinearPolicyLoss(torch.autograd.Function):
         temperature: float,
         softcap: float | None,
         wanted: list[bool],
+        keep: bool,
         *policy_args: Any,
     ) -> tuple[Tensor, Tensor]:
         loss, metrics, *others = torch.ops.aepo.linear_policy_loss(
-            hidden, weight, labels, bias, temperature, softcap, wanted, *policy_args
+            hidden, weight, labels, bias, temperature, softcap, wanted, keep, *policy_args
         )
         *coefficients_and_stats, grad_hidden, grad_weight, grad_bias = others
-        ctx.one_pass, ctx.wanted, ctx.others = one_pass(policy_args), wanted, len(policy_args)
-        if ctx.one_pass:
+        ctx.keep, ctx.wanted, ctx.others = keep, wanted, len(policy_args)
+        if keep:
             ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         else:
             ctx.save_for_backward(hidden, weight, labels, bias, *coefficients_and_stats)
@@ -162,7 +173,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.one_pass:
+        if ctx.keep:
             grads = tuple(torch.ops.aepo.scaled(grad, grad_loss) for grad in ctx.saved_tensors)
         else:
             hidden, weight, labels, bias, grad_logprobs, grad_entropy, *stats = ctx.saved_tensors
@@ -176,7 +187,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         hidden_grad, weight_grad, bias_grad = (
             grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True)
         )
-        return hidden_grad, weight_grad, None, bias_grad, *[None] * (3 + ctx.others)
+        return hidden_grad, weight_grad, None, bias_grad, *[None] * (4 + ctx.others)
 
 
 def linear_policy_loss(
@@ -196,6 +207,7 @@ def linear_policy_loss(
     cu_seqlens: Tensor | None = None,
     entropy_stats: tuple[float | Tensor, float | Tensor] | None = None,
     denominator: float | Tensor | None = None,
+    schedule: Literal["keep", "recompute"] | None = None,
     backend: str | None = None,
 ) -> PolicyLoss:
     """The policy loss of `objective` from hidden states [.., D] and the lm_head (as in `linear_logprobs_and_entropy`).
@@ -204,11 +216,12 @@ def linear_policy_loss(
     and their labels anything. Differentiable once in hidden, weight and bias; only the gradients that somebody needs
     are computed, so a frozen weight costs no product and no memory.
 
-    Choice of schedule, by what is asked for: with `entropy_stats` given (say, of the old policy's entropies over the
-    batch), or an objective without an entropy-aware advantage, and one ratio per token, loss and gradients take three
-    products in the forward, which then holds the gradients, float32 sums of them [V, D] and some rows of logits. Else
-    the forward takes one product and holds statistics, the backward takes three more and holds one tile. Rows of a
-    token that has no gradient (clipped) take part in none of those three. On CUDA counting such rows synchronises.
+    schedule="recompute": the forward takes one product and holds per-token numbers; the backward takes three more, for
+    the tokens that have a gradient (not those clipped without one), and holds one tile. schedule="keep": the forward
+    takes three products in all and holds the gradients, their float32 sums [V, D], and the float32 logits of 512 tokens
+    (CUDA: 2048). That needs a gradient that follows from each token alone: one ratio per token, and `entropy_stats`
+    given (say, of the old policy's entropies over the batch) if the advantage is entropy-aware; else ValueError. None
+    takes "keep" where it can and the kept tokens are at most a quarter of all. On CUDA counting tokens synchronises.
     """
     check_linear(hidden, weight, labels, bias, softcap)
     check_temperature(temperature)
@@ -228,8 +241,9 @@ def linear_policy_loss(
         backend=backend,
     )
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    keep = _keeps(schedule, labels.numel(), "cuda" if hidden.is_cuda else "cpu", args) and any(wanted)
     softcap = None if softcap is None else float(softcap)
     loss, metrics = _LinearPolicyLoss.apply(
-        hidden, weight, labels.to(torch.int64), bias, float(temperature), softcap, wanted, *args
+        hidden, weight, labels.to(torch.int64), bias, float(temperature), softcap, wanted, keep, *args
     )
     return PolicyLoss(loss, policy_metrics(loss, metrics, objective, True, ref_logprobs is not None))

@@ -54,8 +54,18 @@ class PolicyTensors(NamedTuple):
 
     def of_tokens(self, index: Tensor | slice) -> PolicyTensors:
         """Those of some tokens, whose ratios must not depend on others."""
-        per_token = (None if x is None else x[index] for x in self[:5])
-        return PolicyTensors(*per_token, None, self.entropy_stats)
+
+        def part(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[index]
+
+        return self._replace(
+            old_logprobs=self.old_logprobs[index],
+            advantages=self.advantages[index],
+            weight=self.weight[index],
+            ref_logprobs=part(self.ref_logprobs),
+            rollout_logprobs=part(self.rollout_logprobs),
+            cu_seqlens=None,
+        )
 
 
 def policy_tensors(
@@ -111,15 +121,14 @@ NUM_TENSORS = 10
 """Of POLICY_ARGS, those that `policy_tensors` takes; the objective's numbers and the backend follow."""
 
 
-def policy_terms(
-    logprobs: Tensor, entropy: Tensor | None, *policy_args: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def policy_terms(logprobs: Tensor, entropy: Tensor | None, *policy_args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weigh the tokens and run the stage `policy_terms`: (loss [], grad_logprobs [..], grad_entropy, metrics [11])."""
     *numbers, backend = policy_args[NUM_TENSORS:]
     shape = logprobs.shape
     tensors = policy_tensors(shape, logprobs.dtype, *policy_args[:NUM_TENSORS])
-    flat = [None if x is None else x.reshape(-1).to(logprobs.dtype).contiguous() for x in (logprobs, entropy)]
-    outputs = run_policy_terms(backends.resolve(backend, logprobs), *flat, tensors, numbers)
+    flat_entropy = None if entropy is None else entropy.reshape(-1).to(logprobs.dtype).contiguous()
+    flat_logprobs = logprobs.reshape(-1).contiguous()
+    outputs = run_policy_terms(backends.resolve(backend, logprobs), flat_logprobs, flat_entropy, tensors, numbers)
     loss, grad_logprobs, grad_entropy, metrics = outputs
     return loss, grad_logprobs.view(shape), grad_entropy.view(shape) if grad_entropy.numel() else grad_entropy, metrics
 
