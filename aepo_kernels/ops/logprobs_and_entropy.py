@@ -51,7 +51,7 @@ def _token_stats(
     stats = rows.token_stats(backend, logits, labels, temperature, ignore_index, False)
     if group is None:
         return stats
-    return merge_over_ranks(stats, labels, logits.shape[-1], temperature, Shard(group, vocab_start), False)
+    return merge_over_ranks(stats, labels, logits.shape[-1], temperature, Shard(group, vocab_start))
 
 
 @torch.library.register_fake("aepo::token_stats")

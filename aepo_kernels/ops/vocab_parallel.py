@@ -70,7 +70,7 @@ def local_labels(labels: Tensor, ignore_index: int, shard: Shard) -> tuple[Tenso
 
 
 def merge_over_ranks(
-    stats: TokenStats, labels: Tensor | None, vocab: int, temperature: float, shard: Shard, skip_ignored: bool
+    stats: TokenStats, labels: Tensor | None, vocab: int, temperature: float, shard: Shard
 ) -> TokenStats:
     """The statistics of whole rows from those of the `vocab` entries on this rank; a collective over shard.group.
 
@@ -86,8 +86,7 @@ def merge_over_ranks(
     holds_label, ignored = logprobs != ELSEWHERE, labels == NO_LABEL
     if labels.device.type == "cpu":
         _check_placed(labels, ignored, holds_label, vocab, shard)
-    row = merge_stats(TokenStats(logprobs, entropy, maximum, log_sum), holds_label, ignored, temperature)
-    return TokenStats(*(x.masked_fill(ignored, 0.0) for x in row)) if skip_ignored else row
+    return merge_stats(TokenStats(logprobs, entropy, maximum, log_sum), holds_label, ignored, temperature)
 
 
 def _all_gather(columns: list[Tensor], shard: Shard) -> tuple[Tensor, ...]:

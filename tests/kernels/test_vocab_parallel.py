@@ -1,0 +1,59 @@
+"""Claims: operations over a sharded vocabulary (the cases of vocab_parallel_cases.py, with 2 and 3 processes), and
+arguments that do not fit raise an error that names them."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import cases, run_in_processes
+
+from aepo_kernels import entropy_from_logits, logprobs_and_entropy
+from aepo_kernels.ops.vocab_parallel import shard_of
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    """World size -> what failed, from one set of processes each."""
+    return functools.cache(
+        lambda world: run_in_processes("vocab_parallel_cases", world, tmp_path_factory.mktemp(f"{world}_ranks"))
+    )
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("case", cases("vocab_parallel_cases"))
+def test_case(case, world, failures):
+    assert case not in failures(world), failures(world)[case]
+
+
+@pytest.fixture
+def group(tmp_path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("start", "error", "message"),
+    [
+        (
+            None,
+            ValueError,
+            "process_group needs vocab_start, the id of the first vocabulary entry that this rank holds",
+        ),
+        (-1, ValueError, "vocab_start must be >= 0; got -1"),
+        (1.0, TypeError, "vocab_start must be an int; got float"),
+        (True, TypeError, "vocab_start must be an int; got bool"),
+    ],
+)
+def test_vocab_start_must_be_given_and_fit(start, error, message, group):
+    with pytest.raises(error, match=message):
+        shard_of(group, start)
+
+
+def test_group_arguments_are_not_ignored():
+    logits, labels = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match="vocab_start=0 has a meaning only together with process_group; got none"):
+        logprobs_and_entropy(logits, labels, vocab_start=0)
+    with pytest.raises(TypeError, match=r"process_group must be a torch\.distributed\.ProcessGroup; got str"):
+        entropy_from_logits(logits, process_group="tensor")
