@@ -1,7 +1,7 @@
 """How every row is measured: gate, interleaved medians, ceilings from the same run, extra memory.
 
 - Gate: a provider first solves a small instance of the problem and is compared with float64 truth; what fails gets no
-  row. Memory that it leaves unwritten is NaN then. The error seen there is a column, because a fast wrong answer is easy.
+  row. Memory that it leaves unwritten is NaN then. The error is a column, because a fast wrong answer is easy.
 - Time: all providers and the ceilings run in turn, round after round, and each reports its median. Other load on the
   machine then falls on all alike, and ratios hold better than milliseconds do.
 - Ceiling: the bare reads, writes or matrix products that no implementation can avoid, timed as providers are.
@@ -112,15 +112,15 @@ class Row:
     median_ms: float
     rate: float
     unit: str
-    percent_of_ceiling: float | None
-    """Time of the ceilings / time of this row; None for a ceiling."""
     extra_bytes: int | None
     """Peak of the memory that one call took, outputs included; None where it cannot be measured."""
     extra_share: float | None
     """The same / size of the logits, whether or not they exist."""
-    times_faster_than_eager: float | None
-    max_error: float | None
-    """At the gate; None for a ceiling."""
+    percent_of_ceiling: float | None = None
+    """Time of the ceilings / time of this row. None for a ceiling, as are the next two."""
+    times_faster_than_eager: float | None = None
+    max_error: float | None = None
+    """At the gate."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,27 +243,32 @@ def measure(
             if len(sample.seconds) < rounds:
                 sample.round(clock)
     ceiling_s = sum(samples[ceiling].median for ceiling in problem.ceilings)
-    baseline = next((samples[one].median for one in samples if one.name == BASELINE), None)
-    return [_row(problem, one, samples[one], ceiling_s, baseline, errors) for one in samples], refused
+    eager_s = next((samples[one].median for one in samples if one.name == BASELINE), None)
+    rows = []
+    for one, sample in samples.items():
+        if isinstance(one, Ceiling):
+            rows.append(_row(problem, one.name, "ceiling", one.work, sample))
+        else:
+            row = _row(problem, one.name, one.computes, problem.work, sample)
+            rows.append(
+                dataclasses.replace(
+                    row,
+                    percent_of_ceiling=100 * ceiling_s / sample.median,
+                    times_faster_than_eager=None if eager_s is None else eager_s / sample.median,
+                    max_error=errors[one],
+                )
+            )
+    return rows, refused
 
 
-def _row(
-    problem: Problem,
-    one: Ceiling | Provider,
-    samples: _Samples,
-    ceiling_s: float,
-    baseline_s: float | None,
-    errors: dict[Provider, float],
-) -> Row:
-    timed = isinstance(one, Provider)
-    work = problem.work if timed else one.work
+def _row(problem: Problem, name: str, computes: str, work: float, samples: _Samples) -> Row:
     extra = samples.extra_bytes
     return Row(
         question=problem.question,
         title=problem.title,
         problem=problem.name,
-        provider=one.name,
-        computes=one.computes if timed else "ceiling",
+        provider=name,
+        computes=computes,
         tokens=problem.tokens,
         vocab=problem.vocab,
         hidden=problem.hidden,
@@ -272,9 +277,6 @@ def _row(
         median_ms=samples.median * 1e3,
         rate=work / samples.median / (1e9 if problem.unit == "GB/s" else 1e12),
         unit=problem.unit,
-        percent_of_ceiling=100 * ceiling_s / samples.median if timed else None,
         extra_bytes=extra,
         extra_share=None if extra is None else extra / problem.logits_bytes,
-        times_faster_than_eager=baseline_s / samples.median if timed and baseline_s is not None else None,
-        max_error=errors[one] if timed else None,
     )

@@ -34,8 +34,8 @@ from aepo_kernels import linear_logprobs_and_entropy, linear_policy_loss
 
 NOTE = """\
 TFLOP/s counts one product forward and two for the gradients, whatever a provider really multiplies. Eager and compiled
-rows make the logits [T, V] in memory. "known statistics": mean and standard deviation of the entropy, which the AEPO loss
-needs, come from an earlier pass, so the gradients need not wait for a second pass over the products."""
+rows make the logits [T, V] in memory. "known statistics": mean and standard deviation of the entropy, which the AEPO
+loss needs, come from an earlier pass, so that gradients need no second product for the logits."""
 CPU = [(512, QWEN3)]
 CUDA = [(8192, 131072)]
 QUICK = (64, 32000)
@@ -147,42 +147,51 @@ def products(inputs: Inputs) -> list[Ceiling]:
     ]
 
 
+def stats_error(gate: Inputs, computes: str, outputs: Sequence[Tensor]) -> float:
+    return max_error(outputs, truth(STATS, gate)[: len(outputs)])
+
+
+def loss_error(gate: Inputs, computes: str, outputs: Sequence[Tensor]) -> float:
+    return max_error(outputs, truth(computes, gate))
+
+
 def problems(settings: Settings) -> Iterator[Problem]:
     device, dtype = settings.device, settings.dtype or torch.bfloat16
     hidden = settings.hidden or (256 if settings.quick else HIDDEN[device])
-    stats: list[tuple[str, str, Callable[..., Any]]] = [
+    functions: list[tuple[str, str, Callable[..., Any]]] = [
         (OURS, STATS, linear_logprobs_and_entropy),
         (BASELINE, STATS, eager_linear),
         ("torch.compile", STATS, torch.compile(eager_linear, dynamic=False)),
         *((peer.name, peer.computes, peers.function(peer)) for peer in peers.available("linear", device)),
     ]
-    rows = losses(device)
+    stats = [Provider(name, without_grad(function), computes) for name, computes, function in functions]
+    rows = [Provider(name, loss_and_grads(loss), computes) for name, computes, loss in losses(device)]
     for tokens, vocab in settings.shapes(CPU, CUDA, QUICK):
         inputs, gate = (make_inputs(n, vocab, hidden, dtype, device) for n in (tokens, GATE_TOKENS))
         ceilings = products(inputs)
-        common = {"question": "linear", "tokens": tokens, "vocab": vocab, "hidden": hidden, "dtype": dtype}
-        common |= {"unit": "TFLOP/s"}
-
-        def arguments(x: Inputs) -> tuple[Tensor, ...]:
-            return x.hidden, x.weight, x.policy.labels
-
-        yield Problem(
-            **common,
-            title="log-prob + entropy from hidden states",
-            inputs=arguments(inputs),
-            gate_inputs=arguments(gate),
-            error=lambda computes, outputs, gate=gate: max_error(outputs, truth(STATS, gate)[: len(outputs)]),
-            providers=[Provider(name, without_grad(function), computes) for name, computes, function in stats],
+        forward = Problem(
+            question="linear",
+            title="log-prob + entropy of each token from hidden states",
+            tokens=tokens,
+            vocab=vocab,
+            hidden=hidden,
+            dtype=dtype,
+            inputs=(inputs.hidden, inputs.weight, inputs.policy.labels),
+            gate_inputs=(gate.hidden, gate.weight, gate.policy.labels),
+            error=functools.partial(stats_error, gate),
+            providers=stats,
             ceilings=ceilings[:1],
             work=ceilings[0].work,
+            unit="TFLOP/s",
         )
-        yield Problem(
-            **common,
+        yield forward
+        yield dataclasses.replace(
+            forward,
             title="policy loss from hidden states, forward + backward",
             inputs=inputs,
             gate_inputs=gate,
-            error=lambda computes, outputs, gate=gate: max_error(outputs, truth(computes, gate)),
-            providers=[Provider(name, loss_and_grads(loss), computes) for name, computes, loss in rows],
+            error=functools.partial(loss_error, gate),
+            providers=rows,
             ceilings=ceilings,
             work=sum(ceiling.work for ceiling in ceilings),
         )

@@ -1,7 +1,7 @@
-"""What other libraries offer for the same work. Each is imported when it is measured; what is not installed is skipped.
+"""What other libraries offer for the same work. Each is imported if it is installed, else skipped with a line.
 
-No code of theirs is here: a peer is the few lines that call it. A peer computes what it computes (see `computes`); it is
-never completed to look like ours, except that a loss in plain PyTorch is put on top of log-probs.
+No code of theirs is here: a peer is the few lines that call it. A peer computes what it computes (see `computes`); it
+is never completed to look like ours, except that a loss in plain PyTorch is put on top of log-probs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from aepo.bench.inputs import GRPO, LOGPROB, NLL, STATS, Policy

@@ -29,10 +29,10 @@ from aepo.bench.settings import LLAMA3, QWEN3, SMOLLM2, Settings
 from aepo_kernels import PolicyObjective, logits_policy_loss, logprobs_and_entropy
 
 NOTE = """\
-GB/s counts two reads and one write of the logits. "in place": the gradient is written over the logits. Nearly every token
-counts here; in an agent's batch most do not, and aepo_kernels skips those. Peers without a loss of their own supply
-log-prob (and entropy), with the same few lines of PyTorch as in the eager row on top; "float32": on a float32 copy of the
-logits, because the peer's log-probs of 16-bit logits have 16 bits, and a loss made from those is wrong by more than 2%."""
+GB/s counts two reads and one write of the logits. "in place": the gradient is written over the logits. Nearly every
+token counts here; in an agent's batch most do not, and aepo_kernels skips those. Peers without a loss of their own
+supply log-prob (and entropy), with the same few lines of PyTorch as in the eager row on top; "float32": on a float32
+copy of the logits, because the peer's log-probs of 16-bit logits have 16 bits, too coarse for the gate."""
 CPU = [(512, QWEN3), (2048, SMOLLM2)]
 CUDA = [(8192, QWEN3), (8192, LLAMA3)]
 QUICK = (64, 32000)
@@ -120,6 +120,10 @@ def truth(computes: str, inputs: Inputs) -> Sequence[Tensor]:
     return loss_and_grad(plain(computes, eager_stats))(exact)
 
 
+def loss_error(gate: Inputs, computes: str, outputs: Sequence[Tensor]) -> float:
+    return max_error(outputs, truth(computes, gate))
+
+
 def problems(settings: Settings) -> Iterator[Problem]:
     dtype, device = settings.dtype or torch.bfloat16, settings.device
     rows = losses(device, dtype)
@@ -135,7 +139,7 @@ def problems(settings: Settings) -> Iterator[Problem]:
             dtype=dtype,
             inputs=inputs,
             gate_inputs=gate,
-            error=lambda computes, outputs, gate=gate: max_error(outputs, truth(computes, gate)),  # type: ignore[misc]
+            error=functools.partial(loss_error, gate),
             providers=[Provider(name, loss_and_grad(loss), computes) for name, computes, loss in rows],
             ceilings=[read_ceiling(inputs.logits), rewrite_ceiling(inputs.logits)],
             work=3 * size,

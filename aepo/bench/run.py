@@ -25,6 +25,7 @@ QUESTIONS: dict[str, ModuleType] = {
     "linear": linear,
 }
 ROUNDS, QUICK_ROUNDS = 7, 3
+WIDTH = 150
 
 
 def run(
@@ -50,7 +51,7 @@ def run(
         from aepo.bench.plot import check_plot
 
         check_plot(settings, plot_path)
-    console = console or Console(highlight=False)
+    console = console or make_console()
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -77,7 +78,7 @@ def _measure(
     rounds = settings.rounds or (QUICK_ROUNDS if settings.quick else ROUNDS)
     rows: list[Row] = []
     refused: list[Refusal] = []
-    with _progress() as progress:
+    with _Progress() as progress:
         for question in questions:
             torch.compiler.reset()  # a question's shapes do not count against the next one's limit of compilations
             for problem in QUESTIONS[question].problems(settings):
@@ -93,7 +94,15 @@ def _measure(
     return rows, refused
 
 
-class _progress:
+def make_console() -> Console:
+    """As wide as the terminal; in a file or a pipe as wide as the tables."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = WIDTH
+    return console
+
+
+class _Progress:
     """On a terminal, one line that says what is being measured; elsewhere nothing."""
 
     def __init__(self) -> None:
@@ -126,7 +135,7 @@ def list_peers(device: str, console: Console | None = None) -> None:
     for peer in peer_status(device):
         here = f"no: {peer['missing']}" if peer["missing"] else f"yes, {peer['version']}"
         result.add_row(peer["name"], peer["computes"], peer["package"], here)
-    (console or Console(highlight=False)).print(result)
+    (console or make_console()).print(result)
 
 
 def table(rows: Sequence[Row]) -> Table:

@@ -16,14 +16,17 @@ from aepo.bench.token_stats import without_grad
 from aepo_kernels import sample_with_entropy
 
 NOTE = """\
-GB/s counts one read of the logits. The first table draws from all tokens, the second from the 50 likeliest within a mass of
-0.95. Sorting is how samplers without a kernel of their own find those. Gate: no drawn token is outside the set, and
-log-probs and entropies, where given, are float64's."""
+GB/s counts one read of the logits. The first table draws from all tokens, the second from the 50 likeliest within a
+mass of 0.95. Sorting is how samplers without a kernel of their own find those. Gate: no drawn token is outside the set,
+and log-probs and entropies, where given, are float64's."""
 CPU = [(b, QWEN3) for b in (1, 64)]
 CUDA = [(b, QWEN3) for b in (1, 64, 256)]
 QUICK = (8, 32000)
 TOP_K, TOP_P = 50, 0.95
 TOKEN, ALL = "token", "token, log-prob, entropy"
+
+
+Functions = list[tuple[str, str, Callable[..., Any]]]
 
 
 def ours(logits: Tensor, **filters: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,14 +71,13 @@ def error(logits: Tensor, filtered: bool, computes: str, outputs: Sequence[Tenso
 
 def problems(settings: Settings) -> Iterator[Problem]:
     dtype, device = settings.dtype or torch.float32, settings.device
-    filters = {"top_k": TOP_K, "top_p": TOP_P}
-    plain = [
+    plain: Functions = [
         (OURS, ALL, ours),
         (BASELINE, TOKEN, eager),
         ("eager with log-prob and entropy", ALL, eager_with_stats),
     ]
-    filtered = [
-        (OURS, ALL, functools.partial(ours, **filters)),
+    filtered: Functions = [
+        (OURS, ALL, functools.partial(ours, top_k=TOP_K, top_p=TOP_P)),
         (BASELINE, TOKEN, eager_sorted),
         ("eager with log-prob and entropy", ALL, functools.partial(eager_with_stats, draw=eager_sorted)),
     ]

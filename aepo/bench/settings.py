@@ -16,7 +16,7 @@ class Settings:
     """None: each question's own default."""
 
     device: str
-    """"cpu" or "cuda"."""
+    """cpu or cuda."""
     quick: bool = False
     tokens: tuple[int, ...] | None = None
     vocab: tuple[int, ...] | None = None
