@@ -68,7 +68,9 @@ def gpu_architectures(nvcc: pathlib.Path) -> list[str]:
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     known = [arch for arch in GPU_ARCHITECTURES if f"compute_{arch.rstrip('a')}" in listed]
     if not known:
-        raise SystemExit(f"{nvcc} compiles for none of sm_{', sm_'.join(GPU_ARCHITECTURES)}; AEPO_CUDA=0 builds without")
+        raise SystemExit(
+            f"{nvcc} compiles for none of sm_{', sm_'.join(GPU_ARCHITECTURES)}; AEPO_CUDA=0 builds without"
+        )
     return known
 
 

@@ -90,6 +90,13 @@ def _grad(dtype: torch.dtype, entropy: bool = True, odd: bool = False, odd_out: 
     logits_grad(logits, labels, row, row, row, row, row if entropy else None, 0.7, -100, out)
 
 
+def _decode(dtype: torch.dtype, rows: int) -> None:
+    from aepo_kernels.kernels.decode_entropy import decode_entropy
+
+    integers, number = _tensor(rows, dtype=torch.int64), _tensor(rows)
+    decode_entropy(_logits(dtype, rows, False), number, 1.0, integers, integers, number, number)
+
+
 def _policy(sequences: bool = False, detached: bool = False, optional: bool = True) -> None:
     from aepo_kernels.kernels.policy_terms import policy_terms
 
@@ -118,6 +125,8 @@ CASES = [
     Case("stats fp16, odd rows", functools.partial(_stats, FP16, odd=True), max_instructions=9.1, max_registers=56),
     Case("stats fp32", functools.partial(_stats, FP32), logit_bytes=4, max_instructions=9.0, max_registers=56),
     Case("stats bf16, 4 rows", functools.partial(_stats, BF16, rows=4), max_instructions=9.5, max_registers=56),
+    Case("decode fp32", functools.partial(_decode, FP32, ROWS), 4, max_instructions=9.0, max_registers=56),
+    Case("decode fp32, 4 rows", functools.partial(_decode, FP32, 4), 4, max_instructions=9.0, max_registers=56),
     Case("grad bf16", functools.partial(_grad, BF16), passes=2, max_instructions=13.5, max_registers=40),
     Case(
         "grad fp16, odd rows",
@@ -132,6 +141,7 @@ CASES = [
     Case("policy, sequences", functools.partial(_policy, sequences=True)),
     Case("policy, detached", functools.partial(_policy, detached=True, optional=False)),
 ]
+STREAMING = ("token_stats_kernel", "decode_entropy_kernel", "logits_grad_kernel")  # the logits; the others do not
 # The price of an `out` whose rows lie differently on 16-byte boundaries; shown, and the negative control of the check.
 NARROW = Case("grad bf16, odd out", functools.partial(_grad, BF16, odd_out=True), passes=2, max_instructions=13)
 
@@ -221,7 +231,8 @@ def hot_loop(code: list[str], labels: dict[str, int]) -> list[str]:
 
 
 def _is_load(instruction: str) -> bool:
-    return instruction.startswith("LDG")
+    """A load of logits; not one past the first cache, by which blocks see what others have left (STRONG)."""
+    return instruction.startswith("LDG") and ".STRONG" not in instruction
 
 
 def _bits(instruction: str) -> int:
@@ -234,8 +245,13 @@ def inspect(case: Case, kernel: str, capability: int, binary: bytes, sass_dir: s
     if sass_dir:
         name = re.sub(r"\W+", "_", f"{case.name}_{kernel}_sm{capability}")
         pathlib.Path(sass_dir, f"{name}.sass").write_text(sass)
+    budget = case.max_instructions if kernel in STREAMING else None
+    return report_of(case, kernel, capability, usage, sass, budget)
+
+
+def report_of(case: Case, kernel: str, capability: int, usage: str, sass: str, budget: float | None) -> Report:
+    """What the resource usage and the SASS of one kernel say; budget: instructions per logit, None without a hot loop."""
     code, labels = instructions(sass)
-    budget = case.max_instructions if kernel in ("token_stats_kernel", "logits_grad_kernel") else None
     loop = [] if budget is None else hot_loop(code, labels)
     loads = collections.Counter(_bits(i) for i in loop if _is_load(i))
     stores = collections.Counter(_bits(i) for i in loop if i.startswith("STG"))

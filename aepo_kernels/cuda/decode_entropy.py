@@ -26,5 +26,13 @@ def decode_entropy(
     with torch.cuda.device_of(logits):
         stream = torch.cuda.current_stream().cuda_stream
         torch.ops.aepo_native.decode_entropy_cuda(
-            logits, temperatures, temperature, slots, tokens, entropy, logprobs, workspace(logits.device, stream), stream
+            logits,
+            temperatures,
+            temperature,
+            slots,
+            tokens,
+            entropy,
+            logprobs,
+            workspace(logits.device, stream),
+            stream,
         )

@@ -1,6 +1,6 @@
 """Every kernel test runs with poisoned memory; a test that takes `backend` and `device` runs once per pair that exists:
 CPU tensors on reference, cpu and (without a GPU, in its interpreter) triton; CUDA tensors on reference, triton, cuda.
-A test that takes `backend` alone is about CPU tensors.
+A test that takes `backend` alone is about CPU tensors. A module about another stage than token_stats names it in STAGE.
 
 Inputs are made on `device`; truth in float64 always stays on the CPU (aepo_kernels/testing.py).
 """
@@ -34,11 +34,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if "device" in names:
             metafunc.parametrize("device", DEVICES)
         return
+    stage = getattr(metafunc.module, "STAGE", "token_stats")
     pairs = [
         pytest.param(name, device, id=name if device == "cpu" else f"{name}-{device}")
         for device in (DEVICES if "device" in names else ("cpu",))
         for name in backends.BACKENDS
-        if backends.unserved(name, torch.zeros(1, device=device)) is None
+        if backends.unserved(name, torch.zeros(1, device=device), stage) is None
     ]
     if "device" in names:
         metafunc.parametrize(("backend", "device"), pairs)

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 ROOT = pathlib.Path(__file__).parents[2]
 TARGETS = (80, 90, 100)
-STREAMING = {"token_stats_kernel", "logits_grad_kernel"}
+STREAMING = {"token_stats_kernel", "decode_entropy_kernel", "logits_grad_kernel"}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_every_kernel_keeps_its_budget(reports, target):
     mine = [r for r in reports if r["capability"] == target and r["case"] != "grad bf16, odd out"]
     broken = {f"{r['case']}: {r['kernel']}": r["problems"] for r in mine if r["problems"]}
     assert not broken
-    launched = {"merge_parts_kernel", "moments_kernel", "policy_terms_kernel", "totals_kernel"}
+    launched = {"merge_parts_kernel", "merge_decode_kernel", "moments_kernel", "policy_terms_kernel", "totals_kernel"}
     assert {r["kernel"] for r in mine} == STREAMING | launched
 
 
@@ -55,7 +55,7 @@ def test_the_hot_loops_were_found_and_read(reports, kernel, target):
 
 def test_a_nan_survives_the_guard_against_minus_inf(reports):
     # The interpreter's maximum always keeps a NaN, a GPU's only when told to, so only the machine code can show it.
-    for r in of(reports, "token_stats_kernel") + of(reports, "logits_grad_kernel"):
+    for r in (r for kernel in STREAMING for r in of(reports, kernel)):
         assert r["nan_maxima"] == (0 if r["case"] == "grad bf16, no entropy" else 1), r["case"]
 
 
