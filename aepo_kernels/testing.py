@@ -147,16 +147,17 @@ def assert_within_budget(
 
 
 @contextlib.contextmanager
-def poisoned_memory() -> Iterator[None]:
+def poisoned_memory(warn_only: bool = False) -> Iterator[None]:
     """Fill every uninitialised tensor with NaN (integers with their maximum), those of C++ code included.
 
     Code that relies on memory being 0, or forgets to write an element, then fails instead of passing by luck. PyTorch
-    does this only together with its deterministic mode, which also refuses operations that add in any order.
+    does this only together with its deterministic mode, which also refuses operations that add in any order (warn_only:
+    which warns of them).
     """
     settings: Any = torch.utils.deterministic  # its attribute is set by a property that type checkers do not see
     before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
     fill = settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
     settings.fill_uninitialized_memory = True
     try:
         yield
