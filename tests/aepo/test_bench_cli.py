@@ -1,0 +1,160 @@
+"""`aepo bench` as a user runs it: tables, JSON, figure, messages, exit codes. Shapes are tiny, nothing is compiled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_bench import toy_problem
+from typer.testing import CliRunner, Result
+
+from aepo import cli
+from aepo.bench import peers
+from aepo.bench import run as bench
+from aepo.bench.harness import Row
+from aepo.bench.plot import draw
+
+TINY = ("--device", "cpu", "--tokens", "8", "--vocab", "300", "--hidden", "32", "--rounds", "1")
+
+
+@pytest.fixture(autouse=True)
+def nothing_slow(monkeypatch: pytest.MonkeyPatch):
+    """No peers, no compilation: their time is not what is tested here."""
+    monkeypatch.setattr(peers, "PEERS", ())
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.app, ["bench", *map(str, arguments)])
+
+
+def test_all_questions_into_tables_and_json(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "rows.json"
+    done = run(*TINY, "--json", file, "--threads", 1)
+    assert done.exit_code == 0, done.output
+    result = json.loads(file.read_text())
+    assert result["machine"]["device"] == "cpu"
+    assert result["machine"]["threads"] == 1
+    assert result["refused"] == []
+    assert {row["question"] for row in result["rows"]} == set(bench.QUESTIONS)
+    assert {row["vocab"] for row in result["rows"]} == {300}
+    for row in result["rows"]:
+        assert row["problem"] in done.output
+        assert row["median_ms"] > 0
+
+
+def test_chosen_questions_and_shapes(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    shapes = ("--tokens", "8,12", "--vocab", "300,200", "--dtype", "float32", "--rounds", "2")
+    assert run("token-stats", "--device", "cpu", *shapes, "--json", file).exit_code == 0
+    rows = [row for row in json.loads(file.read_text())["rows"] if row["provider"] == "aepo_kernels"]
+    assert [(row["tokens"], row["vocab"]) for row in rows] == [(8, 300), (12, 300), (8, 200), (12, 200)]
+    assert {row["dtype"] for row in rows} == {"float32"}
+
+
+def fake(*problems) -> SimpleNamespace:
+    return SimpleNamespace(NOTE="", problems=lambda settings: iter(problems))
+
+
+def test_a_wrong_kernel_of_ours_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong, right = ("aepo_kernels, in place", lambda x: (x * 3,)), ("peer", lambda x: (x * 2,))
+    monkeypatch.setattr(bench, "QUESTIONS", {"toy": fake(toy_problem(wrong, right))})
+    done = run("toy", "--device", "cpu", "--rounds", "1")
+    assert done.exit_code == 1
+    assert "no row for aepo_kernels, in place: wrong: error 0.5" in done.output
+    assert "error: a kernel of this library gave a wrong result" in done.output
+
+
+def test_a_wrong_peer_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    providers = ("aepo_kernels", lambda x: (x * 2,)), ("peer", lambda x: (x * 3,))
+    monkeypatch.setattr(bench, "QUESTIONS", {"toy": fake(toy_problem(*providers))})
+    done = run("toy", "--device", "cpu", "--rounds", "1")
+    assert done.exit_code == 0
+    assert "no row for peer: wrong" in done.output
+
+
+def test_a_stopped_run_leaves_what_it_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stopped(settings):
+        raise KeyboardInterrupt
+        yield
+
+    first = fake(toy_problem(("aepo_kernels", lambda x: (x * 2,))))
+    monkeypatch.setattr(bench, "QUESTIONS", {"first": first, "second": SimpleNamespace(NOTE="", problems=stopped)})
+    done = run("--device", "cpu", "--rounds", "1", "--json", tmp_path / "rows.json")
+    assert done.exit_code == 130
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["provider"] for row in rows] == ["one", "two", "aepo_kernels"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["everything"], "question must be one of token-stats"),
+        (["--device", "tpu"], "device must be cpu or cuda; got 'tpu'"),
+        (["--tokens", "1k"], "tokens must be integers separated by commas, e.g. 128,512; got '1k'"),
+        (["--vocab", "1"], "vocab must be integers >= 2; got (1,)"),
+        (["--hidden", "0"], "hidden must be an integer >= 1; got 0"),
+        (["--rounds", "0"], "rounds must be an integer >= 1; got 0"),
+        (["--threads", "0"], "threads must be an integer >= 1; got 0"),
+        (["--dtype", "int8"], "dtype must be one of bfloat16, float16, float32; got 'int8'"),
+        (["--plot", "x.svg"], "a plot needs several numbers of tokens"),
+        (["--plot", "x.doc", "--tokens", "8,16"], "a plot's file must end with one of .svg, .png, .pdf; got x.doc"),
+    ],
+)
+def test_bad_input_is_explained(arguments: list[str], message: str) -> None:
+    done = run("--device", "cpu", *arguments)
+    assert done.exit_code == 1
+    assert message in done.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_explained() -> None:
+    assert "torch.cuda.is_available() is False" in run("--device", "cuda").output
+
+
+def test_list_and_help_measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = peers.Peer("Peer", "a-package-that-is-not-there", "logits", "entropy", ("cpu",), lambda: max)
+    monkeypatch.setattr(peers, "PEERS", (absent,))
+    assert "no: a-package-that-is-not-there is not installed" in run("--list").output
+    text = run("--help").output
+    assert "aepo bench linear --tokens 4096" in text
+    assert "--list" in text
+
+
+def test_figure(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "new" / "losses.svg"
+    arguments = ("policy-loss", "linear", "--device", "cpu", "--tokens", "8,16", "--vocab", "300", "--hidden", "32")
+    done = run(*arguments, "--rounds", "1", "--plot", file)
+    assert done.exit_code == 0, done.output
+    assert "<svg" in file.read_text()
+
+
+def test_figure_has_a_line_per_provider_and_skips_ceilings(tmp_path: Path) -> None:
+    figures = pytest.importorskip("matplotlib.figure")
+    saved = []
+    original = figures.Figure.savefig
+    figures.Figure.savefig = lambda self, *a, **k: (saved.append(self), original(self, *a, **k))
+    try:
+        draw(
+            [toy_row(v, name) for v in (100, 200) for name in ("aepo_kernels", "eager", "ceiling")], tmp_path / "x.png"
+        )
+    finally:
+        figures.Figure.savefig = original
+    time_panel, memory_panel = saved[0].axes
+    for panel, heights in ((time_panel, [100, 200]), (memory_panel, [100 / 2**20 * 2**20, 200 / 2**20 * 2**20])):
+        assert len(panel.lines) == 2
+        assert list(panel.lines[0].get_xdata()) == [100, 200]
+        assert list(panel.lines[0].get_ydata()) == heights
+
+
+def toy_row(vocab: int, provider: str) -> Row:
+    return Row(
+        "q", "title", "problem", provider, "loss", tokens=8, vocab=vocab, hidden=None, dtype="float32", rounds=1,
+        median_ms=vocab, rate=1, unit="GB/s", extra_bytes=vocab * 2**20, extra_share=1,
+        max_error=None if provider == "ceiling" else 0.0,
+    )  # fmt: skip
