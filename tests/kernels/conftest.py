@@ -35,6 +35,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize("device", DEVICES)
         return
     stage = getattr(metafunc.module, "STAGE", "token_stats")
+    stage = getattr(metafunc.module, "STAGE", "token_stats")
     pairs = [
         pytest.param(name, device, id=name if device == "cpu" else f"{name}-{device}")
         for device in (DEVICES if "device" in names else ("cpu",))
