@@ -52,7 +52,8 @@ def kernels(cubin: pathlib.Path) -> Iterator[tuple[tuple[str, str], str, str]]:
         name = re.search(r"[a-z][a-z_]*_kernel(?=I|E)", symbol)
         storage = re.search(r"(B?Float\d\d)Logits", symbol)
         resources = re.search(rf"{re.escape(symbol)}:\s*(REG.*)", usage)
-        assert name and resources, f"cuobjdump and nvdisasm name kernels in another way: {symbol}"
+        assert name is not None, f"a kernel that is not called .._kernel: {symbol}"
+        assert resources is not None, f"cuobjdump names kernels in another way: {usage}"
         yield (name[0], storage[1] if storage else ""), resources[1], text
 
 

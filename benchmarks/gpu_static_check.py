@@ -250,7 +250,7 @@ def inspect(case: Case, kernel: str, capability: int, binary: bytes, sass_dir: s
 
 
 def report_of(case: Case, kernel: str, capability: int, usage: str, sass: str, budget: float | None) -> Report:
-    """What the resource usage and the SASS of one kernel say; budget: instructions per logit, None without a hot loop."""
+    """What one kernel's resource usage and SASS say; budget: instructions per logit, None without a hot loop."""
     code, labels = instructions(sass)
     loop = [] if budget is None else hot_loop(code, labels)
     loads = collections.Counter(_bits(i) for i in loop if _is_load(i))

@@ -1,4 +1,4 @@
-"""Entropy of every row of logits [B, V] at decode time, written by slot: the Triton twin of csrc/cuda/decode_entropy.cu.
+"""Entropy of every row of logits [B, V] at decode time, by slot: the Triton twin of csrc/cuda/decode_entropy.cu.
 
 The read is that of token_stats.py. It takes a second launch to merge rows that several programs share, where the CUDA
 kernel needs one.

@@ -141,9 +141,9 @@ def decode_entropy(
     returns (entropy, logprobs) from the same read, the log-probs under the same temperature.
 
     With `out` [N] (1-D, any stride, of the dtype that a new result would have): row b's entropy is written to
-    out[slots[b]] and `out` is returned; with tokens the log-prob goes to logprobs_out[slots[b]], and (out, logprobs_out)
-    is returned. slots [B] int32 or int64; None stands for 0 .. B - 1. A row with a negative slot is not read and writes
-    nothing; no other element of `out` changes. Two rows must not share a slot.
+    out[slots[b]] and `out` is returned; with tokens the log-prob goes to logprobs_out[slots[b]], and the pair (out,
+    logprobs_out) is returned. slots [B] integers; None stands for 0 .. B - 1. A row with a negative slot is not read
+    and writes nothing; no other element of `out` changes. Two rows must not share a slot.
 
     It is as exact as `logprobs_and_entropy`: relative 1e-5 from 1e-8 nats to ln V, -inf has probability 0, a row with
     NaN, +inf or no finite logit is NaN. Equal inputs give equal bits. There is no gradient.
@@ -151,9 +151,9 @@ def decode_entropy(
     Nothing waits for the GPU, so the values of slots, tokens and temperature are checked on the CPU alone. On a GPU a
     slot >= N counts as negative, a token outside [0, V) has log-prob NaN, a row with a temperature that is not > 0 and
     finite is NaN, and of rows that share a slot any may win. With backends cuda and triton a call can be captured in a
-    CUDA graph; pass int32 or int64 tokens and a float32 temperature, others are converted by kernels of their own.
+    CUDA graph; integers other than int32 and int64 and a temperature other than float32 cost a conversion kernel each.
 
-    Raises TypeError or ValueError for what does not fit, and for tensors that require a gradient while they are tracked.
+    Raises TypeError or ValueError for what does not fit, and for a tensor that requires a gradient outside of no_grad.
     `backend`: None takes the fastest that serves the tensors; a name never falls back (see `aepo_kernels.backend`).
     """
     check_logits(logits)
