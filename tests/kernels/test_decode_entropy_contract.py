@@ -1,5 +1,5 @@
-"""Claims about how decode_entropy is called: input that does not fit is an error that names it, gradients are refused and
-never lost, and it works under torch.compile, opcheck and inference mode."""
+"""Claims about how decode_entropy is called: input that does not fit is an error that names it, gradients are refused
+and never lost, and it works under torch.compile, opcheck and inference mode."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_values_of_rows_that_nobody_wants_are_not_checked(backend):
 
 def test_a_gradient_is_refused_and_never_lost():
     logits = make_logits(4, 9).requires_grad_()
-    with pytest.raises(ValueError, match="logits requires a gradient, and decode_entropy has none.*no_grad"):
+    with pytest.raises(ValueError, match=r"logits requires a gradient, and decode_entropy has none.*no_grad"):
         decode_entropy(logits)
     with pytest.raises(ValueError, match="temperature requires a gradient"):
         decode_entropy(LOGITS, torch.ones(4, requires_grad=True))
