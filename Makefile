@@ -42,8 +42,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.token_stats_cpu --json benchmarks/results/token_stats_cpu.json
-	$(BIN)/python -m benchmarks.policy_loss_cpu --json benchmarks/results/policy_loss_cpu.json
+	$(BIN)/aepo bench --device cpu --json benchmarks/results/bench_cpu.json
 
 results: $(READY)
 	$(BIN)/python -m benchmarks.learning_curves --json benchmarks/results/learning_curves.json

@@ -20,8 +20,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from aepo.bench.clock import machine
 from aepo.config import load_config
-from benchmarks.harness import machine
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 
@@ -90,7 +90,7 @@ def main(
         for method in methods.split(","):
             rows.append(train(method, seed, runs / f"{method}-{seed}", overrides or []))
             print_table(rows)
-    result = {"benchmark": "learning_curves", "machine": machine(), "overrides": overrides or [], "runs": rows}
+    result = {"benchmark": "learning_curves", "machine": machine("cpu"), "overrides": overrides or [], "runs": rows}
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(result, indent=1) + "\n")

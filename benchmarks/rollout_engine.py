@@ -17,13 +17,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from aepo.bench.clock import machine
 from aepo.rollout.engine import GenerationRequest
 from aepo.rollout.engines import huggingface
-from benchmarks.harness import CONSOLE, machine
 
 VOCAB, PROMPT, SEGMENT, READ, SEGMENTS, SAMPLES = 1000, 60, 48, 30, 3, 8
 SIZES = {128: 64, 256: 128}  # hidden size: rows
@@ -127,8 +128,9 @@ def main() -> None:
             share = f"{forward_share(model, providers[name]):.0%}"
             ratio = f"{medians['transformers generate'][0] / cpu:.2f}"
             table.add_row(f"{hidden}, {rows}", name, f"{tokens / cpu:,.0f}", f"{tokens / wall:,.0f}", share, ratio)
-    CONSOLE.print(table)
-    CONSOLE.print(machine())
+    console = Console()
+    console.print(table)
+    console.print(machine("cpu"))
 
 
 if __name__ == "__main__":

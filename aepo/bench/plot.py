@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,20 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def _draw_title(rows: list[Row], time_panel: Any, memory_panel: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     over = "tokens" if len({row.tokens for row in rows}) > 1 else "vocab"
     fixed = f"V = {rows[0].vocab:,}" if over == "tokens" else f"T = {rows[0].tokens:,}"
     hidden = "" if rows[0].hidden is None else f", D = {rows[0].hidden:,}"
+    strokes = itertools.cycle(("-", "--", ":", "-."))
     for key in dict.fromkeys((row.provider, row.computes) for row in rows if row.max_error is not None):
         line = sorted((row for row in rows if (row.provider, row.computes) == key), key=lambda row: getattr(row, over))
         x = [getattr(row, over) for row in line]
-        style = _style(key[0]) | {"label": f"{key[0]} ({key[1]})", "marker": "o", "markersize": 4}
+        style: dict[str, Any] = {"label": f"{key[0]} ({key[1]})", "marker": "o", "markersize": 4}
+        if key[0].startswith(OURS):
+            style |= {"linewidth": 2.5, "color": "#d62728", "linestyle": next(strokes), "zorder": 3}
+        elif key[0] == BASELINE:
+            style |= {"linewidth": 2.5, "color": "black"}
         time_panel.plot(x, [row.median_ms for row in line], **style)
         if all(row.extra_bytes is not None for row in line):
             memory_panel.plot(x, [max(row.extra_bytes or 0, 2**12) / 2**20 for row in line], **style)
@@ -51,15 +59,11 @@ def _draw_title(rows: list[Row], time_panel: Any, memory_panel: Any) -> None:
         panel.set(xscale="log", yscale="log", xlabel="tokens T" if over == "tokens" else "vocabulary V", ylabel=what)
         ticks = sorted({getattr(row, over) for row in rows})
         panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        panel.minorticks_off()
+        panel.xaxis.minorticks_off()
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        panel.yaxis.minorticks_off()
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     time_panel.set_title(f"{rows[0].title}\n{rows[0].dtype}, {fixed}{hidden}", loc="left", fontsize=11)
     memory_panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
-
-
-def _style(provider: str) -> dict[str, Any]:
-    """Ours stands out, eager is black, peers take the colours in turn."""
-    if provider.startswith(OURS):
-        return {"linewidth": 2.5, "color": "#d62728", "linestyle": "-" if provider == OURS else "--", "zorder": 3}
-    return {"color": "black", "linestyle": ":"} if provider == BASELINE else {"linewidth": 1.2}
