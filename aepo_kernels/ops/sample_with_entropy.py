@@ -56,7 +56,7 @@ def _sample_with_entropy(
     offset: Tensor,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backend = backends.resolve(backend, logits)
+    backend = backends.resolve(backend, logits, "sample_with_entropy")
     if logits.device.type == "cpu":
         for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p)):
             _check_rows(name, value)

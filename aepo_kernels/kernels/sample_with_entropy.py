@@ -1,0 +1,361 @@
+"""One token per row of logits [B, V] with its log-prob and the row's entropy; the mathematics is in the reference.
+
+`sample_parts_kernel` reads the logits once, several programs per row where rows are few: the lane-local online softmax
+of token_stats.py, and in each lane the best score x / temperature + noise so far and the word (16 bytes of logits) that
+holds it. The score is kept about the lane's running maximum, so that a large offset of the logits costs no digits.
+`finish_rows_kernel` merges the parts and, where filters are given, looks whether they keep the token. If not, every
+token that they keep has a larger logit: it draws again above that one, from the same noise, until they do. The loop is
+inside the kernel, so nothing waits for the host, and after the first pass a row comes from the L2 cache.
+
+Logarithms are to base 2. Scores leave out log2(ln 2), a constant of all noise.
+"""
+
+# mypy: allow-incomplete-defs
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aepo_kernels.kernels.common import (
+    ACCESS_BYTES,
+    LN2,
+    LOG2_ZERO,
+    LOG2E,
+    MAX_PROGRAMS_PER_ROW,
+    aligned_row,
+    row_programs,
+    tile_ranges,
+)
+from aepo_kernels.kernels.token_stats import (
+    LANES,
+    LOWEST,
+    WORDS,
+    _absorb,
+    _load_inside,
+    _rest_of,
+    merge,
+    merge_parts,
+    row_result,
+    store_part,
+)
+
+NO_TOKEN = tl.constexpr(2**31 - 1)
+# One program draws again for a whole row: as many threads as can keep a multiprocessor's loads in flight by themselves.
+FINISH_LANES = 512
+
+
+@triton.jit
+def _row_settings(row, temperature_ptr, seed_ptr, offset_ptr):
+    """(scale of logits to log2 units, 0 for a greedy row or 1, seed, both halves of the offset)"""
+    temperature = tl.load(temperature_ptr + row)
+    greedy = temperature == 0
+    scale = tl.minimum(1 / tl.where(greedy, 1.0, temperature) * LOG2E, 3e38).to(tl.float32)
+    offset = tl.load(offset_ptr + row)
+    low, high = (offset & 0xFFFFFFFF).to(tl.uint32), ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    return scale, tl.where(greedy, 0.0, 1.0), tl.load(seed_ptr + row), low, high
+
+
+@triton.jit
+def _scores(x, first, maximum, settings, ALIGNED: tl.constexpr):
+    """Scores about `maximum` [N] of x [N, VEC], the logits of tokens first [N] and on."""
+    scale, noise_scale, seed, low, high = settings
+    VEC: tl.constexpr = x.shape[1]
+    zero = tl.zeros_like(low)
+    if ALIGNED:  # four neighbours share a counter
+        block = (first >> 2)[:, None] + tl.arange(0, VEC // 4)[None, :]
+        w0, w1, w2, w3 = tl.philox(seed, block, low, high, zero)
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(x.shape)
+    else:
+        token = first[:, None] + tl.arange(0, VEC)[None, :]
+        w0, w1, w2, w3 = tl.philox(seed, token >> 2, low, high, zero)
+        odd = token & 1 != 0
+        words = tl.where(token & 2 != 0, tl.where(odd, w3, w2), tl.where(odd, w1, w0))
+    v = words.to(tl.float32) * 2.0**-32 + 2.0**-33
+    # -log2(1 - v): by its series where 1 - v would round v away, which is where the winners are.
+    series = v * LOG2E * (1 + v * (1 / 2 + v * (1 / 3 + v * (1 / 4 + v / 5))))
+    noise = -tl.log2(tl.where(v < 1 / 16, series, -tl.log2(tl.maximum(1 - v, 2.0**-33))))
+    return (x - maximum[:, None]) * scale + noise_scale * noise
+
+
+@triton.jit
+def _draw(best, best_at, x, at, head, maximum, settings, ALIGNED: tl.constexpr):
+    """Each lane's best score, and where the word begins that holds it, after the word x [N, VEC] at positions `at`."""
+    top = tl.max(_scores(x, at - head, maximum, settings, ALIGNED), 1)
+    better = top > best  # an equal score later in the row is not
+    return tl.where(better, top, best), tl.where(better, at, best_at)
+
+
+@triton.jit
+def _absorb_and_draw(state, draws, x0, x1, x2, x3, tile, head, settings, ALIGNED: tl.constexpr):
+    """The softmax state and the best draw of each lane after one tile, of which it holds four words."""
+    before = state[0]
+    state = _absorb(state, x0, x1, x2, x3, tile, settings[0])
+    best, best_at = draws
+    best += (before - state[0]) * settings[0]
+    LANES: tl.constexpr = x0.shape[0]
+    VEC: tl.constexpr = x0.shape[1]
+    at = tile + tl.arange(0, LANES) * VEC
+    best, best_at = _draw(best, best_at, x0, at, head, state[0], settings, ALIGNED)
+    best, best_at = _draw(best, best_at, x1, at + LANES * VEC, head, state[0], settings, ALIGNED)
+    best, best_at = _draw(best, best_at, x2, at + 2 * LANES * VEC, head, state[0], settings, ALIGNED)
+    best, best_at = _draw(best, best_at, x3, at + 3 * LANES * VEC, head, state[0], settings, ALIGNED)
+    return state, (best, best_at)
+
+
+@triton.jit
+def _candidates(x, pivot, floor, maximum, scale):
+    """x, with -inf for logits that are not above `pivot` or, in log2 units about `maximum`, below `floor`."""
+    return tl.where((x > pivot) & ((x - maximum) * scale >= floor), x, -float("inf"))
+
+
+@triton.jit
+def _token_of(
+    best, best_at, x_ptr, begin, end, head, pivot, floor, maximum, settings, VEC: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """(score, token) of the row's best from that of each lane, scores about the row's `maximum`."""
+    at = tl.min(tl.where(best == tl.max(best, 0), best_at, NO_TOKEN), 0)
+    # That word's scores once more: cheaper than if each lane had kept a token.
+    x = _load_inside(x_ptr, at + tl.arange(0, VEC)[None, :], begin, end)
+    x = _candidates(x, pivot, floor, maximum, settings[0])
+    scores = _scores(x, at - head + tl.zeros((1,), tl.int32), maximum + tl.zeros((1,), tl.float32), settings, ALIGNED)
+    scores = tl.max(scores, 0)
+    return tl.max(scores, 0), at - head + tl.argmax(scores, 0)
+
+
+@triton.jit(do_not_specialize=["stride", "vocab", "tiles_per_program"])
+def sample_parts_kernel(
+    logits_ptr,  # (B, V), 16-bit or float32
+    temperature_ptr,  # (B,) float64
+    seed_ptr,  # (B,) int64
+    offset_ptr,  # (B,) int64
+    partials_ptr,  # (B, programs, 3): softmax states, as in token_stats_kernel
+    scores_ptr,  # (B, programs): best score, about the part's maximum
+    tokens_ptr,  # (B, programs) int32: of that score
+    stride,
+    vocab,
+    tiles_per_program,
+    ALIGNED: tl.constexpr,
+    VEC: tl.constexpr,
+    WORDS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Program (row, part): softmax state and best draw of one part of one row, in one read."""
+    STEP: tl.constexpr = LANES * VEC
+    TILE: tl.constexpr = WORDS * STEP
+    row, part = tl.program_id(0), tl.program_id(1)
+    settings = _row_settings(row, temperature_ptr, seed_ptr, offset_ptr)
+    scale = settings[0]
+    x_ptr, head = aligned_row(logits_ptr, row, stride, VEC)
+    tile_0 = part * tiles_per_program * TILE
+    begin = tl.maximum(head, tile_0)
+    end = tl.minimum(head + vocab, tile_0 + tiles_per_program * TILE)
+    edge_first, edge_step, whole_first, whole_end = tile_ranges(tile_0, begin, end, TILE)
+
+    lane = tl.arange(0, LANES)
+    word = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    zero = tl.zeros((LANES,), tl.float32)
+    state = (tl.full((LANES,), LOWEST, tl.float32), zero, zero, tl.zeros((LANES,), tl.int32), zero)
+    draws = (tl.full((LANES,), -float("inf"), tl.float32), tl.zeros((LANES,), tl.int32) + begin)
+    for tile in range(edge_first, end, edge_step):
+        at = tile + word
+        x0 = _load_inside(x_ptr, at, begin, end)
+        x1 = _load_inside(x_ptr, at + STEP, begin, end)
+        x2 = _load_inside(x_ptr, at + 2 * STEP, begin, end)
+        x3 = _load_inside(x_ptr, at + 3 * STEP, begin, end)
+        state, draws = _absorb_and_draw(state, draws, x0, x1, x2, x3, tile, head, settings, ALIGNED)
+    for tile in range(whole_first, whole_end, TILE):
+        ptr = x_ptr + tile + word
+        x0 = tl.load(ptr).to(tl.float32)
+        x1 = tl.load(ptr + STEP).to(tl.float32)
+        x2 = tl.load(ptr + 2 * STEP).to(tl.float32)
+        x3 = tl.load(ptr + 3 * STEP).to(tl.float32)
+        state, draws = _absorb_and_draw(state, draws, x0, x1, x2, x3, tile, head, settings, ALIGNED)
+    maximum, others, own, own_tile, weighted = state
+
+    # The sums without the maximum itself, as in token_stats_kernel.
+    holder = tl.argmax(maximum, 0)
+    at = tl.sum(tl.where(lane == holder, own_tile, 0), 0) + holder * VEC
+    at += tl.arange(0, WORDS)[:, None] * STEP + tl.arange(0, VEC)[None, :]
+    exact = _rest_of(_load_inside(x_ptr, at, begin, end), tl.max(maximum, 0), scale)
+    rest = others + tl.where(lane == holder, exact, own - 1)
+    row_max, rest, weighted = merge(maximum, rest, weighted, scale)
+
+    best, best_at = draws
+    best += (maximum - row_max) * scale
+    anything = -float("inf")
+    score, token = _token_of(
+        best, best_at, x_ptr, begin, end, head, anything, anything, row_max, settings, VEC, ALIGNED
+    )
+    store_part(partials_ptr, row, part, row_max, rest, weighted)
+    at = row.to(tl.int64) * tl.num_programs(1) + part
+    tl.store(scores_ptr + at, score)
+    tl.store(tokens_ptr + at, token)
+
+
+@triton.jit
+def _add_above(mass, count, x, threshold, maximum, scale):
+    """Per lane, the softmax mass about `maximum` and the number of the logits x [N, VEC] above `threshold`."""
+    above = x > threshold
+    e = tl.exp2(tl.maximum((x - maximum) * scale, LOG2_ZERO))
+    return mass + tl.sum(tl.where(above, e, 0.0), 1), count + tl.sum(above.to(tl.int32), 1)
+
+
+@triton.jit
+def _above(x_ptr, head, vocab, threshold, maximum, scale, VEC: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr):
+    """(mass, number) of a row's logits above `threshold`."""
+    STEP: tl.constexpr = LANES * VEC
+    end = head + vocab
+    edge_first, edge_step, whole_first, whole_end = tile_ranges(0, head, end, WORDS * STEP)
+    word = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    mass, count = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.int32)
+    for tile in range(edge_first, end, edge_step):
+        for i in tl.static_range(WORDS):
+            x = _load_inside(x_ptr, tile + i * STEP + word, head, end)
+            mass, count = _add_above(mass, count, x, threshold, maximum, scale)
+    for tile in range(whole_first, whole_end, WORDS * STEP):
+        for i in tl.static_range(WORDS):
+            x = tl.load(x_ptr + tile + i * STEP + word).to(tl.float32)
+            mass, count = _add_above(mass, count, x, threshold, maximum, scale)
+    return tl.sum(mass, 0), tl.sum(count, 0)
+
+
+@triton.jit
+def _draw_above(
+    x_ptr, head, vocab, pivot, floor, maximum, settings,
+    ALIGNED: tl.constexpr, VEC: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The token with the best score of a row among logits above `pivot` and at least `floor`, in log2 units."""
+    STEP: tl.constexpr = LANES * VEC
+    end = head + vocab
+    edge_first, edge_step, whole_first, whole_end = tile_ranges(0, head, end, WORDS * STEP)
+    word = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    best = tl.full((LANES,), -float("inf"), tl.float32)
+    best_at = tl.zeros((LANES,), tl.int32) + head
+    about = maximum + tl.zeros((LANES,), tl.float32)
+    for tile in range(edge_first, end, edge_step):
+        for i in tl.static_range(WORDS):
+            x = _load_inside(x_ptr, tile + i * STEP + word, head, end)
+            x = _candidates(x, pivot, floor, maximum, settings[0])
+            at = tile + i * STEP + tl.arange(0, LANES) * VEC
+            best, best_at = _draw(best, best_at, x, at, head, about, settings, ALIGNED)
+    for tile in range(whole_first, whole_end, WORDS * STEP):
+        for i in tl.static_range(WORDS):
+            x = tl.load(x_ptr + tile + i * STEP + word).to(tl.float32)
+            x = _candidates(x, pivot, floor, maximum, settings[0])
+            at = tile + i * STEP + tl.arange(0, LANES) * VEC
+            best, best_at = _draw(best, best_at, x, at, head, about, settings, ALIGNED)
+    _, token = _token_of(best, best_at, x_ptr, head, end, head, pivot, floor, maximum, settings, VEC, ALIGNED)
+    return token
+
+
+@triton.jit(do_not_specialize=["stride", "vocab", "programs"])
+def finish_rows_kernel(
+    logits_ptr,  # (B, V)
+    temperature_ptr,  # (B,) float64
+    top_k_ptr,  # (B,) int64, or None, like the other filters
+    top_p_ptr,  # (B,) float64
+    min_p_ptr,  # (B,) float64
+    seed_ptr,  # (B,) int64
+    offset_ptr,  # (B,) int64
+    partials_ptr,  # (B, programs, 3)
+    scores_ptr,  # (B, programs)
+    part_tokens_ptr,  # (B, programs)
+    tokens_ptr,  # (B,) int64
+    logprobs_ptr,  # (B,) float32
+    entropy_ptr,  # (B,) float32
+    stride,
+    vocab,
+    programs,
+    ALIGNED: tl.constexpr,
+    VEC: tl.constexpr,
+    WORDS: tl.constexpr,
+    LANES: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr,
+):
+    """Program (row): merge the parts, draw again while the filters reject the token, and write the results."""
+    row = tl.program_id(0)
+    settings = _row_settings(row, temperature_ptr, seed_ptr, offset_ptr)
+    scale = settings[0]
+    temperature = tl.load(temperature_ptr + row)
+    in_range = (temperature >= 0) & (temperature < float("inf"))
+    top_k, top_p, floor = vocab.to(tl.int64), 1.0, -float("inf")
+    if top_k_ptr is not None:
+        top_k = tl.load(top_k_ptr + row)
+        in_range = in_range & (top_k >= 1)
+    if top_p_ptr is not None:
+        wanted_p = tl.load(top_p_ptr + row)
+        in_range = in_range & (wanted_p > 0) & (wanted_p <= 1)
+        top_p = wanted_p.to(tl.float32)
+    if min_p_ptr is not None:
+        min_p = tl.load(min_p_ptr + row)
+        in_range = in_range & (min_p >= 0) & (min_p <= 1)
+        floor = tl.log2(min_p.to(tl.float32))
+
+    maximum, rest, weighted = merge_parts(partials_ptr, row, programs, scale, MAX_PROGRAMS)
+    softmax_defined, log_sum, entropy = row_result(rest, weighted)
+    defined = in_range & softmax_defined
+    part = tl.arange(0, MAX_PROGRAMS)
+    at = row.to(tl.int64) * programs + part
+    part_maximum = tl.load(partials_ptr + 3 * at, mask=part < programs, other=LOWEST)
+    score = tl.load(scores_ptr + at, mask=part < programs, other=-float("inf"))
+    part_token = tl.load(part_tokens_ptr + at, mask=part < programs, other=NO_TOKEN)
+    score += (part_maximum - maximum) * scale
+    token = tl.min(tl.where(score == tl.max(score, 0), part_token, NO_TOKEN), 0)
+
+    x_ptr, head = aligned_row(logits_ptr, row, stride, VEC)
+    x = tl.load(x_ptr + head + tl.where(defined, token, 0)).to(tl.float32)
+    if top_k_ptr is not None or top_p_ptr is not None or min_p_ptr is not None:
+        kept = (defined == 0) | (x >= maximum)  # nothing lies above the maximum
+        while kept == 0:
+            kept = (x - maximum) * scale >= floor
+            if kept and (top_k < vocab or top_p < 1):
+                mass, count = _above(x_ptr, head, vocab, x, maximum, scale, VEC, WORDS, LANES)
+                kept = (count < top_k) & ((mass < top_p * (1 + rest)) | (top_p >= 1))
+            if kept == 0:
+                token = _draw_above(
+                    x_ptr, head, vocab, x, floor, maximum, settings, ALIGNED, VEC, WORDS, LANES
+                )
+                x = tl.load(x_ptr + head + token).to(tl.float32)
+                kept = x >= maximum
+
+    nan = float("nan")
+    tl.store(tokens_ptr + row, tl.where(defined, token, -1).to(tl.int64))
+    tl.store(logprobs_ptr + row, tl.where(defined, (x - maximum) * scale * LN2 - log_sum, nan))
+    tl.store(entropy_ptr + row, tl.where(defined, entropy, nan))
+
+
+def sample_with_entropy(
+    logits: Tensor,  # [B, V] float16, bfloat16 or float32, contiguous rows at any stride
+    temperature: Tensor,  # [B] float64
+    top_k: Tensor | None,  # [B] int64
+    top_p: Tensor | None,  # [B] float64
+    min_p: Tensor | None,  # [B] float64
+    seed: Tensor,  # [B] int64
+    offset: Tensor,  # [B] int64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (tokens [B] int64, logprobs [B], entropy [B]), float32; the meaning is that of the reference."""
+    rows, vocab = logits.shape
+    tokens = logits.new_empty(rows, dtype=torch.int64)
+    logprobs, entropy = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    vec = ACCESS_BYTES // logits.element_size()
+    programs, tiles_per_program = row_programs(logits, WORDS * LANES * vec)
+    partials = logits.new_empty(rows, programs, 3, dtype=torch.float32)
+    scores = logits.new_empty(rows, programs, dtype=torch.float32)
+    part_tokens = logits.new_empty(rows, programs, dtype=torch.int32)
+    # Whether the four tokens of a random counter always lie in one word: else each token makes its own four words.
+    aligned = logits.stride(0) % 4 == 0 and logits.data_ptr() // logits.element_size() % 4 == 0
+    shape = {"ALIGNED": aligned, "VEC": vec, "WORDS": WORDS}
+    filtered = top_k is not None or top_p is not None or min_p is not None
+    with torch.cuda.device_of(logits):
+        sample_parts_kernel[(rows, programs)](
+            logits, temperature, seed, offset, partials, scores, part_tokens, logits.stride(0), vocab, tiles_per_program,
+            **shape, LANES=LANES, num_warps=LANES // 32,
+        )  # fmt: skip
+        finish_rows_kernel[(rows,)](
+            logits, temperature, top_k, top_p, min_p, seed, offset, partials, scores, part_tokens, tokens, logprobs,
+            entropy, logits.stride(0), vocab, programs, **shape, LANES=FINISH_LANES, MAX_PROGRAMS=MAX_PROGRAMS_PER_ROW,
+            num_warps=FINISH_LANES // 32 if filtered else 1,
+        )  # fmt: skip
+    return tokens, logprobs, entropy
