@@ -29,6 +29,8 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if any(mark.args[0] == "backend" for mark in metafunc.definition.iter_markers("parametrize")):
+        return  # it chooses its backends itself
     names = metafunc.fixturenames
     if "backend" not in names:
         if "device" in names:
