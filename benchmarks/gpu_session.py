@@ -56,9 +56,9 @@ class Outcome:
 
 
 def steps(device: str, quick: bool, output: Path) -> list[Step]:
-    """What is to be done, in order. `quick` takes one test file and one benchmark."""
+    """What is to be done, in order. `quick` takes one test and one benchmark."""
     python = [sys.executable, "-m"]  # -vv: one v for the -q of pyproject.toml, one for a line per test
-    tests = ["tests/kernels/test_drop_in.py" if quick else "tests/kernels"]
+    tests = ["tests/kernels/test_drop_in.py::test_shapes_and_values_of_trl_and_verl" if quick else "tests/kernels"]
     # Most of a test run on a GPU is Triton compiling on the host, one kernel after the other.
     spread = ["-n", "8"] if device == "cuda" and (os.cpu_count() or 1) >= 8 and _installed("xdist") else []
     bench = ["token-stats", "--quick", "--tokens", "4", "--vocab", "1000"] if quick else []
@@ -208,7 +208,7 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/gpu", metavar="FOLDER")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="one test file and one small benchmark: does it all run?")
+    parser.add_argument("--quick", action="store_true", help="one test and one small benchmark: does it all run?")
     args = parser.parse_args()
     summary = session(args.device, args.quick, args.output.resolve())
     print_summary(summary)
