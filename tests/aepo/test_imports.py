@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = (
     ("aepo_kernels.objective", "aepo_kernels.backend", "aepo_kernels.testing"),
     ("aepo_kernels.reference", "aepo_kernels.kernels", "aepo_kernels.cuda"),
-    ("aepo_kernels.ops",),
+    ("aepo_kernels.ops", "aepo_kernels.linear_head"),
     ("aepo_kernels",),
     ("aepo.types", "aepo.config"),
     ("aepo.tools",),
