@@ -3,7 +3,9 @@
 Importing this needs torch alone: Triton and the compiled extension load when a call first uses them.
 """
 
+from aepo_kernels.linear_head import LinearHead
 from aepo_kernels.objective import PolicyObjective
+from aepo_kernels.ops.decode_entropy import decode_entropy
 from aepo_kernels.ops.linear_logprobs_and_entropy import linear_logprobs_and_entropy
 from aepo_kernels.ops.linear_policy_loss import linear_policy_loss
 from aepo_kernels.ops.logits_policy_loss import logits_policy_loss
@@ -11,8 +13,10 @@ from aepo_kernels.ops.logprobs_and_entropy import entropy_from_logits, logprobs_
 from aepo_kernels.ops.policy_loss import PolicyLoss, policy_loss
 
 __all__ = [
+    "LinearHead",
     "PolicyLoss",
     "PolicyObjective",
+    "decode_entropy",
     "entropy_from_logits",
     "linear_logprobs_and_entropy",
     "linear_policy_loss",
