@@ -12,6 +12,8 @@ and adds two products, dz @ weight and dz.T @ hidden. Two schedules of the same 
                 accumulated over the chunks in float32 [V, D], read and written once per chunk.
 
 `keep` needs the coefficients of a row from that row's statistics alone; docs/kernels.md has the byte and flop model.
+Where the vocabulary is sharded over ranks, statistics are merged over them (once, in `keep` once per chunk), and the
+gradient of the hidden states is summed over them in float32; that of a rank's weight stays there.
 Products accumulate in float32 (float64 for float64 inputs), and the stages read those sums, never rounded logits.
 """
 
@@ -27,6 +29,7 @@ from torch import Tensor
 from aepo_kernels import backend as backends
 from aepo_kernels.ops import rows
 from aepo_kernels.ops.merge import TokenStats, merge_stats
+from aepo_kernels.ops.vocab_parallel import WHOLE, Shard, merge_over_ranks, sum_over_ranks
 
 # Rows and vocabulary entries of a tile. CPU: 8 MiB of float32 logits stay in cache between product, stage and product.
 # GPU: 32 MiB of float32 logits stay in a 50 MiB L2.
@@ -72,13 +75,15 @@ class Coefficients(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """An lm_head, and the backend whose stages work on its logits."""
+    """An lm_head, or this rank's part of one, and the backend whose stages work on its logits."""
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
     temperature: float
     softcap: float | None
     backend: str
+    shard: Shard = WHOLE
+    sequence_parallel: bool = False  # each rank takes the gradient of its share of the tokens
 
     @property
     def acc(self) -> torch.dtype:
@@ -127,6 +132,10 @@ class Head:
         stage = backends.stage(self.backend, "token_stats")
         return TokenStats(*stage(logits, local, self.temperature, rows.NO_LABEL, False)), here
 
+    def over_ranks(self, stats: TokenStats, labels: Tensor) -> TokenStats:
+        """Statistics about this rank's part of the vocabulary as those about the whole one."""
+        return merge_over_ranks(stats, labels, len(self.weight), self.temperature, self.shard)
+
     def add_gradient(
         self,
         sums: Sums,
@@ -163,11 +172,12 @@ def slices(total: int, step: int) -> Iterator[slice]:
 
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b; the sums have the dtype of `out`, also where the operands are narrower."""
-    if out.dtype == a.dtype:
-        torch.addmm(out, a, b, beta=int(add), out=out)
+    """out = a @ b, or out += a @ b; the sums have the dtype of `out`, also where the operands are narrower (CUDA)."""
+    wider = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
+    if add:
+        torch.addmm(out, a, b, out=out, **wider)
     else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(add), out=out)
+        torch.mm(a, b, out=out, **wider)
 
 
 def merge_tiles(parts: Sequence[tuple[TokenStats, Tensor]], labels: Tensor, temperature: float) -> TokenStats:
@@ -189,7 +199,7 @@ def statistics(head: Head, hidden: Tensor, labels: Tensor) -> TokenStats:
             head.logits(operand[block], weight, tile, logits)
             part.append(head.statistics(logits, tile, labels[block]))
     merged = [merge_tiles(part, labels[block], head.temperature) for block, part in zip(blocks, parts, strict=True)]
-    return TokenStats(*(torch.cat(field) for field in zip(*merged, strict=True)))
+    return head.over_ranks(TokenStats(*(torch.cat(field) for field in zip(*merged, strict=True))), labels)
 
 
 def gradients(
@@ -223,9 +233,7 @@ def gradients(
             head.add_gradient(sums, logits, operand[block], weight, tile, *of_block, first=block.start == 0)
         if sum_weight is not None:
             grad_weight[tile] = sum_weight.mul_(scale)
-    grad_hidden = hidden.new_zeros(hidden.shape if wanted.hidden else 0)
-    if to_hidden is not None:
-        grad_hidden[used] = _finish(to_hidden, scale, hidden)
+    grad_hidden = _finish_hidden(head, to_hidden, scale, hidden, used)
     return Gradients(grad_hidden, grad_weight, _finish(to_bias, scale, head.weight))
 
 
@@ -233,36 +241,37 @@ def statistics_and_gradients(
     head: Head,
     hidden: Tensor,
     labels: Tensor,
+    used: Tensor,
     coefficients: Callable[[slice, TokenStats], Coefficients],
     scale: Tensor,
     wanted: Wanted,
 ) -> tuple[TokenStats, Gradients]:
-    """Statistics [T] and gradients of hidden [T, D] in one pass, the `keep` schedule: three products.
+    """Statistics of the rows `used` [R] of hidden [T, D] and their gradients in one pass, the `keep` schedule: three
+    products.
 
-    `coefficients` gives those of a slice of the rows from its statistics, divided by `scale` [].
+    `coefficients` gives those of a slice of the used rows from its statistics, divided by `scale` [].
     """
-    operand = hidden.to(head.operand_dtype)
-    kept_rows = min(KEPT_ROWS[head.place], max(1, len(hidden)))
+    labels, operand = labels[used], hidden[used].to(head.operand_dtype)
+    kept_rows = min(KEPT_ROWS[head.place], max(1, len(used)))
     scratch = head.empty(kept_rows, -(-len(head.weight) // 8) * 8)  # rows on boundaries of 16 bytes
     to_hidden = head.empty(*operand.shape).zero_() if wanted.hidden else None
     to_weight = head.empty(*head.weight.shape) if wanted.weight else None
     to_bias = head.empty(len(head.weight)).zero_() if wanted.bias else None
     merged = []
-    for chunk in slices(len(hidden), kept_rows):
+    for chunk in slices(len(used), kept_rows):
         kept, parts = scratch[: chunk.stop - chunk.start], []
         for tile, weight in head.vocabulary():
             head.logits(operand[chunk], weight, tile, kept[:, tile])
             parts.append(head.statistics(kept[:, tile], tile, labels[chunk]))
-        stats = merge_tiles(parts, labels[chunk], head.temperature)
+        stats = head.over_ranks(merge_tiles(parts, labels[chunk], head.temperature), labels[chunk])
         of_chunk = (labels[chunk], stats, coefficients(chunk, stats))
         for tile, weight in head.vocabulary():
             sums = Sums(_part(to_hidden, chunk), _part(to_weight, tile), _part(to_bias, tile))
             head.add_gradient(sums, kept[:, tile], operand[chunk], weight, tile, *of_chunk, first=chunk.start == 0)
         merged.append(stats)
     stats = TokenStats(*(torch.cat(field) for field in zip(*merged, strict=True)))
-    return stats, Gradients(
-        _finish(to_hidden, scale, hidden), _finish(to_weight, scale, head.weight), _finish(to_bias, scale, head.weight)
-    )
+    grad_hidden = _finish_hidden(head, to_hidden, scale, hidden, used)
+    return stats, Gradients(grad_hidden, _finish(to_weight, scale, head.weight), _finish(to_bias, scale, head.weight))
 
 
 def power_of_two(x: Tensor) -> Tensor:
@@ -282,3 +291,14 @@ def _finish(total: Tensor | None, scale: Tensor, like: Tensor) -> Tensor:
         for block in slices(len(total), 1024):
             out[block] = total[block].mul_(scale)
     return out
+
+
+def _finish_hidden(head: Head, total: Tensor | None, scale: Tensor, hidden: Tensor, used: Tensor) -> Tensor:
+    """The gradient of hidden [T, D] from the sums [R, D] of the rows `used`, to which every rank adds its own."""
+    if total is None:
+        return hidden.new_empty(0)
+    if head.shard.group is None:
+        return hidden.new_zeros(hidden.shape).index_copy_(0, used, _finish(total, scale, hidden))
+    # All rows are sent, also those that are 0: which rows these are is for every rank to find out by itself.
+    total = total.new_zeros(hidden.shape).index_copy_(0, used, total.mul_(scale))
+    return sum_over_ranks(total, head.shard.group, head.sequence_parallel).to(hidden.dtype)

@@ -7,7 +7,7 @@ backward).
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,17 +24,23 @@ from aepo_kernels.ops.checks import (
     check_temperature,
 )
 from aepo_kernels.ops.merge import TokenStats
+from aepo_kernels.ops.vocab_parallel import Shard, group_size, local_labels, shard_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 torch.library.define(
     "aepo::linear_token_stats",
-    "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float temperature, float? softcap, int ignore_index, "
-    "str? backend) -> (Tensor logprobs, Tensor entropy, Tensor maximum, Tensor log_sum)",
+    "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, str? group, int vocab_start, float temperature, "
+    "float? softcap, int ignore_index, str? backend) "
+    "-> (Tensor logprobs, Tensor entropy, Tensor maximum, Tensor log_sum)",
 )
 torch.library.define(
     "aepo::linear_grad",
     "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor maximum, Tensor log_sum, Tensor entropy, "
-    "Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, float? softcap, int ignore_index, bool[] wanted, "
-    "str? backend) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    "Tensor? grad_logprobs, Tensor? grad_entropy, str? group, bool sequence_parallel, bool[] wanted, "
+    "float temperature, float? softcap, int ignore_index, str? backend) "
+    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
 )
 
 
@@ -49,15 +55,18 @@ def _linear_token_stats(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
+    group: str | None,
+    vocab_start: int,
     temperature: float,
     softcap: float | None,
     ignore_index: int,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
     ignored = labels == ignore_index
-    if labels.device.type == "cpu":
+    if labels.device.type == "cpu" and group is None:
         check_labels(labels, ignored, len(weight))
-    head = linear.Head(weight, bias, temperature, softcap, backends.resolve(backend, hidden))
+    shard = Shard(group, vocab_start)
+    head = linear.Head(weight, bias, temperature, softcap, backends.resolve(backend, hidden), shard)
     stats = linear.statistics(head, *flat_rows(hidden, labels, ignored))
     return tuple(x.view(labels.shape) for x in stats)
 
@@ -65,6 +74,13 @@ def _linear_token_stats(
 @torch.library.register_fake("aepo::linear_token_stats")
 def _linear_token_stats_fake(hidden: Tensor, weight: Tensor, labels: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return tuple(hidden.new_empty(labels.shape, dtype=rows.acc_dtype(hidden.dtype)) for _ in range(4))
+
+
+def own_shape(hidden: Tensor, group: str | None, sequence_parallel: bool) -> tuple[int, ...]:
+    """The shape of this rank's hidden states, from that of all tokens' ones."""
+    if group is None or not sequence_parallel:
+        return hidden.shape
+    return (hidden.shape[0] // group_size(group), *hidden.shape[1:])
 
 
 @torch.library.impl("aepo::linear_grad", "CompositeExplicitAutograd")
@@ -78,25 +94,38 @@ def _linear_grad(
     entropy: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
+    group: str | None,
+    sequence_parallel: bool,
+    wanted: list[bool],
     temperature: float,
     softcap: float | None,
     ignore_index: int,
-    wanted: list[bool],
     backend: str | None,
 ) -> tuple[Tensor, ...]:
-    head = linear.Head(weight, bias, temperature, softcap, backends.resolve(backend, hidden))
+    shard = Shard(group, 0)  # labels are local: where the part begins does not matter any more
+    backend = backends.resolve(backend, hidden)
+    head = linear.Head(weight, bias, temperature, softcap, backend, shard, sequence_parallel)
     flat_hidden, flat_labels = flat_rows(hidden, labels, labels == ignore_index)
     stats = TokenStats(*(x.reshape(-1) for x in (maximum, entropy, maximum, log_sum)))
     coefficients = linear.Coefficients(*(None if x is None else x.reshape(-1) for x in (grad_logprobs, grad_entropy)))
     grads = linear.gradients(head, flat_hidden, flat_labels, stats, coefficients, linear.Wanted(*wanted))
-    return grads.hidden.view(hidden.shape) if wanted[0] else grads.hidden, grads.weight, grads.bias
+    if wanted[0]:
+        grads = grads._replace(hidden=grads.hidden.view(own_shape(hidden, group, sequence_parallel)))
+    return grads
 
 
 @torch.library.register_fake("aepo::linear_grad")
-def linear_grad_fake(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    wanted = linear.Wanted(*others[-2])
+def _linear_grad_fake(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return fake_gradients(hidden, weight, *others[-7:-4])
+
+
+def fake_gradients(
+    hidden: Tensor, weight: Tensor, group: str | None, sequence_parallel: bool, wanted_: list[bool]
+) -> tuple[Tensor, ...]:
+    """Empty gradients of hidden [T, .., D], or of this rank's share of its tokens, and of weight and bias."""
+    wanted = linear.Wanted(*wanted_)
     return (
-        hidden.new_empty(hidden.shape if wanted.hidden else 0),
+        hidden.new_empty(own_shape(hidden, group, sequence_parallel) if wanted.hidden else 0),
         weight.new_empty(weight.shape if wanted.weight else 0),
         weight.new_empty(weight.shape[:1] if wanted.bias else 0),
     )
@@ -107,25 +136,46 @@ class _LinearTokenStats(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *settings: Any
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        shard: Shard,
+        sequence_parallel: bool,
+        *settings: Any,
     ) -> tuple[Tensor, Tensor]:
-        logprobs, entropy, maximum, log_sum = torch.ops.aepo.linear_token_stats(hidden, weight, labels, bias, *settings)
+        if sequence_parallel and shard.group is not None:
+            hidden = torch.ops.aepo.gather_tokens(hidden, shard.group)
+        logprobs, entropy, maximum, log_sum = torch.ops.aepo.linear_token_stats(
+            hidden, weight, labels, bias, *shard, *settings
+        )
         ctx.save_for_backward(hidden, weight, labels, bias, maximum, log_sum, entropy)
-        ctx.settings = settings
+        ctx.group, ctx.sequence_parallel, ctx.settings = shard.group, sequence_parallel, settings
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_logprobs is None and grad_entropy is None:
+            return (None,) * (6 + len(ctx.settings))
         wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        *settings, backend = ctx.settings
-        grads = torch.ops.aepo.linear_grad(*ctx.saved_tensors, grad_logprobs, grad_entropy, *settings, wanted, backend)
+        where = (ctx.group, ctx.sequence_parallel, wanted)
+        grads = torch.ops.aepo.linear_grad(*ctx.saved_tensors, grad_logprobs, grad_entropy, *where, *ctx.settings)
         hidden, weight, bias = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
-        return hidden, weight, None, bias, *[None] * len(ctx.settings)
+        return hidden, weight, None, bias, None, None, *[None] * len(ctx.settings)
 
 
-def check_linear(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None) -> None:
+def check_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    process_group: ProcessGroup | None,
+    sequence_parallel: bool,
+) -> None:
     check_float_tensor("hidden", hidden)
     check_float_tensor("weight", weight)
     if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or weight.numel() == 0:
@@ -144,7 +194,15 @@ def check_linear(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
         isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0 < softcap < math.inf
     ):
         raise ValueError(f"softcap must be a number > 0 and finite, or None; got {softcap!r}")
-    check_like("labels", labels, "hidden without the last dimension", hidden.shape[:-1], hidden.device)
+    tokens, like = hidden.shape[:-1], "hidden without the last dimension"
+    if sequence_parallel:
+        if process_group is None:
+            raise ValueError("sequence_parallel=True needs process_group, whose ranks share the tokens; got none")
+        if not tokens:
+            raise ValueError(f"sequence_parallel=True needs hidden [T, .., D]; got shape {tuple(hidden.shape)}")
+        tokens = torch.Size((tokens[0] * process_group.size(), *tokens[1:]))
+        like = f"the tokens of all {process_group.size()} ranks"
+    check_like("labels", labels, like, tokens, hidden.device)
     check_integer("labels", labels)
 
 
@@ -157,6 +215,9 @@ def linear_logprobs_and_entropy(
     softcap: float | None = None,
     ignore_index: int = -100,
     *,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    sequence_parallel: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each label and entropy of each distribution, in nats, straight from hidden states.
@@ -171,8 +232,16 @@ def linear_logprobs_and_entropy(
 
     Ignored labels, -inf (from a bias), NaN and the meaning of `backend` are as in `logprobs_and_entropy`. Raises
     TypeError or ValueError naming the argument that does not fit. Under FSDP2 call it through `LinearHead`.
+
+    `process_group` and `vocab_start`: weight [V_r, D] and bias [V_r] are this rank's part of the vocabulary; labels and
+    the rest as in `logprobs_and_entropy`. hidden is the same on all ranks, and so is its gradient, which costs one
+    all-reduce in float32 backward. With `sequence_parallel` hidden [T / ranks, .., D] is this rank's share of the
+    tokens (equal shares, in the order of the ranks) while labels are those of all, [T, ..]: one all-gather of hidden
+    forward, and a reduce-scatter for the all-reduce. The gradients of weight and bias are those of this rank's part.
     """
-    check_linear(hidden, weight, labels, bias, softcap)
+    shard = shard_of(process_group, vocab_start)
+    check_linear(hidden, weight, labels, bias, softcap, process_group, sequence_parallel)
     check_temperature(temperature)
+    labels, ignore_index = local_labels(labels.to(torch.int64), ignore_index, shard)
     settings = (float(temperature), None if softcap is None else float(softcap), ignore_index, backend)
-    return _LinearTokenStats.apply(hidden, weight, labels.to(torch.int64), bias, *settings)
+    return _LinearTokenStats.apply(hidden, weight, labels, bias, shard, sequence_parallel, *settings)

@@ -9,7 +9,7 @@ Registers aepo::linear_policy_loss; the backward of the second schedule is aepo:
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from aepo_kernels import backend as backends
 from aepo_kernels.objective import PolicyObjective
 from aepo_kernels.ops import linear, rows
 from aepo_kernels.ops.checks import check_labels, check_temperature
-from aepo_kernels.ops.linear_logprobs_and_entropy import check_linear, flat_rows, linear_grad_fake
+from aepo_kernels.ops.linear_logprobs_and_entropy import check_linear, fake_gradients, flat_rows, own_shape
 from aepo_kernels.ops.merge import TokenStats
 from aepo_kernels.ops.policy_arguments import ENTROPY_BONUS, MASK, POLICY_ARGS, policy_arguments
 from aepo_kernels.ops.policy_loss import (
@@ -30,14 +30,19 @@ from aepo_kernels.ops.policy_loss import (
     policy_terms_fake,
     run_policy_terms,
 )
+from aepo_kernels.ops.vocab_parallel import Shard, local_labels, shard_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Positions in POLICY_ARGS of what decides the schedule.
 ENTROPY_STATS, SEQUENCE_RATIO, ENTROPY_ADVANTAGE = 6, 9, 16
 
 torch.library.define(
     "aepo::linear_policy_loss",
-    "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float temperature, float? softcap, bool[] wanted, "
-    f"bool keep, {POLICY_ARGS}) -> (Tensor loss, Tensor metrics, Tensor grad_logprobs, Tensor grad_entropy, "
+    "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, str? group, int vocab_start, bool sequence_parallel, "
+    f"bool[] wanted, bool keep, float temperature, float? softcap, {POLICY_ARGS}) "
+    "-> (Tensor loss, Tensor metrics, Tensor grad_logprobs, Tensor grad_entropy, "
     "Tensor maximum, Tensor log_sum, Tensor entropy, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
 )
 torch.library.define("aepo::scaled", "(Tensor x, Tensor factor) -> Tensor")
@@ -77,22 +82,24 @@ def _linear_policy_loss(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
+    group: str | None,
+    vocab_start: int,
+    sequence_parallel: bool,
     wanted: list[bool],
     keep: bool,
+    temperature: float,
+    softcap: float | None,
     *policy_args: Any,
 ) -> tuple[Tensor, ...]:
     *numbers, backend = policy_args[NUM_TENSORS:]
     backend = backends.resolve(backend, hidden)
-    head = linear.Head(weight, bias, temperature, softcap, backend)
+    head = linear.Head(weight, bias, temperature, softcap, backend, Shard(group, vocab_start), sequence_parallel)
     masked = policy_args[MASK] == 0
-    if labels.device.type == "cpu":
+    if labels.device.type == "cpu" and group is None:
         check_labels(labels, masked, len(weight))
     tensors = policy_tensors(labels.shape, head.acc, *policy_args[:NUM_TENSORS])
     flat_hidden, flat_labels = flat_rows(hidden, labels, masked)
     used = (~masked).reshape(-1).nonzero()[:, 0]
-    flat_hidden, flat_labels = flat_hidden[used], flat_labels[used]
 
     grads = [x.new_empty(0) for x in (hidden, weight, weight)]
     if keep:
@@ -108,14 +115,13 @@ def _linear_policy_loss(
             return linear.Coefficients(grad_logprobs, grad_entropy if policy_args[ENTROPY_BONUS] != 0 else None)
 
         stats, found = linear.statistics_and_gradients(
-            head, flat_hidden, flat_labels, coefficients, scale, linear.Wanted(*wanted)
+            head, flat_hidden, flat_labels, used, coefficients, scale, linear.Wanted(*wanted)
         )
         grads = list(found)
         if wanted[0]:
-            grads[0] = hidden.new_zeros(labels.numel(), hidden.shape[-1]).index_copy_(0, used, found.hidden)
-            grads[0] = grads[0].view(hidden.shape)
+            grads[0] = found.hidden.view(own_shape(hidden, group, sequence_parallel))
     else:
-        stats = linear.statistics(head, flat_hidden, flat_labels)
+        stats = linear.statistics(head, flat_hidden[used], flat_labels[used])
     logprobs, entropy, maximum, log_sum = (x.new_zeros(labels.numel()).index_copy_(0, used, x) for x in stats)
     loss, grad_logprobs, grad_entropy, metrics = run_policy_terms(backend, logprobs, entropy, tensors, numbers)
     return loss, metrics, grad_logprobs, grad_entropy, maximum, log_sum, entropy, *grads
@@ -127,21 +133,24 @@ def _linear_policy_loss_fake(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
+    group: str | None,
+    vocab_start: int,
+    sequence_parallel: bool,
     wanted: list[bool],
     keep: bool,
+    temperature: float,
+    softcap: float | None,
     *policy_args: Any,
 ) -> tuple[Tensor, ...]:
     stats = [hidden.new_empty(labels.numel(), dtype=rows.acc_dtype(hidden.dtype)) for _ in range(3)]
     loss, grad_logprobs, grad_entropy, metrics = policy_terms_fake(stats[0], None, *policy_args)
-    grads = linear_grad_fake(hidden, weight, wanted if keep else [False] * 3, None)
+    grads = fake_gradients(hidden, weight, group, sequence_parallel, wanted if keep else [False] * 3)
     return loss, metrics, grad_logprobs, grad_entropy, *stats, *grads
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
-    """(hidden, weight, labels, bias, temperature, softcap, wanted, keep, *policy_args) -> (loss, metrics),
-    differentiable once in hidden, weight and bias."""
+    """(hidden, weight, labels, bias, shard, sequence_parallel, wanted, keep, temperature, softcap, *policy_args) ->
+    (loss, metrics), differentiable once in hidden, weight and bias."""
 
     @staticmethod
     def forward(
@@ -150,14 +159,18 @@ class _LinearPolicyLoss(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         bias: Tensor | None,
-        temperature: float,
-        softcap: float | None,
+        shard: Shard,
+        sequence_parallel: bool,
         wanted: list[bool],
         keep: bool,
+        temperature: float,
+        softcap: float | None,
         *policy_args: Any,
     ) -> tuple[Tensor, Tensor]:
+        if sequence_parallel and shard.group is not None:
+            hidden = torch.ops.aepo.gather_tokens(hidden, shard.group)
         loss, metrics, *others = torch.ops.aepo.linear_policy_loss(
-            hidden, weight, labels, bias, temperature, softcap, wanted, keep, *policy_args
+            hidden, weight, labels, bias, *shard, sequence_parallel, wanted, keep, temperature, softcap, *policy_args
         )
         *coefficients_and_stats, grad_hidden, grad_weight, grad_bias = others
         ctx.keep, ctx.wanted, ctx.others = keep, wanted, len(policy_args)
@@ -165,7 +178,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
             ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         else:
             ctx.save_for_backward(hidden, weight, labels, bias, *coefficients_and_stats)
-            ctx.settings = (temperature, softcap, policy_args[-1])
+            ctx.where = (shard.group, sequence_parallel, wanted)
+            ctx.settings = (temperature, softcap, rows.NO_LABEL, policy_args[-1])
             ctx.has_bonus = policy_args[ENTROPY_BONUS] != 0
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
@@ -177,17 +191,15 @@ class _LinearPolicyLoss(torch.autograd.Function):
             grads = tuple(torch.ops.aepo.scaled(grad, grad_loss) for grad in ctx.saved_tensors)
         else:
             hidden, weight, labels, bias, grad_logprobs, grad_entropy, *stats = ctx.saved_tensors
-            temperature, softcap, backend = ctx.settings
             # Masked tokens have coefficient 0, and with it no part in anything: their labels may be anything.
             grads = torch.ops.aepo.linear_grad(
                 hidden, weight, labels, bias, *stats, grad_loss * grad_logprobs,
-                grad_loss * grad_entropy if ctx.has_bonus else None, temperature, softcap, rows.NO_LABEL, ctx.wanted,
-                backend,
+                grad_loss * grad_entropy if ctx.has_bonus else None, *ctx.where, *ctx.settings,
             )  # fmt: skip
         hidden_grad, weight_grad, bias_grad = (
             grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True)
         )
-        return hidden_grad, weight_grad, None, bias_grad, *[None] * (4 + ctx.others)
+        return hidden_grad, weight_grad, None, bias_grad, *[None] * (6 + ctx.others)
 
 
 def linear_policy_loss(
@@ -207,6 +219,9 @@ def linear_policy_loss(
     cu_seqlens: Tensor | None = None,
     entropy_stats: tuple[float | Tensor, float | Tensor] | None = None,
     denominator: float | Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    sequence_parallel: bool = False,
     schedule: Literal["keep", "recompute"] | None = None,
     backend: str | None = None,
 ) -> PolicyLoss:
@@ -222,9 +237,15 @@ def linear_policy_loss(
     (CUDA: 2048). That needs a gradient that follows from each token alone: one ratio per token, and `entropy_stats`
     given (say, of the old policy's entropies over the batch) if the advantage is entropy-aware; else ValueError. None
     takes "keep" where it can and the kept tokens are at most a quarter of all. On CUDA counting tokens synchronises.
+
+    `process_group`, `vocab_start` and `sequence_parallel` are as in `linear_logprobs_and_entropy`; all that is per
+    token is given for all tokens and the same on every rank, and so are loss and metrics. schedule="keep" makes all its
+    collectives in the forward: an all-gather per chunk of kept tokens, and the sum of the hidden states' gradient.
     """
-    check_linear(hidden, weight, labels, bias, softcap)
+    shard = shard_of(process_group, vocab_start)
+    check_linear(hidden, weight, labels, bias, softcap, process_group, sequence_parallel)
     check_temperature(temperature)
+    labels, _ = local_labels(labels.to(torch.int64), rows.NO_LABEL, shard)
     args = policy_arguments(
         labels.shape,
         hidden,
@@ -244,6 +265,6 @@ def linear_policy_loss(
     keep = _keeps(schedule, labels.numel(), "cuda" if hidden.is_cuda else "cpu", args) and any(wanted)
     softcap = None if softcap is None else float(softcap)
     loss, metrics = _LinearPolicyLoss.apply(
-        hidden, weight, labels.to(torch.int64), bias, float(temperature), softcap, wanted, keep, *args
+        hidden, weight, labels, bias, shard, sequence_parallel, wanted, keep, float(temperature), softcap, *args
     )
     return PolicyLoss(loss, policy_metrics(loss, metrics, objective, True, ref_logprobs is not None))

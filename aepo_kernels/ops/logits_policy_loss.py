@@ -44,8 +44,7 @@ def _logits_policy_loss(
     # Rows that do not count are not even read: in agent batches most tokens are prompt or tool results.
     labels = labels.masked_fill(masked, rows.NO_LABEL)
     stats = rows.token_stats(backend, logits, labels, temperature, rows.NO_LABEL, True)
-    if group is not None:
-        stats = merge_over_ranks(stats, labels, logits.shape[-1], temperature, Shard(group, vocab_start))
+    stats = merge_over_ranks(stats, labels, logits.shape[-1], temperature, Shard(group, vocab_start))
     logprobs, entropy, maximum, log_sum = stats
     loss, grad_logprobs, grad_entropy, metrics = policy_terms(logprobs, entropy, *policy_args[:-1], backend)
     return loss, metrics, grad_logprobs, grad_entropy, maximum, log_sum, entropy

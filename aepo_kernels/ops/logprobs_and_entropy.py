@@ -49,8 +49,6 @@ def _token_stats(
     if labels is not None and labels.device.type == "cpu" and group is None:
         check_labels(labels, labels == ignore_index, logits.shape[-1])
     stats = rows.token_stats(backend, logits, labels, temperature, ignore_index, False)
-    if group is None:
-        return stats
     return merge_over_ranks(stats, labels, logits.shape[-1], temperature, Shard(group, vocab_start))
 
 

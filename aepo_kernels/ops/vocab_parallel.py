@@ -2,8 +2,10 @@
 
 Each rank runs the stage `token_stats` over its own logits [.., V_r]. One all-gather of four numbers per token (maximum,
 log_sum, entropy, and the label's log-prob from the rank that holds it) then gives every rank what the merge rule of
-ops/merge.py needs, in rank order: all ranks get the same bits. The backward needs no collective: with the row's
-statistics the gradient of a rank's logits is a matter of these logits alone.
+ops/merge.py needs, in rank order: all ranks get the same bits. The gradient of a rank's logits is then a matter of
+these logits alone; that of hidden states, which the weights of all ranks add to, is summed in one more collective.
+
+Registers aepo::gather_tokens, for hidden states whose tokens are sharded (sequence parallelism).
 """
 
 from __future__ import annotations
@@ -30,12 +32,15 @@ class Shard(NamedTuple):
     """Id of the part's first entry."""
 
 
+WHOLE = Shard(None, 0)
+
+
 def shard_of(process_group: dist.ProcessGroup | None, vocab_start: int | None) -> Shard:
     """The two public arguments, checked. A group of one rank is no group: nothing is sent."""
     if process_group is None:
         if vocab_start is not None:
             raise ValueError(f"vocab_start={vocab_start} has a meaning only together with process_group; got none")
-        return Shard(None, 0)
+        return WHOLE
     check_process_group(process_group)
     if vocab_start is None:
         raise ValueError(
@@ -64,7 +69,7 @@ def local_labels(labels: Tensor, ignore_index: int, shard: Shard) -> tuple[Tenso
 
     Ignored labels become NO_LABEL, because some other id could fall onto ignore_index when the start is subtracted.
     """
-    if shard.vocab_start == 0 and shard.group is None:
+    if shard == WHOLE:
         return labels, ignore_index
     return (labels - shard.vocab_start).masked_fill(labels == ignore_index, NO_LABEL), NO_LABEL
 
@@ -72,40 +77,74 @@ def local_labels(labels: Tensor, ignore_index: int, shard: Shard) -> tuple[Tenso
 def merge_over_ranks(
     stats: TokenStats, labels: Tensor | None, vocab: int, temperature: float, shard: Shard
 ) -> TokenStats:
-    """The statistics of whole rows from those of the `vocab` entries on this rank; a collective over shard.group.
+    """The statistics of whole rows from those of the `vocab` entries on this rank; one collective if there are others.
 
     labels [..] as `local_labels` makes them. A label that is held by no rank, or by several, raises on the CPU (on all
     ranks, after the collective, so nobody is left waiting) and has log-prob NaN elsewhere.
     """
+    if shard.group is None:
+        return stats
     if labels is None:
-        maximum, log_sum, entropy = _all_gather([stats.maximum, stats.log_sum, stats.entropy], shard)
+        mine = torch.stack((stats.maximum, stats.log_sum, stats.entropy))
+        maximum, log_sum, entropy = _all_gather(mine, shard.group).unbind(1)
         return merge_stats(TokenStats(stats.logprobs, entropy, maximum, log_sum), None, None, temperature)
     ours = (labels >= 0) & (labels < vocab)
     logprobs = torch.where(ours, stats.logprobs, ELSEWHERE)
-    maximum, log_sum, entropy, logprobs = _all_gather([stats.maximum, stats.log_sum, stats.entropy, logprobs], shard)
+    mine = torch.stack((stats.maximum, stats.log_sum, stats.entropy, logprobs))
+    maximum, log_sum, entropy, logprobs = _all_gather(mine, shard.group).unbind(1)
     holds_label, ignored = logprobs != ELSEWHERE, labels == NO_LABEL
     if labels.device.type == "cpu":
         _check_placed(labels, ignored, holds_label, vocab, shard)
     return merge_stats(TokenStats(logprobs, entropy, maximum, log_sum), holds_label, ignored, temperature)
 
 
-def _all_gather(columns: list[Tensor], shard: Shard) -> tuple[Tensor, ...]:
-    """Per-token numbers [..] of this rank as those of all ranks, each [ranks, ..], in one collective."""
-    mine = torch.stack(columns)
+def sum_over_ranks(x: Tensor, group: str, scatter: bool) -> Tensor:
+    """The sum of all ranks' x [T, D]; with `scatter` this rank's share of the tokens, [T / ranks, D]. Overwrites x."""
+    if not scatter:
+        dist.all_reduce(x, group=_resolve(group))
+        return x
+    shares = x.view(group_size(group), -1, x.shape[-1])
+    share = torch.empty_like(shares[0])
+    dist.reduce_scatter(share, list(shares.unbind()), group=_resolve(group))
+    return share
+
+
+torch.library.define("aepo::gather_tokens", "(Tensor hidden, str group) -> Tensor")
+
+
+@torch.library.impl("aepo::gather_tokens", "CompositeExplicitAutograd")
+def _gather_tokens(hidden: Tensor, group: str) -> Tensor:
+    """Hidden states [T / ranks, .., D] of this rank's tokens as those of all, [T, .., D] in the order of the ranks."""
+    return _all_gather(hidden.contiguous(), group).flatten(0, 1)
+
+
+@torch.library.register_fake("aepo::gather_tokens")
+def _gather_tokens_fake(hidden: Tensor, group: str) -> Tensor:
+    return hidden.new_empty(len(hidden) * group_size(group), *hidden.shape[1:])
+
+
+def group_size(group: str) -> int:
+    return _resolve(group).size()
+
+
+def _resolve(group: str) -> dist.ProcessGroup:
     resolve: Any = dist.distributed_c10d._resolve_process_group  # the type of its argument depends on PyTorch's version
-    group = resolve(shard.group)
-    everyones = mine.new_empty(group.size(), *mine.shape)
-    dist.all_gather(list(everyones.unbind()), mine, group=group)
-    return everyones.unbind(1)
+    return resolve(group)
+
+
+def _all_gather(mine: Tensor, group: str) -> Tensor:
+    """The tensors [..] of all ranks, [ranks, ..]."""
+    everyones = mine.new_empty(group_size(group), *mine.shape)
+    dist.all_gather(list(everyones.unbind()), mine, group=_resolve(group))
+    return everyones
 
 
 def _check_placed(labels: Tensor, ignored: Tensor, holds_label: Tensor, vocab: int, shard: Shard) -> None:
     misplaced = (holds_label.sum(0) != 1) & ~ignored
     if misplaced.any():
-        at = misplaced.nonzero()[0].tolist()
-        label = int(labels[tuple(at)]) + shard.vocab_start
+        at = tuple(misplaced.nonzero()[0].tolist())
         ranks = holds_label[(slice(None), *at)].nonzero().flatten().tolist()
         raise ValueError(
-            f"label {label} at position {at} must be in the vocabulary part of exactly one rank of process_group; "
-            f"got ranks {ranks} (this rank holds [{shard.vocab_start}, {shard.vocab_start + vocab}))"
+            f"label {int(labels[at]) + shard.vocab_start} must be in the vocabulary part of exactly one rank of "
+            f"process_group; got ranks {ranks} (this rank holds [{shard.vocab_start}, {shard.vocab_start + vocab}))"
         )

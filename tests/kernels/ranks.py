@@ -1,9 +1,9 @@
-"""Tests that need several processes: cases run by every rank of a gloo group, all of a file in one set of processes.
+"""Tests that need several processes: cases run by every rank of a gloo group, all cases in one set of processes.
 
 A module of cases has functions `case_*(ranks)`; an assertion that fails on any rank fails the case. Starting a process
 takes 3 s (the import of torch), a case some 10 ms, so they share the processes of one world size.
 
-    python tests/kernels/ranks.py MODULE RANK WORLD DIRECTORY      one rank; what failed goes to DIRECTORY/RANK.json
+    python tests/kernels/ranks.py RANK WORLD DIRECTORY MODULE..      one rank; what failed goes to DIRECTORY/RANK.json
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -64,16 +64,16 @@ def collectives(run: Callable[[], object]) -> list[str]:
     return [event.name for event in trace.events() if event.name.startswith("c10d::")]
 
 
-def cases(module: str) -> dict[str, Callable[[Ranks], None]]:
-    found = vars(importlib.import_module(module)).items()
+def cases(modules: Sequence[str]) -> dict[str, Callable[[Ranks], None]]:
+    found = [item for module in modules for item in vars(importlib.import_module(module)).items()]
     return {name.removeprefix("case_"): function for name, function in found if name.startswith("case_")}
 
 
-def run_in_processes(module: str, world: int, directory: Path) -> dict[str, str]:
-    """Run all cases of a module in `world` processes. Returns what failed: case -> tracebacks of its ranks."""
-    command = [sys.executable, __file__, module]
+def run_in_processes(modules: Sequence[str], world: int, directory: Path) -> dict[str, str]:
+    """Run all cases of some modules in `world` processes. Returns what failed: case -> tracebacks of its ranks."""
+    settings = [str(world), str(directory), *modules]
     processes = [
-        subprocess.Popen([*command, str(rank), str(world), str(directory)], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, __file__, str(rank), *settings], stderr=subprocess.PIPE, text=True)
         for rank in range(world)
     ]
     failed: dict[str, str] = {}
@@ -91,13 +91,13 @@ def run_in_processes(module: str, world: int, directory: Path) -> dict[str, str]
     return failed
 
 
-def main(module: str, rank: int, world: int, directory: Path) -> None:
+def main(rank: int, world: int, directory: Path, modules: Sequence[str]) -> None:
     store = dist.FileStore(str(directory / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT)
     assert dist.group.WORLD is not None
     ranks = Ranks(rank, world, dist.group.WORLD)
     failed: dict[str, str] = {}
-    for name, case in cases(module).items():
+    for name, case in cases(modules).items():
         if failed:
             failed[name] = "not run: after a failure the ranks may be out of step"
             continue
@@ -112,4 +112,4 @@ def main(module: str, rank: int, world: int, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
