@@ -45,6 +45,15 @@ def coefficients(rows, seed=0):
     return torch.randn(rows, generator=g), torch.randn(rows, generator=g)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", [8, TILE + 8, TILE + 3])
+def test_a_narrower_output(vocab, dtype):
+    # What the linear operations do on a GPU: float32 logits, a column block of wider rows, to 16-bit gradients.
+    logits = make_logits(3, 2 * TILE).to(DEVICE)[:, 8 : 8 + vocab]
+    out = torch.empty(3, vocab, dtype=dtype, device=DEVICE)
+    assert_rounded_once(*run(logits, make_labels(logits.cpu()), *coefficients(3), out=out))
+
+
 # One element; less than a word; one tile; one more; a nearly whole last tile; rows shared by two programs.
 @pytest.mark.parametrize("vocab", [1, VEC - 1, TILE, TILE + 1, 2 * TILE - 1, 4 * TILE + 13])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
