@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -173,7 +173,7 @@ def slices(total: int, step: int) -> Iterator[slice]:
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
     """out = a @ b, or out += a @ b; the sums have the dtype of `out`, also where the operands are narrower (CUDA)."""
-    wider = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
+    wider: dict[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
     if add:
         torch.addmm(out, a, b, out=out, **wider)
     else:
