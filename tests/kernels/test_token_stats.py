@@ -138,13 +138,14 @@ def test_equal_inputs_give_equal_bits(backend, device):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
-def test_gradcheck_of_the_reference():
-    logits = make_logits(4, 6, "normal", torch.float64)
+def test_gradcheck(backend, device):
+    served(backend, torch.float64)
+    logits = make_logits(4, 6, "normal", torch.float64, device=device)
     logits[0, :3] = -torch.inf
-    labels = torch.tensor([3, 0, -100, 5])
+    labels = torch.tensor([3, 0, -100, 5], device=device)
     finite = logits[:, 3:].clone().requires_grad_()  # numerical differences cannot perturb a -inf
 
     def function(x):
-        return logprobs_and_entropy(torch.cat((logits[:, :3], x), 1), labels, 0.8, backend="reference")
+        return logprobs_and_entropy(torch.cat((logits[:, :3], x), 1), labels, 0.8, backend=backend)
 
     assert torch.autograd.gradcheck(function, finite)
