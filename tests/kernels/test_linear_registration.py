@@ -1,0 +1,67 @@
+"""Claims: the registered linear operations pass opcheck, and both public functions compile into one graph, with another
+number of tokens without recompiling."""
+
+import pytest
+import torch
+from linear_oracle import make_problem, policy_batch
+
+from aepo_kernels import PolicyObjective, linear_logprobs_and_entropy, linear_policy_loss
+
+OPS = torch.ops.aepo
+AEPO = PolicyObjective.preset("aepo", entropy_bonus=0.01)
+PROBLEM = make_problem(12, 40, 4, bias=True)
+OLD, ADVANTAGES, MASK = policy_batch(PROBLEM)
+WEIGHT, BIAS = PROBLEM.weight, PROBLEM.bias
+SCALARS = (0.7, 5.0, -100, None)  # temperature, softcap, ignore_index, backend
+
+
+def operations():
+    here = (PROBLEM.hidden, WEIGHT, PROBLEM.labels, BIAS)
+    _, entropy, maximum, log_sum = OPS.linear_token_stats(*here, None, 0, *SCALARS)
+    coefficients = torch.randn(2, 12).unbind()
+    wanted = [True, True, True]
+    yield "linear_token_stats", (*here, None, 0, *SCALARS)
+    yield "linear_grad", (*here, maximum, log_sum, entropy, *coefficients, None, False, wanted, *SCALARS)
+    policy = (OLD, ADVANTAGES, MASK, None, None, None, torch.tensor([1.0, 0.5]), None)
+    policy += ("token-mean", False, *AEPO.terms(), None)
+    for keep in (True, False):
+        yield f"linear_policy_loss keep={keep}", (*here, None, 0, False, wanted, keep, 0.7, None, *policy)
+    yield "scaled", (WEIGHT, torch.tensor(0.3))
+
+
+@pytest.mark.parametrize("case", [name for name, _ in operations()])
+def test_opcheck(case):
+    torch.library.opcheck(getattr(OPS, case.split()[0]).default, dict(operations())[case])
+
+
+def stats(hidden, weight, bias):
+    labels = PROBLEM.labels[: len(hidden)]
+    logprobs, entropy = linear_logprobs_and_entropy(hidden, weight, labels, bias, 0.7, 5.0)
+    return (logprobs * entropy).sum()
+
+
+def loss(schedule):
+    def run(hidden, weight, bias):
+        n = len(hidden)
+        inputs = (PROBLEM.labels[:n], OLD[:n], ADVANTAGES[:n], MASK[:n])
+        return linear_policy_loss(
+            hidden, weight, *inputs, objective=AEPO, bias=bias, entropy_stats=(1.0, 0.5), schedule=schedule
+        ).loss
+
+    return run
+
+
+@pytest.mark.parametrize("function", [stats, loss("keep"), loss("recompute")], ids=["stats", "keep", "recompute"])
+def test_compiles_into_one_graph_for_any_number_of_tokens(function):
+    def run(f, tokens):
+        leaves = [x.detach().clone().requires_grad_() for x in (PROBLEM.hidden[:tokens], WEIGHT, BIAS)]
+        value = f(*leaves)
+        return value.detach(), *torch.autograd.grad(value, leaves)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for tokens in (12, 9):  # the second call makes the number dynamic
+        run(compiled, tokens)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for got, expected in zip(run(compiled, 7), run(function, 7), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
