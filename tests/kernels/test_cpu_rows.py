@@ -182,24 +182,6 @@ def test_expanded_rows_are_read_but_never_written():
         native.logits_grad(shifted[0], labels, stats, stats, stats, stats + 1, None, 1.0, IGNORE, shifted[1])
 
 
-def test_offsets_beyond_2_to_the_31_elements_and_4_gib(tmp_path):
-    # A sparse file stands for the tensor: row 1 begins 2^31 + 64 bfloat16 logits (4.3 GB) after row 0, and only the
-    # few pages of the two rows are ever touched.
-    stride, vocab = 2**31 + 64, 1000
-    storage = torch.from_file(str(tmp_path / "logits"), shared=True, size=stride + vocab, dtype=torch.bfloat16)
-    far = storage.as_strided((2, vocab), (stride, 1))
-    near = make_logits(2, vocab, "normal", torch.bfloat16)
-    labels = make_labels(near)
-    far.copy_(near)
-    expected = forward_backward(near, labels)
-    for ours, theirs in zip(forward_backward(far, labels), expected, strict=True):
-        assert torch.equal(ours, theirs)
-    _, entropy, maximum, log_sum = token_stats(far, labels)
-    grads = torch.ones_like(entropy), torch.full_like(entropy, 0.3)
-    native.logits_grad(far, labels, maximum, log_sum, entropy, *grads, 0.7, IGNORE, far)
-    assert torch.equal(far, expected[2])
-
-
 def test_rows_without_a_gradient_become_0_unread():
     logits = torch.full((3, SEGMENT + 9), math.nan)
     logits[1] = 0

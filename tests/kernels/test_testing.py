@@ -42,8 +42,8 @@ def test_poison_is_in_everything_that_a_backend_allocates(backend, device):
         torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
     # PyTorch poisons by filling inside the allocation, whoever asks for it; the profiler sees both, in C++ too.
     allocations = [event for event in profile.events() if event.name in ("aten::empty", "aten::empty_strided")]
-    # The gradient, and where a kernel writes them also the four statistics of each row. (Those of C++ become 0 after it,
-    # for rows that are skipped; a row that is forgotten is then 0, which is not its entropy.)
+    # The gradient, and where a kernel writes them also the four statistics of each row. (Those of C++ become 0 after
+    # that, for rows that are skipped; a row that is forgotten is then 0, which is not its entropy.)
     assert len(allocations) >= (1 if backend == "reference" else 5)
     assert all("aten::fill_" in [child.name for child in event.cpu_children] for event in allocations)
     assert torch.empty(3, device=device).isnan().all()
