@@ -73,7 +73,16 @@ def unserved(name: str, tensor: Tensor, stage: str = "token_stats") -> str | Non
             return f"it serves CUDA tensors, these are on {tensor.device}"
     if name in ("triton", "cuda") and dtype == torch.float64:
         return "it has no float64 kernels; use backend='reference', or backend='cpu' for CPU tensors"
-    return missing(name)
+    return missing(name) or (_device_problem(tensor.device) if name == "cuda" else None)
+
+
+@functools.cache
+def _device_problem(device: torch.device) -> str | None:
+    """Why the CUDA code of the extension does not run on a device: an old driver, or a GPU it was not built for."""
+    with torch.cuda.device(device):
+        problem = torch.ops.aepo_native.cuda_problem()
+    targets = torch.ops.aepo_native.cuda_targets()
+    return f"the CUDA code of the extension ({targets}) does not run on {device}: {problem}" if problem else None
 
 
 def resolve(name: str | None, tensor: Tensor, stage: str = "token_stats") -> str:

@@ -87,6 +87,11 @@ void decode_entropy(const Tensor& logits, const OptionalTensor& temperatures, do
 #ifdef AEPO_CUDA
 std::string cuda_targets() { return AEPO_CUDA; }
 
+std::string cuda_problem() {
+  const char* const problem = cuda::problem_of_current_device();
+  return problem == nullptr ? "" : problem;
+}
+
 cuda::Integers integers(const OptionalTensor& x, const char* name, int64_t count) {
   if (!x.has_value()) return {};
   const bool is_64_bit = x->scalar_type() == at::kLong;
@@ -105,8 +110,8 @@ void decode_entropy_cuda(const Tensor& logits, const OptionalTensor& temperature
                          const OptionalTensor& slots, const OptionalTensor& tokens, const Tensor& entropy,
                          const OptionalTensor& logprobs, const Tensor& workspace, int64_t stream) {
   const Rows rows(logits, "logits", at::kCUDA);
-  TORCH_CHECK_VALUE(rows.vocab <= (1 << 30) && rows.count <= (1 << 30), "logits must have at most 2^30 rows and columns; got ",
-                    logits.sizes());
+  TORCH_CHECK_VALUE(rows.vocab <= (1 << 30) && rows.count <= (1 << 30),
+                    "logits must have at most 2^30 rows and columns; got ", logits.sizes());
   check_outputs(tokens, entropy, logprobs);
   const SlotColumn to_entropy(entropy, "entropy", rows, at::kCUDA);
   const SlotColumn to_logprobs(logprobs.value_or(entropy), "logprobs", rows, at::kCUDA);
@@ -131,13 +136,16 @@ void decode_entropy_cuda(const Tensor& logits, const OptionalTensor& temperature
 }
 #else
 std::string cuda_targets() { return ""; }
+
+std::string cuda_problem() { return "built without CUDA code"; }
 #endif
 
 }  // namespace
 }  // namespace aepo
 
 TORCH_LIBRARY_FRAGMENT(aepo_native, m) {
-  m.def("cuda_targets() -> str", aepo::cuda_targets);
+  m.def("cuda_targets() -> str", aepo::cuda_targets);  // the GPUs there is machine code for, "" in a build without
+  m.def("cuda_problem() -> str", aepo::cuda_problem);  // why it does not run on the current CUDA device, "" if it does
   m.def(
       "decode_entropy(Tensor logits, Tensor? temperatures, float temperature, Tensor? slots, Tensor? tokens,"
       " Tensor(a!) entropy, Tensor(b!)? logprobs) -> ()");

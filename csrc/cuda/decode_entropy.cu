@@ -54,15 +54,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   }
 }
 
+const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
 template <class Logits>
 const char* launch(const DecodeEntropy& call, void* stream) {
   const Split split = split_rows(call.rows, call.vocab, kTile<Logits>, Logits::kVec, call.workspace.blocks);
-  decode_entropy_kernel<Logits><<<call.rows * split.parts, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(call, split);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  const auto on = static_cast<cudaStream_t>(stream);
+  decode_entropy_kernel<Logits><<<call.rows * split.parts, kThreads, 0, on>>>(call, split);
+  return text_of(cudaGetLastError());
 }
 
 }  // namespace
+
+const char* problem_of_current_device() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, decode_entropy_kernel<Float32Logits>);
+  cudaGetLastError();  // answered here, and no later launch shall find it
+  return text_of(error);
+}
 
 const char* launch_decode_entropy(const DecodeEntropy& call, void* stream) {
   if (call.rows == 0) return nullptr;

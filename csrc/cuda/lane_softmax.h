@@ -2,8 +2,8 @@
 // Plain arithmetic that compiles for the GPU and, for the tests, for the host.
 //
 // Each lane keeps an online softmax of its own and exchanges nothing before its last logit, the design of
-// aepo_kernels/kernels/token_stats.py. With d = (x - maximum) * scale in units of log2, a softmax state holds the sums of
-// 2^d and 2^d d; the sum leaves out the maximum's own 1, or a confident row would lose its entropy (1 + 1e-9 == 1).
+// aepo_kernels/kernels/token_stats.py. With d = (x - maximum) * scale in units of log2, a softmax state holds the sums
+// of 2^d and 2^d d; the sum leaves out the maximum's own 1, or a confident row would lose its entropy (1 + 1e-9 == 1).
 #pragma once
 
 #include <cfloat>
@@ -189,8 +189,8 @@ struct BFloat16Logits {
 };
 
 // Positions of logits within a row count from the 16-byte boundary at or below its first one, so that every whole word
-// is read with one load, wherever a vocabulary, stride or slice puts the row. Lane i of a tile that starts at position t
-// holds the kWords words at t + (i + w * kThreads) * kVec.
+// is read with one load, wherever a vocabulary, stride or slice puts the row. Of a tile that starts at position t, lane
+// i holds the kWords words at t + (i + w * kThreads) * kVec.
 template <class Logits>
 constexpr int kStep = kThreads * Logits::kVec;
 template <class Logits>
@@ -204,7 +204,8 @@ struct Part {
 };
 
 template <class Logits>
-AEPO_HOST_DEVICE Part<Logits> part_of_row(const typename Logits::Element* row, int vocab, int part, int tiles_per_part) {
+AEPO_HOST_DEVICE Part<Logits> part_of_row(const typename Logits::Element* row, int vocab, int part,
+                                          int tiles_per_part) {
   const int head = static_cast<int>(reinterpret_cast<uintptr_t>(row) % sizeof(Word) / sizeof(*row));
   const int64_t first = static_cast<int64_t>(part) * tiles_per_part * kTile<Logits>;
   const int64_t last = first + static_cast<int64_t>(tiles_per_part) * kTile<Logits>;

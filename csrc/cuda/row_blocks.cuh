@@ -1,5 +1,5 @@
-// The blocks that share a row: the softmax of a block's part of it, and the merge of all parts by the block that is done
-// last. Of every block, warp 0 carries on; the other warps leave after their last logit.
+// The blocks that share a row: the softmax of a block's part of it, and the merge of all parts by the block that is
+// done last. Of every block, warp 0 carries on; the other warps leave after their last logit.
 #pragma once
 
 #include "cuda_kernels.h"
@@ -65,7 +65,8 @@ __device__ __forceinline__ bool merge_parts(Softmax& state, const Workspace& wor
     ticket = atomicInc(tickets + row, parts - 1);
   }
   if (__shfl_sync(kAllLanes, ticket, 0) != static_cast<unsigned>(parts) - 1) return false;
-  __threadfence();  // and no part is read before the last ticket was
+  __threadfence();  // and no part is read before the last ticket was, by any lane
+  __syncwarp();
   state = Softmax();
   for (int i = lane; i < parts; i += kWarpSize) {
     const float4 other = __ldcg(partials + i);

@@ -1,4 +1,4 @@
-// The CUDA kernels as the bindings see them: pointers on the device, sizes and a stream; neither torch nor CUDA headers.
+// The CUDA kernels as the bindings see them: pointers on the device, sizes, a stream; neither torch nor CUDA headers.
 #pragma once
 
 #include <cstdint>
@@ -7,13 +7,16 @@
 
 namespace aepo::cuda {
 
+// Why the kernels cannot run on the current device (no driver, one that is too old, code for other GPUs), or null.
+const char* problem_of_current_device();
+
 // Tensor of 32- or 64-bit integers on the device; no data: absent.
 struct Integers {
   const void* data = nullptr;
   bool is_64_bit = false;
 };
 
-// Memory that the blocks of split rows merge through: 16 bytes and one ticket per block. Tickets are 0 between launches:
+// Memory that the blocks of split rows merge through: 16 bytes and a ticket per block. Tickets are 0 between launches:
 // zeroed once by the owner, and left 0 by every launch. Two launches that may overlap must not share a workspace.
 struct Workspace {
   static constexpr int kBytesPerBlock = 20;

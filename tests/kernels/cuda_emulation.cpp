@@ -32,7 +32,8 @@ Softmax block_softmax(const Part<Logits>& part, float scale) {
       lanes[i] = read_lane(part, warp * kWarpSize + i, scale);
       maximum = std::max(maximum, lanes[i].maximum);
     }
-    const int holder = std::find_if(lanes, lanes + kWarpSize, [&](const Lane& x) { return x.maximum == maximum; }) - lanes;
+    int holder = 0;
+    while (lanes[holder].maximum != maximum) holder++;
     Softmax states[kWarpSize];
     for (int i = 0; i < kWarpSize; i++) {
       states[i] = softmax_of(lanes[i], part, warp * kWarpSize + i, scale, i == holder);
@@ -54,7 +55,9 @@ void rows_of(const void* logits, int64_t rows, int64_t vocab, int64_t stride, co
     const auto* const x = static_cast<const typename Logits::Element*>(logits) + row * stride;
     const float scale = log2_scale(inverse_temperature(temperatures[row]));
     std::vector<Softmax> partials(split.parts);
-    for (int part : parts) partials[part] = block_softmax(part_of_row<Logits>(x, vocab, part, split.tiles_per_part), scale);
+    for (int i : parts) {
+      partials[i] = block_softmax(part_of_row<Logits>(x, vocab, i, split.tiles_per_part), scale);
+    }
     Softmax state = partials[0];
     if (split.parts > 1) {
       Softmax lanes[kWarpSize];

@@ -1,4 +1,4 @@
-"""Claims about setup.py: whether CUDA code is built is decided by AEPO_CUDA and the presence of nvcc, never in silence."""
+"""Claims about setup.py: whether CUDA code is built is decided by AEPO_CUDA and the presence of nvcc, and said."""
 
 import os
 import subprocess

@@ -5,6 +5,7 @@ between lanes, keeps a NaN and stays inside its budget of instructions; register
 """
 
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -48,11 +49,14 @@ def test_decode_leaves_the_memory_time_to_the_memory(reports):
             assert max(r.issue_share, r.exp2_share) <= (0.25 if "fp32" in r.case else 0.5)
 
 
-@pytest.mark.skipif(shutil.which("nm") is None, reason="reads symbols with nm")
-def test_the_cuda_runtime_inside_is_private(tmp_path):
-    # Exported, its functions would be replaced by those of the runtime that a CUDA build of torch has loaded.
-    import subprocess
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_driver_the_extension_loads_and_says_what_is_missing():
+    assert "driver" in torch.ops.aepo_native.cuda_problem() or "device" in torch.ops.aepo_native.cuda_problem()
 
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="reads symbols with nm")
+def test_the_cuda_runtime_inside_is_private():
+    # Exported, its functions would be replaced by those of the runtime that a CUDA build of torch has loaded.
     import aepo_kernels._C as extension
 
     symbols = subprocess.run(["nm", "-D", extension.__file__], capture_output=True, text=True, check=True).stdout
