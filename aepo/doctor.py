@@ -128,18 +128,20 @@ def kernels() -> Iterator[Finding]:
     operations = [name for name in aepo_kernels.__all__ if name[0].islower()]
     for device in ["cpu", "cuda"][: 1 + torch.cuda.is_available()]:
         probe = torch.empty(1, 8, device=device)
-        default = backends.resolve(None, probe)
+        defaults = {operation: backends.resolve(None, probe, _stage(operation)) for operation in operations}
         for name in backends.BACKENDS:
             where = f"{name} on {device}"
-            reason = backends.unserved(name, probe)
-            if reason is not None:
+            served = [one for one in operations if backends.unserved(name, probe, _stage(one)) is None]
+            if not served:
+                reason = backends.unserved(name, probe) or ""
                 remedy = _REMEDIES.get((name, device), "")
                 yield Finding("kernels", where, "missing" if remedy else "info", reason, remedy)
                 continue
-            faults = {operation: _fault(operation, name, device) for operation in operations}
+            faults = {operation: _fault(operation, name, device) for operation in served}
             wrong = [f"{operation}: {fault}" for operation, fault in faults.items() if fault]
-            usual = ", the default" if name == default else ""
-            good = f"{', '.join(operations)}: agree with float64{usual}"
+            usual = [operation for operation in served if defaults[operation] == name]
+            where_usual = "" if usual == served else f" for {', '.join(usual)}"
+            good = f"{', '.join(served)}: agree with float64{f', the default{where_usual}' if usual else ''}"
             yield Finding("kernels", where, "broken" if wrong else "ok", "; ".join(wrong) or good)
 
 
@@ -149,8 +151,13 @@ _REMEDIES = {
 }
 
 
+def _stage(operation: str) -> str:
+    """The stage whose backends are those of an operation."""
+    return operation if operation == "decode_entropy" else "token_stats"
+
+
 def _fault(operation: str, backend: str, device: str) -> str | None:
-    """Run an operation and its backward, and compare with the float64 reference; None: it is right."""
+    """Run an operation and, if it has one, its backward; compare with the float64 reference; None: it is right."""
     import torch
 
     try:
@@ -172,21 +179,28 @@ def _run(operation: str, backend: str, device: str, dtype: Any) -> list[Any]:
     logits = 3 * torch.randn(16, 1000, generator=generator)
     labels = torch.randint(1000, (16,), generator=generator).to(device)
     advantages = torch.randn(16, generator=generator).to(device, dtype)
-    logits = logits.to(device, dtype).requires_grad_()
+    hidden, weight = torch.randn(16, 32, generator=generator), torch.randn(1000, 32, generator=generator)
+    linear = operation.startswith("linear_")
+    x = (hidden if linear else logits).to(device, dtype).requires_grad_()
+    weight = weight.to(device, dtype)
+    inputs = (x, weight) if linear else (x,)
     function = getattr(aepo_kernels, operation)
+    if operation == "decode_entropy":
+        return [part.double().cpu() for part in function(x.detach(), tokens=labels, backend=backend)]
     if operation == "entropy_from_logits":
-        value = function(logits, backend=backend)
-    elif operation in ("selective_log_softmax", "logprobs_and_entropy"):
-        value = function(logits, labels, backend=backend)
+        value = function(x, backend=backend)
+    elif operation in ("selective_log_softmax", "logprobs_and_entropy", "linear_logprobs_and_entropy"):
+        value = function(*inputs, labels, backend=backend)
     else:
         objective = aepo_kernels.PolicyObjective()
-        logprobs = torch.log_softmax(logits, -1).gather(-1, labels[:, None])[:, 0]
-        first = (logits, labels) if operation == "logits_policy_loss" else (logprobs,)
+        scores = x @ weight.T if linear else x
+        logprobs = torch.log_softmax(scores, -1).gather(-1, labels[:, None])[:, 0]
+        first = (logprobs,) if operation == "policy_loss" else (*inputs, labels)
         old_logprobs = logprobs.detach() - 0.1 * advantages
         mask = torch.ones_like(labels)
         value = function(*first, old_logprobs, advantages, mask, objective=objective, backend=backend).loss
     total = sum(part.sum() for part in value) if isinstance(value, tuple) else value.sum()
-    (gradient,) = torch.autograd.grad(total, logits)
+    (gradient,) = torch.autograd.grad(total, x)
     return [total.detach().double().cpu(), gradient.double().cpu()]
 
 

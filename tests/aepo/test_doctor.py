@@ -46,7 +46,7 @@ def test_the_kernels_here_are_run_and_right():
 def test_a_missing_extension_comes_with_its_command(monkeypatch):
     unserved = backends.unserved
     monkeypatch.setattr(backends, "missing", lambda name: "not built" if name == "cpu" else None)
-    monkeypatch.setattr(backends, "unserved", lambda name, x: "not built" if name == "cpu" else unserved(name, x))
+    monkeypatch.setattr(backends, "unserved", lambda name, *x: "not built" if name == "cpu" else unserved(name, *x))
     found = by_name(doctor.kernels())
     assert (found["cpu on cpu"].state, found["cpu on cpu"].remedy) == (
         "missing",
