@@ -10,8 +10,6 @@ from torch import Tensor
 
 from aepo.bench.harness import Ceiling
 
-LOGIT_STD = 3.0
-"""Of all logits; entropies are then around 7 of ln V = 12 nats."""
 GATE_TOKENS = 16
 SEQUENCES = 4
 """The tokens of a loss belong to this many sequences of equal length, each with one advantage, as some peers need it;
@@ -25,18 +23,26 @@ def generator(device: str) -> torch.Generator:
     return torch.Generator(device).manual_seed(0)
 
 
+def spread(tokens: int, device: str) -> Tensor:
+    """Standard deviation [tokens, 1] of each row's logits, 1 to 4: entropies of ln V - 1/2 to ln V - 8 nats.
+
+    With equal ones all entropies would be nearly equal, and what the AEPO loss makes of them mostly rounding error.
+    """
+    return 1 + 3 * (0.5 + 0.618 * torch.arange(tokens, device=device)[:, None]).frac()
+
+
 def make_logits(tokens: int, vocab: int, dtype: torch.dtype, device: str) -> Tensor:
     """[tokens, vocab] normal logits."""
     logits = torch.randn(tokens, vocab, generator=generator(device), device=device)
-    return logits.mul_(LOGIT_STD).to(dtype)
+    return logits.mul_(spread(tokens, device)).to(dtype)
 
 
 def make_linear(tokens: int, vocab: int, hidden: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     """Hidden states [tokens, hidden] and weight [vocab, hidden] whose products are such logits."""
     g = generator(device)
-    states = torch.randn(tokens, hidden, generator=g, device=device).to(dtype)
-    weight = torch.randn(vocab, hidden, generator=g, device=device).mul_(LOGIT_STD / math.sqrt(hidden))
-    return states, weight.to(dtype)
+    states = torch.randn(tokens, hidden, generator=g, device=device).mul_(spread(tokens, device))
+    weight = torch.randn(vocab, hidden, generator=g, device=device).div_(math.sqrt(hidden))
+    return states.to(dtype), weight.to(dtype)
 
 
 def make_labels(tokens: int, vocab: int, device: str) -> Tensor:

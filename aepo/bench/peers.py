@@ -53,7 +53,7 @@ def missing(peer: Peer, device: str) -> str | None:
         return f"runs on {' and '.join(peer.devices)} only"
     try:
         function(peer)
-    except Exception as error:  # a library may fail to import in any way; that is its line in the list
+    except (Exception, SystemExit) as error:  # a library may fail to import in any way; that is its line in the list
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:150]}"
     return None
 
