@@ -48,38 +48,40 @@ def operations():
 
 
 @pytest.mark.parametrize("case", [name for name, _ in operations()])
-def test_opcheck(case):
-    args = dict(operations())[case]
+def test_opcheck(case, device):
+    args = [x.to(device) if isinstance(x, torch.Tensor) else x for x in dict(operations())[case]]
     torch.library.opcheck(getattr(OPS, case.split()[0]).default, args)
 
 
-def through_logits(logits):
-    logprobs, entropy = logprobs_and_entropy(logits, LABELS, 0.7)
-    return (logprobs * entropy).sum() + entropy_from_logits(logits).sum() + selective_log_softmax(logits, LABELS).sum()
+def through_logits(logits, labels, batch):
+    logprobs, entropy = logprobs_and_entropy(logits, labels, 0.7)
+    return (logprobs * entropy).sum() + entropy_from_logits(logits).sum() + selective_log_softmax(logits, labels).sum()
 
 
-def through_policy_loss(logits):
-    inputs = (BATCH.old_logprobs, BATCH.advantages, BATCH.mask)
+def through_policy_loss(logits, labels, batch):
+    inputs = (batch.old_logprobs, batch.advantages, batch.mask)
     return policy_loss(logits[:, 0], *inputs, objective=AEPO, entropy=logits[:, 1].abs(), denominator=40).loss
 
 
-def fused(logits, temperature=1.0, inplace=False):
-    inputs = (BATCH.old_logprobs, BATCH.advantages, BATCH.mask)
+def fused(logits, labels, batch, temperature=1.0, inplace=False):
+    inputs = (batch.old_logprobs, batch.advantages, batch.mask)
     out = logits_policy_loss(
-        logits * 1, LABELS, *inputs, objective=AEPO, temperature=temperature, inplace_backward=inplace
+        logits * 1, labels, *inputs, objective=AEPO, temperature=temperature, inplace_backward=inplace
     )
     return out.loss + 0 * out.metrics["ratio_mean"]
 
 
-def fused_in_place(logits):
-    return fused(logits, inplace=True)
+def fused_in_place(logits, labels, batch):
+    return fused(logits, labels, batch, inplace=True)
 
 
 @pytest.mark.parametrize("function", [through_logits, through_policy_loss, fused, fused_in_place])
-def test_compiles_into_one_graph(function):
+def test_compiles_into_one_graph(function, device):
+    labels, batch = LABELS.to(device), BATCH.to(torch.float32, device)
+
     def run(f):
-        x = LOGITS.clone().requires_grad_()
-        loss = f(x)
+        x = LOGITS.to(device, copy=True).requires_grad_()
+        loss = f(x, labels, batch)
         loss.backward()
         return loss.detach(), x.grad
 
@@ -89,20 +91,21 @@ def test_compiles_into_one_graph(function):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
 
 
-def loss_of(logits, tokens, denominator):
-    inputs = (BATCH.old_logprobs[:tokens], BATCH.advantages[:tokens], BATCH.mask[:tokens])
-    return logits_policy_loss(logits, LABELS[:tokens], *inputs, objective=AEPO, denominator=denominator).loss
+def loss_of(logits, labels, batch, tokens, denominator):
+    inputs = (batch.old_logprobs[:tokens], batch.advantages[:tokens], batch.mask[:tokens])
+    return logits_policy_loss(logits, labels[:tokens], *inputs, objective=AEPO, denominator=denominator).loss
 
 
-def test_another_length_or_denominator_does_not_recompile():
+def test_another_length_or_denominator_does_not_recompile(device):
     # Both change with every batch. (A new temperature does recompile: it is a constant of the graph.)
     torch._dynamo.reset()
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    logits, labels, batch = LOGITS.to(device), LABELS.to(device), BATCH.to(torch.float32, device)
     for tokens in (51, 40):  # the second call makes lengths and numbers dynamic
-        compiled(LOGITS[:tokens], tokens, float(tokens))
+        compiled(logits[:tokens], labels, batch, tokens, float(tokens))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for tokens, denominator in ((30, 33.3), (20, 21.0)):
-            args = (LOGITS[:tokens], tokens, denominator)
+            args = (logits[:tokens], labels, batch, tokens, denominator)
             assert torch.equal(compiled(*args), loss_of(*args))
 
 
@@ -114,7 +117,8 @@ loaded = [name for name in sys.modules if name.split(".")[0] in ("triton", "tran
 assert not loaded, loaded
 """,
     "the first use is a compiled one": """
-import torch
+import sys, torch
+torch.set_default_device(sys.argv[1])
 from aepo_kernels import PolicyObjective, logits_policy_loss
 objective = PolicyObjective.preset("aepo")
 def head(h, w):
@@ -133,6 +137,6 @@ for a, b in zip(got, expected):
 
 
 @pytest.mark.parametrize("claim", [next(iter(FRESH)), pytest.param(list(FRESH)[1], marks=pytest.mark.slow)])
-def test_in_a_fresh_process(claim):
-    result = subprocess.run([sys.executable, "-c", FRESH[claim]], capture_output=True, text=True, check=False)
+def test_in_a_fresh_process(claim, device):
+    result = subprocess.run([sys.executable, "-c", FRESH[claim], device], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
