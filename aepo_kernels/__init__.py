@@ -11,11 +11,13 @@ from aepo_kernels.ops.linear_policy_loss import linear_policy_loss
 from aepo_kernels.ops.logits_policy_loss import logits_policy_loss
 from aepo_kernels.ops.logprobs_and_entropy import entropy_from_logits, logprobs_and_entropy, selective_log_softmax
 from aepo_kernels.ops.policy_loss import PolicyLoss, policy_loss
+from aepo_kernels.ops.sample_with_entropy import SampledTokens, sample_with_entropy
 
 __all__ = [
     "LinearHead",
     "PolicyLoss",
     "PolicyObjective",
+    "SampledTokens",
     "decode_entropy",
     "entropy_from_logits",
     "linear_logprobs_and_entropy",
@@ -23,5 +25,6 @@ __all__ = [
     "logits_policy_loss",
     "logprobs_and_entropy",
     "policy_loss",
+    "sample_with_entropy",
     "selective_log_softmax",
 ]
