@@ -153,7 +153,7 @@ _REMEDIES = {
 
 def _stage(operation: str) -> str:
     """The stage whose backends are those of an operation."""
-    return operation if operation == "decode_entropy" else "token_stats"
+    return operation if operation in ("decode_entropy", "sample_with_entropy") else "token_stats"
 
 
 def _fault(operation: str, backend: str, device: str) -> str | None:
@@ -185,8 +185,9 @@ def _run(operation: str, backend: str, device: str, dtype: Any) -> list[Any]:
     weight = weight.to(device, dtype)
     inputs = (x, weight) if linear else (x,)
     function = getattr(aepo_kernels, operation)
-    if operation == "decode_entropy":
-        return [part.double().cpu() for part in function(x.detach(), tokens=labels, backend=backend)]
+    if operation in ("decode_entropy", "sample_with_entropy"):  # without a gradient
+        extra: dict[str, Any] = {"tokens": labels} if operation == "decode_entropy" else {"seed": 0}
+        return [part.double().cpu() for part in function(x.detach(), **extra, backend=backend)]
     if operation == "entropy_from_logits":
         value = function(x, backend=backend)
     elif operation in ("selective_log_softmax", "logprobs_and_entropy", "linear_logprobs_and_entropy"):
