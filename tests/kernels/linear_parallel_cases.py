@@ -79,6 +79,8 @@ def case_linear_logprobs_and_entropy(ranks):
             expected = (*outputs, *own_grads(ranks, grads, sequence_parallel))
             for x, y in zip((*ours, *own), expected, strict=True):
                 torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-13)
+            same = ours if sequence_parallel else (*ours, own[0])
+            assert all(torch.equal(x, other) for x in same for other in ranks.gather(x.detach()))
 
 
 def case_linear_in_16_bits_is_as_exact_as_in_one_process(ranks):
@@ -149,7 +151,7 @@ def case_linear_collectives(ranks):
     linear.KEPT_ROWS["cpu"] = kept_rows
 
 
-def case_linear_frozen_weight_and_no_tokens(ranks):
+def case_linear_frozen_weight_and_nothing_to_do(ranks):
     *whole, labels = make_head(torch.float32)
     for sequence_parallel in (False, True):
         (hidden, weight, _), group = of_rank(ranks, *whole, sequence_parallel)
@@ -163,6 +165,12 @@ def case_linear_frozen_weight_and_no_tokens(ranks):
         logprobs, entropy = linear_logprobs_and_entropy(empty, weight, labels[:0], **group)
         (logprobs.sum() + entropy.sum()).backward()
         assert empty.grad.shape == (0, SIZE)
+        (old, advantages, mask), _ = policy_batch()
+        for settings in ({"schedule": "keep", **STATS}, {"schedule": "recompute"}):
+            batch, aepo = (old, advantages, torch.zeros_like(mask)), PolicyObjective.preset("aepo")
+            loss = linear_policy_loss(hidden, weight, labels, *batch, objective=aepo, **settings, **group).loss
+            assert loss.item() == 0
+            assert torch.autograd.grad(loss, hidden)[0].eq(0).all()
 
 
 def case_linear_misplaced_label_and_tokens_that_do_not_add_up(ranks):
