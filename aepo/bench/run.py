@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from aepo.bench import decode, linear, peers, policy_loss, token_stats
+from aepo.bench import decode, linear, peers, policy_loss, sample, token_stats
 from aepo.bench.clock import clock_for, machine
 from aepo.bench.harness import OURS, Refusal, Row, measure
 from aepo.bench.settings import Settings
@@ -24,6 +24,7 @@ QUESTIONS: dict[str, ModuleType] = {
     "policy-loss": policy_loss,
     "linear": linear,
     "decode": decode,
+    "sample": sample,
 }
 ROUNDS, QUICK_ROUNDS = 7, 3
 WIDTH = 150
