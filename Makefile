@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-fast lint bench results clean
+.PHONY: help demo test test-fast lint bench gpu results clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make test-fast   the same tests without the slow ones: the inner loop"
 	@echo "make lint        ruff (lint, format) and mypy"
 	@echo "make bench       the CPU rows of the benchmark tables, into benchmarks/results/"
+	@echo "make gpu         on a GPU machine, with its own Python: build, kernel tests, all benchmarks (< 9 minutes); docs/gpu.md"
 	@echo "make results     AEPO and GRPO, three seeds each: the learning curves that the README quotes"
 	@echo "make clean       remove .venv, build products, caches and runs/demo"
 
@@ -43,6 +44,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/aepo bench --device cpu --json benchmarks/results/bench_cpu.json
+
+# Not in .venv: a GPU machine has its torch, which must not be replaced, and may have no network.
+gpu:
+	$(PYTHON) -m benchmarks.gpu_session
 
 results: $(READY)
 	$(BIN)/python -m benchmarks.learning_curves --json benchmarks/results/learning_curves.json

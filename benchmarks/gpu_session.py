@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one call of under 9 minutes: build, kernel tests, benchmarks; JSON and a short table.
 
-python -m benchmarks.gpu_session                     # results in benchmarks/results/gpu/
+python -m benchmarks.gpu_session                     # results in the folder gpu of benchmarks/results/
 python -m benchmarks.gpu_session --output /tmp/h100
 python -m benchmarks.gpu_session --device cpu --quick   # the same code path without a GPU, a few small cases
 
@@ -110,7 +110,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def count_tests(log: str) -> tuple[dict[str, int], list[str]]:
     """({passed: n, failed: n, ..}, the failed tests) from pytest's verbose output, also of a run that was cut short."""
-    # "tests/a.py::b[c] PASSED [ 1%]", or under xdist "[gw0] [ 1%] PASSED tests/a.py::b[c]".
+    # "a.py::b[c] PASSED [ 1%]", or under xdist "[gw0] [ 1%] PASSED a.py::b[c]".
     status = "(PASSED|FAILED|ERROR|SKIPPED)"
     line = re.compile(rf"^(?:\[gw\d+\] \[ *\d+%\] {status} (\S.*?)|(\S+::.*?) {status}\b.*)\s*$", re.M)
     found = [(a or d, (b or c).strip()) for a, b, c, d in line.findall(log)]

@@ -71,24 +71,24 @@ def test_the_steps_share_one_limit(monkeypatch, tmp_path):
 @pytest.mark.parametrize("xdist", [False, True])
 def test_tests_are_counted_even_in_a_log_that_breaks_off(xdist, tmp_path):
     lines = [
-        "tests/a.py::good[gppo, gradient kept-cpu] PASSED                 [ 25%]",
-        "tests/a.py::bad[x - y] FAILED [ 50%]",
-        "tests/a.py::left_out SKIPPED (no GPU) [ 75%]",
-        "tests/a.py::broken ERROR [100%]",
-        "FAILED tests/a.py::bad[x - y] - AssertionError: not PASSED",
-        "tests/a.py::hangs ",
+        "a.py::good[gppo, gradient kept-cpu] PASSED                 [ 25%]",
+        "a.py::bad[x - y] FAILED [ 50%]",
+        "a.py::left_out SKIPPED (no GPU) [ 75%]",
+        "a.py::broken ERROR [100%]",
+        "FAILED a.py::bad[x - y] - AssertionError: not PASSED",
+        "a.py::hangs ",
     ]
     if xdist:
         lines = [
-            "[gw0] [ 25%] PASSED tests/a.py::good[gppo, gradient kept-cpu] ",
-            "tests/a.py::bad[x - y] ",
-            "[gw1] [ 50%] FAILED tests/a.py::bad[x - y] ",
-            "[gw1] [ 75%] SKIPPED tests/a.py::left_out ",
-            "[gw10] [100%] ERROR tests/a.py::broken ",
+            "[gw0] [ 25%] PASSED a.py::good[gppo, gradient kept-cpu] ",
+            "a.py::bad[x - y] ",
+            "[gw1] [ 50%] FAILED a.py::bad[x - y] ",
+            "[gw1] [ 75%] SKIPPED a.py::left_out ",
+            "[gw10] [100%] ERROR a.py::broken ",
         ]
     counts, failed = gpu_session.count_tests("\n".join(lines))
     assert counts == {"passed": 1, "failed": 1, "skipped": 1, "error": 1}
-    assert failed == ["tests/a.py::bad[x - y]", "tests/a.py::broken"]
+    assert failed == ["a.py::bad[x - y]", "a.py::broken"]
 
 
 def test_headlines_take_our_fastest_row_and_the_fastest_that_computes_the_same():
