@@ -11,7 +11,7 @@ from vocab_parallel_cases import VOCAB, shard
 
 from aepo_kernels import PolicyObjective, linear_logprobs_and_entropy, linear_policy_loss
 from aepo_kernels.objective import PRESETS
-from aepo_kernels.ops import linear
+from aepo_kernels.ops import linear, rows
 from aepo_kernels.testing import assert_within_budget
 
 TOKENS, SIZE = 12, 16  # a multiple of 2 and 3 ranks
@@ -182,6 +182,21 @@ def case_linear_misplaced_label_and_tokens_that_do_not_add_up(ranks):
     shape = rf"labels must have shape \({TOKENS},\) like the tokens of all {ranks.world} ranks; got \({TOKENS - 1},\)"
     with pytest.raises(ValueError, match=shape):
         linear_logprobs_and_entropy(hidden, weight, labels[1:], **group)
+
+
+def case_linear_operations_pass_opcheck_with_a_group(ranks):
+    hidden, weight, _, labels = make_head(torch.float32)
+    part, group = ranks.part(VOCAB), ranks.group.group_name
+    local = labels - part.start
+    settings = (0.8, None, rows.NO_LABEL, None)
+    stats = torch.ops.aepo.linear_token_stats(hidden, weight[part], local, None, group, part.start, *settings)
+    coefficients = (*stats[2:], stats[1], stats[0], None)
+    for name, *args in (
+        ("gather_tokens", hidden, group),
+        ("linear_token_stats", hidden, weight[part], local, None, group, part.start, *settings),
+        ("linear_grad", hidden, weight[part], local, None, *coefficients, group, True, [True, True, False], *settings),
+    ):
+        torch.library.opcheck(getattr(torch.ops.aepo, name).default, tuple(args))
 
 
 def case_linear_compiles_into_one_graph(ranks):

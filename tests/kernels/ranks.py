@@ -72,22 +72,23 @@ def cases(modules: Sequence[str]) -> dict[str, Callable[[Ranks], None]]:
 def run_in_processes(modules: Sequence[str], world: int, directory: Path) -> dict[str, str]:
     """Run all cases of some modules in `world` processes. Returns what failed: case -> tracebacks of its ranks."""
     settings = [str(world), str(directory), *modules]
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), *settings], stderr=subprocess.PIPE, text=True)
-        for rank in range(world)
-    ]
+    processes = []
+    for rank in range(world):
+        with (directory / f"{rank}.stderr").open("w") as errors:  # a pipe that nobody reads would stop its writer
+            processes.append(subprocess.Popen([sys.executable, __file__, str(rank), *settings], stderr=errors))
     failed: dict[str, str] = {}
     end = time.monotonic() + PROCESS_TIMEOUT_SECONDS
     try:
         for rank, process in enumerate(processes):
-            _, errors = process.communicate(timeout=max(1, end - time.monotonic()))
-            report = directory / f"{rank}.json"
-            assert report.exists(), f"rank {rank} of {world} died with code {process.returncode}:\n{errors}"
+            process.wait(timeout=max(1, end - time.monotonic()))
+            report, errors = directory / f"{rank}.json", directory / f"{rank}.stderr"
+            assert report.exists(), f"rank {rank} of {world} died, code {process.returncode}:\n{errors.read_text()}"
             for case, error in json.loads(report.read_text()).items():
                 failed[case] = f"{failed.get(case, '')}\nrank {rank} of {world}: {error}"
     finally:
         for process in processes:
             process.kill()
+            process.wait()
     return failed
 
 
