@@ -14,6 +14,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import pathlib
+import platform
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,17 @@ def find_nvcc() -> pathlib.Path | None:
     return None
 
 
+def find_static_runtime(nvcc: pathlib.Path) -> pathlib.Path:
+    """The folder of libcudart_static.a, beside nvcc's."""
+    home = nvcc.parents[1]
+    folders = [home / name for name in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib")]
+    for folder in folders:
+        if (folder / "libcudart_static.a").exists():
+            return folder
+    looked = ", ".join(map(str, folders))
+    raise SystemExit(f"{nvcc} has no libcudart_static.a in {looked}; AEPO_CUDA=0 builds without CUDA kernels")
+
+
 def gpu_architectures(nvcc: pathlib.Path) -> list[str]:
     """Those of GPU_ARCHITECTURES that this nvcc knows."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
@@ -95,10 +107,10 @@ class Build(BuildExtension):
             print(f"building CUDA kernels with {nvcc} for sm_{', sm_'.join(architectures)}")
             extension.extra_objects += self.compile_cuda(nvcc, nvcc_flags(architectures))
             extension.define_macros.append(("AEPO_CUDA", f'"sm_{" sm_".join(architectures)}"'))
-            lib = nvcc.parents[1] / ("lib64" if (nvcc.parents[1] / "lib64").exists() else "lib")
             # Hidden, or the CUDA runtime of a CUDA build of torch would take the place of ours while loading.
             hidden = "-Wl,--exclude-libs,libcudart_static.a"
-            extension.extra_link_args += [f"-L{lib}", hidden, "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+            runtime = find_static_runtime(nvcc)
+            extension.extra_link_args += [f"-L{runtime}", hidden, "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
         super().build_extensions()
 
     def compile_cuda(self, nvcc: pathlib.Path, flags: list[str]) -> list[str]:
@@ -115,7 +127,9 @@ class Build(BuildExtension):
             if self.force or not target.exists() or target.stat().st_mtime < newest:
                 commands.append([nvcc, *flags, "-c", source, "-o", target])
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda command: subprocess.run(command, check=True), commands))
+            codes = list(pool.map(lambda command: subprocess.run(command).returncode, commands))
+        if any(codes):
+            raise SystemExit(f"{nvcc} failed, see above; AEPO_CUDA=0 builds without CUDA kernels")
         return objects
 
 

@@ -31,4 +31,5 @@ def _of_stream(device: torch.device, stream: int) -> Tensor:
 
 def _allocate(device: torch.device) -> Tensor:
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return torch.zeros(processors * BLOCKS_PER_PROCESSOR * WORDS_PER_BLOCK, dtype=torch.int32, device=device)
+    with torch.inference_mode(False):  # it outlives the mode it is first needed in
+        return torch.zeros(processors * BLOCKS_PER_PROCESSOR * WORDS_PER_BLOCK, dtype=torch.int32, device=device)

@@ -6,6 +6,8 @@ backend when they run. There is no gradient.
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def _decode_entropy(
 def _decode_entropy_fake(
     logits: Tensor, temperatures: Tensor | None, temperature: float, tokens: Tensor | None, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    rows, acc = len(logits), acc_dtype(logits.dtype)
+    rows, acc = logits.shape[0], acc_dtype(logits.dtype)
     return logits.new_empty(rows, dtype=acc), logits.new_empty(0 if tokens is None else rows, dtype=acc)
 
 
@@ -122,6 +124,32 @@ def _check_values(
             raise ValueError(f"temperature must be > 0 and finite in every row; got {float(wrong[0])}")
 
 
+@overload
+def decode_entropy(
+    logits: Tensor,
+    temperature: float | Tensor | None = None,
+    out: Tensor | None = None,
+    slots: Tensor | None = None,
+    *,
+    tokens: None = None,
+    logprobs_out: None = None,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def decode_entropy(
+    logits: Tensor,
+    temperature: float | Tensor | None = None,
+    out: Tensor | None = None,
+    slots: Tensor | None = None,
+    *,
+    tokens: Tensor,
+    logprobs_out: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
 def decode_entropy(
     logits: Tensor,
     temperature: float | Tensor | None = None,
@@ -183,9 +211,9 @@ def decode_entropy(
         entropy, logprobs = torch.ops.aepo.decode_entropy(logits, temperatures, number, tokens, backend)
         return entropy if tokens is None else (entropy, logprobs)
     _check_out("out", out, logits, acc)
-    if slots is None and len(out) < len(logits):
+    if slots is None and out.shape[0] < logits.shape[0]:
         raise ValueError(
-            f"out must have a place for each of the {len(logits)} rows, or come with slots; got {len(out)}"
+            f"out must have a place for each of the {logits.shape[0]} rows, or come with slots; got {out.shape[0]}"
         )
     if (tokens is None) != (logprobs_out is None):
         raise ValueError("with out, tokens and logprobs_out must be given together; got one of them")
@@ -208,7 +236,7 @@ def _integers(name: str, x: Tensor | None, logits: Tensor) -> Tensor | None:
 def _check_out(name: str, x: Tensor, logits: Tensor, dtype: torch.dtype) -> None:
     check_float_tensor(name, x)
     check_device(name, x, "logits", logits.device)
-    if x.dim() != 1 or x.dtype != dtype or (x.stride(0) == 0 and len(x) > 1):
+    if x.dim() != 1 or x.dtype != dtype or (x.stride(0) == 0 and x.shape[0] > 1):
         raise ValueError(
             f"{name} must be a 1-D {dtype} tensor with a place of its own for every element; got {x.dtype} of shape "
             f"{tuple(x.shape)} with strides {x.stride()}"

@@ -103,6 +103,24 @@ def test_opcheck(case):
     torch.library.opcheck(getattr(torch.ops.aepo, name).default, args)
 
 
+def test_another_batch_does_not_recompile():
+    # Batches grow and shrink with every finished request.
+    def step(logits, temperature, out, slots):
+        return decode_entropy(logits, temperature, out, slots) + decode_entropy(logits).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+
+    def inputs(rows):
+        return make_logits(rows, 23), torch.ones(rows), torch.zeros(64), torch.arange(rows, dtype=torch.int32)
+
+    for rows in (8, 7):  # the second call makes the batch dynamic
+        compiled(*inputs(rows))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (5, 12):
+            assert torch.equal(compiled(*inputs(rows)), step(*inputs(rows)))
+
+
 def test_compiles_into_one_graph():
     logits = make_logits(4, 23)
     tokens, slots = make_labels(logits), torch.tensor([5, -1, 0, 2])
