@@ -163,27 +163,16 @@ def bench(
         aepo bench --list
     """
     try:
-        import torch
-
         from aepo.bench.run import list_peers, run
-        from aepo.bench.settings import DTYPES, Settings
+        from aepo.bench.settings import Settings
 
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-        settings = Settings(
-            device=device,
-            quick=quick,
-            tokens=_integers("tokens", tokens),
-            vocab=_integers("vocab", vocab),
-            hidden=hidden,
-            dtype=DTYPES[dtype] if dtype else None,
-            rounds=rounds,
+        settings = Settings.from_text(
+            device=device, tokens=tokens, vocab=vocab, dtype=dtype, hidden=hidden, rounds=rounds, quick=quick
         )
         if list_only:
-            list_peers(device)
+            list_peers(settings.device)
         elif not run(settings, questions or (), threads=threads, json_path=json_path, plot_path=plot):
-            _fail("a kernel of this library gave a wrong result, see above")
+            _fail("a kernel of this library has no row, see above")
     except ValueError as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -298,14 +287,6 @@ def _explained() -> Iterator[None]:
         _fail(str(error))
     except (ValueError, OSError, CheckpointError, NonFiniteError) as error:
         _fail(str(error))
-
-
-def _integers(name: str, text: str | None) -> tuple[int, ...] | None:
-    """ "128,512" as numbers."""
-    try:
-        return None if text is None else tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"{name} must be integers separated by commas, e.g. 128,512; got {text!r}") from None
 
 
 def _fail(message: str) -> None:

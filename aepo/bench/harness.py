@@ -138,7 +138,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def max_error(outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """Largest error of any output relative to its largest true value; infinite where it is NaN."""
+    """Largest error of any output relative to its largest true value; infinite for NaN or another shape."""
+    if [output.shape for output in outputs] != [expected.shape for expected in truth]:
+        return float("inf")
     errors = [
         (output.double() - expected).abs().max() / expected.abs().max()
         for output, expected in zip(outputs, truth, strict=True)
@@ -213,10 +215,10 @@ def _nothing() -> None:
 
 
 def measure(
-    problem: Problem, clock: Clock, rounds: int, progress: Callable[[str], None] = lambda done: None
+    problem: Problem, clock: Clock, rounds: int, progress: Callable[[str, float], None] = lambda doing, share: None
 ) -> tuple[list[Row], list[Refusal]]:
-    """Gate, then time in turn. `progress` hears what is being done."""
-    progress(f"{problem.name}: checking")
+    """Gate, then time in turn. `progress` hears what is being done and which share of the problem is behind it."""
+    progress("checking", 0)
     errors, refused = gate(problem)
 
     def prepare() -> None:
@@ -228,8 +230,9 @@ def measure(
     }
     for provider in errors:
         samples[provider] = _Samples(lambda run=provider.run: run(problem.inputs), prepare)  # type: ignore[misc]
-    for one in list(samples):
-        progress(f"{problem.name}: {one.name}")
+    steps = 1 + len(samples) + rounds
+    for index, one in enumerate(list(samples)):
+        progress(f"warming up {one.name}", (1 + index) / steps)
         try:
             samples[one].start(clock)
         except Exception as failure:  # the small instance fitted, this one may not
@@ -238,7 +241,7 @@ def measure(
             del samples[one]
             refused.append(_failed(problem, one, failure))
     for index in range(rounds):
-        progress(f"{problem.name}: round {index + 1} of {rounds}")
+        progress(f"round {index + 1} of {rounds}", 1 - (rounds - index) / steps)
         for sample in samples.values():
             if len(sample.seconds) < rounds:
                 sample.round(clock)

@@ -68,8 +68,12 @@ def make_policy(labels: Tensor, logprobs: Tensor) -> Policy:
     logits would else decide on which side a token is, and no gate could tell that from an error.
     """
     tokens, device = len(labels), labels.device
+    if tokens < 4:
+        raise ValueError(f"tokens must be >= 4 where a loss is measured; got {tokens}")
     g = generator(device.type)
     sequences = math.gcd(tokens, SEQUENCES)
+    if tokens // sequences < 2:
+        sequences = 1
     advantages = torch.linspace(-1, 1.5, sequences, device=device).repeat_interleave(tokens // sequences)
     mask = torch.ones(sequences, tokens // sequences, dtype=torch.bool, device=device)
     mask[:, -1] = False

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from aepo.bench import decode, linear, peers, policy_loss, sample, token_stats
@@ -80,10 +80,16 @@ def _measure(
     rounds = settings.rounds or (QUICK_ROUNDS if settings.quick else ROUNDS)
     rows: list[Row] = []
     refused: list[Refusal] = []
-    with _Progress() as progress:
+    with _progress_bar(console) as bar:
+        task = bar.add_task("", total=1.0)
         for question in questions:
             torch.compiler.reset()  # a question's shapes do not count against the next one's limit of compilations
+            bar.update(task, description=f"{question}: making inputs", completed=0)
             for problem in QUESTIONS[question].problems(settings):
+
+                def progress(doing: str, share: float, name: str = problem.name) -> None:
+                    bar.update(task, description=f"{name}: {doing}", completed=share)
+
                 new_rows, new_refused = measure(problem, clock, rounds, progress)
                 console.print(table(new_rows))
                 for refusal in new_refused:
@@ -104,21 +110,10 @@ def make_console() -> Console:
     return console
 
 
-class _Progress:
-    """On a terminal, one line that says what is being measured; elsewhere nothing."""
-
-    def __init__(self) -> None:
-        console = Console(stderr=True)
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-    def __enter__(self) -> Callable[[str], None]:
-        self._bar.start()
-        task = self._bar.add_task("")
-        return lambda doing: self._bar.update(task, description=doing)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+def _progress_bar(console: Console) -> Progress:
+    """On a terminal, one line: what is being measured, and how far it is. Elsewhere nothing."""
+    columns = (BarColumn(20), TextColumn("{task.description}"), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def peer_status(device: str) -> Iterator[dict[str, Any]]:
@@ -143,18 +138,8 @@ def list_peers(device: str, console: Console | None = None) -> None:
 def table(rows: Sequence[Row]) -> Table:
     """One problem's rows."""
     result = Table(title=rows[0].problem, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    columns = (
-        "",
-        "computes",
-        "ms",
-        rows[0].unit,
-        "% of ceiling",
-        "faster than eager",
-        "extra MiB",
-        "/ logits",
-        "max error",
-    )
-    for index, column in enumerate(columns):
+    numbers = ("ms", rows[0].unit, "% of ceiling", "faster than eager", "extra MiB", "/ logits", "max error")
+    for index, column in enumerate(("", "computes", *numbers)):
         result.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
 
     def text(value: float | None, form: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -29,14 +30,27 @@ class Settings:
             raise ValueError(f"device must be cpu or cuda; got {self.device!r}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, but torch.cuda.is_available() is False here")
-        for name in ("tokens", "vocab"):
-            values = getattr(self, name)
-            if values is not None and (not values or min(values) < 2):
-                raise ValueError(f"{name} must be integers >= 2; got {values}")
-        for name in ("hidden", "rounds"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be an integer >= 1; got {value}")
+        for name, value in (("tokens", self.tokens), ("vocab", self.vocab)):
+            if value is not None and (not value or min(value) < 1):
+                raise ValueError(f"{name} must be integers >= 1; got {value}")
+        for name, number in (("hidden", self.hidden), ("rounds", self.rounds)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be an integer >= 1; got {number}")
+
+    @classmethod
+    def from_text(
+        cls, *, device: str | None, tokens: str | None, vocab: str | None, dtype: str | None, **others: Any
+    ) -> Settings:
+        """As the command line writes them: "128,512" for several numbers, None for the default."""
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+        return cls(
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            tokens=_integers("tokens", tokens),
+            vocab=_integers("vocab", vocab),
+            dtype=DTYPES[dtype] if dtype else None,
+            **others,
+        )
 
     def shapes(
         self, cpu: list[tuple[int, int]], cuda: list[tuple[int, int]], quick: tuple[int, int]
@@ -48,3 +62,10 @@ class Settings:
         if self.tokens is None:  # decoding has several batch sizes, each vocabulary is measured with all of them
             return [(t, v) for v in self.vocab or () for t in dict.fromkeys(t for t, _ in defaults)]
         return [(t, v) for v in self.vocab or defaults[0][1:] for t in self.tokens]
+
+
+def _integers(name: str, text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{name} must be integers separated by commas, e.g. 128,512; got {text!r}") from None

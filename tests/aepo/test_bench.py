@@ -10,7 +10,7 @@ import torch
 
 from aepo.bench import inputs, peers, policy_loss
 from aepo.bench.clock import CpuClock, machine
-from aepo.bench.harness import GATE_TOLERANCE, Ceiling, Problem, Provider, gate, measure
+from aepo.bench.harness import GATE_TOLERANCE, Ceiling, Problem, Provider, gate, max_error, measure
 from aepo.bench.run import QUESTIONS
 from aepo.bench.settings import Settings
 from aepo_kernels import policy_loss as policy_loss_op
@@ -29,7 +29,7 @@ def toy_problem(*providers, **settings):
         "dtype": torch.float32,
         "inputs": X,
         "gate_inputs": X[:2],
-        "error": lambda computes, outputs: ((outputs[0] / (2 * X[:2]) - 1).abs().max()).nan_to_num(torch.inf).item(),
+        "error": lambda computes, outputs: max_error(outputs, [2 * X[:2].double()]),
         "providers": [Provider(name, run, "twice") for name, run in providers],
         "ceilings": [Ceiling("one", lambda: X.sum(), 16), Ceiling("two", lambda: X.neg(), 32)],
         "work": 48,
@@ -48,12 +48,13 @@ def test_only_correct_providers_get_a_row():
         ("wrong", lambda x: (x * 2.1,)),
         ("nan", lambda x: (x * torch.nan,)),
         ("unwritten", lambda x: (torch.empty_like(x),)),
+        ("other shape", lambda x: ((x * 2)[:, None],)),
         ("raises", raising),
     )
     rows, refused = measure(problem, CpuClock(), rounds=2)
     assert [row.provider for row in rows] == ["one", "two", "right"]
     reasons = {refusal.provider: refusal.reason for refusal in refused}
-    assert reasons.keys() == {"wrong", "nan", "unwritten", "raises"}
+    assert reasons.keys() == {"wrong", "nan", "unwritten", "other shape", "raises"}
     assert "error 0.05 relative to float64, 0.02 allowed" in reasons["wrong"]
     assert reasons["raises"] == "RuntimeError: no such kernel"
 
@@ -167,7 +168,8 @@ def test_policies_clip_on_both_sides():
     ratio = (logprobs - policy.old_logprobs).exp()[policy.mask]
     for share in ((ratio > 1.2).double().mean(), (ratio < 0.8).double().mean()):
         assert 0.15 < share < 0.35
-    assert policy.mask.sum() == 512 - policy.sequences
+    assert policy.mask.sum() == 512 - policy.sequences == 508
+    assert inputs.make_policy(labels[:4], logprobs[:4]).mask.tolist() == [True, True, True, False]
     assert policy.advantages.min() < 0 < policy.advantages.max()
 
 

@@ -66,7 +66,7 @@ def test_a_wrong_kernel_of_ours_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     done = run("toy", "--device", "cpu", "--rounds", "1")
     assert done.exit_code == 1
     assert "no row for aepo_kernels, in place: wrong: error 0.5" in done.output
-    assert "error: a kernel of this library gave a wrong result" in done.output
+    assert "error: a kernel of this library has no row" in done.output
 
 
 def test_a_wrong_peer_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,8 @@ def test_a_stopped_run_leaves_what_it_had(monkeypatch: pytest.MonkeyPatch, tmp_p
         (["everything"], "question must be one of token-stats"),
         (["--device", "tpu"], "device must be cpu or cuda; got 'tpu'"),
         (["--tokens", "1k"], "tokens must be integers separated by commas, e.g. 128,512; got '1k'"),
-        (["--vocab", "1"], "vocab must be integers >= 2; got (1,)"),
+        (["--vocab", "0,5"], "vocab must be integers >= 1; got (0, 5)"),
+        (["policy-loss", "--tokens", "3", "--vocab", "100"], "tokens must be >= 4 where a loss is measured; got 3"),
         (["--hidden", "0"], "hidden must be an integer >= 1; got 0"),
         (["--rounds", "0"], "rounds must be an integer >= 1; got 0"),
         (["--threads", "0"], "threads must be an integer >= 1; got 0"),
