@@ -118,13 +118,15 @@ def _draw_tile(draw, x0, x1, x2, x3, first, settings, ALIGNED: tl.constexpr):
         score = tl.max(tl.max(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)), 1), 0)
         best += (reference - new_reference) * scale
         reference = new_reference
-        if score > best:  # an equal one later in the row is not better
-            best = score
+        if score >= best:
             at = lane_first[:, None] + tl.arange(0, VEC)[None, :]
             t0, t1 = tl.where(s0 == score, at, NO_TOKEN), tl.where(s1 == score, at + STEP, NO_TOKEN)
             t2 = tl.where(s2 == score, at + 2 * STEP, NO_TOKEN)
             t3 = tl.where(s3 == score, at + 3 * STEP, NO_TOKEN)
-            token = tl.min(tl.min(tl.minimum(tl.minimum(t0, t1), tl.minimum(t2, t3)), 1), 0)
+            lowest = tl.min(tl.min(tl.minimum(tl.minimum(t0, t1), tl.minimum(t2, t3)), 1), 0)
+            # The cut tile at a row's end comes before the whole ones, so an equal score may have a lower token.
+            token = tl.where(score == best, tl.minimum(lowest, token), lowest)
+            best = score
     return best, reference, token
 
 

@@ -58,8 +58,9 @@ def kept_tokens(
     if top_k is not None:
         keep &= num_above < top_k[:, None]
     if top_p is not None:
-        p = torch.softmax(descending, -1)
-        mass_above = (p.cumsum(-1) - p).gather(-1, num_above)  # of the first of its equals: exactly the mass above
+        # Not cumsum: on CUDA PyTorch has none of floating point numbers that always gives the same bits.
+        mass = torch.log_softmax(descending, -1).logcumsumexp(-1).exp()
+        mass_above = mass.gather(-1, (num_above - 1).clamp(min=0)).masked_fill(num_above == 0, 0.0)
         keep &= (mass_above < top_p[:, None]) | (top_p[:, None] >= 1)
     if min_p is not None:
         keep &= z.exp() >= min_p[:, None]
@@ -81,20 +82,21 @@ def sample_with_entropy(
     no finite logit, or a parameter outside its range, has token -1 and NaN.
     """
     x = logits.double()
-    maximum = x.amax(-1, keepdim=True)
+    maximum = x.amax(-1)  # NaN where the row holds one
     greedy = temperature == 0
-    z = (x - maximum) / temperature.masked_fill(greedy, 1.0)[:, None]
-    noise = gumbel_noise(seed, offset, logits.shape[1]).masked_fill(greedy[:, None], 0.0)
-    # argmax takes the first of equals, the lowest id
-    tokens = (z + noise).masked_fill(~kept_tokens(z, top_k, top_p, min_p), -torch.inf).argmax(-1)
-
-    defined = maximum[:, 0].isfinite() & (temperature >= 0) & temperature.isfinite()
+    defined = maximum.isfinite() & (temperature >= 0) & temperature.isfinite()
     if top_k is not None:
         defined &= top_k >= 1
     if top_p is not None:
         defined &= (top_p > 0) & (top_p <= 1)
     if min_p is not None:
         defined &= (min_p >= 0) & (min_p <= 1)
+
+    z = (x - maximum[:, None]) / temperature.masked_fill(greedy, 1.0)[:, None]
+    z = z.masked_fill(~defined[:, None], 0.0)  # any number will do
+    noise = gumbel_noise(seed, offset, logits.shape[1]).masked_fill(greedy[:, None], 0.0)
+    # argmax takes the first of equals, the lowest id.
+    tokens = (z + noise).masked_fill(~kept_tokens(z, top_k, top_p, min_p), -torch.inf).argmax(-1)
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logprobs, entropy, _, _ = token_stats(z.to(acc), tokens, 1.0, -1, False)
     tokens = tokens.masked_fill(~defined, -1)
