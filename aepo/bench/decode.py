@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aepo.bench.harness import BASELINE, OURS, Problem, Provider, max_error
-from aepo.bench.inputs import GATE_TOKENS, make_labels, make_logits, read_ceiling
+from aepo.bench.inputs import gate_rows, make_labels, make_logits, read_ceiling
 from aepo.bench.settings import QWEN3, Settings
 from aepo.bench.token_stats import without_grad
 from aepo_kernels import decode_entropy
@@ -36,8 +36,8 @@ def top10_logprobs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tens
     return log_p.topk(10, dim=-1).values, token[:, 0], (log_p >= token).sum(-1)
 
 
-def stats_error(truth: Mapping[str, Sequence[Tensor]], computes: str, outputs: Sequence[Tensor]) -> float:
-    return max_error(outputs, truth[computes])
+def stats_error(rows: Tensor, truth: Mapping[str, Sequence[Tensor]], computes: str, outputs: Sequence[Tensor]) -> float:
+    return max_error([output[rows] for output in outputs], truth[computes])
 
 
 def problems(settings: Settings) -> Iterator[Problem]:
@@ -50,10 +50,10 @@ def problems(settings: Settings) -> Iterator[Problem]:
         ("top-10 log-probs, eager", TOP10, top10_logprobs),
     ]
     for batch, vocab in settings.shapes(CPU, CUDA, QUICK):
-        logits, gate_logits = (make_logits(n, vocab, dtype, device) for n in (batch, GATE_TOKENS))
-        tokens, gate_tokens = (make_labels(n, vocab, device) for n in (batch, GATE_TOKENS))
-        (entropy,) = eager_entropy(gate_logits.double(), gate_tokens)
-        top10 = top10_logprobs(gate_logits.double(), gate_tokens)
+        logits, tokens = make_logits(batch, vocab, dtype, device), make_labels(batch, vocab, device)
+        rows = gate_rows(batch, device)
+        (entropy,) = eager_entropy(logits[rows].double(), tokens[rows])
+        top10 = top10_logprobs(logits[rows].double(), tokens[rows])
         truth = {ENTROPY: (entropy,), BOTH: (entropy, top10[1]), TOP10: top10}
         yield Problem(
             question="decode",
@@ -63,8 +63,8 @@ def problems(settings: Settings) -> Iterator[Problem]:
             hidden=None,
             dtype=dtype,
             inputs=(logits, tokens),
-            gate_inputs=(gate_logits, gate_tokens),
-            error=functools.partial(stats_error, truth),
+            gate_inputs=(logits, tokens),
+            error=functools.partial(stats_error, rows, truth),
             providers=[Provider(name, without_grad(function), computes) for name, computes, function in functions],
             ceilings=[read_ceiling(logits)],
             work=logits.numel() * logits.element_size(),

@@ -1,7 +1,8 @@
 """How every row is measured: gate, interleaved medians, ceilings from the same run, extra memory.
 
-- Gate: a provider first solves a small instance of the problem and is compared with float64 truth; what fails gets no
-  row. Memory that it leaves unwritten is NaN then. The error is a column, because a fast wrong answer is easy.
+- Gate: a provider first solves the problem, or a small instance of it where float64 would not fit, and is compared with
+  float64 truth; what fails gets no row. Memory that it leaves unwritten is NaN then. The error is a column, because a
+  fast wrong answer is easy.
 - Time: all providers and the ceilings run in turn, round after round, and each reports its median. Other load on the
   machine then falls on all alike, and ratios hold better than milliseconds do.
 - Ceiling: the bare reads, writes or matrix products that no implementation can avoid, timed as providers are.
@@ -27,7 +28,7 @@ GATE_TOLERANCE = 0.02
 where that is more. Wide enough for peers that round each intermediate result to bfloat16; the error column tells them
 apart."""
 
-PATIENCE_S = 10.0
+PATIENCE_S = 6.0
 """A provider that has taken this long in the rounds of a problem sits out the rest, after two at least."""
 
 SHORT_S = 0.005
@@ -71,7 +72,7 @@ class Problem:
     dtype: torch.dtype
     inputs: Any
     gate_inputs: Any
-    """A small instance with the same vocabulary."""
+    """`inputs`, or a small instance with the same vocabulary."""
     error: Callable[[str, Sequence[Tensor]], float]
     """(what a provider computes, its outputs for gate_inputs) -> error relative to float64 truth."""
     providers: Sequence[Provider]

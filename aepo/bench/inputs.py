@@ -31,6 +31,11 @@ def spread(tokens: int, device: str) -> Tensor:
     return 1 + 3 * (0.5 + 0.618 * torch.arange(tokens, device=device)[:, None]).frac()
 
 
+def gate_rows(tokens: int, device: str) -> Tensor:
+    """The rows, at most GATE_TOKENS and spread over all, by which the outputs for a whole problem are checked."""
+    return torch.linspace(0, tokens - 1, min(tokens, GATE_TOKENS), device=device).long()
+
+
 def make_logits(tokens: int, vocab: int, dtype: torch.dtype, device: str) -> Tensor:
     """[tokens, vocab] normal logits."""
     logits = torch.randn(tokens, vocab, generator=generator(device), device=device)

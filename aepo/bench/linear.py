@@ -22,6 +22,7 @@ from aepo.bench.inputs import (
     STATS,
     Policy,
     eager_stats,
+    gate_rows,
     make_labels,
     make_linear,
     make_policy,
@@ -29,7 +30,7 @@ from aepo.bench.inputs import (
 )
 from aepo.bench.policy_loss import OBJECTIVES
 from aepo.bench.settings import QWEN3, Settings
-from aepo.bench.token_stats import without_grad
+from aepo.bench.token_stats import stats_error, without_grad
 from aepo_kernels import linear_logprobs_and_entropy, linear_policy_loss
 
 NOTE = """\
@@ -91,7 +92,7 @@ def plain(computes: str, stats: Callable[..., tuple[Tensor, ...]]) -> Loss:
     """A loss in PyTorch on top of (hidden, weight, labels) -> log-prob, and entropy where `computes` needs it."""
 
     def loss(inputs: Inputs) -> Tensor:
-        logprobs, *entropy = stats(inputs.hidden, inputs.weight, inputs.policy.labels)
+        logprobs, *entropy = stats(inputs.hidden, inputs.weight, labels)
         return plain_loss(computes, logprobs, entropy[0] if entropy else None, inputs.policy)
 
     return loss
@@ -129,9 +130,6 @@ def truth(computes: str, inputs: Inputs) -> Sequence[Tensor]:
     """In float64; the products too."""
     hidden, weight = (x.detach().double().requires_grad_() for x in (inputs.hidden, inputs.weight))
     exact = dataclasses.replace(inputs, hidden=hidden, weight=weight)
-    if computes == STATS:
-        with torch.no_grad():
-            return eager_linear(hidden, weight, inputs.policy.labels)
     return loss_and_grads(plain(computes, eager_linear))(exact)
 
 
@@ -145,10 +143,6 @@ def products(inputs: Inputs) -> list[Ceiling]:
         Ceiling("product: gradient of hidden", lambda: logits @ weight, flops),
         Ceiling("product: gradient of weight", lambda: logits.T @ hidden, flops),
     ]
-
-
-def stats_error(gate: Inputs, computes: str, outputs: Sequence[Tensor]) -> float:
-    return max_error(outputs, truth(STATS, gate)[: len(outputs)])
 
 
 def loss_error(gate: Inputs, computes: str, outputs: Sequence[Tensor]) -> float:
@@ -168,7 +162,10 @@ def problems(settings: Settings) -> Iterator[Problem]:
     rows = [Provider(name, loss_and_grads(loss), computes) for name, computes, loss in losses(device)]
     for tokens, vocab in settings.shapes(CPU, CUDA, QUICK):
         inputs, gate = (make_inputs(n, vocab, hidden, dtype, device) for n in (tokens, GATE_TOKENS))
-        ceilings = products(inputs)
+        ceilings, labels = products(inputs), inputs.policy.labels
+        some = gate_rows(tokens, device)
+        with torch.no_grad():
+            exact = eager_linear(inputs.hidden[some].double(), inputs.weight.double(), labels[some])
         forward = Problem(
             question="linear",
             title="log-prob + entropy of each token from hidden states",
@@ -176,9 +173,9 @@ def problems(settings: Settings) -> Iterator[Problem]:
             vocab=vocab,
             hidden=hidden,
             dtype=dtype,
-            inputs=(inputs.hidden, inputs.weight, inputs.policy.labels),
-            gate_inputs=(gate.hidden, gate.weight, gate.policy.labels),
-            error=functools.partial(stats_error, gate),
+            inputs=(inputs.hidden, inputs.weight, labels),
+            gate_inputs=(inputs.hidden, inputs.weight, labels),
+            error=functools.partial(stats_error, some, exact),
             providers=stats,
             ceilings=ceilings[:1],
             work=ceilings[0].work,

@@ -28,6 +28,7 @@ QUESTIONS: dict[str, ModuleType] = {
 }
 ROUNDS, QUICK_ROUNDS = 7, 3
 WIDTH = 150
+"""Of the tables [characters]."""
 
 
 def run(
@@ -53,7 +54,7 @@ def run(
         from aepo.bench.plot import check_plot
 
         check_plot(settings, plot_path)
-    console = console or make_console()
+    console = console or Console(highlight=False, soft_wrap=True)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -91,7 +92,7 @@ def _measure(
                     bar.update(task, description=f"{name}: {doing}", completed=share)
 
                 new_rows, new_refused = measure(problem, clock, rounds, progress)
-                console.print(table(new_rows))
+                console.print(table(new_rows), width=max(console.width, WIDTH))  # rather wrapped lines than cut numbers
                 for refusal in new_refused:
                     console.print(f"no row for {refusal.provider}: {refusal.reason}", style="red")
                 rows += new_rows
@@ -100,14 +101,6 @@ def _measure(
                     write_json(json_path, here, compared, rows, refused)
             console.print(QUESTIONS[question].NOTE + "\n", style="dim")
     return rows, refused
-
-
-def make_console() -> Console:
-    """As wide as the terminal; in a file or a pipe as wide as the tables."""
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = WIDTH
-    return console
 
 
 def _progress_bar(console: Console) -> Progress:
@@ -132,7 +125,8 @@ def list_peers(device: str, console: Console | None = None) -> None:
     for peer in peer_status(device):
         here = f"no: {peer['missing']}" if peer["missing"] else f"yes, {peer['version']}"
         result.add_row(peer["name"], peer["computes"], peer["package"], here)
-    (console or make_console()).print(result)
+    console = console or Console(highlight=False, soft_wrap=True)
+    console.print(result, width=max(console.width, WIDTH))
 
 
 def table(rows: Sequence[Row]) -> Table:

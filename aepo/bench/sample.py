@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aepo.bench.harness import BASELINE, OURS, Problem, Provider, max_error
-from aepo.bench.inputs import GATE_TOKENS, make_logits, read_ceiling
+from aepo.bench.inputs import gate_rows, make_logits, read_ceiling
 from aepo.bench.settings import QWEN3, Settings
 from aepo.bench.token_stats import without_grad
 from aepo_kernels import sample_with_entropy
@@ -59,9 +59,10 @@ def eager_sorted(logits: Tensor) -> tuple[Tensor]:
 
 
 def error(logits: Tensor, filtered: bool, computes: str, outputs: Sequence[Tensor]) -> float:
-    """Infinite where a token is outside the set, else that of log-probs and entropies."""
-    exact = logits.double()
-    tokens, *rest = outputs
+    """Infinite where a token is outside the set, else that of log-probs and entropies; of some rows."""
+    rows = gate_rows(len(logits), logits.device.type)
+    exact = logits[rows].double()
+    tokens, *rest = (output[rows] for output in outputs)
     if filtered:
         least = kept_by_sorting(exact).nan_to_num(neginf=torch.inf).amin(-1)  # ties with the least are inside as well
         if bool((exact.gather(1, tokens[:, None])[:, 0] < least).any()):
@@ -82,7 +83,7 @@ def problems(settings: Settings) -> Iterator[Problem]:
         ("eager with log-prob and entropy", ALL, functools.partial(eager_with_stats, draw=eager_sorted)),
     ]
     for batch, vocab in settings.shapes(CPU, CUDA, QUICK):
-        logits, gate = (make_logits(n, vocab, dtype, device) for n in (batch, GATE_TOKENS))
+        logits = make_logits(batch, vocab, dtype, device)
         for which, functions in (("all tokens", plain), (f"top {TOP_K}, mass {TOP_P}", filtered)):
             yield Problem(
                 question="sample",
@@ -92,8 +93,8 @@ def problems(settings: Settings) -> Iterator[Problem]:
                 hidden=None,
                 dtype=dtype,
                 inputs=(logits,),
-                gate_inputs=(gate,),
-                error=functools.partial(error, gate, functions is filtered),
+                gate_inputs=(logits,),
+                error=functools.partial(error, logits, functions is filtered),
                 providers=[Provider(name, without_grad(function), computes) for name, computes, function in functions],
                 ceilings=[read_ceiling(logits)],
                 work=logits.numel() * logits.element_size(),
