@@ -59,9 +59,11 @@ const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr :
 template <class Logits>
 const char* launch(const DecodeEntropy& call, void* stream) {
   const Split split = split_rows(call.rows, call.vocab, kTile<Logits>, Logits::kVec, call.workspace.blocks);
-  const auto on = static_cast<cudaStream_t>(stream);
-  decode_entropy_kernel<Logits><<<call.rows * split.parts, kThreads, 0, on>>>(call, split);
-  return text_of(cudaGetLastError());
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(call.rows * split.parts));
+  config.blockDim = dim3(kThreads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  return text_of(cudaLaunchKernelEx(&config, decode_entropy_kernel<Logits>, call, split));
 }
 
 }  // namespace
