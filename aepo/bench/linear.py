@@ -92,7 +92,7 @@ def plain(computes: str, stats: Callable[..., tuple[Tensor, ...]]) -> Loss:
     """A loss in PyTorch on top of (hidden, weight, labels) -> log-prob, and entropy where `computes` needs it."""
 
     def loss(inputs: Inputs) -> Tensor:
-        logprobs, *entropy = stats(inputs.hidden, inputs.weight, labels)
+        logprobs, *entropy = stats(inputs.hidden, inputs.weight, inputs.policy.labels)
         return plain_loss(computes, logprobs, entropy[0] if entropy else None, inputs.policy)
 
     return loss

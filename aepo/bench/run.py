@@ -54,7 +54,7 @@ def run(
         from aepo.bench.plot import check_plot
 
         check_plot(settings, plot_path)
-    console = console or Console(highlight=False, soft_wrap=True)
+    console = console or make_console()
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -85,14 +85,14 @@ def _measure(
         task = bar.add_task("", total=1.0)
         for question in questions:
             torch.compiler.reset()  # a question's shapes do not count against the next one's limit of compilations
-            bar.update(task, description=f"{question}: making inputs", completed=0)
+
+            def progress(doing: str, share: float, question: str = question) -> None:
+                bar.update(task, description=f"{question}: {doing}", completed=share)
+
+            progress("making inputs", 0)
             for problem in QUESTIONS[question].problems(settings):
-
-                def progress(doing: str, share: float, name: str = problem.name) -> None:
-                    bar.update(task, description=f"{name}: {doing}", completed=share)
-
                 new_rows, new_refused = measure(problem, clock, rounds, progress)
-                console.print(table(new_rows), width=max(console.width, WIDTH))  # rather wrapped lines than cut numbers
+                console.print(table(new_rows))
                 for refusal in new_refused:
                     console.print(f"no row for {refusal.provider}: {refusal.reason}", style="red")
                 rows += new_rows
@@ -101,6 +101,13 @@ def _measure(
                     write_json(json_path, here, compared, rows, refused)
             console.print(QUESTIONS[question].NOTE + "\n", style="dim")
     return rows, refused
+
+
+def make_console() -> Console:
+    """Wide enough for the tables: on a narrow terminal lines are rather wrapped than numbers cut."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, WIDTH)
+    return console
 
 
 def _progress_bar(console: Console) -> Progress:
@@ -125,8 +132,7 @@ def list_peers(device: str, console: Console | None = None) -> None:
     for peer in peer_status(device):
         here = f"no: {peer['missing']}" if peer["missing"] else f"yes, {peer['version']}"
         result.add_row(peer["name"], peer["computes"], peer["package"], here)
-    console = console or Console(highlight=False, soft_wrap=True)
-    console.print(result, width=max(console.width, WIDTH))
+    (console or make_console()).print(result)
 
 
 def table(rows: Sequence[Row]) -> Table:
