@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,30 @@ def check_plot(settings: Settings, path: Path) -> None:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """One line of panels per title: time on the left, extra memory on the right."""
+    """One line of panels per title and shape that stays the same: time on the left, extra memory on the right."""
     from matplotlib.figure import Figure
 
-    titles = list(dict.fromkeys(row.title for row in rows))
-    figure = Figure(figsize=(12, 4.2 * len(titles)), layout="constrained")
-    panels = figure.subplots(len(titles), 2, squeeze=False)
-    for (time_panel, memory_panel), title in zip(panels, titles, strict=True):
-        _draw_title([row for row in rows if row.title == title], time_panel, memory_panel)
+    groups = list(_groups(rows))
+    figure = Figure(figsize=(12, 4.2 * len(groups)), layout="constrained")
+    panels = figure.subplots(len(groups), 2, squeeze=False)
+    for (time_panel, memory_panel), (over, group) in zip(panels, groups, strict=True):
+        _draw_group(over, group, time_panel, memory_panel)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
-def _draw_title(rows: list[Row], time_panel: Any, memory_panel: Any) -> None:
+def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """("tokens" or "vocab", the rows in which that alone differs)."""
+    for title in dict.fromkeys(row.title for row in rows):
+        same = [row for row in rows if row.title == title]
+        over, fixed = ("tokens", "vocab") if len({row.tokens for row in same}) > 1 else ("vocab", "tokens")
+        for value in dict.fromkeys(getattr(row, fixed) for row in same):
+            yield over, [row for row in same if getattr(row, fixed) == value]
+
+
+def _draw_group(over: str, rows: list[Row], time_panel: Any, memory_panel: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    over = "tokens" if len({row.tokens for row in rows}) > 1 else "vocab"
     fixed = f"V = {rows[0].vocab:,}" if over == "tokens" else f"T = {rows[0].tokens:,}"
     hidden = "" if rows[0].hidden is None else f", D = {rows[0].hidden:,}"
     strokes = itertools.cycle(("-", "--", ":", "-."))

@@ -135,27 +135,26 @@ def test_figure(tmp_path: Path) -> None:
     assert "<svg" in file.read_text()
 
 
-def test_figure_has_a_line_per_provider_and_skips_ceilings(tmp_path: Path) -> None:
+def test_figure_has_a_line_per_provider_and_skips_ceilings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where both tokens and vocabulary vary, two panels per vocabulary."""
     figures = pytest.importorskip("matplotlib.figure")
     saved = []
-    original = figures.Figure.savefig
-    figures.Figure.savefig = lambda self, *a, **k: (saved.append(self), original(self, *a, **k))
-    try:
-        draw(
-            [toy_row(v, name) for v in (100, 200) for name in ("aepo_kernels", "eager", "ceiling")], tmp_path / "x.png"
-        )
-    finally:
-        figures.Figure.savefig = original
-    time_panel, memory_panel = saved[0].axes
-    for panel, heights in ((time_panel, [100, 200]), (memory_panel, [100 / 2**20 * 2**20, 200 / 2**20 * 2**20])):
+    save = figures.Figure.savefig
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, path: (saved.append(self), save(self, path)))
+    names = ("aepo_kernels", "eager", "ceiling")
+    draw([toy_row(t, v, name) for v in (100, 200) for t in (8, 16) for name in names], tmp_path / "x.png")
+    assert len(saved[0].axes) == 4
+    for panel, per_token in zip(saved[0].axes, (100, 100, 200, 200), strict=True):
         assert len(panel.lines) == 2
-        assert list(panel.lines[0].get_xdata()) == [100, 200]
-        assert list(panel.lines[0].get_ydata()) == heights
+        for line in panel.lines:
+            assert list(line.get_xdata()) == [8, 16]
+            assert list(line.get_ydata()) == [8 * per_token, 16 * per_token]
 
 
-def toy_row(vocab: int, provider: str) -> Row:
+def toy_row(tokens: int, vocab: int, provider: str) -> Row:
+    """As many milliseconds and MiB as logits."""
     return Row(
-        "q", "title", "problem", provider, "loss", tokens=8, vocab=vocab, hidden=None, dtype="float32", rounds=1,
-        median_ms=vocab, rate=1, unit="GB/s", extra_bytes=vocab * 2**20, extra_share=1,
+        "q", "title", "problem", provider, "loss", tokens=tokens, vocab=vocab, hidden=None, dtype="float32", rounds=1,
+        median_ms=tokens * vocab, rate=1, unit="GB/s", extra_bytes=tokens * vocab * 2**20, extra_share=1,
         max_error=None if provider == "ceiling" else 0.0,
     )  # fmt: skip
