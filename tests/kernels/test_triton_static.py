@@ -38,7 +38,7 @@ def test_every_kernel_keeps_its_budget(reports, target):
     broken = {f"{r['case']}: {r['kernel']}": r["problems"] for r in mine if r["problems"]}
     assert not broken
     launched = {"merge_parts_kernel", "merge_decode_kernel", "moments_kernel", "policy_terms_kernel", "totals_kernel"}
-    assert {r["kernel"] for r in mine} == STREAMING | launched
+    assert {r["kernel"] for r in mine} == STREAMING | launched | {"sample_parts_kernel", "finish_rows_kernel"}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -51,6 +51,16 @@ def test_the_hot_loops_were_found_and_read(reports, kernel, target):
         assert set(r["stores"]) == ({"128"} if kernel == "logits_grad_kernel" else set())
         assert 1 <= r["exp2"] < 1.1  # one per logit, and the forward's rescaling
         assert 6 < r["instructions"] < 14  # fewer cannot do the arithmetic
+
+
+def test_the_sampler_makes_its_random_numbers_within_the_memorys_time(reports):
+    # 8 instructions of the softmax, 18 of Philox; the logarithms are in a branch that few tiles take.
+    for r in of(reports, "sample_parts_kernel"):
+        assert set(r["loads"]) == {"128"}
+        assert 20 < r["instructions"] < 31
+        assert 1 <= r["exp2"] < 1.1
+        assert r["barriers"] <= 4
+    assert of(reports, "sample_parts_kernel", case="sample fp32", capability=90)[0]["issue_share"] < 0.8
 
 
 def test_a_nan_survives_the_guard_against_minus_inf(reports):
