@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from aepo.bench.run import QUESTIONS
 from benchmarks import gpu_session
 from benchmarks.gpu_session import Step
 
@@ -112,6 +113,12 @@ def test_headlines_take_our_fastest_row_and_the_fastest_that_computes_the_same()
         "fastest_peer": "someone", "fastest_peer_ms": 4.0,
     }  # fmt: skip
     assert gpu_session.headlines({"rows": rows[:1]}) == []
+
+
+def test_every_question_of_the_benchmarks_is_asked():
+    names = [step.name for step in gpu_session.steps("cuda", False, ROOT)]
+    assert names == ["build", "machine", "tests", *QUESTIONS]
+    assert set(gpu_session.GOALS) <= set(QUESTIONS)
 
 
 @pytest.mark.slow  # builds the extension and measures: up to 40 s on 2 cores
