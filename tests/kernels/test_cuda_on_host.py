@@ -40,7 +40,6 @@ def library(tmp_path_factory):
         "-shared",
         "-fPIC",
         "-Wall",
-        "-Werror",
         "-Wno-unknown-pragmas",
         "-fno-strict-aliasing",
     ]
