@@ -202,7 +202,8 @@ def session(device: str, quick: bool, output: Path) -> dict[str, Any]:
         if step.name in BENCH_LIMITS_S and (bench := read_json(output / f"{step.name}.json")):
             summary["headlines"] += headlines(bench)
         if outcome.status in ("failed", "timed out") and not outcome.detail:
-            outcome.detail = f"see {log}"
+            last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
+            outcome.detail = f"{last[:100]} (see {log.name})"
         summary["steps"].append(dataclasses.asdict(outcome))
         summary["seconds"] = time.monotonic() - start
         (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

@@ -38,6 +38,7 @@ def test_a_bad_step_does_not_stop_the_next_one(monkeypatch, tmp_path):
         Step("works", python("print(1)"), 20),
     )
     assert [outcome["status"] for outcome in outcomes.values()] == ["failed", "failed", "skipped", "passed"]
+    assert outcomes["fails"]["detail"] == "why (see fails.log)"
     assert "no_such_package" in outcomes["absent"]["detail"]
     assert "json" not in outcomes["absent"]["detail"]
     assert (tmp_path / "new" / "folder" / "fails.log").read_text() == "why\n"
@@ -51,7 +52,7 @@ def test_a_step_that_hangs_ends_with_all_its_processes(monkeypatch, tmp_path):
     outcomes = run_steps(monkeypatch, tmp_path, Step("hangs", python(hang), 1), Step("works", python(""), 20))
     assert time.monotonic() - start < 20
     assert [outcome["status"] for outcome in outcomes.values()] == ["timed out", "passed"]
-    assert outcomes["hangs"]["detail"].endswith("hangs.log")
+    assert outcomes["hangs"]["detail"].endswith("(see hangs.log)")
     time.sleep(3.5)
     assert not marker.exists()
 
