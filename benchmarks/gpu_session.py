@@ -61,9 +61,15 @@ class Outcome:
 def steps(device: str, quick: bool, output: Path) -> list[Step]:
     """What is to be done, in order. `quick` takes one test and one small benchmark."""
     python = [sys.executable, "-m"]  # -vv: one v for the -q of pyproject.toml, one for a line per test
-    tests = ["tests/kernels/test_drop_in.py::test_shapes_and_values_of_trl_and_verl" if quick else "tests/kernels"]
+    tests = ["tests/kernels", "--ignore=tests/kernels/test_gpu_session.py"]  # not itself, which would build again
+    if quick:
+        tests = ["tests/kernels/test_drop_in.py::test_shapes_and_values_of_trl_and_verl"]
     # Most of a test run on a GPU is Triton compiling on the host, one kernel after the other.
-    spread = ["-n", "8"] if device == "cuda" and (os.cpu_count() or 1) >= 8 and _installed("xdist") else []
+    spread = (
+        ["-n", "8", "--dist", "loadfile"]
+        if device == "cuda" and (os.cpu_count() or 1) >= 8 and _installed("xdist")
+        else []
+    )
     questions = ["token-stats"] if quick else list(BENCH_LIMITS_S)
     small = ["--quick", "--tokens", "4", "--vocab", "1000"] if quick else []
     return [
