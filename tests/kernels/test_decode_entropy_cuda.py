@@ -1,6 +1,6 @@
 """Claims about decode_entropy that only a GPU can show: nothing waits for the device, a call can be captured in a CUDA
-graph and replayed beside other work, launches on several streams do not meet in the workspace, and what the CPU refuses
-does no harm here. The backend cuda needs one launch."""
+graph and replayed beside other work, launches on several streams do not meet in the workspace, and rows agree with
+float64 however they are split. The backend cuda needs one launch."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def call(positional, keywords, kernel):
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 64, 300, 1200])
 def test_every_way_to_split_rows_agrees_with_float64(rows, kernel):
-    positional, keywords = arguments(rows)
+    positional, keywords = arguments(rows, VOCAB if rows <= 64 else 20_011)
     ours = [x.clone() for x in call(positional, keywords, kernel)]
     truth = call((positional[0].double(), positional[1], torch.zeros_like(ours[0], dtype=torch.float64), positional[3]),
                  {**keywords, "logprobs_out": torch.zeros_like(ours[1], dtype=torch.float64)}, "reference")  # fmt: skip
@@ -125,19 +125,6 @@ def test_equal_inputs_give_equal_bits_whoever_finishes_last(kernel):
     first = decode_entropy(positional[0], backend=kernel)
     for _ in range(100):
         assert torch.equal(decode_entropy(positional[0], backend=kernel), first)
-
-
-def test_what_the_cpu_refuses_does_no_harm(kernel):
-    logits = make_logits(6, 5000).to(DEVICE)
-    temperature = torch.tensor([1.0, 0.0, -1.0, torch.nan, 1.0, 1.0], device=DEVICE)
-    tokens = torch.tensor([0, 0, 0, 0, 5000, -1], device=DEVICE)
-    entropy, logprobs = decode_entropy(logits, temperature, tokens=tokens, backend=kernel)
-    assert entropy.isnan().tolist() == [False, True, True, True, False, False]
-    assert logprobs.isnan().tolist() == [False, True, True, True, True, True]
-    guarded = torch.full((12,), 42.0, device=DEVICE)
-    slots = torch.tensor([6, 2**40, -1, 3, -(2**40), 5], device=DEVICE)
-    decode_entropy(logits, None, guarded[:6], slots, backend=kernel)
-    assert guarded.ne(42).nonzero()[:, 0].tolist() == [3, 5]
 
 
 def test_offsets_have_64_bits(kernel):
