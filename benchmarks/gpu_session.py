@@ -65,11 +65,8 @@ def steps(device: str, quick: bool, output: Path) -> list[Step]:
     if quick:
         tests = ["tests/kernels/test_drop_in.py::test_shapes_and_values_of_trl_and_verl"]
     # Most of a test run on a GPU is Triton compiling on the host, one kernel after the other.
-    spread = (
-        ["-n", "8", "--dist", "loadfile"]
-        if device == "cuda" and (os.cpu_count() or 1) >= 8 and _installed("xdist")
-        else []
-    )
+    processes = device == "cuda" and (os.cpu_count() or 1) >= 8 and _installed("xdist")
+    spread = ["-n", "8", "--dist", "loadfile"] if processes else []
     questions = ["token-stats"] if quick else list(BENCH_LIMITS_S)
     small = ["--quick", "--tokens", "4", "--vocab", "1000"] if quick else []
     return [
