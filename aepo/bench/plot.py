@@ -11,6 +11,8 @@ from typing import Any
 from aepo.bench.harness import BASELINE, OURS, Row
 from aepo.bench.settings import Settings
 
+PEERS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
+"""Colours; red is ours, black is eager."""
 FORMATS = (".svg", ".png", ".pdf")
 
 
@@ -51,15 +53,17 @@ def _draw_group(over: str, rows: list[Row], time_panel: Any, memory_panel: Any) 
 
     fixed = f"V = {rows[0].vocab:,}" if over == "tokens" else f"T = {rows[0].tokens:,}"
     hidden = "" if rows[0].hidden is None else f", D = {rows[0].hidden:,}"
-    strokes = itertools.cycle(("-", "--", ":", "-."))
+    strokes, colours = itertools.cycle(("-", "--", ":", "-.")), itertools.cycle(PEERS)
     for key in dict.fromkeys((row.provider, row.computes) for row in rows if row.max_error is not None):
         line = sorted((row for row in rows if (row.provider, row.computes) == key), key=lambda row: getattr(row, over))
         x = [getattr(row, over) for row in line]
         style: dict[str, Any] = {"label": f"{key[0]} ({key[1]})", "marker": "o", "markersize": 4}
         if key[0].startswith(OURS):
-            style |= {"linewidth": 2.5, "color": "#d62728", "linestyle": next(strokes), "zorder": 3}
+            style |= {"linewidth": 2.5, "color": "tab:red", "linestyle": next(strokes), "zorder": 3}
         elif key[0] == BASELINE:
             style |= {"linewidth": 2.5, "color": "black"}
+        else:
+            style |= {"color": next(colours)}
         time_panel.plot(x, [row.median_ms for row in line], **style)
         if all(row.extra_bytes is not None for row in line):
             memory_panel.plot(x, [max(row.extra_bytes or 0, 2**12) / 2**20 for row in line], **style)
