@@ -18,12 +18,12 @@ FORMATS = (".svg", ".png", ".pdf")
 
 def check_plot(settings: Settings, path: Path) -> None:
     """ValueError where no figure can come of it; asked before minutes of measuring."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("a plot needs matplotlib, which is not installed: pip install matplotlib")
     if path.suffix not in FORMATS:
         raise ValueError(f"a plot's file must end with one of {', '.join(FORMATS)}; got {path}")
     if max(len(settings.tokens or ()), len(settings.vocab or ())) < 2:
         raise ValueError("a plot needs several numbers of tokens or sizes of the vocabulary, e.g. --tokens 128,256,512")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("a plot needs matplotlib, which is not installed: pip install matplotlib")
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
