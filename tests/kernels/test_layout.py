@@ -116,19 +116,20 @@ def test_empty_batches(shape, backend, device):
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_offsets_beyond_two_to_the_31_elements(inplace, backend, device):
-    # Two rows 2^31 + 8 elements and more than 4 GiB apart: on the CPU address space, of which only the rows' own pages
-    # are ever touched; on a GPU its memory.
-    stride = 2**31 + 8
+    # Rows 2^30 + 8 elements apart: the stride fits into 32 bits, the last row's offset does not, in elements or bytes.
+    # On the CPU 4.3 GB of address space, of which only the rows' own pages are ever touched; on a GPU its memory.
+    rows, stride = 3, 2**30 + 8
     torch.utils.deterministic.fill_uninitialized_memory = False  # the fixture would touch all of it
-    far = torch.empty(stride + VOCAB, dtype=torch.bfloat16, device=device).as_strided((2, VOCAB), (stride, 1))
-    far.copy_(make_logits(2, VOCAB, "flat", torch.bfloat16))
+    storage = torch.empty((rows - 1) * stride + VOCAB, dtype=torch.bfloat16, device=device)
+    far = storage.as_strided((rows, VOCAB), (stride, 1))
+    far.copy_(make_logits(rows, VOCAB, "normal", torch.bfloat16))
     near = far.clone()
     labels = make_labels(near)
     given = {"objective": PolicyObjective(), "inplace_backward": inplace, "backend": backend}
     grads = []
     for logits in (near, far):
         x = logits.requires_grad_()
-        zeros = torch.zeros(2, device=device)
+        zeros = torch.zeros(rows, device=device)
         loss = logits_policy_loss(x, labels, zeros - 3, zeros + 1, zeros == 0, **given).loss
         grads.append(torch.autograd.grad(loss, x)[0].clone())
     assert grads[0].abs().max() > 1e-3
