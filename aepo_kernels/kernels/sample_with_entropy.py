@@ -44,6 +44,8 @@ from aepo_kernels.kernels.token_stats import (
 NO_TOKEN = tl.constexpr(2**31 - 1)
 # One program draws again for a whole row: as many threads as can keep a multiprocessor's loads in flight by themselves.
 FINISH_LANES = 256
+# By logits per word. Left alone, the compiler of Triton 3.6 stops at 128 for 16-bit logits and spills.
+FINISH_REGISTERS = {4: 128, 8: 192}
 
 
 @triton.jit
@@ -368,6 +370,6 @@ def sample_with_entropy(
         finish_rows_kernel[(rows,)](
             logits, temperature, top_k, top_p, min_p, seed, offset, partials, scores, part_tokens, tokens, logprobs,
             entropy, logits.stride(0), vocab, programs, **shape, LANES=FINISH_LANES, MAX_PROGRAMS=MAX_PROGRAMS_PER_ROW,
-            num_warps=FINISH_LANES // 32 if filtered else 1,
+            num_warps=FINISH_LANES // 32 if filtered else 1, maxnreg=FINISH_REGISTERS[vec],
         )  # fmt: skip
     return tokens, logprobs, entropy

@@ -132,6 +132,11 @@ def sample_with_entropy(
     temperature)` gives, so a trainer that recomputes them finds the same. They are not the probabilities the token was
     drawn with if a filter cut anything off.
 
+    Memory is read once. Filters cost passes over a row that is in the cache by then: one that weighs what lies above
+    the drawn token and, each time they reject it, another draw among larger logits and another weighing. Rejections
+    are about ln(1 / kept mass), 0.1 for top_p = 0.9, and at most one per distinct logit. On a GPU nothing waits for the
+    host; numbers are spread over the rows by a small kernel each, float64 and int64 tensors are taken as they are.
+
     A logit of -inf is never drawn. A row with NaN, +inf or no finite logit has token -1 and NaN statistics and disturbs
     no other. There is no gradient. Raises TypeError or ValueError for dtypes, shapes, devices and numbers that do not
     fit; elements of tensors are checked on the CPU, and on a GPU, where that would cost a synchronisation, a row with
