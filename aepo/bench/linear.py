@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aepo.bench import peers
-from aepo.bench.harness import BASELINE, OURS, Ceiling, Problem, Provider, max_error
+from aepo.bench.harness import BASELINE, OURS, Ceiling, Problem, Provider
 from aepo.bench.inputs import (
     AEPO,
     GATE_TOKENS,
@@ -28,7 +28,7 @@ from aepo.bench.inputs import (
     make_policy,
     plain_loss,
 )
-from aepo.bench.policy_loss import OBJECTIVES
+from aepo.bench.policy_loss import OBJECTIVES, loss_error, remembered
 from aepo.bench.settings import QWEN3, Settings
 from aepo.bench.token_stats import stats_error, without_grad
 from aepo_kernels import linear_logprobs_and_entropy, linear_policy_loss
@@ -43,7 +43,7 @@ QUICK = (64, 32000)
 HIDDEN = {"cpu": 1024, "cuda": 4096}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Inputs:
     hidden: Tensor
     """[T, D]"""
@@ -125,8 +125,7 @@ def loss_and_grads(loss: Loss) -> Callable[[Inputs], Sequence[Tensor]]:
     return run
 
 
-@functools.lru_cache(maxsize=1)  # gradients of a whole weight in float64: one is enough at a time
-def truth(computes: str, inputs: Inputs) -> Sequence[Tensor]:
+def truth(inputs: Inputs, computes: str) -> Sequence[Tensor]:
     """In float64; the products too."""
     hidden, weight = (x.detach().double().requires_grad_() for x in (inputs.hidden, inputs.weight))
     exact = dataclasses.replace(inputs, hidden=hidden, weight=weight)
@@ -143,10 +142,6 @@ def products(inputs: Inputs) -> list[Ceiling]:
         Ceiling("product: gradient of hidden", lambda: logits @ weight, flops),
         Ceiling("product: gradient of weight", lambda: logits.T @ hidden, flops),
     ]
-
-
-def loss_error(gate: Inputs, computes: str, outputs: Sequence[Tensor]) -> float:
-    return max_error(outputs, truth(computes, gate))
 
 
 def problems(settings: Settings) -> Iterator[Problem]:
@@ -187,7 +182,7 @@ def problems(settings: Settings) -> Iterator[Problem]:
             title="policy loss from hidden states, forward + backward",
             inputs=inputs,
             gate_inputs=gate,
-            error=functools.partial(loss_error, gate),
+            error=functools.partial(loss_error, remembered(truth, gate)),
             providers=rows,
             ceilings=ceilings,
             work=sum(ceiling.work for ceiling in ceilings),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ QUICK = (64, 32000)
 OBJECTIVES = {AEPO: PolicyObjective.preset("aepo"), GRPO: PolicyObjective(clip="ppo", eps_low=0.2, eps_high=0.2)}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Inputs:
     logits: Tensor
     """[T, V], overwritten by in-place providers."""
@@ -114,14 +115,19 @@ def loss_and_grad(loss: Loss) -> Callable[[Inputs], Sequence[Tensor]]:
     return run
 
 
-@functools.lru_cache(maxsize=1)
-def truth(computes: str, inputs: Inputs) -> Sequence[Tensor]:
+def truth(inputs: Inputs, computes: str) -> Sequence[Tensor]:
     exact = dataclasses.replace(inputs, logits=inputs.pristine.double().requires_grad_())
     return loss_and_grad(plain(computes, eager_stats))(exact)
 
 
-def loss_error(gate: Inputs, computes: str, outputs: Sequence[Tensor]) -> float:
-    return max_error(outputs, truth(computes, gate))
+def remembered(truth: Callable[[Any, str], Sequence[Tensor]], inputs: Any) -> Callable[[str], Sequence[Tensor]]:
+    """The truth by what is computed, kept until another is asked for: float64 gradients are large."""
+    return functools.lru_cache(maxsize=1)(functools.partial(truth, inputs))
+
+
+def loss_error(truth: Callable[[str], Sequence[Tensor]], computes: str, outputs: Sequence[Tensor]) -> float:
+    """Of loss and gradients."""
+    return max_error(outputs, truth(computes))
 
 
 def problems(settings: Settings) -> Iterator[Problem]:
@@ -139,7 +145,7 @@ def problems(settings: Settings) -> Iterator[Problem]:
             dtype=dtype,
             inputs=inputs,
             gate_inputs=gate,
-            error=functools.partial(loss_error, gate),
+            error=functools.partial(loss_error, remembered(truth, gate)),
             providers=[Provider(name, loss_and_grad(loss), computes) for name, computes, loss in rows],
             ceilings=[read_ceiling(inputs.logits), rewrite_ceiling(inputs.logits)],
             work=3 * size,
