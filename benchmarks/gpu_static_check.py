@@ -147,7 +147,7 @@ CASES = [
     Case("grad bf16, no entropy", functools.partial(_grad, BF16, entropy=False), passes=2, max_instructions=11.5),
     # One vote per tile, whether any lane may win (4 barriers).
     Case("sample bf16", functools.partial(_sample, BF16, ROWS), 2, 1, 30, max_registers=192, max_exchanges=20),
-    Case("sample fp32", functools.partial(_sample, FP32, 64), 4, 1, 31, max_registers=100, max_exchanges=20),
+    Case("sample fp32", functools.partial(_sample, FP32, 64), 4, 1, 31, max_registers=128, max_exchanges=20),
     Case("policy", _policy),
     Case("policy, sequences", functools.partial(_policy, sequences=True)),
     Case("policy, detached", functools.partial(_policy, detached=True, optional=False)),
