@@ -51,10 +51,11 @@ class Case:
     name: str
     launch: Callable[[], object]
     logit_bytes: int = 2
-    passes: int = 1  # over the logits: 1 = read, 2 = read and write
+    passes: float = 1  # over the logits: 1 = read, 2 = read and write, 1.5 = read and write at half the width
     max_instructions: float | None = None  # per logit
     max_registers: int = 255
     max_exchanges: int = 0  # barriers and shuffles in the loop: 0 = no lane waits for another
+    min_store_bits: int = 128
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,15 @@ def _sample(dtype: torch.dtype, rows: int) -> None:
     sample_with_entropy(_logits(dtype, rows, False), number, integer, number, number, integer, integer)
 
 
+def _narrowing_grad() -> None:
+    """A tile of the linear operations on a GPU: float32 logits in, 16-bit gradients out."""
+    from aepo_kernels.kernels.logits_grad import logits_grad
+
+    tile, row = _tensor(2048, 4096), _tensor(2048)
+    labels = _tensor(2048, dtype=torch.int64)
+    logits_grad(tile, labels, row, row, row, row, row, 0.7, -100, torch.empty_like(tile, dtype=BF16))
+
+
 def _policy(sequences: bool = False, detached: bool = False, optional: bool = True) -> None:
     from aepo_kernels.kernels.policy_terms import policy_terms
 
@@ -127,14 +137,14 @@ def _tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# Budgets: what the kernels take today plus a little; the registers are what their occupancy is planned with.
+# Budgets: what the kernels take with Triton 3.6 to 3.9; the registers are what their occupancy is planned with.
 CASES = [
-    Case("stats bf16", functools.partial(_stats, BF16), max_instructions=9.5, max_registers=56),
-    Case("stats fp16, odd rows", functools.partial(_stats, FP16, odd=True), max_instructions=9.1, max_registers=56),
-    Case("stats fp32", functools.partial(_stats, FP32), logit_bytes=4, max_instructions=9.0, max_registers=56),
-    Case("stats bf16, 4 rows", functools.partial(_stats, BF16, rows=4), max_instructions=9.5, max_registers=56),
-    Case("decode fp32", functools.partial(_decode, FP32, ROWS), 4, max_instructions=9.0, max_registers=56),
-    Case("decode fp32, 4 rows", functools.partial(_decode, FP32, 4), 4, max_instructions=9.0, max_registers=56),
+    Case("stats bf16", functools.partial(_stats, BF16), max_instructions=9.8, max_registers=64),
+    Case("stats fp16, odd rows", functools.partial(_stats, FP16, odd=True), max_instructions=9.3, max_registers=64),
+    Case("stats fp32", functools.partial(_stats, FP32), logit_bytes=4, max_instructions=9.0, max_registers=64),
+    Case("stats bf16, 4 rows", functools.partial(_stats, BF16, rows=4), max_instructions=9.8, max_registers=64),
+    Case("decode fp32", functools.partial(_decode, FP32, ROWS), 4, max_instructions=9.0, max_registers=64),
+    Case("decode fp32, 4 rows", functools.partial(_decode, FP32, 4), 4, max_instructions=9.0, max_registers=64),
     Case("grad bf16", functools.partial(_grad, BF16), passes=2, max_instructions=13.5, max_registers=40),
     Case(
         "grad fp16, odd rows",
@@ -143,7 +153,8 @@ CASES = [
         max_instructions=13.5,
         max_registers=40,
     ),
-    Case("grad fp32", functools.partial(_grad, FP32), logit_bytes=4, passes=2, max_instructions=13.5, max_registers=40),
+    Case("grad fp32", functools.partial(_grad, FP32), logit_bytes=4, passes=2, max_instructions=14, max_registers=40),
+    Case("grad fp32 to bf16", _narrowing_grad, 4, 1.5, max_instructions=14, max_registers=40, min_store_bits=64),
     Case("grad bf16, no entropy", functools.partial(_grad, BF16, entropy=False), passes=2, max_instructions=11.5),
     # One vote per tile, whether any lane may win (4 barriers).
     Case("sample bf16", functools.partial(_sample, BF16, ROWS), 2, 1, 30, max_registers=192, max_exchanges=20),
@@ -308,20 +319,21 @@ def report_of(case: Case, kernel: str, capability: int, usage: str, sass: str, b
         exp2_share=round(exp2 / (lanes_per_s * gpu.exp2_per_clock) / memory_s, 2),
         problems=[],
     )
-    report.problems.extend(_problems(report, case.max_registers, budget, case.max_exchanges))
+    report.problems.extend(_problems(report, case, budget))
     return report
 
 
-def _problems(r: Report, max_registers: int, max_instructions: float | None, max_exchanges: int) -> list[str]:
+def _problems(r: Report, case: Case, max_instructions: float | None) -> list[str]:
     problems = []
-    if r.local_memory_instructions or r.stack_bytes:
+    # The kernels over tokens may keep a number or two in local memory: there are V times fewer tokens than logits.
+    if (r.local_memory_instructions or r.stack_bytes) and (r.kernel in STREAMING or r.stack_bytes > 16):
         problems.append(f"spills: {r.local_memory_instructions} local accesses, {r.stack_bytes} bytes of stack")
-    if r.registers > max_registers:
-        problems.append(f"{r.registers} registers > {max_registers}")
+    if r.registers > case.max_registers:
+        problems.append(f"{r.registers} registers > {case.max_registers}")
     if max_instructions is not None:
-        if set(r.loads) != {"128"} or set(r.stores) - {"128"}:
+        if set(r.loads) != {"128"} or any(int(bits) < case.min_store_bits for bits in r.stores):
             problems.append(f"accesses narrower than 128 bits: loads {r.loads}, stores {r.stores}")
-        if r.barriers + r.shuffles > max_exchanges:
+        if r.barriers + r.shuffles > case.max_exchanges:
             problems.append(f"lanes wait for each other: {r.barriers} barriers, {r.shuffles} shuffles")
         if r.instructions > max_instructions:
             problems.append(f"{r.instructions} instructions per logit > {max_instructions}")

