@@ -1,10 +1,10 @@
 // One row's token: statistics, then draws above a rising pivot until one is among the tokens that the filters keep.
 //
-// What the filters keep is an upper set: with a token it holds every token with a larger logit. So a drawn token that is
-// outside proves that everything up to its logit is outside, and the next draw looks above it only. The noise stays the
-// same, so the first token inside has the best score of all inside, whatever came before. A tail token is drawn
-// before all tokens above it with probability p / (p + mass above it); summed over the tail that is about
-// ln(1 / mass kept) more draws: 0.1 for top_p = 0.9, 5 if top_k keeps 1 % of the mass; at most one per distinct logit.
+// What the filters keep is an upper set: with a token it holds every token with a larger logit. So a drawn token that
+// is outside proves that everything up to its logit is outside, and the next draw looks above it only. The noise stays
+// the same, so the first token inside has the best score of all inside, whatever came before. A tail token is drawn
+// before all tokens above it with probability p / (p + mass above it); summed over the tail that is about ln(1 / mass
+// kept) more draws: 0.1 for top_p = 0.9, 5 if top_k keeps 1 % of the mass; at most one per distinct logit.
 #include <algorithm>
 #include <cmath>
 #include <limits>
