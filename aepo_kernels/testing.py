@@ -90,8 +90,8 @@ def eager_token_stats(
 ) -> TokenStats:
     """log_softmax and autograd, the way a trainer without kernels does it, computed in `dtype` (None: float32).
 
-    Inputs may be on any device; it is computed on the CPU, and its results are there. In float64 this is the truth. The gradient comes in the logits' dtype if that is what it would be in training
-    (`dtype` None), else in `dtype`.
+    Inputs may be on any device; it is computed on the CPU, and its results are there. In float64 this is the truth. The
+    gradient comes in the logits' dtype if that is what it would be in training (`dtype` None), else in `dtype`.
     """
     labels = labels.cpu()
     x = logits.detach().cpu().clone()
