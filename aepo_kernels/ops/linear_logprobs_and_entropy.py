@@ -178,6 +178,12 @@ def check_linear(
 ) -> None:
     check_float_tensor("hidden", hidden)
     check_float_tensor("weight", weight)
+    for name, x in {"hidden": hidden, "weight": weight, "bias": bias}.items():
+        if type(x).__name__ == "DTensor":  # by name: importing the class takes a second
+            raise TypeError(
+                f"{name} is a DTensor, which holds only a part on this rank: under FSDP2 call the operation through "
+                "LinearHead; for a sharded vocabulary pass to_local() with process_group and vocab_start"
+            )
     if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or weight.numel() == 0:
         raise ValueError(
             "hidden must be [.., D] and weight [V, D] with V, D >= 1; "

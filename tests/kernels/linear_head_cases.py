@@ -3,6 +3,7 @@ sees all ranks' tokens."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn as nn
 from ranks import Ranks
@@ -119,3 +120,9 @@ def case_mixed_precision_does_not_round_what_the_operation_captures(ranks: Ranks
     assert logprobs.dtype == entropy.dtype == torch.float32
     # 16-bit parameters and activations: a few roundings of 2**-8 each.
     check(ranks, stats_loss, model, tolerance=0.05)
+
+
+def case_a_sharded_weight_is_refused(ranks: Ranks) -> None:
+    model, part = sharded(own_unit=True), batch(ranks.rank)
+    with pytest.raises(TypeError, match=r"weight is a DTensor.*LinearHead"):
+        linear_logprobs_and_entropy(torch.zeros(TOKENS, SIZE), model.lm_head.weight, part["labels"])
