@@ -220,6 +220,7 @@ def measure(
 ) -> tuple[list[Row], list[Refusal]]:
     """Gate, then time in turn. `progress` hears what is being done and which share of the problem is behind it."""
     progress("checking", 0)
+    torch.compiler.reset()  # after 8 shapes it would run the next one eagerly, under the name of torch.compile
     errors, refused = gate(problem)
 
     def prepare() -> None:
