@@ -32,11 +32,11 @@ from aepo_kernels.kernels.token_stats import (
     LANES,
     LOWEST,
     WORDS,
-    _absorb,
-    _load_inside,
-    _rest_of,
-    merge,
+    absorb,
+    load_inside,
+    merge_lanes,
     merge_parts,
+    no_logits,
     row_result,
     store_part,
 )
@@ -166,18 +166,16 @@ def sample_parts_kernel(
     end = tl.minimum(head + vocab, tile_0 + tiles_per_program * TILE)
     edge_first, edge_step, whole_first, whole_end = tile_ranges(tile_0, begin, end, TILE)
 
-    lane = tl.arange(0, LANES)
-    word = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    zero = tl.zeros((LANES,), tl.float32)
-    state = (tl.full((LANES,), LOWEST, tl.float32), zero, zero, tl.zeros((LANES,), tl.int32), zero)
+    word = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    state = no_logits(LANES)
     draw = _no_draw()
     for tile in range(edge_first, end, edge_step):
         at = tile + word
-        x0 = _load_inside(x_ptr, at, begin, end)
-        x1 = _load_inside(x_ptr, at + STEP, begin, end)
-        x2 = _load_inside(x_ptr, at + 2 * STEP, begin, end)
-        x3 = _load_inside(x_ptr, at + 3 * STEP, begin, end)
-        state = _absorb(state, x0, x1, x2, x3, tile, scale)
+        x0 = load_inside(x_ptr, at, begin, end)
+        x1 = load_inside(x_ptr, at + STEP, begin, end)
+        x2 = load_inside(x_ptr, at + 2 * STEP, begin, end)
+        x3 = load_inside(x_ptr, at + 3 * STEP, begin, end)
+        state = absorb(state, x0, x1, x2, x3, tile, scale)
         draw = _draw_tile(draw, x0, x1, x2, x3, tile - head, settings, ALIGNED)
     for tile in range(whole_first, whole_end, TILE):
         ptr = x_ptr + tile + word
@@ -185,17 +183,9 @@ def sample_parts_kernel(
         x1 = tl.load(ptr + STEP).to(tl.float32)
         x2 = tl.load(ptr + 2 * STEP).to(tl.float32)
         x3 = tl.load(ptr + 3 * STEP).to(tl.float32)
-        state = _absorb(state, x0, x1, x2, x3, tile, scale)
+        state = absorb(state, x0, x1, x2, x3, tile, scale)
         draw = _draw_tile(draw, x0, x1, x2, x3, tile - head, settings, ALIGNED)
-    maximum, others, own, own_tile, weighted = state
-
-    # The sums without the maximum itself, as in token_stats_kernel.
-    holder = tl.argmax(maximum, 0)
-    at = tl.sum(tl.where(lane == holder, own_tile, 0), 0) + holder * VEC
-    at += tl.arange(0, WORDS)[:, None] * STEP + tl.arange(0, VEC)[None, :]
-    exact = _rest_of(_load_inside(x_ptr, at, begin, end), tl.max(maximum, 0), scale)
-    rest = others + tl.where(lane == holder, exact, own - 1)
-    row_max, rest, weighted = merge(maximum, rest, weighted, scale)
+    row_max, rest, weighted = merge_lanes(state, x_ptr, begin, end, scale, VEC, WORDS, LANES)
 
     best, reference, token = draw
     store_part(partials_ptr, row, part, row_max, rest, weighted)
@@ -222,7 +212,7 @@ def _above(x_ptr, head, vocab, threshold, maximum, scale, VEC: tl.constexpr, WOR
     mass, count = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.int32)
     for tile in range(edge_first, end, edge_step):
         for i in tl.static_range(WORDS):
-            x = _load_inside(x_ptr, tile + i * STEP + word, head, end)
+            x = load_inside(x_ptr, tile + i * STEP + word, head, end)
             mass, count = _add_above(mass, count, x, threshold, maximum, scale)
     for tile in range(whole_first, whole_end, WORDS * STEP):
         for i in tl.static_range(WORDS):
@@ -251,10 +241,10 @@ def _draw_above(
     draw = _no_draw()
     for tile in range(edge_first, end, edge_step):
         at = tile + word
-        x0 = _candidates(_load_inside(x_ptr, at, head, end), pivot, floor, maximum, scale)
-        x1 = _candidates(_load_inside(x_ptr, at + STEP, head, end), pivot, floor, maximum, scale)
-        x2 = _candidates(_load_inside(x_ptr, at + 2 * STEP, head, end), pivot, floor, maximum, scale)
-        x3 = _candidates(_load_inside(x_ptr, at + 3 * STEP, head, end), pivot, floor, maximum, scale)
+        x0 = _candidates(load_inside(x_ptr, at, head, end), pivot, floor, maximum, scale)
+        x1 = _candidates(load_inside(x_ptr, at + STEP, head, end), pivot, floor, maximum, scale)
+        x2 = _candidates(load_inside(x_ptr, at + 2 * STEP, head, end), pivot, floor, maximum, scale)
+        x3 = _candidates(load_inside(x_ptr, at + 3 * STEP, head, end), pivot, floor, maximum, scale)
         draw = _draw_tile(draw, x0, x1, x2, x3, tile - head, settings, ALIGNED)
     for tile in range(whole_first, whole_end, WORDS * STEP):
         ptr = x_ptr + tile + word

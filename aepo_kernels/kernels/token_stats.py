@@ -45,7 +45,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite float32: no l
 
 
 @triton.jit
-def _load_inside(x_ptr, at, begin, end):
+def load_inside(x_ptr, at, begin, end):
     """The logits at positions `at` in float32, -inf outside [begin, end).
 
     A select, because -inf as the load's own default for masked elements takes 24 registers more (80, not 56).
@@ -66,7 +66,7 @@ def _sums(x, maximum, scale):
 
 
 @triton.jit
-def _absorb(state, x0, x1, x2, x3, tile, scale):
+def absorb(state, x0, x1, x2, x3, tile, scale):
     """The state of each lane after one tile, of which it holds the four words x_i [LANES, VEC].
 
     About the lane's `maximum` and in units of log2, `own` and `others` sum exp(d) over the newest tile that reached the
@@ -108,6 +108,27 @@ def merge(maximum, rest, weighted, scale):
     part_sum = 1 + rest
     whole_rest = tl.sum(tl.where(holder, rest, part_sum * decay), 0)
     return whole_maximum, whole_rest, tl.sum((weighted + shift * part_sum) * decay, 0)
+
+
+@triton.jit
+def no_logits(LANES: tl.constexpr):
+    """The state of lanes that have absorbed nothing."""
+    zero = tl.zeros((LANES,), tl.float32)
+    return tl.full((LANES,), LOWEST, tl.float32), zero, zero, tl.zeros((LANES,), tl.int32), zero
+
+
+@triton.jit
+def merge_lanes(state, x_ptr, begin, end, scale, VEC: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr):
+    """The state (maximum, rest, weighted) of the positions [begin, end) from those of the lanes that absorbed them."""
+    maximum, others, own, own_tile, weighted = state
+    lane = tl.arange(0, LANES)
+    # The lane that holds the row's maximum: its tile once more, now without the maximum itself.
+    holder = tl.argmax(maximum, 0)
+    at = tl.sum(tl.where(lane == holder, own_tile, 0), 0) + holder * VEC
+    at += tl.arange(0, WORDS)[:, None] * (LANES * VEC) + tl.arange(0, VEC)[None, :]
+    exact = _rest_of(load_inside(x_ptr, at, begin, end), tl.max(maximum, 0), scale)
+    rest = others + tl.where(lane == holder, exact, own - 1)
+    return merge(maximum, rest, weighted, scale)
 
 
 @triton.jit
@@ -190,33 +211,23 @@ def part_state(
     end = tl.minimum(head + vocab, tile_0 + tiles_per_program * TILE)
     edge_first, edge_step, whole_first, whole_end = tile_ranges(tile_0, begin, end, TILE)
 
-    lane = tl.arange(0, LANES)
-    word = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    zero = tl.zeros((LANES,), tl.float32)
-    state = (tl.full((LANES,), LOWEST, tl.float32), zero, zero, tl.zeros((LANES,), tl.int32), zero)
+    word = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    state = no_logits(LANES)
     for tile in range(edge_first, end, edge_step):
         at = tile + word
-        x0 = _load_inside(x_ptr, at, begin, end)
-        x1 = _load_inside(x_ptr, at + STEP, begin, end)
-        x2 = _load_inside(x_ptr, at + 2 * STEP, begin, end)
-        x3 = _load_inside(x_ptr, at + 3 * STEP, begin, end)
-        state = _absorb(state, x0, x1, x2, x3, tile, scale)
+        x0 = load_inside(x_ptr, at, begin, end)
+        x1 = load_inside(x_ptr, at + STEP, begin, end)
+        x2 = load_inside(x_ptr, at + 2 * STEP, begin, end)
+        x3 = load_inside(x_ptr, at + 3 * STEP, begin, end)
+        state = absorb(state, x0, x1, x2, x3, tile, scale)
     for tile in range(whole_first, whole_end, TILE):
         ptr = x_ptr + tile + word
         x0 = tl.load(ptr).to(tl.float32)
         x1 = tl.load(ptr + STEP).to(tl.float32)
         x2 = tl.load(ptr + 2 * STEP).to(tl.float32)
         x3 = tl.load(ptr + 3 * STEP).to(tl.float32)
-        state = _absorb(state, x0, x1, x2, x3, tile, scale)
-    maximum, others, own, own_tile, weighted = state
-
-    # The lane that holds the row's maximum: its tile once more, now without the maximum itself.
-    holder = tl.argmax(maximum, 0)
-    at = tl.sum(tl.where(lane == holder, own_tile, 0), 0) + holder * VEC
-    at += tl.arange(0, WORDS)[:, None] * STEP + tl.arange(0, VEC)[None, :]
-    exact = _rest_of(_load_inside(x_ptr, at, begin, end), tl.max(maximum, 0), scale)
-    rest = others + tl.where(lane == holder, exact, own - 1)
-    return merge(maximum, rest, weighted, scale)
+        state = absorb(state, x0, x1, x2, x3, tile, scale)
+    return merge_lanes(state, x_ptr, begin, end, scale, VEC, WORDS, LANES)
 
 
 @triton.jit(do_not_specialize=["stride", "vocab", "tiles_per_program", "ignore_index"])
