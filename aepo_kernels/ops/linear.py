@@ -19,6 +19,7 @@ Products accumulate in float32 (float64 for float64 inputs), and the stages read
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -37,6 +38,11 @@ TILE = {"cpu": (512, 4096), "cuda": (2048, 4096)}
 # Rows whose logits are kept, 4 V bytes each. Once per chunk the weight's gradient is read and rewritten, 8 V D bytes
 # against 6 KEPT_ROWS V D operations (14 % at 3.35 TB/s and 700 TFLOP/s), and a CPU widens the weight twice.
 KEPT_ROWS = {"cpu": 512, "cuda": 2048}
+
+
+def place(x: Tensor) -> str:
+    """The row of these tables for a tensor."""
+    return "cuda" if x.is_cuda else "cpu"
 
 
 class Wanted(NamedTuple):
@@ -97,25 +103,25 @@ class Head:
         return self.weight.dtype if self.weight.is_cuda else self.acc
 
     @property
-    def place(self) -> str:
-        return "cuda" if self.weight.is_cuda else "cpu"
-
-    @property
     def tile(self) -> tuple[int, int]:
-        return TILE[self.place]
+        return TILE[place(self.weight)]
 
     def empty(self, *shape: int) -> Tensor:
         return self.weight.new_empty(shape, dtype=self.acc)
 
+    @functools.cached_property
+    def _widened(self) -> Tensor | None:
+        """Room for one tile of the weight as an operand; `keep` goes through the vocabulary twice per chunk."""
+        if self.operand_dtype == self.weight.dtype:
+            return None
+        columns = min(self.tile[1], len(self.weight))
+        return self.weight.new_empty(columns, self.weight.shape[1], dtype=self.operand_dtype)
+
     def vocabulary(self) -> Iterator[tuple[slice, Tensor]]:
         """The tiles of the vocabulary with their weights [C, D] as an operand, each valid until the next."""
-        columns = min(self.tile[1], len(self.weight))
-        widened = None
-        if self.operand_dtype != self.weight.dtype:
-            widened = self.weight.new_empty(columns, self.weight.shape[1], dtype=self.operand_dtype)
-        for tile in slices(len(self.weight), columns):
+        for tile in slices(len(self.weight), self.tile[1]):
             weight = self.weight[tile]
-            yield tile, weight if widened is None else widened[: len(weight)].copy_(weight)
+            yield tile, weight if self._widened is None else self._widened[: len(weight)].copy_(weight)
 
     def logits(self, hidden: Tensor, weight: Tensor, tile: slice, out: Tensor) -> None:
         """Write the logits [R, C] of operand rows [R, D] about one tile of the vocabulary."""
@@ -252,7 +258,7 @@ def statistics_and_gradients(
     `coefficients` gives those of a slice of the used rows from its statistics, divided by `scale` [].
     """
     labels, operand = labels[used], hidden[used].to(head.operand_dtype)
-    kept_rows = min(KEPT_ROWS[head.place], max(1, len(used)))
+    kept_rows = min(KEPT_ROWS[place(hidden)], max(1, len(used)))
     scratch = head.empty(kept_rows, -(-len(head.weight) // 8) * 8)  # rows on boundaries of 16 bytes
     to_hidden = head.empty(*operand.shape).zero_() if wanted.hidden else None
     to_weight = head.empty(*head.weight.shape) if wanted.weight else None

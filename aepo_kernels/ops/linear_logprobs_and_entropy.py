@@ -106,7 +106,8 @@ def _linear_grad(
     backend = backends.resolve(backend, hidden)
     head = linear.Head(weight, bias, temperature, softcap, backend, shard, sequence_parallel)
     flat_hidden, flat_labels = flat_rows(hidden, labels, labels == ignore_index)
-    stats = TokenStats(*(x.reshape(-1) for x in (maximum, entropy, maximum, log_sum)))
+    unused = maximum  # a gradient needs no log-probs
+    stats = TokenStats(*(x.reshape(-1) for x in (unused, entropy, maximum, log_sum)))
     coefficients = linear.Coefficients(*(None if x is None else x.reshape(-1) for x in (grad_logprobs, grad_entropy)))
     grads = linear.gradients(head, flat_hidden, flat_labels, stats, coefficients, linear.Wanted(*wanted))
     if wanted[0]:

@@ -262,7 +262,7 @@ def linear_policy_loss(
         backend=backend,
     )
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    keep = _keeps(schedule, labels.numel(), "cuda" if hidden.is_cuda else "cpu", args) and any(wanted)
+    keep = _keeps(schedule, labels.numel(), linear.place(hidden), args) and any(wanted)
     softcap = None if softcap is None else float(softcap)
     loss, metrics = _LinearPolicyLoss.apply(
         hidden, weight, labels, bias, shard, sequence_parallel, wanted, keep, float(temperature), softcap, *args
