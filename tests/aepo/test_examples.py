@@ -18,7 +18,8 @@ def test_the_drop_in_loss_teaches_the_digit(capsys):
 
 
 def test_the_python_code_of_the_readme_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    from_logits, from_hidden_states = blocks
     names = {
         "torch": torch,
         "model": torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 50)),
@@ -27,8 +28,14 @@ def test_the_python_code_of_the_readme_runs():
         "advantage": torch.linspace(-1, 1, 8),
         "mask": torch.ones(8, dtype=torch.int64),
     }
-    exec(code, names)
-    assert names["model"][1].weight.grad.abs().sum() > 0
+    exec(from_logits, names)
+    head = names["model"][1]
+    assert head.weight.grad.abs().sum() > 0
+    head.weight.grad = None
+    names |= {"head": head, "hidden": names["model"][0](names["prompt"])}
+    exec(from_hidden_states, names)
+    names["loss"].backward()
+    assert head.weight.grad.abs().sum() > 0
 
 
 def test_every_example_is_tested_here():
