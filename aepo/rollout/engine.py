@@ -18,6 +18,7 @@ class GenerationRequest:
     temperature: float  # > 0; 0 means greedy
     seed: int  # unsigned 64 bit
     stop: tuple[str, ...]  # generation ends with the token that completes one of these; that token is kept
+    group: str = ""  # requests of one group share a beginning, so their prefix is best computed in one place
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Engine(Protocol):
     """
 
     lockstep: bool
+    max_positions: int  # longest sequence served: tokens of the prefix and generated ones together
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """One result per request, in order."""

@@ -18,8 +18,18 @@ from aepo.config import RolloutConfig
 from aepo.rollout.branching import decide_branch, decide_budget, mean_entropy
 from aepo.rollout.engine import Engine, Generation, GenerationRequest
 from aepo.rollout.seeding import derive_seed, derive_uniform
-from aepo.rollout.tree import TreeBuilder, check_tree
-from aepo.types import BranchDecision, BudgetDecision, Path, Question, RolloutTree, TokenIds, ToolCall, ToolResult
+from aepo.rollout.tree import TreeBuilder, check_tree, flatten
+from aepo.types import (
+    BranchDecision,
+    BudgetDecision,
+    Path,
+    Question,
+    RolloutTree,
+    TokenIds,
+    ToolCall,
+    ToolResult,
+    Trajectory,
+)
 
 ANSWER_STOP = "</answer>"
 
@@ -52,11 +62,15 @@ class TextFormat(Protocol):
 
 
 class RolloutError(RuntimeError):
-    """The engine failed. `trees` are those of the batch that were complete by then; the cause is chained."""
+    """The engine failed; the cause is chained. What was finished by then is kept.
 
-    def __init__(self, message: str, trees: list[RolloutTree]) -> None:
+    trees: those that were complete. trajectories: of each other question with finished paths, by its id, those paths.
+    """
+
+    def __init__(self, message: str, trees: list[RolloutTree], trajectories: dict[str, list[Trajectory]]) -> None:
         super().__init__(message)
         self.trees = trees
+        self.trajectories = trajectories
 
 
 class Sampler:
@@ -80,11 +94,12 @@ class Sampler:
         """One tree per question, in order. Deterministic given `seed`, the weights and a lockstep engine.
 
         RolloutError: the engine failed; the trees that were complete are in the exception. ValueError: the same
-        question twice (both would get the same random numbers).
+        question twice (both would get the same random numbers), or one whose prompt fills the engine's context.
         """
         if len({question.id for question in questions}) < len(questions):
             raise ValueError("questions must have different ids within one rollout")
-        growths = [_Growth(question, self._format, self._config, seed) for question in questions]
+        positions = self._engine.max_positions
+        growths = [_Growth(question, self._format, self._config, positions, seed) for question in questions]
         try:
             await _Loop(self._engine, self._toolbox, self._format, growths, progress).run()
         finally:
@@ -110,8 +125,17 @@ class _PathState:
 class _Growth:
     """One question on its way to k paths: all rules, no waiting. `ready` are the paths that want the model."""
 
-    def __init__(self, question: Question, text_format: TextFormat, config: RolloutConfig, seed: int) -> None:
+    def __init__(
+        self, question: Question, text_format: TextFormat, config: RolloutConfig, max_positions: int, seed: int
+    ) -> None:
         self.builder = TreeBuilder(question, text_format.prompt_tokens(question.text))
+        if self.builder.length_to(0) >= max_positions:
+            raise ValueError(
+                f"question {question.id!r}: its prompt has {self.builder.length_to(0)} tokens, expected fewer than the "
+                f"engine's {max_positions} positions"
+            )
+        # A path ends where it has used up its own tokens or the engine's context.
+        self._max_length = min(self.builder.length_to(0) + config.max_tokens, max_positions)
         self.ready: list[_PathState] = []
         self.finished: dict[int, Path] = {}
         self.paths = config.paths
@@ -136,14 +160,20 @@ class _Growth:
         check_tree(tree, self.paths)
         return tree
 
+    def finished_trajectories(self) -> list[Trajectory]:
+        """Of a tree that will not be completed."""
+        paths = [self.finished[index] for index in sorted(self.finished)]
+        part = self.builder.build(paths, self._decisions, self._budget)
+        return [flatten(part, index) for index in range(len(paths))]
+
     def request(self, path: _PathState, stop: tuple[str, ...]) -> GenerationRequest:
-        left = self._config.max_tokens - self.builder.length_after_prompt(path.node)
         return GenerationRequest(
             token_ids=self.builder.tokens_to(path.node),
-            max_new_tokens=min(left, self._config.max_segment_tokens),
+            max_new_tokens=min(self._max_length - self.builder.length_to(path.node), self._config.max_segment_tokens),
             temperature=self._config.temperature,
             seed=derive_seed(path.stream, "segment", path.step),
             stop=stop,
+            group=self.builder.question.id,
         )
 
     def add_segment(self, path: _PathState, generation: Generation) -> int:
@@ -166,7 +196,7 @@ class _Growth:
         self, path: _PathState, segment: int, tokens: TokenIds, call: ToolCall | None, result: ToolResult
     ) -> None:
         """The path reads the result and goes on, or ends before it where no token could be written after it."""
-        if self.builder.length_after_prompt(segment) + len(tokens) >= self._config.max_tokens:
+        if self.builder.length_to(segment) + len(tokens) >= self._max_length:
             self.finish(path, segment, "length")
         else:
             path.node = self.builder.add_tool_result(segment, tokens, call, result)
@@ -261,7 +291,14 @@ class _Loop:
                 self._submit()
         except Exception as error:
             trees = [growth.tree() for growth in self._growths if growth.complete]
-            raise RolloutError(f"{error} ({len(trees)} of {len(self._growths)} trees were complete)", trees) from error
+            others = [growth for growth in self._growths if growth.finished and not growth.complete]
+            kept = {growth.builder.question.id: growth.finished_trajectories() for growth in others}
+            raise RolloutError(
+                f"{error} ({len(trees)} of {len(self._growths)} trees were complete, "
+                f"and {sum(map(len, kept.values()))} paths of the others)",
+                trees,
+                kept,
+            ) from error
         finally:
             for task in self._pending:
                 task.cancel()

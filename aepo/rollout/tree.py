@@ -51,9 +51,9 @@ class TreeBuilder:
         """All tokens from the root to the end of `node`."""
         return tuple(chain.from_iterable(n.token_ids for n in _lineage(self.nodes, node)))
 
-    def length_after_prompt(self, node: int) -> int:
-        """Tokens from the end of the prompt to the end of `node`."""
-        return self._lengths[node] - self._lengths[0]
+    def length_to(self, node: int) -> int:
+        """Tokens from the root to the end of `node`."""
+        return self._lengths[node]
 
     def build(
         self, paths: Iterable[Path], decisions: Iterable[BranchDecision], budget: BudgetDecision | None

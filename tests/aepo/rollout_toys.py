@@ -53,9 +53,10 @@ class ScriptedTools:
 class ScriptedEngine:
     """Each generation is `script(prefix text, seed)`: a function of the request, like that of a real engine."""
 
-    def __init__(self, script: Script, lockstep: bool = True) -> None:
+    def __init__(self, script: Script, lockstep: bool = True, max_positions: int = 10**6) -> None:
         self.script = script
         self.lockstep = lockstep
+        self.max_positions = max_positions
         self.waves: list[list[GenerationRequest]] = []
         self.releases = 0
 

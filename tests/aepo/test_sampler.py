@@ -162,6 +162,21 @@ def test_limits() -> None:
     assert tree.paths[0].finish_reason == "tool_limit"
 
 
+@pytest.mark.parametrize(("positions", "length"), [(59, 25 + 3 + 25 + 3 + 1), (58, 25 + 3 + 25)])
+def test_a_path_ends_where_the_engines_context_does(positions: int, length: int) -> None:
+    """Prompt "q?", then twice 25 tokens written and 3 read: 58 positions. A result that fills them is not read."""
+    engine = ScriptedEngine(lambda text, seed: ("1234567" + SEARCH, 1.0, "stop"), max_positions=positions)
+    (tree,) = Sampler(engine, ScriptedTools(), Characters(), settings(paths=1)).rollout([question()], 0)
+    assert tree.paths[0].finish_reason == "length"
+    assert len(texts(tree)[0]) == length
+
+
+def test_a_prompt_that_fills_the_engines_context_is_named() -> None:
+    engine = ScriptedEngine(tools_then(0), max_positions=2)
+    with pytest.raises(ValueError, match="question 'q': its prompt has 2 tokens, expected fewer than the engine's 2"):
+        Sampler(engine, ScriptedTools(), Characters(), settings()).rollout([question()], 0)
+
+
 def test_tool_failures_reach_the_model_and_the_tree() -> None:
     tools = ScriptedTools(ToolResult("error: it broke", "raised", 0.5))
     tree = one_tree(tools_then(1), settings(paths=1), tools=tools)

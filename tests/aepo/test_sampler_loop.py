@@ -84,6 +84,24 @@ def test_a_failing_engine_loses_no_finished_tree(lockstep: bool) -> None:
     assert engine.releases == 1
 
 
+def test_finished_paths_of_a_tree_that_broke_are_kept() -> None:
+    """Path 0 goes ahead alone and answers; the engine breaks at the others."""
+
+    class BreaksLater(ScriptedEngine):
+        async def generate(self, requests):
+            if len(self.waves) == 3:
+                raise ConnectionError("engine gone")
+            return await super().generate(requests)
+
+    sampler = Sampler(BreaksLater(tools_then(2)), ScriptedTools(), Characters(), settings(paths=3, fresh_paths=None))
+    with pytest.raises(RolloutError, match=r"gone .0 of 1 trees were complete, and 1 paths of the others") as caught:
+        sampler.rollout(questions(1), 0)
+    assert caught.value.trees == []
+    (trajectory,) = caught.value.trajectories["q0"]
+    assert Characters().decode(trajectory.token_ids).endswith(ANSWER)
+    assert sum(trajectory.generated) == len(trajectory.token_ids) - len("q0?[r][r]")
+
+
 def test_nothing_is_carried_from_batch_to_batch() -> None:
     """Also not after a failure: the published code kept path state on the engine and crashed after some steps."""
     sampler = Sampler(Breaks(tools_then(2)), ScriptedTools(), Characters(), GRPO)

@@ -37,8 +37,8 @@ def test_builder_reads_back_prefixes() -> None:
     first = builder.add_generation(0, generation(11, 12))
     tool = builder.add_tool_result(first, (21,), None, ToolResult("r", None, 0.0))
     assert builder.tokens_to(tool) == (1, 2, 3, 11, 12, 21)
-    assert builder.length_after_prompt(tool) == 3
-    assert builder.length_after_prompt(0) == 0
+    assert builder.length_to(tool) == 6
+    assert builder.length_to(0) == 3
 
 
 def test_flatten_marks_exactly_what_the_model_wrote() -> None:

@@ -62,7 +62,7 @@ class HuggingFaceEngine:
         self.version = version
         self.counters = EngineCounters()
         self._vocab_size: int = config.vocab_size
-        self._max_positions: int = getattr(config, "max_position_embeddings", None) or 2**31
+        self.max_positions: int = getattr(config, "max_position_embeddings", None) or 2**31
         self._cache_shape = {
             "layers": config.num_hidden_layers,
             "heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
@@ -103,8 +103,8 @@ class HuggingFaceEngine:
             (not request.temperature >= 0, f"temperature = {request.temperature}, expected >= 0"),
             ("" in request.stop, "an empty stop string"),
             (
-                length + new > self._max_positions,
-                f"{length} tokens + {new} new ones, but the model has {self._max_positions} positions",
+                length + new > self.max_positions,
+                f"{length} tokens + {new} new ones, but the model has {self.max_positions} positions",
             ),
         ):
             if broken:
