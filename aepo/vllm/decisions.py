@@ -1,0 +1,76 @@
+"""The branching decision from a record, while its request may still be running: the rule of aepo.rollout.branching."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from aepo.config import RolloutConfig
+from aepo.rollout.branching import decide_branch, mean_entropy
+from aepo.vllm.records import EntropyRecords
+
+# Names of a query, and the settings (with their defaults and ranges) that they stand for.
+SETTINGS = {
+    "window": "entropy_window",
+    "alpha": "branch_alpha",
+    "gamma": "branch_gamma",
+    "penalty": "branch_penalty",
+    "threshold": "branch_threshold",
+}
+START = ("initial_entropy", "initial_key")
+
+
+def branch_rule(query: Mapping[str, Any]) -> RolloutConfig:
+    """The settings of a query; raises ValueError or TypeError where it cannot be answered."""
+    unknown = query.keys() - SETTINGS.keys() - {*START, "consecutive"}
+    if unknown:
+        raise ValueError(f"query has unknown names {sorted(unknown)}; known: {sorted((*SETTINGS, *START, 'consecutive'))}")
+    if len(query.keys() & set(START)) != 1:
+        raise ValueError(f"query must have one of initial_entropy (nats) and initial_key; got {sorted(query)}")
+    if "alpha" not in query:
+        raise ValueError("query must have alpha, the base chance (a uniform draw in [0, 1) where it is random)")
+    for name, value in query.items():
+        expected: tuple[type, ...] = {"initial_key": (str,), "window": (int,), "consecutive": (int,)}.get(name, (int, float))
+        if not isinstance(value, expected) or isinstance(value, bool):
+            raise TypeError(f"{name} must be {' or '.join(t.__name__ for t in expected)}; got {value!r}")
+    if query.get("consecutive", 0) < 0:
+        raise ValueError(f"consecutive must be >= 0; got {query['consecutive']}")
+    return RolloutConfig(**{SETTINGS[name]: value for name, value in query.items() if name in SETTINGS})
+
+
+def decide(
+    records: EntropyRecords, queries: Mapping[str, Mapping[str, Any]], log_vocabulary: float
+) -> tuple[dict[str, dict[str, float] | None], dict[str, str]]:
+    """Decision per key, None where fewer than `window` tokens are recorded so far, and what is wrong with other keys."""
+    rules = {key: branch_rule(query) for key, query in queries.items()}
+    wanted = dict.fromkeys([*queries, *(query["initial_key"] for query in queries.values() if "initial_key" in query)])
+    entropies, problems = records.read(wanted)
+    decisions: dict[str, dict[str, float] | None] = {}
+    for key, query in queries.items():
+        rule, initial = rules[key], query.get("initial_key")
+        if key in problems or initial in problems:
+            continue
+        if len(entropies[key]) < rule.entropy_window or (initial is not None and not entropies[initial]):
+            decisions[key] = None
+            continue
+        decision = decide_branch(
+            path=0,
+            node=0,
+            entropy=mean_entropy(entropies[key], rule.entropy_window),
+            initial_entropy=(
+                query["initial_entropy"] if initial is None else mean_entropy(entropies[initial], rule.entropy_window)
+            ),
+            log_vocabulary=log_vocabulary,
+            uniform=math.nan,  # not read: alpha is a number
+            consecutive=query.get("consecutive", 0),
+            room=1,
+            config=rule,
+        )
+        decisions[key] = {
+            "entropy": decision.entropy,
+            "delta": decision.delta,
+            "probability": decision.probability,
+            "branch": decision.branched,
+        }
+    return decisions, problems

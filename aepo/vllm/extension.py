@@ -1,0 +1,84 @@
+"""EntropyWorkerExtension: what the worker answers. Its methods are called by aepo.vllm.client.
+
+Only dict, list, str, int, float and bool are returned: vLLM passes nothing else between its processes, and a NumPy
+scalar would hang the caller. What is wrong with a key is data, too; the client raises it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import vllm
+
+from aepo.vllm.decisions import decide
+from aepo.vllm.processor import EntropyProcessor
+
+
+class EntropyWorkerExtension:
+    """Mixed into vLLM's worker by worker_extension_cls="aepo.vllm.EntropyWorkerExtension".
+
+    Ranks of tensor parallelism record the same; of pipeline parallelism only the last one samples, and the others
+    return None.
+    """
+
+    model_runner: Any
+    vllm_config: Any
+
+    def aepo_fetch(self, counts: Mapping[str, int | None]) -> dict[str, dict[str, Any]] | None:
+        """Entropies by key, removed; nothing is removed where any key has a problem."""
+        processor = self.aepo_processor()
+        if processor is None:
+            return None
+        values, problems = processor.records.read(counts)
+        if not problems:
+            processor.records.drop(counts)
+        return {"values": values, "problems": problems}
+
+    def aepo_decide(self, queries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]] | None:
+        processor = self.aepo_processor()
+        if processor is None:
+            return None
+        log_vocabulary = math.log(self.vllm_config.model_config.get_vocab_size())
+        values, problems = decide(processor.records, queries, log_vocabulary)
+        return {"values": values, "problems": problems}
+
+    def aepo_forget(self, keys: list[str] | None) -> int | None:
+        processor = self.aepo_processor()
+        return None if processor is None else processor.records.drop(keys)
+
+    def aepo_status(self) -> dict[str, int | str] | None:
+        processor = self.aepo_processor()
+        if processor is None:
+            return None
+        records, config = processor.records, self.vllm_config.model_config
+        return {
+            "records": len(records),
+            "tokens": records.tokens,
+            "capacity": records.limit,
+            "live": records.live,
+            "vllm": vllm.__version__,
+            "runner": processor.runner,
+            "logprobs_mode": str(config.logprobs_mode),
+            "vocab_size": config.get_vocab_size(),
+            "max_model_len": config.max_model_len,
+        }
+
+    def aepo_processor(self) -> EntropyProcessor | None:
+        """The processor of this worker, from now on the first in line: before penalties and biases change the logits."""
+        runner = self.model_runner
+        if hasattr(runner, "input_batch"):
+            line = runner.input_batch.logitsprocs.non_argmax_invariant
+        elif runner.sampler is None:
+            return None
+        else:
+            line = runner.sampler.logits_processors
+        processors = [processor for processor in line if isinstance(processor, EntropyProcessor)]
+        if len(processors) != 1:
+            raise RuntimeError(f'expected logits_processors=["aepo.vllm:EntropyProcessor"] once; found {len(processors)}')
+        if not processors[0].first:
+            line.remove(processors[0])
+            line.insert(0, processors[0])
+            processors[0].first = True
+        return processors[0]
