@@ -27,6 +27,8 @@ FLOORS = (
     ("aepo.warmstart",),
     ("aepo.models",),
     ("aepo.rollout",),
+    ("aepo.vllm",),
+    ("aepo.rollout.engines.vllm", "aepo.rollout.engines.vllm_local", "aepo.rollout.engines.vllm_remote"),
     ("aepo.packing", "aepo.advantages", "aepo.loss", "aepo.nonfinite"),
     ("aepo.metrics", "aepo.run_log", "aepo.checkpoint", "aepo.display", "aepo.interrupt"),
     ("aepo.learner", "aepo.evaluation"),
@@ -104,6 +106,8 @@ def test_heavy_packages_have_their_rooms():
         if module.startswith("aepo_kernels"):
             assert heavy <= {"triton"}, module
             assert not heavy or module.startswith("aepo_kernels.kernels"), module
+        elif module.startswith(("aepo.vllm", "aepo.rollout.engines.vllm")):
+            assert heavy <= {"vllm"}, module
         elif module != "aepo.bench.peers":  # measures whatever is installed
             assert heavy <= {"transformers"}, f"{module}: {heavy} belong to aepo.vllm and aepo.integrations"
 
