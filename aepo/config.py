@@ -87,6 +87,9 @@ class RolloutConfig(Section):
     """
 
     section: ClassVar[str] = "rollout"
+    engine: Literal["huggingface", "vllm"] = key(
+        "huggingface", "what generates: the trainer's own model, or vLLM with a copy of its weights (section vllm)"
+    )
     paths: int = key(8, "k: trajectories per question", low=1)
     fresh_paths: int | None = key(
         None, "m: how many of them start from the question, the others branch; None: entropy pre-monitoring", low=1
@@ -108,6 +111,34 @@ class RolloutConfig(Section):
         super().__post_init__()
         if self.fresh_paths is not None and self.fresh_paths > self.paths:
             raise ValueError(f"rollout.fresh_paths = {self.fresh_paths}: expected <= rollout.paths ({self.paths})")
+
+
+@dataclass(frozen=True)
+class VLLMConfig(Section):
+    """vLLM as the rollout engine (docs/vllm.md)."""
+
+    section: ClassVar[str] = "vllm"
+    endpoints: tuple[str, ...] = key((), "base URLs of running `vllm serve`; none: engines are started on this machine")
+    replicas: int = key(1, "engines on this machine; more than one only without GPUs", low=1)
+    dtype: Literal["float32", "bfloat16", "float16"] | None = key(None, "of the engine's weights; null: model.dtype")
+    max_model_len: int | None = key(None, "longest sequence, prompt included; null: what the model can do", low=2)
+    max_num_seqs: int = key(256, "sequences that are decoded at the same time", low=1)
+    enforce_eager: bool = key(False, "no CUDA graphs and no compilation: starts sooner, decodes slower")
+    gpu_memory_utilization: float = key(
+        0.45, "part of a GPU's memory for the engine; the trainer needs room", above=0, high=1
+    )
+    kv_cache_gib: float = key(1.0, "memory for keys and values where there is no GPU", above=0)
+    weights_dir: str | None = key(
+        None, "where new weights are handed over, seen by trainer and engines; null: shared memory or temporary files"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wrong = [url for url in self.endpoints if not url.startswith(("http://", "https://"))]
+        if wrong or len(set(self.endpoints)) < len(self.endpoints):
+            raise ValueError(
+                f"vllm.endpoints = {list(self.endpoints)}: expected different URLs such as http://host:8000"
+            )
 
 
 @dataclass(frozen=True)
@@ -138,7 +169,10 @@ class PolicyConfig(Section):
     importance_cap: float | None = key(
         None, "cap of the weight for an engine that differs from the trainer; null: no such weight", above=0
     )
-    old_logprobs: Literal["engine", "recompute"] = key("engine", "old log-probs: as sampled, or by the trainer")
+    old_logprobs: Literal["auto", "engine", "recompute"] = key(
+        "auto",
+        "old log-probs: as sampled, or by the trainer; auto: recompute where the engine is not the trainer's model",
+    )
     advantage: Literal["group", "batch", "gigpo"] | None = key(None, "how rewards are normalised; null: the preset's")
     drop_equal_groups: bool | None = key(None, "leave questions with equal rewards out; null: the preset's")
     overlong_buffer: int | None = key(
@@ -199,6 +233,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -213,11 +248,21 @@ class Config:
             )
         if self.rollout.temperature == 0:
             raise ValueError("rollout.temperature = 0: expected > 0 in training (eval.temperature may be 0)")
-        if self.policy.importance_cap is not None and self.policy.old_logprobs == "engine":
+        if self.policy.importance_cap is not None and not self.recomputes_old_logprobs:
             raise ValueError(
                 "policy.importance_cap weighs the trainer's log-probs against the engine's: "
-                "expected policy.old_logprobs = recompute"
+                "expected policy.old_logprobs = recompute, or rollout.engine = vllm"
             )
+        if self.rollout.engine == "vllm" and self.model.dtype == "float64" and self.vllm.dtype is None:
+            raise ValueError(
+                "vllm.dtype = null: expected float32, bfloat16 or float16, vLLM has no model.dtype = float64"
+            )
+
+    @property
+    def recomputes_old_logprobs(self) -> bool:
+        """Whether the trainer computes the log-probs of the old policy itself."""
+        choice = self.policy.old_logprobs
+        return choice == "recompute" or (choice == "auto" and self.rollout.engine != "huggingface")
 
 
 @dataclass(frozen=True)
@@ -324,6 +369,8 @@ def _type_in_words(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(arguments)
     if typing.get_origin(hint) is tuple:
+        if ... in arguments:
+            return f"a list, each {_type_in_words(arguments[0])}"
         return f"a list of {len(arguments)} numbers"
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(_type_in_words(argument) for argument in arguments)

@@ -59,7 +59,7 @@ class Learner:
         """With the log-probs that the configuration asks for beside those of the engine: old policy, reference."""
         temperature = self._config.rollout.temperature
         result = [list(minibatch) for minibatch in minibatches]
-        if self._config.policy.old_logprobs == "recompute":
+        if self._config.recomputes_old_logprobs:
             result = [[with_old_policy(self.model, b, temperature) for b in minibatch] for minibatch in result]
         if self._reference is not None:
             result = [[with_reference(self._reference, b, temperature) for b in minibatch] for minibatch in result]

@@ -194,7 +194,7 @@ class Trainer:
             "step": self.step,
             **rollout,
             **losses,
-            **(mismatch_metrics(batches) if self.config.policy.old_logprobs == "recompute" else {}),
+            **(mismatch_metrics(batches) if self.config.recomputes_old_logprobs else {}),
             "tokens.packed": sum(len(batch.input_ids) for batch in batches),
             **clock.metrics(rollout["tokens.generated"], losses["tokens.trained"]),
             **memory_metrics(),

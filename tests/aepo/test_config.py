@@ -48,6 +48,10 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("policy.drop_equal_groups=maybe", "expected true or false or null"),
         ("train.minibatches=9", "train.minibatches = 9: expected <= train.questions (8)"),
         ("policy.importance_cap=2", "expected policy.old_logprobs = recompute"),
+        ("vllm.endpoints=a:8000", "vllm.endpoints = 'a:8000': expected a list, each a text"),
+        ("vllm.endpoints=[a:8000]", "expected different URLs such as http://host:8000"),
+        ("vllm.endpoints=[http://a,http://a]", "expected different URLs such as http://host:8000"),
+        ("vllm.dtype=float64", "expected one of float32, bfloat16, float16 or null"),
         ("train.steps", "expected section.key=value"),
     ],
 )
@@ -55,6 +59,21 @@ def test_a_wrong_override_says_what_is_right(override: str, expected: str) -> No
     with pytest.raises(ValueError) as error:  # noqa: PT011, the text is compared below
         load_config(overrides=[override])
     assert expected in str(error.value)
+
+
+def test_old_log_probs_follow_the_engine() -> None:
+    """The trainer's own model samples with the log-probs that it trains with; vLLM's are close to them."""
+    assert not load_config().recomputes_old_logprobs
+    assert load_config(overrides=["policy.old_logprobs=recompute"]).recomputes_old_logprobs
+    vllm = ["rollout.engine=vllm", "vllm.endpoints=[http://a:8000,http://b:8000]"]
+    config = load_config(overrides=[*vllm, "policy.importance_cap=2"])
+    assert config.recomputes_old_logprobs
+    assert config.vllm.endpoints == ("http://a:8000", "http://b:8000")
+    assert not load_config(overrides=[*vllm, "policy.old_logprobs=engine"]).recomputes_old_logprobs
+    with pytest.raises(ValueError, match=r"policy\.importance_cap"):
+        load_config(overrides=[*vllm, "policy.old_logprobs=engine", "policy.importance_cap=2"])
+    with pytest.raises(ValueError, match=r"vllm\.dtype = null"):
+        load_config(overrides=[*vllm, "model.dtype=float64"])
 
 
 @pytest.mark.parametrize(
