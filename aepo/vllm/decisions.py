@@ -25,13 +25,17 @@ def branch_rule(query: Mapping[str, Any]) -> RolloutConfig:
     """The settings of a query; raises ValueError or TypeError where it cannot be answered."""
     unknown = query.keys() - SETTINGS.keys() - {*START, "consecutive"}
     if unknown:
-        raise ValueError(f"query has unknown names {sorted(unknown)}; known: {sorted((*SETTINGS, *START, 'consecutive'))}")
+        raise ValueError(
+            f"query has unknown names {sorted(unknown)}; known: {sorted((*SETTINGS, *START, 'consecutive'))}"
+        )
     if len(query.keys() & set(START)) != 1:
         raise ValueError(f"query must have one of initial_entropy (nats) and initial_key; got {sorted(query)}")
     if "alpha" not in query:
         raise ValueError("query must have alpha, the base chance (a uniform draw in [0, 1) where it is random)")
     for name, value in query.items():
-        expected: tuple[type, ...] = {"initial_key": (str,), "window": (int,), "consecutive": (int,)}.get(name, (int, float))
+        expected: tuple[type, ...] = {"initial_key": (str,), "window": (int,), "consecutive": (int,)}.get(
+            name, (int, float)
+        )
         if not isinstance(value, expected) or isinstance(value, bool):
             raise TypeError(f"{name} must be {' or '.join(t.__name__ for t in expected)}; got {value!r}")
     if query.get("consecutive", 0) < 0:

@@ -76,7 +76,9 @@ class EntropyWorkerExtension:
             line = runner.sampler.logits_processors
         processors = [processor for processor in line if isinstance(processor, EntropyProcessor)]
         if len(processors) != 1:
-            raise RuntimeError(f'expected logits_processors=["aepo.vllm:EntropyProcessor"] once; found {len(processors)}')
+            raise RuntimeError(
+                f'expected logits_processors=["aepo.vllm:EntropyProcessor"] once; found {len(processors)}'
+            )
         if not processors[0].first:
             line.remove(processors[0])
             line.insert(0, processors[0])

@@ -50,7 +50,8 @@ class EntropyProcessor(V1LogitsProcessor, V2LogitsProcessor):
             raise ValueError(
                 "enable_batch_sharded_sampling=True: every rank would record other tokens of a request; leave it off"
             )
-        self.records = EntropyRecords(state if isinstance(state, torch.device) else state.device, _capacity(vllm_config))
+        device = state if isinstance(state, torch.device) else state.device
+        self.records = EntropyRecords(device, _capacity(vllm_config))
         self.runner = "v1" if isinstance(state, torch.device) else "v2"
         self.first = False  # set where the worker has moved this processor before those that change logits
         self._max_model_len = vllm_config.model_config.max_model_len
@@ -177,7 +178,16 @@ class EntropyProcessor(V1LogitsProcessor, V2LogitsProcessor):
             owner=params,
             outputs=outputs,
         )
+        if record is not None and not self.first and _changes_logits(params):
+            record.problem = (
+                "its penalties or biases came before the processor: call entropy_status once before the first request"
+            )
         return record is not None
+
+
+def _changes_logits(params: SamplingParams) -> bool:
+    names = ("presence_penalty", "frequency_penalty", "logit_bias", "allowed_token_ids", "bad_words", "min_tokens")
+    return params.repetition_penalty != 1.0 or any(getattr(params, name) for name in names)
 
 
 def _capacity(vllm_config: VllmConfig) -> int:
