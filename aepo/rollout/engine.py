@@ -49,3 +49,23 @@ class Engine(Protocol):
     def release(self) -> None:
         """The rollout batch is over: forget every cached prefix and unfinished request."""
         ...
+
+
+def check_request(index: int, request: GenerationRequest, max_positions: int, vocab_size: int) -> None:
+    """ValueError naming what an engine with these limits cannot serve of `requests[index]`."""
+    length, new = len(request.token_ids), request.max_new_tokens
+    for broken, text in (
+        (length == 0, "token_ids is empty"),
+        (new < 1, f"max_new_tokens = {new}, expected at least 1"),
+        (not request.temperature >= 0, f"temperature = {request.temperature}, expected >= 0"),
+        ("" in request.stop, "an empty stop string"),
+        (
+            length + new > max_positions,
+            f"{length} tokens + {new} new ones, but the model has {max_positions} positions",
+        ),
+    ):
+        if broken:
+            raise ValueError(f"requests[{index}]: {text}")
+    lowest, highest = min(request.token_ids), max(request.token_ids)
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(f"requests[{index}]: token ids {lowest}..{highest}, expected 0..{vocab_size - 1}")

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from aepo.rollout.engine import Generation, GenerationRequest
+from aepo.rollout.engine import Generation, GenerationRequest, check_request
 from aepo.rollout.engines.kv_cache import BatchCache, PrefixTree
 from aepo.rollout.engines.stopping import StopRules
 from aepo.rollout.engines.wave import Prefix, Wave
@@ -88,30 +88,12 @@ class HuggingFaceEngine:
         if not requests:
             return []
         for index, request in enumerate(requests):
-            self._check(index, request)
+            check_request(index, request, self.max_positions, self._vocab_size)
         with self._serving():
             wave = self._prefill(requests)
             while not self._step(wave):
                 await asyncio.sleep(0)  # tools that answer, and Ctrl-C, are noticed between tokens
         return wave.results(self.version)
-
-    def _check(self, index: int, request: GenerationRequest) -> None:
-        length, new = len(request.token_ids), request.max_new_tokens
-        for broken, text in (
-            (length == 0, "token_ids is empty"),
-            (new < 1, f"max_new_tokens = {new}, expected at least 1"),
-            (not request.temperature >= 0, f"temperature = {request.temperature}, expected >= 0"),
-            ("" in request.stop, "an empty stop string"),
-            (
-                length + new > self.max_positions,
-                f"{length} tokens + {new} new ones, but the model has {self.max_positions} positions",
-            ),
-        ):
-            if broken:
-                raise ValueError(f"requests[{index}]: {text}")
-        lowest, highest = min(request.token_ids), max(request.token_ids)
-        if lowest < 0 or highest >= self._vocab_size:
-            raise ValueError(f"requests[{index}]: token ids {lowest}..{highest}, expected 0..{self._vocab_size - 1}")
 
     @contextmanager
     def _serving(self) -> Iterator[None]:
