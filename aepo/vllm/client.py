@@ -41,9 +41,10 @@ async def fetch_entropies_async(engine: Any, keys: Keys) -> dict[str, list[float
 def fetch_decisions(llm: Any, queries: Mapping[str, Mapping[str, Any]]) -> dict[str, Decision]:
     """The branching decision by key, from what is recorded so far; None: fewer than `window` tokens yet.
 
-    A query has `alpha` and either `initial_entropy` [nats] or `initial_key`, whose own window gives it; it may have
-    `window`, `gamma`, `penalty`, `threshold` (defaults and meaning: RolloutConfig) and `consecutive` (0). A decision has
-    `entropy` (mean over the window), `delta`, `probability` and `branch`, as in aepo.rollout.branching.decide_branch.
+    A query has `alpha` and either `initial_entropy` [nats] or `initial_key`, whose own window gives it (all of its
+    tokens where it has fewer). It may have `window`, `gamma`, `penalty`, `threshold` (defaults and meaning:
+    RolloutConfig) and `consecutive` (0). A decision has `entropy` (mean over the window), `delta`, `probability` and
+    `branch`, as in aepo.rollout.branching.decide_branch.
     Records stay. Raises EntropyError as `fetch_entropies`, ValueError or TypeError for a wrong query.
     """
     return _values(llm.collective_rpc("aepo_decide", args=(_queries(queries),)))
@@ -65,8 +66,8 @@ async def forget_entropies_async(engine: Any, keys: Collection[str] | None = Non
 
 
 def entropy_status(llm: Any) -> dict[str, Any]:
-    """`records`, `tokens` of the `capacity` in use, `live` requests, and facts: vllm, runner, logprobs_mode, vocab_size,
-    max_model_len."""
+    """`records`; `tokens` in use of the `capacity`; `live` requests; `vllm`, `runner`, `logprobs_mode`, `vocab_size`,
+    `max_model_len`."""
     return _first(llm.collective_rpc("aepo_status"))
 
 

@@ -46,7 +46,7 @@ def branch_rule(query: Mapping[str, Any]) -> RolloutConfig:
 def decide(
     records: EntropyRecords, queries: Mapping[str, Mapping[str, Any]], log_vocabulary: float
 ) -> tuple[dict[str, dict[str, float] | None], dict[str, str]]:
-    """Decision per key, None where fewer than `window` tokens are recorded so far, and what is wrong with other keys."""
+    """Decision per key, None where fewer than `window` tokens are recorded yet, and what is wrong with other keys."""
     rules = {key: branch_rule(query) for key, query in queries.items()}
     wanted = dict.fromkeys([*queries, *(query["initial_key"] for query in queries.values() if "initial_key" in query)])
     entropies, problems = records.read(wanted)

@@ -12,6 +12,7 @@ from typing import Any
 
 import vllm
 
+import aepo.vllm.weights  # noqa: F401  # registers the weight-transfer backend in the worker
 from aepo.vllm.decisions import decide
 from aepo.vllm.processor import EntropyProcessor
 
@@ -66,7 +67,7 @@ class EntropyWorkerExtension:
         }
 
     def aepo_processor(self) -> EntropyProcessor | None:
-        """The processor of this worker, from now on the first in line: before penalties and biases change the logits."""
+        """This worker's processor, from now on the first in line: before penalties and biases change the logits."""
         runner = self.model_runner
         if hasattr(runner, "input_batch"):
             line = runner.input_batch.logitsprocs.non_argmax_invariant

@@ -69,8 +69,8 @@ class EntropyProcessor(V1LogitsProcessor, V2LogitsProcessor):
             raise ValueError(f"extra_args[{KEY!r}] must be a non-empty str; got {key!r}")
         if params.n != 1:
             raise ValueError(
-                f"n must be 1 with extra_args[{KEY!r}]; got {params.n}: submit so many requests, each with a key of its "
-                "own (prefix caching computes their prompt once)"
+                f"n must be 1 with extra_args[{KEY!r}]; got {params.n}: submit so many requests, each with its own key "
+                "(prefix caching computes their prompt once)"
             )
 
     # v1: rows of the batch

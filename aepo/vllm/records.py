@@ -189,7 +189,7 @@ class EntropyRecords:
         return values, problems
 
     def drop(self, keys: Collection[str] | None = None) -> int:
-        """Forget these records (None: all) and return how many there were. A request that still runs goes on untracked."""
+        """Forget these records (None: all) and return how many there were. Requests that still run go on untracked."""
         gone = set(self._by_key) if keys is None else self._by_key.keys() & set(keys)
         self._release([self._by_key[key] for key in gone])
         for slot in [slot for slot, record in self.slots.items() if record.key in gone]:

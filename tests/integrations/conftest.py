@@ -1,26 +1,23 @@
 """Real vLLM engines over a tiny random Qwen3, in this process: `.venv/bin/python -m pytest tests/integrations`.
 
 A process of its own, because an engine changes what torch does in the whole process. Both of vLLM's model runners run
-here. The second one is the default on GPUs and needs Triton, whose interpreter serves it on a CPU: the entry for a "cpu"
-backend, which Triton as published lacks, is all that vLLM looks for.
+here. The second one, the default on GPUs, needs Triton; on a CPU the interpreter serves it, and all that vLLM looks for
+is an entry for a "cpu" backend, which Triton as published lacks.
 """
 
 import os
+
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    TORCHDYNAMO_DISABLE="1",  # logprobs compile a C++ helper for 14 s without
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_NO_USAGE_STATS="1",
+    HF_HUB_OFFLINE="1",
+)
+
 from types import SimpleNamespace
-
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "TORCHDYNAMO_DISABLE": "1",  # logprobs compile a C++ helper in 14 s without
-    "TRITON_INTERPRET": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-os.environ.update(ENVIRONMENT)
-
-import gc
 
 import pytest
 import torch
@@ -28,17 +25,20 @@ import triton.backends
 
 from tests.aepo.engine_toys import model, tokenizer
 
-triton.backends.backends.setdefault(
-    "cpu", SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
-)
+if not torch.cuda.is_available():  # tests/conftest.py has turned the interpreter on
+    backend = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
+    triton.backends.backends.setdefault("cpu", backend)
+
+
+def qwen(dtype):
+    """260 tokens, 256 of them bytes. vLLM's attention on CPUs has no heads of 8; its reload breaks tied embeddings."""
+    return model(dtype=dtype, head_dim=32, tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
-    """A random model of 260 tokens, 256 of them bytes, in float32; its output layer is not tied (docs/vllm.md)."""
     path = tmp_path_factory.mktemp("model")
-    # vLLM's attention on CPUs has no heads of 8
-    model(dtype=torch.float32, head_dim=32, tie_word_embeddings=False).save_pretrained(path)
+    qwen(torch.float32).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return str(path)
 
@@ -54,10 +54,11 @@ def make_llm(model_dir: str, runner: str = "v1", **changes):
         "max_model_len": 256,
         "max_num_batched_tokens": 256,
         "max_num_seqs": 8,
+        "max_logprobs": -1,
         "dtype": "float32",
+        "kv_cache_memory_bytes": 64 << 20,
         "logits_processors": ["aepo.vllm:EntropyProcessor"],
         "worker_extension_cls": "aepo.vllm.EntropyWorkerExtension",
-        "kv_cache_memory_bytes": 64 << 20,
         **changes,
     }
     return vllm.LLM(model_dir, **settings)
@@ -65,6 +66,5 @@ def make_llm(model_dir: str, runner: str = "v1", **changes):
 
 @pytest.fixture(scope="session", params=["v1", "v2"])
 def llm(request, model_dir):
-    """One engine per runner for everything that needs no engine of its own."""
-    yield make_llm(model_dir, request.param)
-    gc.collect()
+    """One engine per runner for everything that needs no engine of its own. Requests fit in one step's tokens."""
+    return make_llm(model_dir, request.param)
