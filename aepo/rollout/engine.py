@@ -32,6 +32,15 @@ class Generation:
     version: int  # of the weights
 
 
+@dataclass
+class EngineCounters:
+    """Tokens since the engine was made."""
+
+    asked: int = 0  # prefix tokens of all requests
+    prefilled: int = 0  # those that went through the model; the others were there already, or shared by several rows
+    generated: int = 0
+
+
 class Engine(Protocol):
     """Batched generation that computes a shared prefix once.
 

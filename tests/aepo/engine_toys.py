@@ -17,6 +17,9 @@ VOCAB = 260  # 256 bytes, then:
 EOS, TAG, GLUED = 256, 257, 258  # end of text, "</search>" as one token, a stop string with text around it
 UNUSED = 259  # an embedding that the tokenizer does not know, as in padded vocabularies
 
+# float64 models against themselves: transformers' own float32 steps (rotary angles, normalisation) differ by 2e-7.
+EXACT = 2e-6
+
 
 def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -66,3 +69,17 @@ def prompts(*lengths: int, seed: int = 0) -> list[tuple[int, ...]]:
 
 def generate(engine: HuggingFaceEngine, *requests: GenerationRequest) -> list[Generation]:
     return asyncio.run(engine.generate(requests))
+
+
+def assert_is_the_models_own(
+    made_by: PreTrainedModel, asked: GenerationRequest, got: Generation, tolerance: float = EXACT
+) -> None:
+    """Log-probs and entropies against one uncached forward over the whole sequence, in float64."""
+    tokens = torch.tensor([asked.token_ids + got.token_ids])
+    with torch.no_grad():
+        logits = made_by(input_ids=tokens, use_cache=False).logits[0, len(asked.token_ids) - 1 : -1].double()
+    logprobs = torch.log_softmax(logits / (asked.temperature or 1.0), dim=-1)
+    entropies = -(logprobs.exp() * logprobs).sum(dim=-1)
+    taken = logprobs.gather(1, tokens[0, len(asked.token_ids) :, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(got.logprobs, dtype=torch.float64), taken, rtol=0, atol=tolerance)
+    torch.testing.assert_close(torch.tensor(got.entropies, dtype=torch.float64), entropies, rtol=0, atol=tolerance)

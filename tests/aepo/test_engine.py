@@ -10,26 +10,21 @@ import asyncio
 
 import pytest
 import torch
-from engine_toys import EOS, UNUSED, VOCAB, engine, generate, model, prompts, request
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
+from engine_toys import (
+    EOS,
+    EXACT,
+    UNUSED,
+    VOCAB,
+    assert_is_the_models_own,
+    engine,
+    generate,
+    model,
+    prompts,
+    request,
+)
+from transformers import MistralConfig, MistralForCausalLM
 
 from aepo.rollout.engine import Generation, GenerationRequest
-
-EXACT = 2e-6
-
-
-def assert_is_the_models_own(
-    made_by: PreTrainedModel, asked: GenerationRequest, got: Generation, tolerance: float = EXACT
-) -> None:
-    """Log-probs and entropies against one uncached forward over the whole sequence, in float64."""
-    tokens = torch.tensor([asked.token_ids + got.token_ids])
-    with torch.no_grad():
-        logits = made_by(input_ids=tokens, use_cache=False).logits[0, len(asked.token_ids) - 1 : -1].double()
-    logprobs = torch.log_softmax(logits / (asked.temperature or 1.0), dim=-1)
-    entropies = -(logprobs.exp() * logprobs).sum(dim=-1)
-    taken = logprobs.gather(1, tokens[0, len(asked.token_ids) :, None])[:, 0]
-    torch.testing.assert_close(torch.tensor(got.logprobs, dtype=torch.float64), taken, rtol=0, atol=tolerance)
-    torch.testing.assert_close(torch.tensor(got.entropies, dtype=torch.float64), entropies, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, EXACT), (torch.float32, 2e-5)])

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from aepo.rollout.engine import Generation, GenerationRequest, check_request
+from aepo.rollout.engine import EngineCounters, Generation, GenerationRequest, check_request
 from aepo.rollout.engines.kv_cache import BatchCache, PrefixTree
 from aepo.rollout.engines.stopping import StopRules
 from aepo.rollout.engines.wave import Prefix, Wave
@@ -31,15 +30,6 @@ from aepo.types import TokenIds
 ATTENTION = "aepo_rollout"
 PREFILL_TOKENS = 8192  # per forward, padding included: bounds the memory of activations
 SHARED_TOKENS = 32  # a common beginning shorter than this is not worth a forward of its own
-
-
-@dataclass
-class EngineCounters:
-    """Tokens since the engine was made."""
-
-    asked: int = 0  # prefix tokens of all requests
-    prefilled: int = 0  # those that went through the model; the others were there already, or shared by several rows
-    generated: int = 0
 
 
 class HuggingFaceEngine:
@@ -78,6 +68,9 @@ class HuggingFaceEngine:
 
     def release(self) -> None:
         self._prefixes = PrefixTree()
+
+    def close(self) -> None:
+        self.release()
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """One result per request, in order. Temperature 0 takes the likeliest token and reports the distribution at

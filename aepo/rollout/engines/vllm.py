@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from aepo.config import VLLMConfig
-from aepo.rollout.engine import Generation, GenerationRequest, check_request
+from aepo.rollout.engine import EngineCounters, Generation, GenerationRequest, check_request
 from aepo.types import TokenIds
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Completion:
     token_ids: TokenIds
     logprobs: tuple[float, ...]  # under the sampling distribution
     finish_reason: FinishReason
+    prefilled: int  # tokens of the prefix that no cache had
     version: int | None  # of the weights, where the replica tells it with the tokens
 
 
@@ -120,6 +121,7 @@ class VLLMEngine:
         weights_dir: str | None,
     ) -> None:
         self.version = version
+        self.counters = EngineCounters()
         self.max_positions = min(replica.max_positions for replica in replicas)
         self._vocab_size = vocab_size
         self._loop = loop
@@ -232,6 +234,9 @@ class VLLMEngine:
             self._open[key] = replica
             try:
                 completion = await replica.complete(request, key)
+                self.counters.asked += len(request.token_ids)
+                self.counters.prefilled += completion.prefilled
+                self.counters.generated += len(completion.token_ids)
                 if completion.finish_reason == "abort":
                     aborts += 1
                     if aborts == ABORTS:
@@ -319,13 +324,15 @@ class VLLMEngine:
         self.version = version
 
     def close(self) -> None:
-        """End the engines that were launched here, and their processes."""
+        """End the engines that were launched here, and their processes. A second call does nothing."""
 
         async def close_all() -> None:
             await asyncio.gather(*(replica.close() for replica in self._replicas))
 
-        self._loop.run(close_all())
-        self._loop.close()
+        if self._replicas:
+            self._loop.run(close_all())
+            self._loop.close()
+            self._replicas, self._readers, self._sender = [], {}, None
 
 
 class EntropyReader:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from transformers import AutoConfig
 from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
 from vllm.config import WeightTransferConfig
 from vllm.sampling_params import RequestOutputKind
@@ -18,7 +19,7 @@ from aepo.config import VLLMConfig
 from aepo.rollout.engine import GenerationRequest
 from aepo.rollout.engines.vllm import Completion, LoopThread, ReplicaGoneError, finish_reason
 from aepo.rollout.engines.vllm_weight_clients import LocalWeightClient
-from aepo.vllm import fetch_entropies_async, forget_entropies_async
+from aepo.vllm import entropy_status_async, fetch_entropies_async, forget_entropies_async
 from aepo.vllm.weights import BACKEND
 
 Result = TypeVar("Result")
@@ -35,17 +36,19 @@ async def start_replicas(
         )
     arguments = engine_args(model_dir, settings, seed)
     names = [f"replica {index}" for index in range(settings.replicas)]
-    # Each start blocks for half a minute; the thread's loop is not needed before.
-    engines: list[AsyncLLM] = []
-    try:
-        for _ in names:
-            engines.append(AsyncLLM.from_engine_args(arguments))
-        for engine in engines:
-            await engine.update_weight_version(str(version))
-    except BaseException:
-        for engine in engines:
+    starts = [asyncio.to_thread(AsyncLLM.from_engine_args, arguments) for _ in names]
+    engines = await asyncio.gather(*starts, return_exceptions=True)
+    failures = [engine for engine in engines if isinstance(engine, BaseException)]
+    for engine in engines:
+        if isinstance(engine, BaseException):
+            continue
+        if failures:
             engine.shutdown()
-        raise
+        else:
+            await engine.update_weight_version(str(version))
+            await entropy_status_async(engine)  # fails where entropies cannot be recorded
+    if failures:
+        raise failures[0]
     return [LocalReplica(name, engine, eos_ids) for name, engine in zip(names, engines, strict=True)]
 
 
@@ -54,11 +57,17 @@ def engine_args(model_dir: Path, settings: VLLMConfig, seed: int) -> AsyncEngine
     place: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
     if not torch.cuda.is_available():
         # A seeded request whose prompt comes in parts kills the CPU engine of vLLM 0.32 ("CPU Generator does not use
-        # offset"), so prompts must come whole.
-        place = {"kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30), "enable_chunked_prefill": False}
+        # offset"), so prompts must come whole. Prefixes are cached in whole blocks, which have 128 tokens there unless
+        # one says otherwise.
+        place = {
+            "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
+            "enable_chunked_prefill": False,
+            "block_size": 32,
+        }
     return AsyncEngineArgs(
         model=str(model_dir),
-        dtype=settings.dtype or "auto",
+        # Not "auto", which turns float32 into bfloat16
+        dtype=settings.dtype or str(AutoConfig.from_pretrained(model_dir).dtype).removeprefix("torch."),
         max_model_len=settings.max_model_len,  # type: ignore[arg-type]  # None is its default
         max_num_seqs=settings.max_num_seqs,
         enforce_eager=settings.enforce_eager,
@@ -97,7 +106,11 @@ class LocalReplica:
         if len(versions) > 1:
             raise RuntimeError(f"{self.name}: weights changed within a segment, from version {min(versions)} on")
         return Completion(
-            token_ids, logprobs, finish_reason(last.finish_reason, last.stop_reason), next(iter(versions), None)
+            token_ids,
+            logprobs,
+            finish_reason(last.finish_reason, last.stop_reason),
+            len(request.token_ids) - (output.num_cached_tokens or 0),
+            next(iter(versions), None),
         )
 
     def _sampling(self, request: GenerationRequest, key: str) -> SamplingParams:
@@ -127,6 +140,7 @@ class LocalReplica:
 
     async def close(self) -> None:
         self._llm.shutdown()
+        del self._llm  # its destructor fails where it runs as late as Python's end
 
     async def alive(self, work: Awaitable[Result]) -> Result:
         """The result; ReplicaGoneError if the engine's process dies, which leaves calls to its workers unanswered."""

@@ -76,11 +76,13 @@ class RemoteReplica:
             "return_token_ids": True,
             "vllm_xargs": {"aepo_key": key},
         }
-        (choice,) = (await self._post("/v1/completions", body))["choices"]
+        answer = await self._post("/v1/completions", body)
+        (choice,) = answer["choices"]
         return Completion(
             tuple(choice["token_ids"]),
             tuple(choice["logprobs"]["token_logprobs"]),
             finish_reason(choice["finish_reason"], choice["stop_reason"]),
+            answer["usage"]["prompt_tokens"] - (answer["usage"]["prompt_tokens_details"] or {}).get("cached_tokens", 0),
             version=None,
         )
 

@@ -1,0 +1,327 @@
+"""Rollouts on two real vLLM engines, each in processes of its own: the same trees as the transformers engine, exact
+numbers, no waiting, weights, and what happens when something breaks. The last tests kill the engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from aepo.config import RolloutConfig, VLLMConfig
+from aepo.rollout.engine import GenerationRequest
+from aepo.rollout.engines.vllm import ReplicaGoneError, VLLMEngine
+from aepo.rollout.sampler import RolloutError, Sampler
+from aepo.rollout.tree import path_nodes
+from aepo.types import Question, RolloutTree, TokenIds, ToolCall, ToolResult
+from tests.aepo.engine_toys import EOS, TAG, VOCAB, assert_is_the_models_own, prompts, request
+from tests.aepo.engine_toys import engine as transformers_engine
+from tests.integrations.conftest import qwen
+
+# float32 in both engines against float64: the largest difference seen was 3e-6.
+EXACT = 2e-5
+
+
+def talkative() -> torch.nn.Module:
+    """Closes a search tag in about every fourth token, so that paths use tools; ends texts now and then."""
+    made = qwen(torch.float32)
+    with torch.no_grad():
+        made.lm_head.weight[TAG] *= 4.0
+        made.lm_head.weight[EOS] *= 2.0
+    return made.eval()
+
+
+class Bytes:
+    """Questions and results as bytes; for text that a random model writes, bytes that are none are replaced."""
+
+    vocab_size = VOCAB
+
+    def prompt_tokens(self, question_text: str) -> TokenIds:
+        return tuple(question_text.encode())
+
+    def tool_result_tokens(self, result_text: str) -> TokenIds:
+        return tuple(result_text.encode())
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join("</search>" if token == TAG else chr(min(token, 127)) for token in token_ids)
+
+
+class Tools:
+    """Answers every call at once, but for the first one where it is to wait for `others`."""
+
+    stop_strings = ("</search>",)
+
+    def __init__(self, others: asyncio.Event | None = None) -> None:
+        self.others = others
+
+    def parse(self, text: str) -> ToolCall | None:
+        return ToolCall("search", "x") if "</search>" in text else None
+
+    async def run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
+        others, self.others = self.others, None
+        if others is not None:
+            await asyncio.wait_for(others.wait(), 60)
+        return [ToolResult("(r)", None, 0.0) for _ in calls]
+
+
+def questions(count: int) -> list[Question]:
+    return [Question(f"q{i}", f"question {i}: " + "what else? " * (3 + i), "y", "toy", ()) for i in range(count)]
+
+
+CONFIG = RolloutConfig(
+    paths=4, fresh_paths=2, branch_alpha=1.0, max_tokens=100, max_segment_tokens=24, max_tool_calls=4
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return talkative()
+
+
+@pytest.fixture(scope="module")
+def engine(model, model_dir, tmp_path_factory):
+    import vllm.envs
+
+    path = tmp_path_factory.mktemp("talkative")
+    model.save_pretrained(path)
+    for file in Path(model_dir).glob("token*"):
+        (path / file.name).write_bytes(file.read_bytes())
+    vllm.envs.disable_envs_cache()
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_USE_V2_MODEL_RUNNER="0")
+    settings = VLLMConfig(replicas=2, max_num_seqs=16, enforce_eager=True, kv_cache_gib=0.05)
+    made = VLLMEngine.launch(path, eos_ids=[EOS], vocab_size=VOCAB, model=model, settings=settings, version=7, seed=0)
+    yield made
+    made.close()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    assert not engine_processes()
+
+
+def engine_processes() -> list[int]:
+    """Children of this process that run an engine, oldest first."""
+    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
+    return [int(line.split()[0]) for line in listed.stdout.splitlines() if "EngineCore" in line]
+
+
+def generate(engine: VLLMEngine, *requests: GenerationRequest) -> list:
+    """As the sampler does: one call per request, all at the same time."""
+
+    async def all_of_them():
+        return await asyncio.gather(*(engine.generate([one]) for one in requests))
+
+    return [generation for (generation,) in asyncio.run(all_of_them())]
+
+
+def leftovers(engine: VLLMEngine) -> list[dict]:
+    """What the replicas still hold of requests: records of entropies, unfinished requests."""
+    from aepo.vllm import entropy_status_async
+
+    async def ask():
+        return [await entropy_status_async(replica._llm) for replica in engine._alive]
+
+    unfinished = [replica._llm.get_num_unfinished_requests() for replica in engine._alive]
+    return [{**status, "unfinished": count} for status, count in zip(engine._loop.run(ask()), unfinished, strict=True)]
+
+
+def assert_nothing_is_left(engine: VLLMEngine) -> None:
+    for left in leftovers(engine):
+        assert (left["records"], left["tokens"], left["unfinished"]) == (0, 0, 0)
+
+
+def shape(tree: RolloutTree) -> list:
+    """Everything about a tree that does not depend on which path was faster: paths as texts with how they ended."""
+    nodes = [[(node.source, node.token_ids, node.finish_reason) for node in path_nodes(tree, p.id)] for p in tree.paths]
+    return sorted((path, tree.paths[i].finish_reason, tree.paths[i].parent is None) for i, path in enumerate(nodes))
+
+
+def test_logprobs_and_entropies_are_the_models_own(model, engine) -> None:
+    """Temperatures, greedy, continued segments; both replicas; against one uncached forward in float64."""
+    truth = qwen(torch.float64)
+    truth.load_state_dict({name: x.double() for name, x in model.state_dict().items()})
+    temperatures = [1.0, 0.6, 0.0, 1.7]
+    wave = [
+        replace(request(tokens, 8 + i, seed=2**64 - 1 - i, temperature=temperatures[i % 4]), group=f"g{i}")
+        for i, tokens in enumerate(prompts(1, 7, 30, 2, 19, 40, 3, 64))
+    ]
+    for _ in range(3):
+        results = generate(engine, *wave)
+        assert len({engine._homes[one.group].name for one in wave}) == 2
+        for asked, got in zip(wave, results, strict=True):
+            assert got.version == 7
+            assert_is_the_models_own(truth, asked, got, EXACT)
+        wave = [
+            replace(asked, token_ids=asked.token_ids + got.token_ids + (40, 41), seed=asked.seed - 100)
+            for asked, got in zip(wave, results, strict=True)
+        ]
+    engine.release()
+    assert_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"fresh_paths": None, "paths": 3}, {"fresh_paths": 4}], ids=["arpo", "aepo", "grpo"]
+)
+def test_greedy_trees_are_those_of_the_transformers_engine(model, engine, changes) -> None:
+    config = replace(CONFIG, temperature=0.0, **changes)
+    ours = Sampler(engine, Tools(), Bytes(), config).rollout(questions(6), seed=3)
+    theirs = Sampler(transformers_engine(model), Tools(), Bytes(), config).rollout(questions(6), seed=3)
+    assert [shape(tree) for tree in ours] == [shape(tree) for tree in theirs]
+    assert [tree.budget is None for tree in ours] == [tree.budget is None for tree in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        if one.budget is not None:
+            assert one.budget.fresh_paths == other.budget.fresh_paths
+            assert one.budget.root_entropy == pytest.approx(other.budget.root_entropy, abs=EXACT)
+    called = sum(node.source == "tool" for tree in ours for node in tree.nodes)
+    assert called >= 6
+    assert_nothing_is_left(engine)
+
+
+def test_a_path_is_the_same_whatever_else_is_in_the_batch(engine) -> None:
+    """Its seeds are its own: alone, and among twelve others, on any replica."""
+    config = replace(CONFIG, fresh_paths=4)
+    together = Sampler(engine, Tools(), Bytes(), config).rollout(questions(4), seed=1)
+    alone = Sampler(engine, Tools(), Bytes(), config).rollout(questions(4)[2:3], seed=1)
+    assert shape(together[2]) == shape(alone[0])
+    assert len({tuple(node.token_ids for node in path_nodes(together[2], path)) for path in range(4)}) > 1
+
+
+def test_a_slow_tool_holds_up_its_own_path_alone(engine) -> None:
+    """The first call is answered when all other paths have ended, which they could not if they waited for it."""
+    others = asyncio.Event()
+
+    def progress(finished: int, total: int) -> None:
+        if finished == total - 1:
+            others.set()
+
+    sampler = Sampler(engine, Tools(others), Bytes(), replace(CONFIG, fresh_paths=4))
+    trees = sampler.rollout(questions(4), seed=1, progress=progress)
+    assert sum(node.source == "tool" for tree in trees for node in tree.nodes) > 10
+
+
+def test_branches_find_their_prefix_in_the_cache(engine) -> None:
+    """Requests of a group go to one replica. Blocks have 32 tokens: of 150 shared ones, 128 are computed once."""
+    prompt = prompts(150)[0]
+    asked = [replace(request(prompt, 4, seed=i), group="one question") for i in range(6)]
+    generate(engine, asked[0])
+    before = replace(engine.counters)
+    generate(engine, *asked[1:])
+    assert engine.counters.asked - before.asked == 5 * 150
+    assert engine.counters.prefilled - before.prefilled == 5 * (150 - 128)
+    engine.release()
+
+
+def test_paths_end_where_the_context_does(engine) -> None:
+    """256 positions: also inside a tool result."""
+    long = Question("long", "x" * 200, "y", "toy", ())
+    config = replace(CONFIG, max_tokens=1000, max_tool_calls=100)
+    (tree,) = Sampler(engine, Tools(), Bytes(), config).rollout([long], seed=0)
+    lengths = [sum(len(node.token_ids) for node in path_nodes(tree, path.id)) for path in tree.paths]
+    assert max(lengths) <= 256
+    assert "length" in {path.finish_reason for path in tree.paths}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (request([]), "token_ids is empty"),
+        (request([1] * 250, new=7), "250 tokens . 7 new ones, but the model has 256 positions"),
+        (request([VOCAB]), "token ids 260..260, expected 0..259"),
+        (request([1], stop=("",)), "empty stop string"),
+    ],
+)
+def test_bad_requests_are_named(engine, bad, message) -> None:
+    with pytest.raises(ValueError, match=rf"requests\[1\]: .*{message}"):
+        asyncio.run(engine.generate([request([1]), bad]))
+
+
+def test_cancelling_aborts_in_the_engines_and_leaves_nothing(engine) -> None:
+    async def cancelled() -> None:
+        work = [asyncio.ensure_future(engine.generate([request([i], new=250, seed=i)])) for i in range(10)]
+        await asyncio.sleep(0.15)
+        for task in work:
+            task.cancel()
+        results = await asyncio.gather(*work, return_exceptions=True)
+        assert any(isinstance(result, asyncio.CancelledError) for result in results)
+
+    asyncio.run(cancelled())
+    engine.release()
+    assert_nothing_is_left(engine)
+    generate(engine, request([1]))
+    engine.release()
+
+
+def test_a_request_that_others_abort_is_made_again_with_the_same_result(engine) -> None:
+    asked = replace(request([5, 6, 7], new=240, seed=11), group="aborted")
+    (expected,) = generate(engine, asked)
+
+    async def abort_it() -> list:
+        work = asyncio.ensure_future(engine.generate([asked]))
+        await asyncio.sleep(0.05)
+        (replica,) = {engine._homes["aborted"]}
+        (key,) = engine._open
+        engine._loop.run(replica._llm.abort(key))
+        return await work
+
+    (got,) = asyncio.run(abort_it())
+    assert got.token_ids == expected.token_ids
+    engine.release()
+    assert_nothing_is_left(engine)
+
+
+def test_refresh_sends_the_weights_and_a_foreign_version_is_noticed(model, engine) -> None:
+    asked = [replace(request(prompts(70)[0], 12, seed=i), group=f"g{i}") for i in range(4)]
+    generate(engine, *asked)
+    engine.release()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    engine.refresh(8)
+    truth = qwen(torch.float64)
+    truth.load_state_dict({name: x.double() for name, x in model.state_dict().items()})
+    for one, got in zip(asked, generate(engine, *asked), strict=True):
+        assert got.version == 8
+        assert_is_the_models_own(truth, one, got, EXACT)  # also: no key or value of the old weights
+    engine.release()
+    replica = engine._alive[0]
+    engine._loop.run(replica._llm.update_weight_version("99"))
+    with pytest.raises(RuntimeError, match="sampled with weights version 99, expected 8"):
+        generate(engine, *asked)
+    engine._loop.run(replica._llm.update_weight_version("8"))
+    engine.release()
+    assert_nothing_is_left(engine)
+
+
+def test_a_rollout_survives_a_killed_replica_and_keeps_what_is_finished_without_any(model, engine) -> None:
+    """In this order, since nothing brings an engine back."""
+    sampler = Sampler(engine, Tools(), Bytes(), replace(CONFIG, fresh_paths=4))
+    expected = Sampler(engine, Tools(), Bytes(), replace(CONFIG, fresh_paths=4)).rollout(questions(6), seed=1)
+    first, second = engine_processes()
+
+    def kill_at(process: int, finished: int):
+        def progress(done: int, total: int) -> None:
+            if done >= finished and process in engine_processes():
+                os.kill(process, signal.SIGKILL)
+
+        return progress
+
+    trees = sampler.rollout(questions(6), seed=1, progress=kill_at(first, 2))
+    assert [shape(tree) for tree in trees] == [shape(tree) for tree in expected]
+    assert len(engine._alive) == 1
+    assert_nothing_is_left(engine)
+    engine.refresh(9)
+    (got,) = generate(engine, request([1]))
+    assert got.version == 9
+    engine.release()
+
+    with pytest.raises(
+        RolloutError, match=r"no vLLM replica is left of replica \d, replica \d; .* process has died"
+    ) as caught:
+        sampler.rollout(questions(6), seed=1, progress=kill_at(second, 3))
+    assert isinstance(caught.value.__cause__, ReplicaGoneError)
+    kept = 4 * len(caught.value.trees) + sum(map(len, caught.value.trajectories.values()))
+    assert kept >= 3
