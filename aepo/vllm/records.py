@@ -130,6 +130,7 @@ class EntropyRecords:
             record.problem = DUPLICATE
         record.slot, record.outputs = slot, outputs
         self.slots[slot] = record
+        self.changed = True
         return record
 
     def vacate(self, slot: int) -> None:
@@ -207,7 +208,6 @@ class EntropyRecords:
                 self.pool = grown
                 self._regions.grow(size)
                 start = self._regions.take(capacity)
-        self.changed = True
         if start is None:
             full = f"overflow: no room for {capacity} tokens, {self.tokens} of {self.limit} are in use"
             return Record(key, owner, temperature, 0, 0, slot, None, f"{full}; fetch or forget, or raise the capacity")
