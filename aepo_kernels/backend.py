@@ -1,8 +1,8 @@
 """Which backends exist here, and which one serves a call.
 
 A backend is a place that offers stages, the functions behind the operations, with the same meaning and the same
-positional arguments as the others: `token_stats`, `logits_grad` and `policy_terms` for training, `decode_entropy` for
-decode time.
+positional arguments as the others: `token_stats`, `logits_grad` and `policy_terms` for training, `decode_entropy` and
+`sample_with_entropy` for decode time.
 
     reference   plain PyTorch, any device and dtype: the specification
     cpu         the compiled extension, for CPU tensors
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-CUDA_STAGES = frozenset({"decode_entropy"})
+CUDA_STAGES = frozenset({"decode_entropy", "sample_with_entropy"})
 
 
 @functools.cache

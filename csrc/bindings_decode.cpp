@@ -6,8 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda_kernels.h"
-#include "tensors.h"
+#include "cuda_tensors.h"
 
 namespace aepo {
 namespace {
@@ -99,28 +98,16 @@ cuda::Integers integers(const OptionalTensor& x, const char* name, int64_t count
   return {data<int32_t>(x, name, count, at::kCUDA), false};
 }
 
-cuda::Workspace workspace_of(const Tensor& x) {
-  using cuda::Workspace;
-  return {data<int32_t>(x, "workspace", x.numel(), at::kCUDA), x.numel() * 4 / Workspace::kBytesPerBlock};
-}
-
 // `stream` is the handle of the current CUDA stream as an integer, and its device the current one: asked for in Python,
 // they cost this file no CUDA header, which a CPU build of torch does not have in full.
 void decode_entropy_cuda(const Tensor& logits, const OptionalTensor& temperatures, double temperature,
                          const OptionalTensor& slots, const OptionalTensor& tokens, const Tensor& entropy,
                          const OptionalTensor& logprobs, const Tensor& workspace, int64_t stream) {
+  auto call = cuda_call<cuda::DecodeEntropy>(logits, workspace);
   const Rows rows(logits, "logits", at::kCUDA);
-  TORCH_CHECK_VALUE(rows.vocab <= (1 << 30) && rows.count <= (1 << 30),
-                    "logits must have at most 2^30 rows and columns; got ", logits.sizes());
   check_outputs(tokens, entropy, logprobs);
   const SlotColumn to_entropy(entropy, "entropy", rows, at::kCUDA);
   const SlotColumn to_logprobs(logprobs.value_or(entropy), "logprobs", rows, at::kCUDA);
-  cuda::DecodeEntropy call;
-  call.type = rows.type;
-  call.logits = logits.data_ptr();
-  call.rows = rows.count;
-  call.vocab = rows.vocab;
-  call.row_stride = logits.stride(0);
   call.temperatures = data<float>(temperatures, "temperatures", rows.count, at::kCUDA);
   call.temperature = static_cast<float>(temperature);
   call.slots = integers(slots, "slots", rows.count);
@@ -130,7 +117,6 @@ void decode_entropy_cuda(const Tensor& logits, const OptionalTensor& temperature
   call.num_slots = to_entropy.count;
   call.entropy_stride = to_entropy.stride;
   call.logprobs_stride = to_logprobs.stride;
-  call.workspace = workspace_of(workspace);
   const char* const error = cuda::launch_decode_entropy(call, reinterpret_cast<void*>(stream));
   TORCH_CHECK(error == nullptr, "decode_entropy could not be launched: ", error);
 }

@@ -1,4 +1,4 @@
-// The native sampler, on the CPU.
+// The native sampler, on the CPU and, where nvcc built it, on CUDA.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -6,7 +6,7 @@
 #include <limits>
 #include <tuple>
 
-#include "tensors.h"
+#include "cuda_tensors.h"
 
 namespace aepo {
 namespace {
@@ -46,6 +46,27 @@ std::tuple<Tensor, Tensor, Tensor> sample_with_entropy(const Tensor& logits, con
   return {tokens, logprobs, entropy};
 }
 
+#ifdef AEPO_CUDA
+// `workspace` and `stream` as for decode_entropy_cuda.
+void sample_with_entropy_cuda(const Tensor& logits, const Tensor& temperature, const OptionalTensor& top_k,
+                              const OptionalTensor& top_p, const OptionalTensor& min_p, const Tensor& seed,
+                              const Tensor& offset, const Tensor& tokens, const Tensor& logprobs,
+                              const Tensor& entropy, const Tensor& workspace, int64_t stream) {
+  auto call = cuda_call<cuda::SampleWithEntropy>(logits, workspace);
+  call.temperature = data<double>(temperature, "temperature", call.rows, at::kCUDA);
+  call.top_k = data<int64_t>(top_k, "top_k", call.rows, at::kCUDA);
+  call.top_p = data<double>(top_p, "top_p", call.rows, at::kCUDA);
+  call.min_p = data<double>(min_p, "min_p", call.rows, at::kCUDA);
+  call.seed = data<int64_t>(seed, "seed", call.rows, at::kCUDA);
+  call.offset = data<int64_t>(offset, "offset", call.rows, at::kCUDA);
+  call.tokens = data<int64_t>(tokens, "tokens", call.rows, at::kCUDA);
+  call.logprobs = data<float>(logprobs, "logprobs", call.rows, at::kCUDA);
+  call.entropy = data<float>(entropy, "entropy", call.rows, at::kCUDA);
+  const char* const error = cuda::launch_sample_with_entropy(call, reinterpret_cast<void*>(stream));
+  TORCH_CHECK(error == nullptr, "sample_with_entropy could not be launched: ", error);
+}
+#endif
+
 }  // namespace
 }  // namespace aepo
 
@@ -53,6 +74,14 @@ TORCH_LIBRARY_FRAGMENT(aepo_native, m) {
   m.def(
       "sample_with_entropy(Tensor logits, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p,"
       " Tensor seed, Tensor offset) -> (Tensor tokens, Tensor logprobs, Tensor entropy)");
+  m.def(
+      "sample_with_entropy_cuda(Tensor logits, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p,"
+      " Tensor seed, Tensor offset, Tensor(a!) tokens, Tensor(b!) logprobs, Tensor(c!) entropy, Tensor(d!) workspace,"
+      " int stream) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(aepo_native, CPU, m) { m.impl("sample_with_entropy", aepo::sample_with_entropy); }
+
+#ifdef AEPO_CUDA
+TORCH_LIBRARY_IMPL(aepo_native, CUDA, m) { m.impl("sample_with_entropy_cuda", aepo::sample_with_entropy_cuda); }
+#endif

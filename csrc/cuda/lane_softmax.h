@@ -93,18 +93,26 @@ AEPO_HOST_DEVICE RowResult finish(const Softmax& row) {
 // The state of a lane: `own` sums 2^d over the newest tile that reached the maximum (the tile at `own_tile`), `others`
 // over all other tiles. So the maximum's own 1 can be left out by reading that tile of one lane again.
 struct Lane {
+  explicit AEPO_HOST_DEVICE Lane(int first_tile) : own_tile(first_tile) {}
+
   float maximum = kLowest;
   float others = 0, own = 0, weighted = 0;
-  int own_tile = 0;
+  int own_tile;
 };
+
+// The largest of x, which leaves out NaN.
+template <int N>
+AEPO_HOST_DEVICE float maximum_of(const float (&x)[N]) {
+  float top[4] = {x[0], x[1], x[2], x[3]};  // four chains at a time: the steps need not wait for each other
+#pragma unroll
+  for (int i = 4; i < N; i++) top[i % 4] = fmaxf(top[i % 4], x[i]);
+  return fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3]));
+}
 
 // Add one tile's logits x[N] of this lane.
 template <int N>
 AEPO_HOST_DEVICE void absorb(Lane& lane, const float (&x)[N], int tile, float scale) {
-  float top[4] = {x[0], x[1], x[2], x[3]};  // four chains at a time: the additions need not wait for each other
-#pragma unroll
-  for (int i = 4; i < N; i++) top[i % 4] = fmaxf(top[i % 4], x[i]);
-  const float tile_maximum = fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3]));
+  const float tile_maximum = maximum_of(x);
   const bool is_own = tile_maximum >= lane.maximum;  // false for a tile of -inf alone
   const float maximum = fmaxf(lane.maximum, tile_maximum);
   float sum[4] = {0, 0, 0, 0}, weighted[4] = {0, 0, 0, 0};
@@ -214,6 +222,12 @@ AEPO_HOST_DEVICE Part<Logits> part_of_row(const typename Logits::Element* row, i
           last < end ? static_cast<int>(last) : end};
 }
 
+// The logit at a position, -inf outside [begin, end), where nothing is read.
+template <class Logits>
+AEPO_HOST_DEVICE float logit_at(const Part<Logits>& part, int at) {
+  return at >= part.begin && at < part.end ? Logits::value(part.x[at]) : kMinusInfinity;
+}
+
 // The lane's logits of the tile at `tile`, -inf outside [begin, end). Reads nothing outside.
 template <class Logits>
 AEPO_HOST_DEVICE void load_cut_tile(const Part<Logits>& part, int tile, int lane,
@@ -226,28 +240,24 @@ AEPO_HOST_DEVICE void load_cut_tile(const Part<Logits>& part, int tile, int lane
       continue;
     }
 #pragma unroll
-    for (int i = 0; i < Logits::kVec; i++) {
-      const bool inside = at + i >= part.begin && at + i < part.end;
-      x[w * Logits::kVec + i] = inside ? Logits::value(part.x[at + i]) : kMinusInfinity;
-    }
+    for (int i = 0; i < Logits::kVec; i++) x[w * Logits::kVec + i] = logit_at(part, at + i);
   }
 }
 
-// The state of one lane after all its logits of the part: first the at most two cut tiles, then the whole ones.
-template <class Logits>
-AEPO_HOST_DEVICE Lane read_lane(const Part<Logits>& part, int lane, float scale) {
+// body(x, tile) for all tiles of the part, with this lane's logits x[kWords * kVec] of the tile at `tile`: first for the
+// at most two cut tiles, then for the whole ones.
+template <class Logits, class Body>
+AEPO_HOST_DEVICE void for_each_tile(const Part<Logits>& part, int lane, const Body& body) {
   constexpr int kTileSize = kTile<Logits>;
   const int whole_first = part.begin > part.first ? part.first + kTileSize : part.first;
   const int whole = part.end > whole_first ? (part.end - whole_first) / kTileSize * kTileSize : 0;
   const int whole_end = whole_first + whole;
   const int cut_step = whole_end > part.first ? whole_end - part.first : kTileSize;
-  Lane state;
-  state.own_tile = part.first;
   float x[kWords * Logits::kVec];
 #pragma unroll 1
   for (int tile = part.begin > part.first ? part.first : whole_end; tile < part.end; tile += cut_step) {
     load_cut_tile(part, tile, lane, x);
-    absorb(state, x, tile, scale);
+    body(x, tile);
   }
 #pragma unroll 1
   for (int tile = whole_first; tile < whole_end; tile += kTileSize) {
@@ -256,9 +266,8 @@ AEPO_HOST_DEVICE Lane read_lane(const Part<Logits>& part, int lane, float scale)
     for (int w = 0; w < kWords; w++) words[w] = load_word(part.x + tile + w * kStep<Logits> + lane * Logits::kVec);
 #pragma unroll
     for (int w = 0; w < kWords; w++) Logits::unpack(words[w], x + w * Logits::kVec);
-    absorb(state, x, tile, scale);
+    body(x, tile);
   }
-  return state;
 }
 
 // A lane's softmax. `exact`: without the rounding of the maximum's own 1, by reading the tile that holds it again; only

@@ -1,6 +1,8 @@
 // The blocks that share a row: the softmax of a block's part of it, and the merge of all parts by the block that is
-// done last. Of every block, warp 0 carries on; the other warps leave after their last logit.
+// done last.
 #pragma once
+
+#include <cuda_runtime.h>
 
 #include "cuda_kernels.h"
 #include "lane_softmax.h"
@@ -27,12 +29,11 @@ __device__ __forceinline__ Softmax merge_warp(Softmax state, float scale) {
   return state;
 }
 
-// The softmax of a part, by a whole block. Thread 0 holds the result.
+// The softmax of a part from the states of a block's lanes; every thread gets it.
 template <class Logits>
-__device__ __forceinline__ Softmax block_softmax(const Part<Logits>& part, float scale) {
+__device__ __forceinline__ Softmax merge_lanes(const Lane& lane, const Part<Logits>& part, float scale) {
   __shared__ Softmax warps[kWarps];
   const int thread = threadIdx.x, warp = thread / kWarpSize;
-  const Lane lane = read_lane(part, thread, scale);
   float maximum = lane.maximum;
 #pragma unroll
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
@@ -50,17 +51,23 @@ __device__ __forceinline__ Softmax block_softmax(const Part<Logits>& part, float
   return block;
 }
 
-// Called by warp 0 of each of the `parts` blocks of a row with its part's state in lane 0. True in the block that comes
-// last, whose lane 0 then holds the state of the row. The parts are merged in the order of their numbers, whoever is
-// last. The ticket counts 0, 1, .. parts - 1 and wraps to 0, so the workspace is ready for the next launch.
-__device__ __forceinline__ bool merge_parts(Softmax& state, const Workspace& workspace, int row, int part, int parts,
-                                            float scale) {
-  float4* const partials = static_cast<float4*>(workspace.data) + static_cast<int64_t>(row) * parts;
+__device__ __forceinline__ float4* part_of_workspace(const Workspace& workspace, int row, int part, int parts) {
+  return static_cast<float4*>(workspace.data) + static_cast<int64_t>(row) * parts + part;
+}
+
+// Called by warp 0 of each of the `parts` blocks of a row with its part's state, and a number to go with it, in lane 0.
+// True in the block that comes last, whose lane 0 then holds the state of the row; visit(that number) was called for
+// every part, by any lane. The parts are merged in the order of their numbers, whoever is last. The ticket counts 0, 1,
+// .. parts - 1 and wraps to 0, so the workspace is ready for the next launch.
+template <class Visit>
+__device__ __forceinline__ bool merge_parts(Softmax& state, int number, const Workspace& workspace, int row, int part,
+                                            int parts, float scale, const Visit& visit) {
   unsigned* const tickets = reinterpret_cast<unsigned*>(static_cast<float4*>(workspace.data) + workspace.blocks);
   const int lane = threadIdx.x;
   unsigned ticket = 0;
   if (lane == 0) {
-    __stcg(partials + part, make_float4(state.maximum, state.rest, state.weighted, 0));
+    __stcg(part_of_workspace(workspace, row, part, parts),
+           make_float4(state.maximum, state.rest, state.weighted, __int_as_float(number)));
     __threadfence();  // the part is visible before its ticket is drawn
     ticket = atomicInc(tickets + row, parts - 1);
   }
@@ -69,8 +76,9 @@ __device__ __forceinline__ bool merge_parts(Softmax& state, const Workspace& wor
   __syncwarp();
   state = Softmax();
   for (int i = lane; i < parts; i += kWarpSize) {
-    const float4 other = __ldcg(partials + i);
+    const float4 other = __ldcg(part_of_workspace(workspace, row, i, parts));
     state = merge(state, {other.x, other.y, other.z}, scale);
+    visit(__float_as_int(other.w));
   }
   state = merge_warp(state, scale);
   return true;

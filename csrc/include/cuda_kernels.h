@@ -42,4 +42,20 @@ struct DecodeEntropy {
 // One launch, nothing waited for. Returns null, or what is wrong.
 const char* launch_decode_entropy(const DecodeEntropy& call, void* stream);
 
+// A token from every row of logits [rows, vocab], its log-prob, and the row's entropy. All pointers are to [rows].
+struct SampleWithEntropy {
+  LogitsType type = kFloat32;
+  const void* logits = nullptr;
+  int64_t rows = 0, vocab = 0, row_stride = 0;  // in logits
+  const double* temperature = nullptr;          // 0: the most likely token, and statistics at temperature 1
+  const int64_t* top_k = nullptr;               // null: no such filter, as below
+  const double *top_p = nullptr, *min_p = nullptr;
+  const int64_t *seed = nullptr, *offset = nullptr;
+  int64_t* tokens = nullptr;
+  float *logprobs = nullptr, *entropy = nullptr;
+  Workspace workspace;
+};
+
+const char* launch_sample_with_entropy(const SampleWithEntropy& call, void* stream);
+
 }  // namespace aepo::cuda

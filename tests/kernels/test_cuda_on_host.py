@@ -7,56 +7,34 @@ and the workspace are what cuda_kernels.h says.
 """
 
 import ctypes
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from cuda_host import (
+    SHREDDED,
+    SPLIT,
+    TILE,
+    TOLERANCE,
+    TYPES,
+    VEC,
+    WHOLE,
+    WORDS,
+    compile_for_host,
+    make_workspace,
+    needs_compiler,
+    pointer,
+    tickets,
+)
 
 from aepo_kernels.reference import token_stats
 from aepo_kernels.testing import REGIMES, make_logits
 
-CXX = shutil.which("g++") or shutil.which("c++")
-pytestmark = pytest.mark.skipif(CXX is None or sys.platform != "linux", reason="needs a C++ compiler and ucontext")
-ROOT = Path(__file__).parents[2]
-LANES, WORDS = 128, 4  # kThreads and kWords of csrc/cuda/lane_softmax.h
-VEC = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}
-TILE = {dtype: LANES * WORDS * vec for dtype, vec in VEC.items()}
-TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # LogitsType of csrc/include/row_kernels.h
-# float32 sums of up to 4e4 terms in 128 lanes: a lane adds a few hundred terms one by one, which costs a few ulp.
-TOLERANCE = {"rtol": 2e-6, "atol": 2e-6}
-WHOLE, SPLIT, SHREDDED = 1, 6, 2000  # places in the workspace: one per row, a few, one per tile of every row
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    target = tmp_path_factory.mktemp("cuda_on_host") / "kernels.so"
-    folders = [Path(__file__).with_name("cuda_on_host"), ROOT / "csrc/include", ROOT / "csrc/cuda"]
-    flags = [
-        "-O2",
-        "-std=c++17",
-        "-shared",
-        "-fPIC",
-        "-Wall",
-        "-Wno-unknown-pragmas",
-        "-fno-strict-aliasing",
-    ]
-    command = [CXX, *flags, *(f"-I{folder}" for folder in folders), str(folders[0] / "decode_entropy.cpp")]
-    subprocess.run([*command, "-o", str(target)], check=True)
-    return ctypes.CDLL(str(target))
-
-
-def pointer(x):
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
-
-
-def make_workspace(blocks):
-    """States of earlier launches, and the tickets: 0, as every launch leaves them."""
-    workspace = torch.full((blocks, 5), 0x7FC00000, dtype=torch.int32)  # NaN as float32
-    workspace.view(-1)[4 * blocks :] = 0
-    return workspace
+    return compile_for_host("decode_entropy.cpp", tmp_path_factory.mktemp("cuda_on_host"))
 
 
 def launch(
@@ -76,7 +54,7 @@ def launch(
         ctypes.c_bool(is_64_bit), pointer(entropy), pointer(logprobs), ctypes.c_int64(len(entropy)),
         ctypes.c_int64(entropy.stride(0)), pointer(workspace), ctypes.c_int64(blocks), ctypes.c_uint(order),
     )  # fmt: skip
-    assert workspace.view(-1)[4 * blocks :].eq(0).all()
+    assert tickets(workspace).eq(0).all()
     return entropy, logprobs
 
 

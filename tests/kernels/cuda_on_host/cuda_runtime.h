@@ -138,6 +138,7 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
     return votes;
   });
 }
+inline bool __any_sync(unsigned lanes, bool vote) { return __ballot_sync(lanes, vote) != 0; }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 
 struct alignas(16) float4 {
@@ -146,6 +147,16 @@ struct alignas(16) float4 {
 struct float2 {
   float x, y;
 };
+inline float __int_as_float(int bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline int __float_as_int(float value) {
+  int bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 template <class T>
 void __stcg(T* to, const T& value) {
