@@ -214,15 +214,14 @@ def _evaluate(config: Config, step: int, count: int | None) -> None:
     from rich.table import Table
 
     from aepo.checkpoint import checkpoint_path, load_weights
+    from aepo.engine_factory import make_engine
     from aepo.evaluation import evaluate, evaluation_sampler, heldout_questions
-    from aepo.rollout.engines.huggingface import HuggingFaceEngine
     from aepo.tools.toolbox import ToolBox
 
     task, language_model = _load(config)
     load_weights(checkpoint_path(Path(config.run.dir) / "checkpoints", step), language_model.model)
     questions = heldout_questions(task, count or len(task.heldout))
-    engine = HuggingFaceEngine(language_model.model, language_model.tokenizer, language_model.eos_ids, version=step)
-    with closing(ToolBox(task.tools)) as toolbox:
+    with closing(make_engine(config, language_model, step)) as engine, closing(ToolBox(task.tools)) as toolbox:
         sampler = evaluation_sampler(engine, toolbox, language_model, config)
         record = evaluate(task, language_model, sampler, questions, seed=config.run.seed)
     table = Table("metric", "value", title=f"{config.run.dir}, step {step}", box=None)

@@ -1,4 +1,4 @@
-"""Ctrl-C that never leaves a step half applied."""
+"""Ctrl-C, or SIGTERM, that never leaves a step half applied."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class Interrupt:
-    """While entered, Ctrl-C raises KeyboardInterrupt at once, or, between `hold` and `release`, at `release`.
+    """While entered, Ctrl-C raises KeyboardInterrupt at once, or, between `hold` and `release`, at `release`. So does
+    SIGTERM, which schedulers send a while before they kill.
 
     Outside the main thread, where Python handles no signals, nothing is installed.
     """
@@ -19,14 +22,15 @@ class Interrupt:
     def __enter__(self) -> Interrupt:
         self._main = threading.current_thread() is threading.main_thread()
         if self._main:
-            self._before = signal.signal(signal.SIGINT, self._on_signal)
+            self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._main:
-            signal.signal(signal.SIGINT, self._before)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def hold(self) -> None:
         """From here to `release`, let Ctrl-C wait: weights, counters and logs are being changed together."""
@@ -38,6 +42,11 @@ class Interrupt:
         if self._pending:
             self._pending = False
             raise KeyboardInterrupt
+
+    @property
+    def pending(self) -> bool:
+        """Ctrl-C came after `hold`."""
+        return self._pending
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._held:

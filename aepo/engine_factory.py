@@ -1,0 +1,62 @@
+"""The engine that a configuration asks for, over the weights of the trainer."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from aepo.config import Config
+from aepo.rollout.engine import Engine
+from aepo.rollout.engines.huggingface import HuggingFaceEngine
+from aepo.rollout.engines.vllm import VLLMEngine
+
+if TYPE_CHECKING:
+    from aepo.models import LanguageModel
+
+
+class PolicyEngine(Engine, Protocol):
+    """An engine that follows the weights of a model which is being trained."""
+
+    def refresh(self, version: int) -> None:
+        """The model has new weights: generate with those, and call them `version`."""
+        ...
+
+    def close(self) -> None:
+        """End what was started for this engine. A second call does nothing."""
+        ...
+
+
+def make_engine(config: Config, language_model: LanguageModel, version: int) -> PolicyEngine:
+    """With the weights that the model has now; `close` it. vLLM on this machine reads them from a directory in that of
+    the run, which is gone when this returns.
+
+    ValueError: vLLM is not installed, or cannot serve this configuration. ConnectionError: an endpoint does not answer.
+    """
+    model, tokenizer, eos_ids = language_model.model, language_model.tokenizer, language_model.eos_ids
+    if config.rollout.engine == "huggingface":
+        return HuggingFaceEngine(model, tokenizer, eos_ids, version=version)
+    vocab_size, settings = language_model.vocab_size, config.vllm
+    try:
+        if settings.endpoints:
+            return VLLMEngine.connect(
+                eos_ids=eos_ids, vocab_size=vocab_size, model=model, settings=settings, version=version
+            )
+        directory = Path(config.run.dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".engine-", dir=directory) as path:
+            model.save_pretrained(path)
+            tokenizer.save_pretrained(path)
+            return VLLMEngine.launch(
+                Path(path),
+                eos_ids=eos_ids,
+                vocab_size=vocab_size,
+                model=model,
+                settings=settings,
+                version=version,
+                seed=config.run.seed,
+            )
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        raise ValueError('rollout.engine = vllm: vLLM is not installed; pip install "aepo[vllm]"') from None

@@ -1,0 +1,66 @@
+"""What is left of a run whose engine fails, or that a signal ends: the last step that the optimizer has done."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from test_trainer import outcome, trainer_for
+
+from aepo.checkpoint import list_checkpoints
+from aepo.run_log import read_records
+
+
+def test_an_engine_that_cannot_be_refreshed_costs_no_step(tmp_path: Path) -> None:
+    """The optimizer has stepped: what is saved is that step, and a resumed run goes on from it."""
+    trainer_for(tmp_path / "whole", "train.steps=2").train()
+    trainer = trainer_for(tmp_path / "parts", "train.steps=2", "checkpoint.every=0")
+    calls = []
+
+    def refresh(version: int) -> None:
+        raise OSError("no room for the new weights")
+
+    trainer.engine.refresh = refresh  # type: ignore[method-assign]
+    trainer.engine.close = lambda: calls.append("close")  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="no room"):
+        trainer.train()
+    assert calls == ["close"]
+    assert [record["step"] for record in read_records(tmp_path / "parts" / "metrics.jsonl")] == [1]
+    resumed = trainer_for(tmp_path / "parts", "train.steps=2", resume_step=1)
+    resumed.train()
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
+def test_a_request_to_terminate_is_an_interruption(tmp_path: Path) -> None:
+    """Schedulers send SIGTERM a while before they kill."""
+    trainer = trainer_for(tmp_path / "run")
+    before, rollout = signal.getsignal(signal.SIGTERM), trainer.sampler.rollout
+
+    def terminated(*arguments: object, **options: object) -> object:
+        if trainer.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return rollout(*arguments, **options)  # type: ignore[arg-type]
+
+    trainer.sampler.rollout = terminated  # type: ignore[method-assign,assignment]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints")][-1] == 1
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_that_also_ends_the_engine_is_an_interruption(tmp_path: Path) -> None:
+    """A terminal sends it to every process of the run: the refresh then fails, while the trainer waits for its end."""
+    trainer = trainer_for(tmp_path / "run")
+
+    def refresh(version: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise ConnectionError("the engine is gone")
+
+    trainer.engine.refresh = refresh  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints")][-1] == 1
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
