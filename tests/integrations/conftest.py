@@ -29,6 +29,8 @@ if not torch.cuda.is_available():  # tests/conftest.py has turned the interprete
     backend = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
     triton.backends.backends.setdefault("cpu", backend)
 
+ENGINES = []  # all of them until the end: one that is collected takes the process-wide groups of all with it
+
 
 def qwen(dtype):
     """260 tokens, 256 of them bytes. vLLM's attention on CPUs has no heads of 8; its reload breaks tied embeddings."""
@@ -46,7 +48,10 @@ def model_dir(tmp_path_factory):
 def make_llm(model_dir: str, runner: str = "v1", **changes):
     """A vllm.LLM in this process that records entropies. `changes`: any of its arguments."""
     import vllm.envs  # after the lines above
+    from vllm.v1.sample.ops import topk_topp_sampler
 
+    if not torch.cuda.is_available():
+        topk_topp_sampler.HAS_TRITON = False  # the interpreter cannot run its kernel; vLLM has it in PyTorch too
     vllm.envs.disable_envs_cache()  # which the engine before this one has turned on
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if runner == "v2" else "0"
     settings = {
@@ -61,7 +66,8 @@ def make_llm(model_dir: str, runner: str = "v1", **changes):
         "worker_extension_cls": "aepo.vllm.EntropyWorkerExtension",
         **changes,
     }
-    return vllm.LLM(model_dir, **settings)
+    ENGINES.append(vllm.LLM(model_dir, **settings))
+    return ENGINES[-1]
 
 
 @pytest.fixture(scope="session", params=["v1", "v2"])

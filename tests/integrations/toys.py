@@ -8,7 +8,10 @@ from aepo.vllm import entropy_status
 
 def params(key=None, tokens=12, temperature=1.0, **changes):
     extra_args = None if key is None else {"aepo_key": key}
-    return SamplingParams(max_tokens=tokens, temperature=temperature, extra_args=extra_args, **changes)
+    # exactly so many tokens, whatever is sampled
+    return SamplingParams(
+        max_tokens=tokens, temperature=temperature, extra_args=extra_args, **{"ignore_eos": True, **changes}
+    )
 
 
 def generate(llm, prompts, sampling):
@@ -32,7 +35,7 @@ def from_model(model, prompt, completion, temperature):
 
 def entropy(logits):
     logprobs = torch.log_softmax(logits, -1)
-    return -(logprobs.exp() * logprobs).sum(-1).tolist()
+    return (-(logprobs.exp() * logprobs).sum(-1)).tolist()
 
 
 def in_use(llm):
