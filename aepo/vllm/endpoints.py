@@ -19,9 +19,13 @@ Handler = Callable[[EngineClient, Any], Awaitable[dict[str, Any]]]
 
 
 async def entropies(engine: EngineClient, body: Any) -> dict[str, Any]:
-    """{"keys": [key, ..] or {key: number of output tokens}} -> {"entropies": {key: [nats or null, ..]}}"""
+    """{"keys": [key, ..] or {key: number of output tokens}} -> {"entropies": {key: [nats or null, ..]},
+    "weight_version": of the engine now}"""
     fetched = await client.fetch_entropies_async(engine, _field(body, "keys"))
-    return {"entropies": {key: [_number(value) for value in values] for key, values in fetched.items()}}
+    return {
+        "entropies": {key: [_number(value) for value in values] for key, values in fetched.items()},
+        "weight_version": await engine.get_weight_version(),
+    }
 
 
 async def decisions(engine: EngineClient, body: Any) -> dict[str, Any]:

@@ -50,7 +50,15 @@ class Completion:
     logprobs: tuple[float, ...]  # under the sampling distribution
     finish_reason: FinishReason
     prefilled: int  # tokens of the prefix that no cache had
-    version: int | None  # of the weights, where the replica tells it with the tokens
+    version: str | None  # of the weights, where the replica stamps it on the tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Entropies by key, and the version of the weights when they were read, where the replica tells it."""
+
+    entropies: Mapping[str, Sequence[float]]
+    version: str | None
 
 
 class Replica(Protocol):
@@ -63,7 +71,7 @@ class Replica(Protocol):
         """Generate one segment, its entropies recorded under `key`. Cancelling aborts it in the engine."""
         ...
 
-    async def entropies(self, lengths: Mapping[str, int]) -> Mapping[str, Sequence[float]]:
+    async def entropies(self, lengths: Mapping[str, int]) -> Recorded:
         """Hand out and drop what was recorded under these keys: so many tokens each."""
         ...
 
@@ -242,19 +250,23 @@ class VLLMEngine:
                     if aborts == ABORTS:
                         raise RuntimeError(f"{replica.name}: a request was aborted {ABORTS} times, not by this engine")
                     continue
-                entropies = await self._readers[replica.name].read(key, len(completion.token_ids))
+                entropies, version = await self._readers[replica.name].read(key, len(completion.token_ids))
                 del self._open[key]
             except ReplicaGoneError as error:
                 self._lose(replica, error)
                 continue
+            self._check_version(replica, completion.version or version)
             return self._checked(replica, completion, entropies)
 
-    def _checked(self, replica: Replica, completion: Completion, entropies: Sequence[float]) -> Generation:
-        if completion.version not in (None, self.version):
+    def _check_version(self, replica: Replica, version: str | None) -> None:
+        """A replica whose weights are not ours to change may call them what it likes."""
+        if self._model is not None and version != str(self.version):
             raise RuntimeError(
-                f"{replica.name}: a segment was sampled with weights version {completion.version}, expected "
-                f"{self.version}: they were changed by somebody else"
+                f"{replica.name}: a segment was sampled with weights version {version}, expected {self.version}: they "
+                "were changed by somebody else"
             )
+
+    def _checked(self, replica: Replica, completion: Completion, entropies: Sequence[float]) -> Generation:
         values = zip(completion.logprobs, entropies, strict=True)
         broken = [i for i, pair in enumerate(values) if not all(map(math.isfinite, pair))]
         if broken:
@@ -341,12 +353,12 @@ class EntropyReader:
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
-        self._waiting: dict[str, tuple[int, asyncio.Future[Sequence[float]]]] = {}
+        self._waiting: dict[str, tuple[int, asyncio.Future[tuple[Sequence[float], str | None]]]] = {}
         self._task: asyncio.Task[None] | None = None
 
-    async def read(self, key: str, length: int) -> Sequence[float]:
-        """The entropies of the `length` tokens recorded under `key`."""
-        answer: asyncio.Future[Sequence[float]] = asyncio.get_running_loop().create_future()
+    async def read(self, key: str, length: int) -> tuple[Sequence[float], str | None]:
+        """The entropies of the `length` tokens recorded under `key`, and the version of the weights."""
+        answer: asyncio.Future[tuple[Sequence[float], str | None]] = asyncio.get_running_loop().create_future()
         self._waiting[key] = (length, answer)
         if self._task is None:
             self._task = asyncio.ensure_future(self._work())
@@ -364,7 +376,7 @@ class EntropyReader:
             else:
                 for key, (_, answer) in asked.items():
                     if not answer.done():
-                        answer.set_result(found[key])
+                        answer.set_result((found.entropies[key], found.version))
         self._task = None
 
 

@@ -17,7 +17,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from aepo.config import VLLMConfig
 from aepo.rollout.engine import GenerationRequest
-from aepo.rollout.engines.vllm import Completion, LoopThread, ReplicaGoneError, finish_reason
+from aepo.rollout.engines.vllm import Completion, LoopThread, Recorded, ReplicaGoneError, finish_reason
 from aepo.rollout.engines.vllm_weight_clients import LocalWeightClient
 from aepo.vllm import entropy_status_async, fetch_entropies_async, forget_entropies_async
 from aepo.vllm.weights import BACKEND
@@ -102,15 +102,15 @@ class LocalReplica:
         steps = zip(last.logprobs or (), token_ids, strict=True)
         logprobs = tuple(step[token].logprob for step, token in steps if step is not None)
         spans = last.weight_versions or ()
-        versions = {int(span.version) for span in spans if span.end > span.start}
+        versions = [span.version for span in spans if span.end > span.start]
         if len(versions) > 1:
-            raise RuntimeError(f"{self.name}: weights changed within a segment, from version {min(versions)} on")
+            raise RuntimeError(f"{self.name}: the weights changed within a segment, versions {' to '.join(versions)}")
         return Completion(
             token_ids,
             logprobs,
             finish_reason(last.finish_reason, last.stop_reason),
             len(request.token_ids) - (output.num_cached_tokens or 0),
-            next(iter(versions), None),
+            versions[0] if versions else None,
         )
 
     def _sampling(self, request: GenerationRequest, key: str) -> SamplingParams:
@@ -129,8 +129,8 @@ class LocalReplica:
             extra_args={"aepo_key": key},
         )
 
-    async def entropies(self, lengths: Mapping[str, int]) -> Mapping[str, Sequence[float]]:
-        return await self.alive(fetch_entropies_async(self._llm, lengths))
+    async def entropies(self, lengths: Mapping[str, int]) -> Recorded:
+        return Recorded(await self.alive(fetch_entropies_async(self._llm, lengths)), version=None)
 
     async def forget(self, keys: Sequence[str]) -> None:
         await self.alive(forget_entropies_async(self._llm, keys))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from aepo.rollout.engine import GenerationRequest
-from aepo.rollout.engines.vllm import Completion, LoopThread, ReplicaGoneError, finish_reason
+from aepo.rollout.engines.vllm import Completion, LoopThread, Recorded, ReplicaGoneError, finish_reason
 
 if TYPE_CHECKING:
     from aepo.vllm.weights import WeightClient
@@ -40,7 +40,7 @@ class RemoteReplica:
             models = await _json(url, client.get("/v1/models"))
             status = await _json(url, client.get("/aepo/status"), "started without VLLM_PLUGINS=aepo")
             if updatable:
-                await _json(url, client.get("/get_weight_version"), "started without VLLM_SERVER_DEV_MODE=1")
+                await _json(url, client.get("/weight_info"), "started without VLLM_SERVER_DEV_MODE=1")
             for name, found, expected in (
                 ("vocabulary", status["vocab_size"], vocab_size),
                 ("--logprobs-mode", status["logprobs_mode"], LOGPROBS_MODE),
@@ -86,10 +86,11 @@ class RemoteReplica:
             version=None,
         )
 
-    async def entropies(self, lengths: Mapping[str, int]) -> Mapping[str, Sequence[float]]:
+    async def entropies(self, lengths: Mapping[str, int]) -> Recorded:
         answer = await self._post("/aepo/entropies", {"keys": dict(lengths)})
         # JSON has no NaN
-        return {key: [math.nan if x is None else x for x in values] for key, values in answer["entropies"].items()}
+        values = {key: [math.nan if x is None else x for x in row] for key, row in answer["entropies"].items()}
+        return Recorded(values, answer["weight_version"])
 
     async def forget(self, keys: Sequence[str]) -> None:
         await self._post("/aepo/forget", {"keys": list(keys)})
