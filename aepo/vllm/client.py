@@ -104,6 +104,8 @@ def _counts(keys: Keys) -> dict[str, int | None]:
 
 
 def _queries(queries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    if not isinstance(queries, Mapping) or not all(isinstance(query, Mapping) for query in queries.values()):
+        raise TypeError(f"queries must be a mapping from key to a mapping; got {queries!r}")
     for key, query in queries.items():
         try:
             branch_rule(query)

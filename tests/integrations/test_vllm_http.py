@@ -1,0 +1,94 @@
+"""The routes of `vllm serve`, on a real server. Its engine runs in processes of its own, so this is also the test of
+what crosses between them."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from tests.aepo.engine_toys import VOCAB, prompts
+from tests.integrations.conftest import qwen
+from tests.integrations.test_vllm_remote import served
+from tests.integrations.toys import from_model
+
+NATS = 2e-5  # as in test_vllm_processor.py
+
+
+@pytest.fixture(scope="module")
+def server(model_dir):
+    with served(Path(model_dir)) as url, httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+def complete(server, prompt, key=None, tokens=8, temperature=1.0, **more):
+    body = {"prompt": list(prompt), "max_tokens": tokens, "temperature": temperature, "ignore_eos": True, **more}
+    body |= {"return_token_ids": True} | ({"vllm_xargs": {"aepo_key": key}} if key else {})
+    return server.post("/v1/completions", json=body)
+
+
+def post(server, route, **body):
+    answer = server.post(f"/aepo/{route}", json=body)
+    return answer.status_code, answer.json()
+
+
+def status(server):
+    return server.get("/aepo/status").raise_for_status().json()
+
+
+class Completion:
+    def __init__(self, answer):
+        self.token_ids = answer.raise_for_status().json()["choices"][0]["token_ids"]
+
+
+def test_entropies_and_decisions(server):
+    """Requests at the same time, two of three tracked; a decision from a record that stays."""
+    asked, temperatures = prompts(3, 17, 9), [1.0, 0.6, 0.0]
+    with ThreadPoolExecutor(3) as pool:
+        sent = [
+            pool.submit(complete, server, prompt, f"k{i}" if i else None, 8 + i, temperatures[i])
+            for i, prompt in enumerate(asked)
+        ]
+        done = [Completion(future.result()) for future in sent]
+    query = {"window": 4, "alpha": 0.5, "gamma": 0.2, "initial_key": "k2"}
+    code, answer = post(server, "decisions", queries={"k1": query, "k2": {**query, "window": 11}})
+    assert code == 200
+    decided = answer["decisions"]
+    assert decided["k2"] is None
+    code, answer = post(server, "entropies", keys={f"k{i}": len(done[i].token_ids) for i in (1, 2)})
+    assert code == 200
+    truth, values = qwen(torch.float64), answer["entropies"]
+    for i in (1, 2):
+        assert values[f"k{i}"] == pytest.approx(from_model(truth, asked[i], done[i], temperatures[i]), abs=NATS)
+    assert decided["k1"]["entropy"] == pytest.approx(sum(values["k1"][:4]) / 4, rel=1e-12)
+    assert type(decided["k1"]["branch"]) is bool
+    now = status(server)
+    assert (now["records"], now["tokens"], now["live"]) == (0, 0, 0)
+    assert (now["runner"], now["vocab_size"], now["max_model_len"]) == ("v1", VOCAB, 256)
+
+
+def test_problems_are_answers(server):
+    complete(server, prompts(4)[0], "good").raise_for_status()
+    assert post(server, "entropies", keys=["good", "nobody"]) == (
+        409,
+        {"problems": {"nobody": "unknown: never run, forgotten, or fetched before"}},
+    )
+    assert post(server, "forget", keys=["good", "nobody"]) == (200, {"forgotten": 1})
+    for route, body, message in (
+        ("entropies", {"keys": "good"}, "keys must be a collection of str"),
+        ("entropies", {"key": ["good"]}, "body must be an object with 'keys'"),
+        ("decisions", {"queries": {"good": {"alpha": 1}}}, r"queries['good']"),
+        ("decisions", {"queries": ["good"]}, "queries must be a mapping"),
+    ):
+        code, answer = post(server, route, **body)
+        assert code == 400
+        assert message in answer["error"]
+    assert server.post("/aepo/forget", content="{").status_code == 400
+    assert post(server, "forget", keys=None) == (200, {"forgotten": 0})
+
+
+def test_a_request_that_cannot_be_tracked(server):
+    answer = complete(server, prompts(4)[0], "twins", n=2)
+    assert answer.status_code == 400
+    assert "n must be 1" in answer.text
