@@ -56,6 +56,7 @@ class Case:
     max_registers: int = 255
     max_exchanges: int = 0  # barriers and shuffles in the loop: 0 = no lane waits for another
     min_store_bits: int = 128
+    products: int = 0  # with 64 bits, per lane and tile of the hot loop: the random numbers of a sampler
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,8 @@ CASES = [
     Case("policy, detached", functools.partial(_policy, detached=True, optional=False)),
 ]
 # Those that stream the logits; the others do not, or come back to rows that are in the cache.
-STREAMING = ("token_stats_kernel", "decode_entropy_kernel", "logits_grad_kernel", "sample_parts_kernel")
+STREAMING = ("token_stats_kernel", "decode_entropy_kernel", "logits_grad_kernel", "sample_parts_kernel",
+             "sample_with_entropy_kernel")  # fmt: skip
 # The price of an `out` whose rows lie differently on 16-byte boundaries; shown, and the negative control of the check.
 NARROW = Case("grad bf16, odd out", functools.partial(_grad, BF16, odd_out=True), passes=2, max_instructions=13)
 
@@ -240,20 +242,27 @@ def instructions(sass: str) -> tuple[list[str], dict[str, int]]:
     return code, labels
 
 
-def hot_loop(code: list[str], labels: dict[str, int]) -> list[str]:
+def hot_loop(code: list[str], labels: dict[str, int], products: int = 0) -> list[str]:
     """The shortest loop with a 128-bit global load; without one, the shortest loop with the most global loads.
 
-    What a forward branch inside the loop jumps over is left out: the rare case of a tile with a new winner.
+    What a forward branch inside the loop jumps over is left out: the rare case of a tile with a new winner. With
+    `products`, a loop has exponentials and that many products, and no branch jumps over one that is needed for them.
     """
     loops = []
     for end, instruction in enumerate(code):
         start = _branch_target(instruction, labels)
         if start is not None and start < end:
-            loops.append(_usual_path(code, labels, start, end))
+            loops.append(_usual_path(code, labels, start, end, products))
+    if products:
+        loops = [loop for loop in loops if _products(loop) >= products and any("MUFU.EX2" in i for i in loop)]
     wide = [loop for loop in loops if any(_is_load(i) and ".128" in i for i in loop)]
     return (
         min(wide, key=len) if wide else max(loops, key=lambda loop: (sum(map(_is_load, loop)), -len(loop)), default=[])
     )
+
+
+def _products(code: list[str]) -> int:
+    return sum(i.startswith("IMAD.WIDE.U32") for i in code)
 
 
 def _branch_target(instruction: str, labels: dict[str, int]) -> int | None:
@@ -261,12 +270,13 @@ def _branch_target(instruction: str, labels: dict[str, int]) -> int | None:
     return labels[target[0]] if instruction.startswith("BRA") and target else None
 
 
-def _usual_path(code: list[str], labels: dict[str, int], start: int, end: int) -> list[str]:
+def _usual_path(code: list[str], labels: dict[str, int], start: int, end: int, products: int) -> list[str]:
     path, i = [], start
     while i <= end:
         path.append(code[i])
-        target = _branch_target(code[i], labels)
-        i = target if target is not None and i < target <= end else i + 1
+        target = _branch_target(code[i], labels) or i
+        jumps = i < target <= end and _products(path) + _products(code[target : end + 1]) >= products
+        i = target if jumps else i + 1
     return path
 
 
@@ -292,7 +302,7 @@ def inspect(case: Case, kernel: str, capability: int, binary: bytes, sass_dir: s
 def report_of(case: Case, kernel: str, capability: int, usage: str, sass: str, budget: float | None) -> Report:
     """What one kernel's resource usage and SASS say; budget: instructions per logit, None without a hot loop."""
     code, labels = instructions(sass)
-    loop = [] if budget is None else hot_loop(code, labels)
+    loop = [] if budget is None else hot_loop(code, labels, case.products)
     loads = collections.Counter(_bits(i) for i in loop if _is_load(i))
     stores = collections.Counter(_bits(i) for i in loop if i.startswith("STG"))
     logits = max(1, sum(bits * n for bits, n in loads.items()) // (8 * case.logit_bytes))

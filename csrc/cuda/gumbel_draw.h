@@ -2,7 +2,8 @@
 // Plain arithmetic that compiles for the GPU and, for the tests, for the host. The specification is
 // aepo_kernels/reference/sample_with_entropy.py.
 //
-// Noise is in units of log2 and without log2(ln 2), a constant of all noise: -log2(-log2(1 - v)), v = (word + 1/2) / 2^32.
+// Noise is in units of log2 and without log2(ln 2), a constant of all noise: -log2(-log2(1 - v)) with the word of the
+// token in v = (word + 1/2) / 2^32.
 #pragma once
 
 #include "lane_softmax.h"
@@ -40,14 +41,23 @@ struct Product {
   uint32_t high, low;
 };
 
+// One instruction on a GPU; from the C++ for it, nvcc 13.0 makes 64-bit arithmetic.
 AEPO_HOST_DEVICE Product multiply(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  Product result;
+  asm("{ .reg .u64 x; mul.wide.u32 x, %2, %3; mov.b64 {%1, %0}, x; }"
+      : "=r"(result.high), "=r"(result.low)
+      : "r"(a), "r"(b));
+  return result;
+#else
   const uint64_t product = static_cast<uint64_t>(a) * b;
   return {static_cast<uint32_t>(product >> 32), static_cast<uint32_t>(product)};
+#endif
 }
 
-// The random numbers of a row: token i has word i % 4 of Philox4x32-10 (Salmon et al. 2011) of the counter (i / 4, offset,
-// 0) under the key `seed`, where 64-bit numbers give their lower half first. Only a counter's first word differs from
-// token to token, so half of the first two rounds is made once per row: 18 products per counter instead of 20.
+// The random numbers of a row: token i has word i % 4 of Philox4x32-10 (Salmon et al. 2011) of the counter (i / 4,
+// offset, 0) under the key `seed`, where 64-bit numbers give their lower half first. Only a counter's first word
+// differs from token to token, so half of the first two rounds is made once per row: 18 products per counter, not 20.
 class RandomRow {
  public:
   AEPO_HOST_DEVICE RandomRow(uint64_t seed, uint64_t offset)
@@ -85,7 +95,7 @@ class RandomRow {
   uint32_t word0_, word2_, word3_;  // the row's share in the counter after two rounds
 };
 
-// The random words of the tokens first, .. first + 3, which are those of two counters unless `first` is a multiple of 4.
+// The random words of the tokens first, .. first + 3: of two counters unless `first` is a multiple of 4.
 AEPO_HOST_DEVICE void random_words(const RandomRow& row, int first, uint32_t* words) {
   uint32_t w[8] = {};
   row.words_of(first >> 2, w);
@@ -103,8 +113,8 @@ AEPO_HOST_DEVICE uint32_t random_word(const RandomRow& row, int token) {
   return token & 2 ? high : low;
 }
 
-// The smallest random word of a lane's tokens of a tile whose first token, in this lane, is `first`. Where counters begin
-// inside a word of logits, it is that of a few tokens more.
+// The smallest random word of a lane's tokens of a tile, the first of which is `first`. Where counters begin inside a
+// word of logits, it is that of a few tokens more.
 template <class Logits>
 AEPO_HOST_DEVICE uint32_t smallest_word(const RandomRow& row, int first) {
   uint32_t smallest = 0xffffffff;

@@ -244,8 +244,8 @@ AEPO_HOST_DEVICE void load_cut_tile(const Part<Logits>& part, int tile, int lane
   }
 }
 
-// body(x, tile) for all tiles of the part, with this lane's logits x[kWords * kVec] of the tile at `tile`: first for the
-// at most two cut tiles, then for the whole ones.
+// body(x, tile) for all tiles of the part, with this lane's logits x[kWords * kVec] of the tile at `tile`: first for
+// the at most two cut tiles, then for the whole ones.
 template <class Logits, class Body>
 AEPO_HOST_DEVICE void for_each_tile(const Part<Logits>& part, int lane, const Body& body) {
   constexpr int kTileSize = kTile<Logits>;

@@ -2,9 +2,9 @@
 //
 // The blocks of a row read it once: the softmax as in decode_entropy.cu, and beside it the best token by logit plus
 // noise so far, which each warp keeps for itself. The block that is done last merges the parts. Where filters are given
-// it looks whether they keep the token; if not, every token that they keep has a larger logit: it draws again above that
-// one, from the same noise, until they do. What lies above a token lies in the parts whose maximum does, so both passes
-// read no other part; a row comes from the L2 cache by then.
+// it looks whether they keep the token; if not, every token that they keep has a larger logit: it draws again above
+// that one, from the same noise, until they do. What lies above a token lies in the parts whose maximum does, so both
+// passes read no other part; a row comes from the L2 cache by then.
 #include "gumbel_draw.h"
 #include "row_blocks.cuh"
 #include "row_launch.cuh"
@@ -40,7 +40,8 @@ __device__ __forceinline__ Row<Logits> row_of(const SampleWithEntropy& call, con
   const int vocab = static_cast<int>(call.vocab), head = part_of_row<Logits>(x, vocab, 0, 1).begin;
   const double temperature = call.temperature[number];
   const RandomRow random(call.seed[number], call.offset[number]);
-  return {x, vocab, head, number, split, log2_scale(inverse_of(temperature)), temperature == 0 ? 0.0f : 1.0f, random, call.workspace};
+  const float noisy = temperature == 0 ? 0 : 1;
+  return {x, vocab, head, number, split, log2_scale(inverse_of(temperature)), noisy, random, call.workspace};
 }
 
 // The tokens that may be drawn: with a logit above `pivot` and, in units of log2 about `maximum`, at least `floor`.
@@ -76,7 +77,7 @@ __device__ __forceinline__ Draw best_of_block(const Draw& draw, float scale) {
   return best;
 }
 
-// Let the candidates of one tile compete with `draw`, which all lanes of a warp share; `top` is this lane's largest one.
+// Let the candidates of one tile compete with `draw`, which all lanes of a warp share; `top` is this lane's largest.
 // Most tiles are done with one bound or, after their random words are made, with another. Those that are not are read
 // again and need two logarithms per logit.
 template <class Logits>
@@ -158,8 +159,8 @@ __device__ __forceinline__ Above weigh_above(const SampleWithEntropy& call, cons
 }
 
 struct Filters {
-  int top_k;      // at most the size of the vocabulary, which filters nothing
-  float top_p;
+  int top_k;      // the size of the vocabulary filters nothing
+  float top_p;    // nor does 1
   float floor;    // of min_p: log2 of the least share of the largest probability
   bool in_range;  // they, and the temperature
 };
@@ -231,7 +232,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
       is_last = last;
       whole = state;
       best = draw;
-      filters = filters_of(call, row.number);
+      if (last) filters = filters_of(call, row.number);
     }
   }
   __syncthreads();
@@ -239,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 
   draw = best;
   const bool defined = filters.in_range && finish(whole).log_sum >= 0;  // not NaN
-  // Nothing lies above the maximum: it is kept. Each pass makes the row's numbers anew; held in the meantime, they would
+  // Nothing lies above the maximum: it is kept. Each pass makes its Row anew; held through the other pass, it would
   // take more registers than there are.
   while (defined && draw.logit < whole.maximum) {
     bool kept = (draw.logit - whole.maximum) * row.scale >= filters.floor;

@@ -1,7 +1,7 @@
 """Claims about the machine code of the CUDA C++ kernels in the built extension, for each GPU it was built for.
 
-Nothing spills; the loop over the logits uses 128-bit loads only, four before it waits, has no barrier and no exchange
-between lanes, keeps a NaN and stays inside its budget of instructions; registers allow the planned occupancy.
+Nothing spills; the loops over the logits use 128-bit loads only, four before they wait, have no barrier and no exchange
+between lanes, keep a NaN and stay inside their budgets of instructions; registers allow the planned occupancy.
 """
 
 import shutil
@@ -24,8 +24,8 @@ def reports():
     return list(cuda_static_check.reports())
 
 
-def decode(reports):
-    return [r for r in reports if r.kernel == "decode_entropy_kernel"]
+def of(reports, kernel):
+    return [r for r in reports if r.kernel == kernel]
 
 
 def test_every_kernel_is_there_for_every_gpu_and_keeps_its_budget(reports):
@@ -36,17 +36,28 @@ def test_every_kernel_is_there_for_every_gpu_and_keeps_its_budget(reports):
 
 
 def test_the_hot_loops_were_found_and_read(reports):
-    for r in decode(reports):
+    for r in of(reports, "decode_entropy_kernel"):
         assert r.loads == {"128": 4}
         assert 1 <= r.exp2 < 1.1  # one per logit, and the rescaling
         assert 6 < r.instructions < 9.2  # fewer cannot do the arithmetic
         assert 1 <= r.nan_maxima < 1.1  # the guard against 0 * -inf must not hide a NaN
+    for r in of(reports, "sample_with_entropy_kernel"):
+        assert r.loads == {"128": 4}
+        assert 1 <= r.exp2 < 1.13  # the rescaling, and a bound on the noise of a tile
+        assert 6 + 36 / 4 < r.instructions < 22.5  # 18 products and as many exclusive ors make 4 random words
+        assert 1 <= r.nan_maxima < 1.1
 
 
 def test_decode_leaves_the_memory_time_to_the_memory(reports):
-    for r in decode(reports):
+    for r in of(reports, "decode_entropy_kernel"):
         if r.capability in (80, 90):
             assert max(r.issue_share, r.exp2_share) <= (0.25 if "fp32" in r.case else 0.5)
+
+
+def test_the_sampler_makes_its_random_numbers_about_as_fast_as_16_bit_logits_come(reports):
+    for r in of(reports, "sample_with_entropy_kernel"):
+        if r.capability in (80, 90):
+            assert max(r.issue_share, r.exp2_share) <= (0.56 if "fp32" in r.case else 1.1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

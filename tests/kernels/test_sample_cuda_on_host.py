@@ -1,8 +1,9 @@
 """Claims about the CUDA sampler, shown without a GPU: its source is compiled for the host, where the threads of a block
 are fibers and blocks run one after another (cuda_on_host/cuda_runtime.h).
 
-It draws what the float64 reference draws, with its log-probs and entropies, wherever a row begins and ends, into however
-many parts it is cut, in whatever order they are done, whatever the filters reject; what lies beside a row is not read.
+It draws what the float64 reference draws, with its log-probs and entropies, wherever a row begins and ends, into
+however many parts it is cut, in whatever order they are done, whatever the filters reject; what lies beside a row is
+not read.
 """
 
 import ctypes

@@ -28,7 +28,8 @@ extern "C" void sample_with_entropy_on_host(int type, const void* logits, int64_
   if (cuda::launch_sample_with_entropy(call, nullptr) != nullptr) std::abort();
 }
 
-extern "C" void random_words_on_host(int64_t seed, int64_t offset, int first, uint32_t* words, float* noise, float* most) {
+extern "C" void random_words_on_host(int64_t seed, int64_t offset, int first, uint32_t* words, float* noise,
+                                     float* most) {
   const cuda::RandomRow row(seed, offset);
   cuda::random_words(row, first, words);
   for (int i = 0; i < 4; i++) {
