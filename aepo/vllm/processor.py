@@ -113,8 +113,9 @@ class EntropyProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
         self._state = state
         self._kind = np.zeros(state.max_num_reqs, dtype=np.int8)  # 0: untracked, 1: tracked, 2: its key was taken over
-        self._start = UvaBackedTensor(state.max_num_reqs, dtype=torch.int64)
-        self._end = UvaBackedTensor(state.max_num_reqs, dtype=torch.int64)
+        # Per slot: what to add to a position to get its place, the first position that draws a token, the region's end.
+        # A device reads these by itself, and vLLM keeps a copy for every step that is under way.
+        self._places = UvaBackedTensor((state.max_num_reqs, 3), dtype=torch.int64)
         self._temperature = UvaBackedTensor(state.max_num_reqs, dtype=torch.float32)
 
     def add_request(self, slot: int, params: SamplingParams) -> bool:
@@ -123,20 +124,21 @@ class EntropyProcessor(V1LogitsProcessor, V2LogitsProcessor):
         return self._admit(slot, params, prompt, int(self._state.prefill_len.np[slot]) - prompt)
 
     def apply_staged_writes(self) -> None:
-        """Once per step, before the forward pass: where the slots write, in memory that the device reads by itself."""
+        """Once per step, before the forward pass: where the slots write."""
         if not self.records.changed:
             return
         self.records.changed = False
-        for column, untracked in ((self._kind, 0), (self._start.np, 0), (self._end.np, 0), (self._temperature.np, 1)):
+        for column, untracked in ((self._kind, 0), (self._places.np, 0), (self._temperature.np, 1)):
             column.fill(untracked)
         for slot, record in self.records.slots.items():
             self._kind[slot] = 2
             if self.records.is_current(slot):
                 self._kind[slot] = 1
-                self._start.np[slot], self._end.np[slot] = record.start, record.start + record.capacity
+                prompt, prefix = int(self._state.prompt_len.np[slot]), int(self._state.prefill_len.np[slot])
+                self._places.np[slot] = record.start + 1 - prompt, prefix - 1, record.start + record.capacity
                 self._temperature.np[slot] = record.temperature
-        for copy in (self._start, self._end, self._temperature):
-            copy.copy_to_uva()
+        self._places.copy_to_uva()
+        self._temperature.copy_to_uva()
 
     def _apply_slots(self, logits: Tensor, ctx: LogitsContext) -> Tensor:
         """Every row has its position, so rejected tokens of speculative decoding are written over. All on the device:
@@ -147,10 +149,9 @@ class EntropyProcessor(V1LogitsProcessor, V2LogitsProcessor):
         if (kinds == 2).any():
             self.records.seen_running(ctx.idx_mapping_np[kinds == 2].tolist())
         slots = ctx.expanded_idx_mapping
-        end_of_prefix = ctx.pos + 1
-        place = self._start.gpu[slots] + end_of_prefix - self._state.prompt_len.gpu[slots]
-        # A chunk of a prefill that is not the last one draws nothing.
-        writes = (end_of_prefix >= self._state.prefill_len.gpu[slots]) & (place < self._end.gpu[slots])
+        offset, first, end = self._places.gpu[slots].unbind(1)
+        place = ctx.pos + offset
+        writes = (ctx.pos >= first) & (place < end)
         decode_entropy(logits, self._temperature.gpu[slots], self.records.pool, torch.where(writes, place, -1))
         return logits
 

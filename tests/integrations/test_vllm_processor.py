@@ -9,13 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from vllm.sampling_params import StructuredOutputsParams
 
 from aepo.vllm import entropy_status, fetch_entropies, forget_entropies
-from tests.aepo.engine_toys import prompts
+from tests.aepo.engine_toys import prompts, tokenizer
 from tests.integrations.conftest import make_llm, qwen
 from tests.integrations.toys import from_logprobs, from_model, generate, in_use, params
 
 NATS = 2e-5
+AB = tokenizer().convert_tokens_to_ids(["a", "b"])
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,18 @@ def test_penalties_and_biases_do_not_count(llm, truth):
     (done,) = generate(llm, [prompt], [changed])
     values = fetch_entropies(llm, {"k": len(done.token_ids)})["k"]
     assert values == pytest.approx(from_model(truth, prompt, done, 0.9), abs=NATS)
+
+
+@pytest.mark.parametrize("grammar", [False, True])
+def test_masks(llm, truth, grammar):
+    """A grammar's mask counts in both runners, a request's list of tokens only in the one that applies it earlier."""
+    mask = {"structured_outputs": StructuredOutputsParams(regex="[ab]{8,9}")} if grammar else {"allowed_token_ids": AB}
+    (prompt,) = prompts(6)
+    (done,) = generate(llm, [prompt], [params("k", 8, 0.9, **mask)])
+    assert set(done.token_ids) == set(AB)
+    counted = AB if grammar or entropy_status(llm)["runner"] == "v1" else slice(None)
+    values = fetch_entropies(llm, {"k": 8})["k"]
+    assert values == pytest.approx(from_model(truth, prompt, done, 0.9, counted), abs=NATS)
 
 
 def test_prompts_in_chunks_preemption_and_waves(tight, truth):
@@ -145,8 +159,7 @@ def test_a_stop_string_that_is_seen_late(llm):
     """The engine may run a step past a stop string: so many tokens are read as the output has."""
     (prompt,) = prompts(4)
     (free,) = generate(llm, [prompt], [params("free", 20, 0.0)])
-    tokenizer = llm.get_tokenizer()
-    stop = tokenizer.decode(free.token_ids[5:7])
+    stop = tokenizer().decode(free.token_ids[5:7])
     (cut,) = generate(llm, [prompt], [params("cut", 20, 0.0, stop=[stop])])
     assert cut.finish_reason == "stop"
     assert len(cut.token_ids) < 20
@@ -167,10 +180,8 @@ def test_the_slot_based_runner_reads_nothing_on_the_host(llm, monkeypatch):
         with pytest.raises((RuntimeError, NotImplementedError)):  # what this test relies on
             wait(meta(3))
     slots = len(processor._kind)
-    lengths = {name: SimpleNamespace(gpu=meta(slots)) for name in ("prompt_len", "prefill_len")}
-    monkeypatch.setattr(processor, "_state", SimpleNamespace(**lengths))
-    for name, dtype in (("_start", torch.int64), ("_end", torch.int64), ("_temperature", torch.float32)):
-        monkeypatch.setattr(processor, name, SimpleNamespace(gpu=meta(slots, dtype=dtype)))
+    monkeypatch.setattr(processor, "_places", SimpleNamespace(gpu=meta(slots, 3, dtype=torch.int64)))
+    monkeypatch.setattr(processor, "_temperature", SimpleNamespace(gpu=meta(slots, dtype=torch.float32)))
     monkeypatch.setattr(processor, "_kind", np.ones(slots, dtype=np.int8))
     monkeypatch.setattr(processor.records, "pool", meta(64, dtype=torch.float32))
     monkeypatch.setattr(processor.records, "slots", {0: None})

@@ -25,12 +25,12 @@ def from_logprobs(completion, temperature):
     return entropy(rows.double() / (temperature or 1.0))
 
 
-def from_model(model, prompt, completion, temperature):
-    """The same from a float64 transformers model that reads prompt and completion."""
+def from_model(model, prompt, completion, temperature, counted=slice(None)):
+    """The same from a float64 transformers model that reads prompt and completion; over the tokens `counted`."""
     ids = torch.tensor([[*prompt, *completion.token_ids]])
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
-    return entropy(logits / (temperature or 1.0))
+    return entropy(logits[:, counted] / (temperature or 1.0))
 
 
 def entropy(logits):
