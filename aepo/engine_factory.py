@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from aepo.config import Config
 from aepo.rollout.engine import Engine
 from aepo.rollout.engines.huggingface import HuggingFaceEngine
+from aepo.rollout.engines.orphans import OrphanGuard
 from aepo.rollout.engines.vllm import VLLMEngine
 
 if TYPE_CHECKING:
@@ -47,7 +50,8 @@ def make_engine(config: Config, language_model: LanguageModel, version: int) -> 
         with tempfile.TemporaryDirectory(prefix=".engine-", dir=directory) as path:
             model.save_pretrained(path)
             tokenizer.save_pretrained(path)
-            return VLLMEngine.launch(
+            before = multiprocessing.active_children()
+            engine = VLLMEngine.launch(
                 Path(path),
                 eos_ids=eos_ids,
                 vocab_size=vocab_size,
@@ -56,6 +60,9 @@ def make_engine(config: Config, language_model: LanguageModel, version: int) -> 
                 version=version,
                 seed=config.run.seed,
             )
+        started = [process.pid for process in multiprocessing.active_children() if process not in before]
+        weakref.finalize(engine, OrphanGuard([pid for pid in started if pid is not None]).release)
+        return engine
     except ModuleNotFoundError as error:
         if error.name != "vllm":
             raise
