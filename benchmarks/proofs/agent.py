@@ -1,0 +1,91 @@
+"""An agent without a mind: a small random model over bytes that calls a tool every few tokens, for as long as it may.
+
+No two of its segments are alike, so the text of a call stands for the path and the step that made it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from aepo.language_model import LanguageModel
+from aepo.rollout.seeding import derive_seed, derive_uniform
+from aepo.types import Question, ToolCall, ToolResult
+
+TAG = "</search>"
+LONGEST = 10.0  # seconds after which a tool is given up on, as the toolbox does
+
+
+def random_agent() -> LanguageModel:
+    """Vocabulary: 256 bytes and the closing tag. Its logit varies twice as much as others, so that it is the likeliest
+    token now and then."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={**{byte: i for i, byte in enumerate(alphabet)}, TAG: 256}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([TAG])
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=257,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        initializer_range=0.15,
+        tie_word_embeddings=False,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    model = Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight[256] *= 2.0
+    return LanguageModel(model, PreTrainedTokenizerFast(tokenizer_object=inner))
+
+
+def questions(count: int) -> list[Question]:
+    """About 200 bytes each, as a question with instructions has tokens."""
+    return [
+        Question(f"q{i}", f"Question {i} of {count}: " + "what else is there to be known? " * 5, "", "random", ())
+        for i in range(count)
+    ]
+
+
+class Search:
+    """Answers every call with 50 bytes that depend on the call, after a delay that does: lognormal with this median and
+    this 95th percentile [seconds], 0 for none. Who else calls, and when, changes nothing."""
+
+    stop_strings = (TAG,)
+
+    def __init__(self, median: float = 0.0, p95: float = 0.0, seed: int = 0) -> None:
+        self.seconds = 0.0  # of all calls
+        self._median, self._p95, self._seed = median, p95, seed
+
+    def parse(self, text: str) -> ToolCall | None:
+        return ToolCall("search", text) if TAG in text else None
+
+    async def run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
+        return list(await asyncio.gather(*(self._answer(call) for call in calls)))
+
+    async def _answer(self, call: ToolCall) -> ToolResult:
+        delay = self.delay(call.argument)
+        self.seconds += delay
+        await asyncio.sleep(delay)
+        return ToolResult(f"{derive_seed('answer', call.argument):050d}", None, delay)
+
+    def delay(self, argument: str) -> float:
+        """Seconds."""
+        if not self._median:
+            return 0.0
+        normal = NormalDist()
+        sigma = math.log(self._p95 / self._median) / normal.inv_cdf(0.95)
+        draw = normal.inv_cdf(max(derive_uniform(self._seed, argument), 1e-9))
+        return min(self._median * math.exp(sigma * draw), LONGEST)

@@ -1,0 +1,145 @@
+"""Over how many paths do branches spread, under ARPO and under AEPO, and what does the penalty do to it?"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from aepo.config import ModelConfig, RolloutConfig, WarmStartConfig
+from aepo.language_model import LanguageModel
+from aepo.rollout.engines.huggingface import HuggingFaceEngine
+from aepo.rollout.sampler import Sampler, Tools
+from aepo.rollout.tree import branches_per_path, path_nodes
+from aepo.types import Question, RolloutTree
+from benchmarks.proofs.agent import Search, questions, random_agent
+from benchmarks.proofs.result import Progress, Proof, Table, require, silent
+
+PATHS, FRESH = 16, 8  # the published setting
+SHORT = RolloutConfig(paths=PATHS, max_tokens=192, max_segment_tokens=48)  # the demo's
+LONG = RolloutConfig(paths=PATHS, max_tokens=900, max_segment_tokens=48, max_tool_calls=12)
+PENALTIES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
+COLUMNS = {
+    "branches / question": ".1f",
+    "paths that branch": ".1f",
+    "on the busiest path": ".1%",
+    "on the busiest 3": ".1%",
+    "on the first path": ".1%",
+    "questions with <= 3": ".0%",
+    "longest run": ".2f",
+}
+
+
+def prove(*, count: int = 48, sweep: int = 24, progress: Progress = silent) -> Proof:
+    """`count` questions per rule, `sweep` per penalty."""
+    torch.set_num_threads(1)  # the models are too small for more
+    progress("loading the demo's agent (trained for a minute the first time)")
+    demo, task_questions, toolbox = demo_agent(count)
+    try:
+        return compare(
+            [
+                ("demo, 1 call", demo, toolbox, SHORT, task_questions),
+                ("random, 12 calls", random_agent(), Search(), LONG, questions(count)),
+            ],
+            sweep,
+            progress,
+        )
+    finally:
+        toolbox.close()
+
+
+def demo_agent(count: int):
+    """The trained tiny model, `count` held-out questions of its task, and its tools."""
+    from aepo.evaluation import heldout_questions
+    from aepo.models import load_model
+    from aepo.tasks.facts import FactsTask
+    from aepo.tools.toolbox import ToolBox
+
+    task = FactsTask()
+    return load_model(ModelConfig(), WarmStartConfig()), heldout_questions(task, count), ToolBox(task.tools)
+
+
+Case = tuple[str, LanguageModel, Tools, RolloutConfig, Sequence[Question]]
+
+
+def compare(cases: Sequence[Case], sweep: int, progress: Progress = silent) -> Proof:
+    """cases: agents with their tools, limits and questions; the last one is swept over penalties."""
+    rules, calls, spread = [], [], {}
+    for name, agent, tools, limits, asked in cases:
+        for rule, changes in RULES.items():
+            progress(f"{name}: {rule}")
+            trees = grow(agent, tools, replace(limits, **changes), asked)
+            spread[name, rule] = row = shares(trees)
+            rules.append([name, rule, *row])
+        calls.append(f"{name.partition(',')[0]} {calls_per_path(trees):.1f}")
+    penalties = []
+    name, agent, tools, limits, asked = cases[-1]
+    for alpha in ("uniform", 0.5):
+        for penalty in PENALTIES:
+            progress(f"{name}: alpha {alpha}, penalty {penalty}")
+            config = replace(limits, fresh_paths=2, branch_alpha=alpha, branch_penalty=penalty)
+            penalties.append([f"{alpha}", f"{penalty}", *shares(grow(agent, tools, config, asked[:sweep]))])
+    return Proof(
+        claim="Which paths branch, under both rules: the paper reports 93.4% of ARPO's branches on 1 to 3 paths.",
+        checked=f"{cases[0][3].paths} distinct paths for every question; tool calls per path: {', '.join(calls)}",
+        tables=[
+            Table(
+                f"Branches over paths, k = {cases[0][3].paths}",
+                {"agent": "", "rule": "", **COLUMNS},
+                rules,
+                "Shares are of all branches. On the busiest path or 3: of each question. On the first path: the one "
+                "that goes ahead alone in pre-monitoring. Questions with <= 3: those that branch, on 3 paths or fewer. "
+                "Longest run: branches in a row, by question. "
+                "Eight branches spread evenly over 8 paths have 12.5% on one and 37.5% on three.",
+            ),
+            Table(
+                f"The same over branch_penalty: {name}, 2 fresh paths, {min(sweep, len(asked))} questions",
+                {"branch_alpha": "", "branch_penalty": "", **COLUMNS},
+                penalties,
+            ),
+        ],
+    )
+
+
+RULES = {
+    "ARPO": {"fresh_paths": FRESH, "branch_penalty": 0.0},
+    "ARPO + penalty 0.05": {"fresh_paths": FRESH, "branch_penalty": 0.05},
+    "AEPO": {"fresh_paths": None, "branch_penalty": 0.05},
+}
+
+
+def grow(agent: LanguageModel, tools: Tools, config: RolloutConfig, asked: Sequence[Question]) -> list[RolloutTree]:
+    """In lock-step, as the published code does and so that the numbers can be repeated."""
+    engine = HuggingFaceEngine(agent.model, agent.tokenizer, agent.eos_ids)
+    return Sampler(engine, tools, agent, config).rollout(asked, seed=0)
+
+
+def shares(trees: Sequence[RolloutTree]) -> list[float | None]:
+    """The cells of COLUMNS."""
+    counts = [branches_per_path(tree) for tree in trees]
+    ordered = [sorted(count, reverse=True) for count in counts]
+    total = sum(map(sum, counts))
+    require(total > 0, "no path branched")
+    branching = [sum(1 for n in count if n) for count in counts]
+    return [
+        total / len(trees),
+        statistics.mean(branching),
+        sum(count[0] for count in ordered) / total,
+        sum(sum(count[:3]) for count in ordered) / total,
+        sum(count[0] for count in counts) / total,
+        statistics.mean(number <= 3 for number in branching if number),
+        statistics.mean(longest_run(tree) for tree in trees),
+    ]
+
+
+def longest_run(tree: RolloutTree) -> int:
+    """Branches in a row on one path; a branch inherits its parent's."""
+    return max((decision.consecutive + 1 for decision in tree.decisions if decision.branched), default=0)
+
+
+def calls_per_path(trees: Sequence[RolloutTree]) -> float:
+    return statistics.mean(
+        sum(node.source == "tool" for node in path_nodes(tree, path.id)) for tree in trees for path in tree.paths
+    )
