@@ -1,6 +1,7 @@
 """What becomes of keys and records when requests meet, run over, are asked in between or go away; both runners."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from aepo.vllm import (
 )
 from aepo.vllm.records import EntropyRecords
 from tests.aepo.engine_toys import VOCAB, prompts
+from tests.integrations.conftest import ENGINES
 from tests.integrations.toys import generate, in_use, params
 
 
@@ -190,6 +192,19 @@ def test_penalties_before_the_processor_is_first(llm, monkeypatch):
         fetch_entropies(llm, ["a", "b", "c"])
     assert failure.value.problems.keys() == {"a", "b"}
     forget_entropies(llm)
+
+
+def test_the_ten_lines_of_the_documentation(model_dir):
+    page = (Path(__file__).parents[2] / "docs/vllm.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    small = f'"{model_dir}", dtype="float32", enforce_eager=True, max_model_len=256, kv_cache_memory_bytes=1 << 26,'
+    names: dict = {}
+    exec(code.replace('"Qwen/Qwen3-0.6B",', small), names)
+    ENGINES.append(names["llm"])
+    lengths = {f"path-{i}": len(output.token_ids) for i, output in enumerate(names["outputs"])}
+    assert {key: len(values) for key, values in names["entropies"].items()} == lengths
+    assert len(lengths) == 8
+    assert in_use(names["llm"]) == (0, 0, 0)
 
 
 def test_status(llm):
