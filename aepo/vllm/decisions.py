@@ -48,8 +48,12 @@ def decide(
 ) -> tuple[dict[str, dict[str, float] | None], dict[str, str]]:
     """Decision per key, None where fewer than `window` tokens are recorded yet, and what is wrong with other keys."""
     rules = {key: branch_rule(query) for key, query in queries.items()}
-    wanted = dict.fromkeys([*queries, *(query["initial_key"] for query in queries.values() if "initial_key" in query)])
-    entropies, problems = records.read(wanted)
+    windows = {key: rule.entropy_window for key, rule in rules.items()}
+    for key, query in queries.items():
+        if "initial_key" in query:
+            initial = query["initial_key"]
+            windows[initial] = max(windows.get(initial, 0), rules[key].entropy_window)
+    entropies, problems = records.first(windows)
     decisions: dict[str, dict[str, float] | None] = {}
     for key, query in queries.items():
         rule, initial = rules[key], query.get("initial_key")

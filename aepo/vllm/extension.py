@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import vllm
+from vllm.distributed import get_pp_group
 
 import aepo.vllm.weights  # noqa: F401  # registers the weight-transfer backend in the worker
 from aepo.vllm.decisions import decide
@@ -68,11 +69,11 @@ class EntropyWorkerExtension:
 
     def aepo_processor(self) -> EntropyProcessor | None:
         """This worker's processor, from now on the first in line: before penalties and biases change the logits."""
+        if not get_pp_group().is_last_rank:
+            return None
         runner = self.model_runner
         if hasattr(runner, "input_batch"):
             line = runner.input_batch.logitsprocs.non_argmax_invariant
-        elif runner.sampler is None:
-            return None
         else:
             line = runner.sampler.logits_processors
         processors = [processor for processor in line if isinstance(processor, EntropyProcessor)]

@@ -127,16 +127,16 @@ class EntropyProcessor(V1LogitsProcessor, V2LogitsProcessor):
         """Once per step, before the forward pass: where the slots write."""
         if not self.records.changed:
             return
-        self.records.changed = False
-        for column, untracked in ((self._kind, 0), (self._places.np, 0), (self._temperature.np, 1)):
-            column.fill(untracked)
-        for slot, record in self.records.slots.items():
-            self._kind[slot] = 2
+        for slot in self.records.changed:
+            self._kind[slot], self._places.np[slot], self._temperature.np[slot] = 0, 0, 1
             if self.records.is_current(slot):
-                self._kind[slot] = 1
+                record = self.records.slots[slot]
                 prompt, prefix = int(self._state.prompt_len.np[slot]), int(self._state.prefill_len.np[slot])
                 self._places.np[slot] = record.start + 1 - prompt, prefix - 1, record.start + record.capacity
-                self._temperature.np[slot] = record.temperature
+                self._kind[slot], self._temperature.np[slot] = 1, record.temperature
+            elif slot in self.records.slots:
+                self._kind[slot] = 2
+        self.records.changed.clear()
         self._places.copy_to_uva()
         self._temperature.copy_to_uva()
 

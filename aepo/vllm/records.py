@@ -76,8 +76,8 @@ class EntropyRecords:
     """Records by key, and which slot writes to which.
 
     `limit` [tokens] bounds the pool, which starts small and doubles. A request that finds no room runs on without a
-    record, and its key has a problem to report. `changed` is set by everything that moves a slot to other elements;
-    who copies that to a device clears it.
+    record, and its key has a problem to report. `changed` collects the slots that write to other elements than before,
+    or to none; who copies that to a device clears it.
     """
 
     def __init__(self, device: torch.device, limit: int) -> None:
@@ -86,7 +86,7 @@ class EntropyRecords:
         self.limit = limit
         self.pool = torch.full((min(limit, FIRST_SIZE),), UNWRITTEN, device=device)
         self.slots: dict[int, Record] = {}
-        self.changed = False
+        self.changed: set[int] = set()
         self._regions = Regions(len(self.pool))
         self._by_key: dict[str, Record] = {}
 
@@ -121,6 +121,8 @@ class EntropyRecords:
         """
         self.vacate(slot)
         record = self._by_key.get(key)
+        if record is not None:
+            self.changed.add(record.slot)
         if position == 0:
             self._release([] if record is None else [record])
             record = self._by_key[key] = self._allocate(key, capacity, temperature, slot, owner)
@@ -130,11 +132,12 @@ class EntropyRecords:
             record.problem = DUPLICATE
         record.slot, record.outputs = slot, outputs
         self.slots[slot] = record
-        self.changed = True
+        self.changed.add(slot)
         return record
 
     def vacate(self, slot: int) -> None:
-        self.changed |= self.slots.pop(slot, None) is not None
+        if self.slots.pop(slot, None) is not None:
+            self.changed.add(slot)
 
     def move(self, source: int, target: int, *, swap: bool) -> None:
         """The request of `source` goes on in `target`, in place of the one there or (swap) in exchange with it."""
@@ -144,7 +147,7 @@ class EntropyRecords:
                 self.slots[slot] = record
                 if record.slot in (source, target):
                     record.slot = slot
-        self.changed = True
+        self.changed.update((source, target))
 
     def is_current(self, slot: int) -> bool:
         """Whether the request in this slot is the one that its key stands for; not so after a second one took it."""
@@ -165,28 +168,33 @@ class EntropyRecords:
         position = 0 if record.outputs is None else len(record.outputs)
         return record.start + position if position < record.capacity else -1
 
-    def read(self, counts: Mapping[str, int | None]) -> tuple[dict[str, list[float]], dict[str, str]]:
-        """Entropies [nats] recorded so far per key, and what is wrong with the other keys. Nothing is removed.
-
-        With a count: the first so many, and fewer are a problem. One copy from the device.
-        """
-        problems = {key: problem for key in counts if (problem := self._problem(key))}
-        good = [key for key in counts if key not in problems]
-        lengths = [self._by_key[key].readable for key in good]
-        starts = [self._by_key[key].start for key in good]
-        regions = [self.pool[start : start + length] for start, length in zip(starts, lengths, strict=True)]
-        copies = torch.cat(regions).cpu().split(lengths) if regions else []
+    def first(self, limits: Mapping[str, int | None]) -> tuple[dict[str, list[float]], dict[str, str]]:
+        """Entropies [nats] recorded so far by key, the first `limit` of them (None: all), and what is wrong with the
+        other keys. One copy from the device."""
+        problems = {key: problem for key in limits if (problem := self._problem(key))}
+        good = {key: self._by_key[key] for key in limits if key not in problems}
+        regions = []
+        for key, record in good.items():
+            limit = limits[key]
+            length = record.readable if limit is None else min(limit, record.readable)
+            regions.append(self.pool[record.start : record.start + length])
+        copies = torch.cat(regions).cpu().split([len(region) for region in regions]) if regions else []
         values = {}
         for key, copy in zip(good, copies, strict=True):
             written = copy != UNWRITTEN
-            number, count = int(written.sum()), counts[key]
-            wanted = number if count is None else count
-            if number < wanted:
-                problems[key] = f"{number} entropies are recorded, {wanted} were asked for"
-            elif not written[:number].all():
-                problems[key] = "positions are missing between recorded ones"
+            number = int(written.sum())
+            if written[:number].all():
+                values[key] = copy[:number].tolist()
             else:
-                values[key] = copy[:wanted].tolist()
+                problems[key] = "positions are missing between recorded ones"
+        return values, problems
+
+    def read(self, counts: Mapping[str, int | None]) -> tuple[dict[str, list[float]], dict[str, str]]:
+        """As `first`, but fewer than a count are a problem. Nothing is removed."""
+        values, problems = self.first(counts)
+        for key, count in counts.items():
+            if count is not None and key in values and len(values[key]) < count:
+                problems[key] = f"{len(values.pop(key))} entropies are recorded, {count} were asked for"
         return values, problems
 
     def drop(self, keys: Collection[str] | None = None) -> int:
@@ -218,7 +226,6 @@ class EntropyRecords:
         for record in records:
             del self._by_key[record.key]
             self._regions.give_back(record.start, record.capacity)
-            self.changed = True
 
     def _problem(self, key: str) -> str | None:
         return self._by_key[key].problem if key in self._by_key else "unknown: never run, forgotten, or fetched before"

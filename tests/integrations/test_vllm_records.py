@@ -90,9 +90,9 @@ def test_coming_back_after_preemption():
     admit(records, 0, "a")
     admit(records, 2, "a")
     write(records, 2, 1.0, 2.0)
-    records.changed = False
+    records.changed.clear()
     admit(records, 5, "a", position=2)
-    assert records.changed
+    assert records.changed == {2, 5}
     write(records, 5, 3.0, position=2)
     records.seen_running([5])
     assert read(records, a=None) == {"a": [1.0, 2.0, 3.0]}

@@ -8,6 +8,7 @@ import pytest
 import torch
 import vllm
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
 from aepo.vllm import (
     EntropyError,
@@ -198,7 +199,7 @@ def test_the_ten_lines_of_the_documentation(model_dir):
     page = (Path(__file__).parents[2] / "docs/vllm.md").read_text(encoding="utf-8")
     code = page.partition("```python\n")[2].partition("```")[0]
     small = f'"{model_dir}", dtype="float32", enforce_eager=True, max_model_len=256, kv_cache_memory_bytes=1 << 26,'
-    names: dict = {}
+    names = {}
     exec(code.replace('"Qwen/Qwen3-0.6B",', small), names)
     ENGINES.append(names["llm"])
     lengths = {f"path-{i}": len(output.token_ids) for i, output in enumerate(names["outputs"])}
@@ -221,6 +222,34 @@ def config(sharded=False, **aepo):
         model_config=SimpleNamespace(max_model_len=64),
         additional_config={"aepo": aepo} if aepo else {},
     )
+
+
+def test_rows_that_are_given_up_and_taken_back():
+    """By hand: b is preempted, a ends, b comes back in the row of a, then trades places with an untracked request."""
+    processor, ln = EntropyProcessor(config(), torch.device("cpu")), math.log
+    processor.first = True
+    a, b, out_a, out_b = params("a", 4), params("b", 4), [], []
+    even, sure = torch.zeros(1, 8), torch.tensor([[60.0] + [0.0] * 7])  # entropies ln 8 and 0
+
+    def update(size, removed=(), added=(), moved=()):
+        processor.update_state(BatchUpdate(size, removed, added, moved))
+
+    update(2, added=[(0, a, [1], out_a), (1, b, [1], out_b)])
+    processor.apply(torch.cat([even, sure]))
+    out_a.append(5), out_b.append(5)
+    update(1, removed=[1])
+    processor.apply(sure)
+    out_a.append(5)
+    update(1, removed=[0], added=[(0, b, [1], out_b)])
+    processor.apply(even)
+    out_b.append(5)
+    update(2, added=[(1, params(None), [1], [])], moved=[(0, 1, MoveDirectionality.SWAP)])
+    processor.apply(torch.cat([sure, even]))
+    out_b.append(5)
+    values, problems = processor.records.read({"a": 2, "b": 3})
+    assert not problems
+    assert values["a"] == pytest.approx([ln(8), 0.0], abs=1e-6)
+    assert values["b"] == pytest.approx([0.0, ln(8), ln(8)], abs=1e-6)
 
 
 def test_engines_that_are_refused(monkeypatch):
