@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -270,22 +271,25 @@ def _best_step(run: Path) -> int:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Errors that a user can do something about, as one message; Ctrl-C with its exit code."""
+    """Errors that a user can do something about, as one message; Ctrl-C, or SIGTERM, with its exit code."""
     from aepo.checkpoint import CheckpointError
     from aepo.nonfinite import NonFiniteError
     from aepo.rollout.sampler import RolloutError
 
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # engines that have been started are then ended
     try:
         yield
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from None
     except RolloutError as error:
-        if not isinstance(error.__cause__, FloatingPointError):  # not the weights' fault: worth a traceback
+        if not isinstance(error.__cause__, (FloatingPointError, ConnectionError)):  # a fault of ours: worth a traceback
             raise
         _fail(str(error))
     except (ValueError, OSError, CheckpointError, NonFiniteError) as error:
         _fail(str(error))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str) -> None:

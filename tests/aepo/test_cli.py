@@ -96,6 +96,30 @@ def test_mistakes_are_one_line_not_a_traceback(arguments: list[str], expected: s
     assert "Traceback" not in done.output
 
 
+@pytest.mark.usefixtures("toy")
+def test_engines_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that says what is missing, and no half-made run in the way of the next attempt."""
+    vllm = ["train", *SMALL, "rollout.engine=vllm", f"run.dir={tmp_path / 'run'}"]
+    closed = run(*vllm, "vllm.endpoints=[http://127.0.0.1:9]")
+    assert closed.output.startswith("error: http://127.0.0.1:9 does not answer"), closed.output
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.delitem(sys.modules, "aepo.rollout.engines.vllm_local", raising=False)
+    missing = run(*vllm)
+    assert missing.output.splitlines()[-1] == (
+        'error: rollout.engine = vllm: vLLM is not installed; pip install "aepo[vllm]"'
+    )
+    assert run("train", *SMALL, f"run.dir={tmp_path / 'run'}").exit_code == 0
+
+
+def test_a_request_to_terminate_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not death at once, which would leave behind what has been started."""
+    monkeypatch.setattr(cli, "_load", lambda config: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    done = run("train", f"run.dir={tmp_path / 'run'}")
+    assert (done.exit_code, done.output) == (130, "interrupted\n")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_help_teaches() -> None:
     text = run("train", "--help").output
     assert "aepo train --config configs/demo.yaml" in text

@@ -1,4 +1,4 @@
-"""Engines that end with their trainer even if it is killed. vLLM's engine process (0.32) does not notice that: it stays,
+"""Engines that end with their trainer even if it is killed. vLLM's engine process (0.32) does not notice that: it stays
 with all its memory."""
 
 from __future__ import annotations
