@@ -44,22 +44,28 @@ def branch_rule(query: Mapping[str, Any]) -> RolloutConfig:
 
 
 def decide(
-    records: EntropyRecords, queries: Mapping[str, Mapping[str, Any]], log_vocabulary: float
+    records: EntropyRecords, queries: Mapping[str, Mapping[str, Any]], log_vocabulary: float, drafted: int
 ) -> tuple[dict[str, dict[str, float] | None], dict[str, str]]:
-    """Decision per key, None where fewer than `window` tokens are recorded yet, and what is wrong with other keys."""
+    """Decision per key, None where fewer than `window` tokens are known yet, and what is wrong with other keys.
+
+    drafted: speculative tokens per step. So many of the last recorded positions may be of tokens that were rejected.
+    """
     rules = {key: branch_rule(query) for key, query in queries.items()}
-    windows = {key: rule.entropy_window for key, rule in rules.items()}
+    needed = {key: rule.entropy_window + drafted for key, rule in rules.items()}
+    limits = dict(needed)
     for key, query in queries.items():
         if "initial_key" in query:
-            initial = query["initial_key"]
-            windows[initial] = max(windows.get(initial, 0), rules[key].entropy_window)
-    entropies, problems = records.first(windows)
+            limits[query["initial_key"]] = max(limits.get(query["initial_key"], 0), needed[key])
+    entropies, problems = records.first(limits)
     decisions: dict[str, dict[str, float] | None] = {}
     for key, query in queries.items():
         rule, initial = rules[key], query.get("initial_key")
         if key in problems or initial in problems:
             continue
-        if len(entropies[key]) < rule.entropy_window or (initial is not None and not entropies[initial]):
+        if initial is not None and drafted and len(entropies[initial]) < needed[key]:
+            problems[initial] = f"short, and drafted tokens may be among its last {drafted}: give initial_entropy"
+            continue
+        if len(entropies[key]) < needed[key] or (initial is not None and not entropies[initial]):
             decisions[key] = None
             continue
         decision = decide_branch(

@@ -43,7 +43,9 @@ class EntropyWorkerExtension:
         if processor is None:
             return None
         log_vocabulary = math.log(self.vllm_config.model_config.get_vocab_size())
-        values, problems = decide(processor.records, queries, log_vocabulary)
+        speculation = self.vllm_config.speculative_config
+        drafted = 0 if speculation is None else speculation.num_speculative_tokens
+        values, problems = decide(processor.records, queries, log_vocabulary, drafted)
         return {"values": values, "problems": problems}
 
     def aepo_forget(self, keys: list[str] | None) -> int | None:

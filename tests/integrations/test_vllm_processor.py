@@ -11,7 +11,7 @@ import pytest
 import torch
 from vllm.sampling_params import StructuredOutputsParams
 
-from aepo.vllm import entropy_status, fetch_entropies, forget_entropies
+from aepo.vllm import EntropyError, entropy_status, fetch_decisions, fetch_entropies, forget_entropies
 from tests.aepo.engine_toys import prompts, tokenizer
 from tests.integrations.conftest import make_llm, qwen
 from tests.integrations.toys import from_logprobs, from_model, generate, in_use, params
@@ -116,7 +116,13 @@ def test_speculative_decoding(model_dir, tmp_path, truth):
     asked, temperatures = prompts(3, 17, 5), [0.0, 0.8, 1.0]
     done = generate(llm, asked, [params(f"k{i}", 16, t) for i, t in enumerate(temperatures)])
     assert 0 < counter(llm, "spec_decode_num_accepted_tokens") < counter(llm, "spec_decode_num_draft_tokens")
+    query = {"window": 13, "alpha": 0.5, "initial_entropy": 5.0}  # 13 and 3 drafted ones are all 16
+    decided = fetch_decisions(llm, {"k1": query, "k2": query | {"window": 17}})
+    with pytest.raises(EntropyError, match="'k2': short"):
+        fetch_decisions(llm, {"k1": {"window": 17, "alpha": 0.5, "initial_key": "k2"}})
     recorded = fetch_entropies(llm, {f"k{i}": 16 for i in range(3)})
+    assert decided["k1"]["entropy"] == pytest.approx(sum(recorded["k1"][:13]) / 13, rel=1e-12)
+    assert decided["k2"] is None
     for i, temperature in enumerate(temperatures):
         assert recorded[f"k{i}"] == pytest.approx(from_model(truth, asked[i], done[i], temperature), abs=NATS)
     assert in_use(llm) == (0, 0, 0)
