@@ -56,6 +56,7 @@ class Case:
     max_registers: int = 255
     max_exchanges: int = 0  # barriers and shuffles in the loop: 0 = no lane waits for another
     min_store_bits: int = 128
+    max_exp2: float = 1.13  # per logit, with the logarithms that bound the noise of a sampler's words
     products: int = 0  # with 64 bits, per lane and tile of the hot loop: the random numbers of a sampler
 
 
@@ -347,8 +348,8 @@ def _problems(r: Report, case: Case, max_instructions: float | None) -> list[str
             problems.append(f"lanes wait for each other: {r.barriers} barriers, {r.shuffles} shuffles")
         if r.instructions > max_instructions:
             problems.append(f"{r.instructions} instructions per logit > {max_instructions}")
-        if r.exp2 > 1.13:
-            problems.append(f"{r.exp2} exponentials per logit > 1.13")
+        if r.exp2 > case.max_exp2:
+            problems.append(f"{r.exp2} exponentials per logit > {case.max_exp2}")
     return problems
 
 

@@ -113,27 +113,20 @@ AEPO_HOST_DEVICE uint32_t random_word(const RandomRow& row, int token) {
   return token & 2 ? high : low;
 }
 
-// The smallest random word of a lane's tokens of a tile, the first of which is `first`. Where counters begin inside a
-// word of logits, it is that of a few tokens more.
-template <class Logits>
+// The smallest of the random words of a word of logits, whose first token is `first`. Where counters begin inside it,
+// it is that of a few tokens more.
+template <int kVec>
 AEPO_HOST_DEVICE uint32_t smallest_word(const RandomRow& row, int first) {
   uint32_t smallest = 0xffffffff;
-  const auto look_at = [&](uint32_t block) {
+  const auto look_at = [&](int block) {
     uint32_t words[4];
     row.words_of(block, words);
 #pragma unroll
     for (int i = 0; i < 4; i++) smallest = words[i] < smallest ? words[i] : smallest;
   };
-  const int counters = Logits::kVec / 4;
 #pragma unroll
-  for (int w = 0; w < kWords; w++) {
-#pragma unroll
-    for (int i = 0; i < counters; i++) look_at(((first + w * kStep<Logits>) >> 2) + i);
-  }
-  if (first & 3) {
-#pragma unroll 1
-    for (int w = 0; w < kWords; w++) look_at(((first + w * kStep<Logits>) >> 2) + counters);
-  }
+  for (int i = 0; i < kVec / 4; i++) look_at((first >> 2) + i);
+  if (first & 3) look_at((first >> 2) + kVec / 4);
   return smallest;
 }
 

@@ -100,19 +100,30 @@ struct Lane {
   int own_tile;
 };
 
-// The largest of x, which leaves out NaN.
+// The largest logits of each word of a tile, and of all of them. NaN is left out.
+struct Tops {
+  float words[kWords], all;
+};
+
 template <int N>
-AEPO_HOST_DEVICE float maximum_of(const float (&x)[N]) {
-  float top[4] = {x[0], x[1], x[2], x[3]};  // four chains at a time: the steps need not wait for each other
+AEPO_HOST_DEVICE Tops tops_of(const float (&x)[N]) {
+  constexpr int kVec = N / kWords;
+  Tops top;
 #pragma unroll
-  for (int i = 4; i < N; i++) top[i % 4] = fmaxf(top[i % 4], x[i]);
-  return fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3]));
+  for (int w = 0; w < kWords; w++) {
+    top.words[w] = x[w * kVec];
+#pragma unroll
+    for (int i = 1; i < kVec; i++) top.words[w] = fmaxf(top.words[w], x[w * kVec + i]);
+  }
+  static_assert(kWords == 4, "four words in two steps");
+  top.all = fmaxf(fmaxf(top.words[0], top.words[1]), fmaxf(top.words[2], top.words[3]));
+  return top;
 }
 
 // Add one tile's logits x[N] of this lane.
 template <int N>
 AEPO_HOST_DEVICE void absorb(Lane& lane, const float (&x)[N], int tile, float scale) {
-  const float tile_maximum = maximum_of(x);
+  const float tile_maximum = tops_of(x).all;
   const bool is_own = tile_maximum >= lane.maximum;  // false for a tile of -inf alone
   const float maximum = fmaxf(lane.maximum, tile_maximum);
   float sum[4] = {0, 0, 0, 0}, weighted[4] = {0, 0, 0, 0};

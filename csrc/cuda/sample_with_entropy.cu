@@ -1,7 +1,7 @@
 // A token from every row of the logits, its log-prob and the row's entropy, in one launch.
 //
 // The blocks of a row read it once: the softmax as in decode_entropy.cu, and beside it the best token by logit plus
-// noise so far, which each warp keeps for itself. The block that is done last merges the parts. Where filters are given
+// noise so far. The block that is done last merges the parts. Where filters are given
 // it looks whether they keep the token; if not, every token that they keep has a larger logit: it draws again above
 // that one, from the same noise, until they do. What lies above a token lies in the parts whose maximum does, so both
 // passes read no other part; a row comes from the L2 cache by then.
@@ -63,43 +63,97 @@ __device__ __forceinline__ Draw best_of_warp(Draw draw, float scale) {
   return draw;
 }
 
-// The best of all warps' draws, in every thread.
-__device__ __forceinline__ Draw best_of_block(const Draw& draw, float scale) {
-  __shared__ Draw warps[kWarps];
-  __syncthreads();  // what was here before has been read
-  if (threadIdx.x % kWarpSize == 0) warps[threadIdx.x / kWarpSize] = draw;
-  __syncthreads();
-  Draw best = warps[0];
-#pragma unroll
-  for (int i = 1; i < kWarps; i++) {
-    if (is_better(warps[i], best, scale)) best = warps[i];
+// The draws of a block's warps, in shared memory: registers are short, and most tiles do not need the whole of one.
+class Draws {
+ public:
+  __device__ __forceinline__ void clear() {
+    __syncthreads();  // what was here before has been read
+    set_lead(Draw());
+    if (threadIdx.x < kWarps) warps_[threadIdx.x] = Draw();
+    __syncthreads();
   }
-  return best;
+
+  // The warp's own best, the same for all lanes.
+  __device__ __forceinline__ Draw mine() const { return warps_[threadIdx.x / kWarpSize]; }
+
+  // The best of any warp so far, as far as it is known: what cannot beat it need not be looked at. It is some warp's
+  // own, whichever of two writes last, so their order changes how much work is spared and nothing else. One load and
+  // one store of 64 bits: a logit always comes with its noise.
+  __device__ __forceinline__ Draw lead() const {
+    const uint64_t bits = static_cast<const volatile uint64_t&>(lead_);
+    return {__int_as_float(static_cast<int>(bits)), __int_as_float(static_cast<int>(bits >> 32)), 0};
+  }
+
+  __device__ __forceinline__ void set(const Draw& mine, const Draw& lead) {
+    if (threadIdx.x % kWarpSize == 0) {
+      warps_[threadIdx.x / kWarpSize] = mine;
+      set_lead(lead);
+    }
+    __syncwarp();
+  }
+
+  // The best of the block, in every thread.
+  __device__ __forceinline__ Draw best(float scale) const {
+    __syncthreads();
+    Draw best = warps_[0];
+#pragma unroll
+    for (int i = 1; i < kWarps; i++) {
+      if (is_better(warps_[i], best, scale)) best = warps_[i];
+    }
+    return best;
+  }
+
+ private:
+  __device__ __forceinline__ void set_lead(const Draw& draw) {
+    static_cast<volatile uint64_t&>(lead_) =
+        static_cast<uint64_t>(__float_as_int(draw.noise)) << 32 | static_cast<uint32_t>(__float_as_int(draw.logit));
+  }
+
+  uint64_t lead_ = 0;
+  Draw warps_[kWarps];
+};
+
+__device__ __forceinline__ float select(const float (&x)[kWords], int i) {  // an index would put x into memory
+  return i < 2 ? (i == 0 ? x[0] : x[1]) : (i == 2 ? x[2] : x[3]);
 }
 
-// Let the candidates of one tile compete with `draw`, which all lanes of a warp share; `top` is this lane's largest.
-// Most tiles are done with one bound or, after their random words are made, with another. Those that are not are read
-// again and need two logarithms per logit.
+// Let the candidates of one tile compete with the draws of the block; `top` are this lane's largest.
+// Most tiles are done with one bound or, after their random words are made, with a bound per word. Of the others, the
+// words that may still win when their turn comes are read again and take two logarithms per logit.
 template <class Logits>
-__device__ __forceinline__ void draw_from_tile(Draw& draw, const Row<Logits>& row, int tile, float top,
+__device__ __forceinline__ void draw_from_tile(Draws& draws, const Row<Logits>& row, int tile, const Tops& top,
                                                const Candidates& candidates) {
-  if (!__any_sync(kAllLanes, may_win(top, row.noisy * kMostNoise, draw, row.scale))) return;
+  Draw best = draws.lead();
+  if (!__any_sync(kAllLanes, may_win(top.all, row.noisy * kMostNoise, best, row.scale))) return;
   const int first = tile + static_cast<int>(threadIdx.x) * Logits::kVec - row.head;
-  const float noise = row.noisy * most_noise(smallest_word<Logits>(row.random, first));
-  if (!__any_sync(kAllLanes, may_win(top, noise, draw, row.scale))) return;
-#pragma unroll 1
-  for (int four = 0; four < kWords * Logits::kVec; four += 4) {
-    const int token = first + four / Logits::kVec * kStep<Logits> + four % Logits::kVec;
-    uint32_t words[4];
-    random_words(row.random, token, words);
+  float noise[kWords];
+  bool any = false;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const float x = row.logit(token + i);
-      const Draw one = {x, row.noisy * noise_of(words[i]), token + i};
-      if (candidates.hold(x, row.scale) & is_better(one, draw, row.scale)) draw = one;
-    }
+  for (int w = 0; w < kWords; w++) {
+    noise[w] = row.noisy * most_noise(smallest_word<Logits::kVec>(row.random, first + w * kStep<Logits>));
+    any |= may_win(top.words[w], noise[w], best, row.scale);
   }
-  draw = best_of_warp(draw, row.scale);
+  if (!__any_sync(kAllLanes, any)) return;
+  Draw draw = draws.mine();
+#pragma unroll 1
+  for (int w = 0; w < kWords; w++) {
+    if (!__any_sync(kAllLanes, may_win(select(top.words, w), select(noise, w), best, row.scale))) continue;
+#pragma unroll 1
+    for (int four = 0; four < Logits::kVec; four += 4) {
+      const int token = first + w * kStep<Logits> + four;
+      uint32_t words[4];
+      random_words(row.random, token, words);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float x = row.logit(token + i);
+        const Draw one = {x, row.noisy * noise_of(words[i]), token + i};
+        if (candidates.hold(x, row.scale) & is_better(one, draw, row.scale)) draw = one;
+      }
+    }
+    draw = best_of_warp(draw, row.scale);
+    if (is_better(draw, best, row.scale)) best = draw;
+  }
+  draws.set(draw, best);
 }
 
 // The part's token, compared with others: its noise is made again, a part leaves nothing but its number.
@@ -126,22 +180,22 @@ __device__ __forceinline__ void for_each_tile_above(const Row<Logits>& row, floa
   }
 }
 
-// Softmax mass about the row's maximum, and number, of the logits above a bound.
+// Softmax mass about the row's maximum, and number, of the logits above the pivot.
 struct Above {
   float mass;
   int count;
 };
 
 template <class Logits>
-__device__ __forceinline__ Above weigh_above(const SampleWithEntropy& call, const Split& split, int number, float bound,
-                                             float maximum) {
+__device__ __forceinline__ Above weigh_above(const SampleWithEntropy& call, const Split& split, int number,
+                                             const Candidates& candidates) {
   __shared__ Above warps[kWarps];
   const Row<Logits> row = row_of<Logits>(call, split, number);
   Above above = {0, 0};
-  for_each_tile_above(row, bound, [&](const auto& x, int) {
+  for_each_tile_above(row, candidates.pivot, [&](const auto& x, int) {
     for (float logit : x) {
-      above.mass += logit > bound ? power_of_2((logit - maximum) * row.scale) : 0;
-      above.count += logit > bound;
+      above.mass += logit > candidates.pivot ? power_of_2((logit - candidates.maximum) * row.scale) : 0;
+      above.count += logit > candidates.pivot;
     }
   });
 #pragma unroll
@@ -162,12 +216,14 @@ struct Filters {
   int top_k;      // the size of the vocabulary filters nothing
   float top_p;    // nor does 1
   float floor;    // of min_p: log2 of the least share of the largest probability
+  float scale;    // the row's
   bool in_range;  // they, and the temperature
 };
 
 __device__ __forceinline__ Filters filters_of(const SampleWithEntropy& call, int row) {
   const double temperature = call.temperature[row];
-  Filters filters = {static_cast<int>(call.vocab), 1, kMinusInfinity, temperature >= 0 && temperature < HUGE_VAL};
+  Filters filters = {static_cast<int>(call.vocab), 1, kMinusInfinity, log2_scale(inverse_of(temperature)),
+                     temperature >= 0 && temperature < HUGE_VAL};
   if (call.top_k != nullptr) {
     const int64_t top_k = call.top_k[row];
     filters.top_k = static_cast<int>(top_k < call.vocab ? top_k : call.vocab);
@@ -188,16 +244,15 @@ __device__ __forceinline__ Filters filters_of(const SampleWithEntropy& call, int
 
 // The best candidate of a row, by a whole block.
 template <class Logits>
-__device__ __forceinline__ Draw draw_above(const SampleWithEntropy& call, const Split& split, int number,
+__device__ __forceinline__ Draw draw_above(const SampleWithEntropy& call, const Split& split, int number, Draws& draws,
                                            const Candidates& candidates) {
   const Row<Logits> row = row_of<Logits>(call, split, number);
-  Draw draw;
-  for_each_tile_above(row, candidates.pivot, [&](const auto& x, int tile) {
-    float top = kMinusInfinity;
-    for (float logit : x) top = fmaxf(top, candidates.hold(logit, row.scale) ? logit : kMinusInfinity);
-    draw_from_tile(draw, row, tile, top, candidates);
+  draws.clear();
+  for_each_tile_above(row, candidates.pivot, [&](auto& x, int tile) {
+    for (float& logit : x) logit = candidates.hold(logit, row.scale) ? logit : kMinusInfinity;
+    draw_from_tile(draws, row, tile, tops_of(x), candidates);
   });
-  return best_of_block(draw, row.scale);
+  return draws.best(row.scale);
 }
 
 template <class Logits>
@@ -207,13 +262,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   const Row<Logits> row = row_of<Logits>(call, split, blockIdx.x / split.parts);
   const Part<Logits> mine = row.part(part);
   Lane lane(mine.first);
-  Draw draw;
+  __shared__ Draws draws;
+  draws.clear();
   for_each_tile(mine, threadIdx.x, [&](const auto& x, int tile) {
     absorb(lane, x, tile, row.scale);
-    draw_from_tile(draw, row, tile, maximum_of(x), Candidates());
+    draw_from_tile(draws, row, tile, tops_of(x), Candidates());
   });
   Softmax state = merge_lanes(lane, mine, row.scale);
-  draw = best_of_block(draw, row.scale);
+  Draw draw = draws.best(row.scale);
 
   __shared__ bool is_last;
   __shared__ Softmax whole;
@@ -238,24 +294,26 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   __syncthreads();
   if (!is_last) return;
 
-  draw = best;
   const bool defined = filters.in_range && finish(whole).log_sum >= 0;  // not NaN
-  // Nothing lies above the maximum: it is kept. Each pass makes its Row anew; held through the other pass, it would
-  // take more registers than there are.
-  while (defined && draw.logit < whole.maximum) {
-    bool kept = (draw.logit - whole.maximum) * row.scale >= filters.floor;
+  // Nothing lies above the maximum: it is kept. What lasts is in shared memory, and each pass makes its Row anew; kept
+  // in registers through a pass, they would be more than there are.
+  while (defined && best.logit < whole.maximum) {
+    const Candidates candidates = {best.logit, filters.floor, whole.maximum};
+    bool kept = (best.logit - whole.maximum) * filters.scale >= filters.floor;
     if (kept && (filters.top_k < call.vocab || filters.top_p < 1)) {
-      const Above above = weigh_above<Logits>(call, split, row.number, draw.logit, whole.maximum);
+      const Above above = weigh_above<Logits>(call, split, row.number, candidates);
       kept = above.count < filters.top_k && (above.mass < filters.top_p * (1 + whole.rest) || filters.top_p >= 1);
     }
     if (kept) break;
-    draw = draw_above<Logits>(call, split, row.number, {draw.logit, filters.floor, whole.maximum});
+    const Draw next = draw_above<Logits>(call, split, row.number, draws, candidates);
+    if (threadIdx.x == 0) best = next;
+    __syncthreads();
   }
   if (threadIdx.x > 0) return;
   const RowResult result = finish(whole);
   const float inverse = inverse_of(call.temperature[row.number]);
-  call.tokens[row.number] = defined ? draw.token : -1;
-  call.logprobs[row.number] = defined ? (draw.logit - whole.maximum) * inverse - result.log_sum : NAN;
+  call.tokens[row.number] = defined ? best.token : -1;
+  call.logprobs[row.number] = defined ? (best.logit - whole.maximum) * inverse - result.log_sum : NAN;
   call.entropy[row.number] = defined ? result.entropy : NAN;
 }
 

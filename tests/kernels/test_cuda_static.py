@@ -43,8 +43,8 @@ def test_the_hot_loops_were_found_and_read(reports):
         assert 1 <= r.nan_maxima < 1.1  # the guard against 0 * -inf must not hide a NaN
     for r in of(reports, "sample_with_entropy_kernel"):
         assert r.loads == {"128": 4}
-        assert 1 <= r.exp2 < 1.13  # the rescaling, and a bound on the noise of a tile
-        assert 6 + 36 / 4 < r.instructions < 22.5  # 18 products and as many exclusive ors make 4 random words
+        assert 1 <= r.exp2 < 1.32  # the rescaling, and a bound on the noise of each word
+        assert 6 + 36 / 4 < r.instructions < 26  # 18 products and as many exclusive ors make 4 random words
         assert 1 <= r.nan_maxima < 1.1
 
 
@@ -57,7 +57,7 @@ def test_decode_leaves_the_memory_time_to_the_memory(reports):
 def test_the_sampler_makes_its_random_numbers_about_as_fast_as_16_bit_logits_come(reports):
     for r in of(reports, "sample_with_entropy_kernel"):
         if r.capability in (80, 90):
-            assert max(r.issue_share, r.exp2_share) <= (0.56 if "fp32" in r.case else 1.1)
+            assert max(r.issue_share, r.exp2_share) <= (0.65 if "fp32" in r.case else 1.15)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
