@@ -62,7 +62,13 @@ class EntropyEndpoints:
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Fails where the server was started without processor or extension; puts the processor first in line."""
         if engine_client is not None:
-            await client.entropy_status_async(engine_client)
+            try:
+                await client.entropy_status_async(engine_client)
+            except Exception as error:
+                raise RuntimeError(
+                    "VLLM_PLUGINS=aepo needs --logits-processors aepo.vllm:EntropyProcessor and --worker-extension-cls "
+                    "aepo.vllm.EntropyWorkerExtension"
+                ) from error
         state.aepo_engine = engine_client
 
     @staticmethod

@@ -83,8 +83,8 @@ class EntropyWorkerExtension:
             raise RuntimeError(
                 f'expected logits_processors=["aepo.vllm:EntropyProcessor"] once; found {len(processors)}'
             )
-        if not processors[0].first:
+        if not processors[0].is_first:
             line.remove(processors[0])
             line.insert(0, processors[0])
-            processors[0].first = True
+            processors[0].is_first = True
         return processors[0]

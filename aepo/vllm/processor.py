@@ -53,7 +53,7 @@ class EntropyProcessor(V1LogitsProcessor, V2LogitsProcessor):
         device = state if isinstance(state, torch.device) else state.device
         self.records = EntropyRecords(device, _capacity(vllm_config))
         self.runner = "v1" if isinstance(state, torch.device) else "v2"
-        self.first = False  # set where the worker has moved this processor before those that change logits
+        self.is_first = False  # set where the worker has moved this processor before those that change logits
         self._max_model_len = vllm_config.model_config.max_model_len
         self._pin_memory = is_pin_memory
         if not isinstance(state, torch.device):
@@ -128,7 +128,7 @@ class EntropyProcessor(V1LogitsProcessor, V2LogitsProcessor):
         if not self.records.changed:
             return
         for slot in self.records.changed:
-            self._kind[slot], self._places.np[slot], self._temperature.np[slot] = 0, 0, 1
+            self._kind[slot] = self._places.np[slot] = 0
             if self.records.is_current(slot):
                 record = self.records.slots[slot]
                 prompt, prefix = int(self._state.prompt_len.np[slot]), int(self._state.prefill_len.np[slot])
@@ -179,7 +179,7 @@ class EntropyProcessor(V1LogitsProcessor, V2LogitsProcessor):
             owner=params,
             outputs=outputs,
         )
-        if record is not None and not self.first and _changes_logits(params):
+        if record is not None and not self.is_first and _changes_logits(params):
             record.problem = (
                 "its penalties or biases came before the processor: call entropy_status once before the first request"
             )

@@ -1,19 +1,21 @@
 """The routes of `vllm serve`, on a real server. Its engine runs in processes of its own, so this is also the test of
 what crosses between them."""
 
+import asyncio
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 import torch
 
+from aepo.vllm.endpoints import EntropyEndpoints, entropies
 from tests.aepo.engine_toys import VOCAB, prompts
 from tests.integrations.conftest import qwen
 from tests.integrations.test_vllm_remote import served
-from tests.integrations.toys import from_model
-
-NATS = 2e-5  # as in test_vllm_processor.py
+from tests.integrations.toys import NATS, from_model
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +94,24 @@ def test_a_request_that_cannot_be_tracked(server):
     answer = complete(server, prompts(4)[0], "twins", n=2)
     assert answer.status_code == 400
     assert "n must be 1" in answer.text
+
+
+def test_null_for_nan_and_ranks_that_do_not_sample():
+    async def collective_rpc(method, args):
+        return [None, {"values": {"a": [0.5, math.nan]}, "problems": {}}]
+
+    async def get_weight_version():
+        return "3"
+
+    engine = SimpleNamespace(collective_rpc=collective_rpc, get_weight_version=get_weight_version)
+    answer = asyncio.run(entropies(engine, {"keys": ["a"]}))
+    assert answer == {"entropies": {"a": [0.5, None]}, "weight_version": "3"}
+
+
+def test_a_server_without_the_other_flags():
+    async def collective_rpc(method):
+        raise NotImplementedError("no aepo_status")
+
+    start = EntropyEndpoints().init_state(SimpleNamespace(collective_rpc=collective_rpc), SimpleNamespace(), None)
+    with pytest.raises(RuntimeError, match="needs --logits-processors"):
+        asyncio.run(start)

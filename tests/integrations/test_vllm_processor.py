@@ -1,8 +1,4 @@
-"""EntropyProcessor in real engines of both model runners: exact, by output position, whatever the scheduler does.
-
-Tolerances: the entropy of float32 logits is exact to 1e-5 relative (aepo_kernels/testing.py), so 6e-5 of at most ln 260
-nats; what the engine's own float32 log-probs or its float32 forward pass add to that was below 3e-6 nats here.
-"""
+"""EntropyProcessor in real engines of both model runners: exact, by output position, whatever the scheduler does."""
 
 from types import SimpleNamespace
 
@@ -14,9 +10,8 @@ from vllm.sampling_params import StructuredOutputsParams
 from aepo.vllm import EntropyError, entropy_status, fetch_decisions, fetch_entropies, forget_entropies
 from tests.aepo.engine_toys import prompts, tokenizer
 from tests.integrations.conftest import make_llm, qwen
-from tests.integrations.toys import from_logprobs, from_model, generate, in_use, params
+from tests.integrations.toys import NATS, from_logprobs, from_model, generate, in_use, params
 
-NATS = 2e-5
 AB = tokenizer().convert_tokens_to_ids(["a", "b"])
 
 

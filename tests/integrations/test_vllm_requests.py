@@ -20,8 +20,8 @@ from aepo.vllm import (
 )
 from aepo.vllm.records import EntropyRecords
 from tests.aepo.engine_toys import VOCAB, prompts
-from tests.integrations.conftest import ENGINES
-from tests.integrations.toys import generate, in_use, params
+from tests.integrations.conftest import ENGINES, qwen
+from tests.integrations.toys import NATS, from_model, generate, in_use, params
 
 
 def start(llm, name, sampling):
@@ -81,17 +81,20 @@ def test_a_key_that_is_used_again(llm):
 
 
 def test_overflow(llm, monkeypatch):
-    """A request without room runs on, and only its own record is missing."""
+    """A request without room runs on, and only its own record is missing. The pool grows from 8 to 30 tokens."""
     (processor,) = llm.collective_rpc("aepo_processor")
+    monkeypatch.setattr("aepo.vllm.records.FIRST_SIZE", 8)
     monkeypatch.setattr(processor, "records", EntropyRecords(processor.records.pool.device, limit=30))
-    done = generate(llm, prompts(3, 4, 5), [params("a", 12), params("b", 20), params("c", 18)])
+    asked = prompts(3, 4, 5)
+    done = generate(llm, asked, [params("a", 12), params("b", 20), params("c", 18)])
     assert [len(completion.token_ids) for completion in done] == [12, 20, 18]
     with pytest.raises(EntropyError, match="'b': overflow: no room for 20 tokens, 12 of 30 are in use") as failure:
         fetch_entropies(llm, ["a", "b", "c"])
     assert failure.value.problems.keys() == {"b"}
     forget_entropies(llm, ["b"])
     recorded = fetch_entropies(llm, ["a", "c"])
-    assert [len(recorded[key]) for key in "ac"] == [12, 18]
+    for key, i in (("a", 0), ("c", 2)):
+        assert recorded[key] == pytest.approx(from_model(qwen(torch.float64), asked[i], done[i], 1.0), abs=NATS)
     assert in_use(llm) == (0, 0, 0)
 
 
@@ -185,9 +188,9 @@ def test_wrong_queries(query, message):
 def test_penalties_before_the_processor_is_first(llm, monkeypatch):
     """Until a call has moved it, what penalties and biases have changed is not passed off as the model's entropy."""
     (processor,) = llm.collective_rpc("aepo_processor")
-    monkeypatch.setattr(processor, "first", False)
+    monkeypatch.setattr(processor, "is_first", False)
     for key, change in {"a": {"repetition_penalty": 1.1}, "b": {"logit_bias": {3: 1.0}}, "c": {}}.items():
-        monkeypatch.setattr(processor, "first", False)
+        monkeypatch.setattr(processor, "is_first", False)
         generate(llm, prompts(3), [params(key, 4, **change)])
     with pytest.raises(EntropyError, match="call entropy_status once") as failure:
         fetch_entropies(llm, ["a", "b", "c"])
@@ -195,7 +198,9 @@ def test_penalties_before_the_processor_is_first(llm, monkeypatch):
     forget_entropies(llm)
 
 
-def test_the_ten_lines_of_the_documentation(model_dir):
+def test_the_ten_lines_of_the_documentation(model_dir, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    vllm.envs.disable_envs_cache()
     page = (Path(__file__).parents[2] / "docs/vllm.md").read_text(encoding="utf-8")
     code = page.partition("```python\n")[2].partition("```")[0]
     small = f'"{model_dir}", dtype="float32", enforce_eager=True, max_model_len=256, kv_cache_memory_bytes=1 << 26,'
@@ -227,7 +232,7 @@ def config(sharded=False, **aepo):
 def test_rows_that_are_given_up_and_taken_back():
     """By hand: b is preempted, a ends, b comes back in the row of a, then trades places with an untracked request."""
     processor, ln = EntropyProcessor(config(), torch.device("cpu")), math.log
-    processor.first = True
+    processor.is_first = True
     a, b, out_a, out_b = params("a", 4), params("b", 4), [], []
     even, sure = torch.zeros(1, 8), torch.tensor([[60.0] + [0.0] * 7])  # entropies ln 8 and 0
 

@@ -5,6 +5,10 @@ from vllm import SamplingParams
 
 from aepo.vllm import entropy_status
 
+# Entropies of up to ln 260 = 5.6 nats. decode_entropy promises 1e-5 of that (aepo_kernels/testing.py), and the engine's
+# forward pass in float32 adds its own; together it was below 1e-6 nats here. A wrong token or temperature is off by 1e-3.
+NATS = 2e-5
+
 
 def params(key=None, tokens=12, temperature=1.0, **changes):
     extra_args = None if key is None else {"aepo_key": key}
