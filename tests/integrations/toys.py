@@ -6,7 +6,7 @@ from vllm import SamplingParams
 from aepo.vllm import entropy_status
 
 # Entropies of up to ln 260 = 5.6 nats. decode_entropy promises 1e-5 of that (aepo_kernels/testing.py), and the engine's
-# forward pass in float32 adds its own; together it was below 1e-6 nats here. A wrong token or temperature is off by 1e-3.
+# forward pass in float32 adds its own; together it was below 1e-6 nats here. Another token's is off by 1e-3 or more.
 NATS = 2e-5
 
 
