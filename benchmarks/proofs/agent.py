@@ -23,8 +23,8 @@ LONGEST = 10.0  # seconds after which a tool is given up on, as the toolbox does
 
 
 def random_agent() -> LanguageModel:
-    """Vocabulary: 256 bytes and the closing tag. Its logit varies twice as much as others, so that it is the likeliest
-    token now and then."""
+    """Vocabulary: 256 bytes and the closing tag, whose logit varies 2.5 times as much as others, so that it is the
+    likeliest token now and then, after 14 others on average."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={**{byte: i for i, byte in enumerate(alphabet)}, TAG: 256}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -47,7 +47,7 @@ def random_agent() -> LanguageModel:
     )
     model = Qwen3ForCausalLM(config).eval()
     with torch.no_grad():
-        model.lm_head.weight[256] *= 2.0
+        model.lm_head.weight[256] *= 2.5
     return LanguageModel(model, PreTrainedTokenizerFast(tokenizer_object=inner))
 
 
@@ -60,8 +60,8 @@ def questions(count: int) -> list[Question]:
 
 
 class Search:
-    """Answers every call with 50 bytes that depend on the call, after a delay that does: lognormal with this median and
-    this 95th percentile [seconds], 0 for none. Who else calls, and when, changes nothing."""
+    """Answers every call with 24 digits that depend on the call, after a delay that does, too: lognormal with this
+    median and this 95th percentile [seconds], 0 for none. Who else calls, and when, changes nothing."""
 
     stop_strings = (TAG,)
 
@@ -79,7 +79,7 @@ class Search:
         delay = self.delay(call.argument)
         self.seconds += delay
         await asyncio.sleep(delay)
-        return ToolResult(f"{derive_seed('answer', call.argument):050d}", None, delay)
+        return ToolResult(f"{derive_seed('answer', call.argument):024d}", None, delay)
 
     def delay(self, argument: str) -> float:
         """Seconds."""

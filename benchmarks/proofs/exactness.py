@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.proofs.engines import WIDE, entropy, in_process, true_entropies, wide_model
-from benchmarks.proofs.result import Progress, Proof, Table, require, silent
+from benchmarks.proofs.result import Cell, Progress, Proof, Table, require, silent
 
 TEMPERATURES = (0.0, 0.3, 0.6, 1.0, 1.5)
 PROMPT = 8
@@ -25,7 +25,7 @@ def prove(*, vocab: int = WIDE, requests: int = 4, tokens: int = 8, progress: Pr
     llm = in_process(model)
     truth = copy.deepcopy(model).double()
     draw = torch.Generator().manual_seed(0)
-    rows: list[list[str | float | int | None]] = []
+    rows: list[list[Cell]] = []
     worst = 0.0
     for temperature in TEMPERATURES:
         progress(f"{requests} x {tokens} tokens at temperature {temperature}")

@@ -13,9 +13,9 @@ from aepo.rollout.engines.vllm import VLLMEngine
 from aepo.rollout.sampler import Sampler
 from benchmarks.proofs.agent import Search, questions, random_agent
 from benchmarks.proofs.engines import launched
-from benchmarks.proofs.result import Progress, Proof, Table, require, silent
+from benchmarks.proofs.result import Cell, Progress, Proof, Table, require, silent
 
-BASE = RolloutConfig(paths=8, max_tokens=400, max_segment_tokens=48, max_tool_calls=4)
+BASE = RolloutConfig(paths=8, max_tokens=400, max_segment_tokens=64, max_tool_calls=4)
 RULES = {
     "all fresh": replace(BASE, fresh_paths=8),
     "ARPO, 4 fresh": replace(BASE, fresh_paths=4, branch_penalty=0.0),
@@ -45,7 +45,7 @@ def compare(
             for cache, engine in engines.items():
                 progress(f"round {index + 1} of {rounds}: {rule}, {cache} prefix cache")
                 taken.setdefault((rule, cache), []).append(roll(agent, engine, config, count, seed=index))
-    rows: list[list[str | float | int | None]] = []
+    rows: list[list[Cell]] = []
     for (rule, cache), runs in taken.items():
         total = {key: sum(run[key] for run in runs) for key in runs[0]}
         saved = 1 - total["prefilled"] / total["asked"]
@@ -67,8 +67,8 @@ def compare(
                 columns,
                 rows,
                 f"Means of {rounds} rollouts, seconds are their median; tools answer at once. Asked: the whole prefix "
-                "of every segment. Computed: what went through the model before its first new token. Distinct: tokens of "
-                "prompts and tool results, each counted once where paths share it; a cache of whole blocks "
+                "of every segment. Computed: what went through the model before its first new token. Distinct: tokens "
+                "of prompts and tool results, each counted once where paths share it; a cache of whole blocks "
                 "(32 tokens on a CPU) comes near, not below, since it keeps no part of a block.",
             )
         ],

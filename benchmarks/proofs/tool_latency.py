@@ -16,9 +16,9 @@ from aepo.types import RolloutTree
 from benchmarks.proofs.agent import Search, questions, random_agent
 from benchmarks.proofs.engines import Watched, launched
 from benchmarks.proofs.prefix_cache import SETTINGS
-from benchmarks.proofs.result import Progress, Proof, Table, require, silent
+from benchmarks.proofs.result import Cell, Progress, Proof, Table, require, silent
 
-BASE = RolloutConfig(paths=8, max_tokens=400, max_segment_tokens=48, max_tool_calls=3)
+BASE = RolloutConfig(paths=8, max_tokens=400, max_segment_tokens=64, max_tool_calls=3)
 RULES = {
     "all fresh": replace(BASE, fresh_paths=8),
     "ARPO, 4 fresh": replace(BASE, fresh_paths=4, branch_penalty=0.0),
@@ -77,7 +77,7 @@ def compare(
     pairs = zip(runs["all fresh", True], runs["all fresh", False], strict=True)
     same = statistics.mean(same_paths(one.trees, other.trees) for one, other in pairs)
     require(same >= SAME, f"{same:.1%} of the paths have the same tokens in both schedules, expected {SAME:.0%}")
-    rows: list[list[str | float | int | None]] = []
+    rows: list[list[Cell]] = []
     for (rule, lockstep), taken in runs.items():
         wall = statistics.median(run.wall for run in taken)
         means = [statistics.mean(getattr(run, name) for run in taken) for name in ("tokens", "tools", "longest_path")]
