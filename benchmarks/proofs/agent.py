@@ -51,10 +51,12 @@ def random_agent() -> LanguageModel:
     return LanguageModel(model, PreTrainedTokenizerFast(tokenizer_object=inner))
 
 
-def questions(count: int) -> list[Question]:
-    """About 200 bytes each, as a question with instructions has tokens."""
+def questions(count: int, series: str = "") -> list[Question]:
+    """About 180 bytes each. No prefix of one series is one of another, so caches cannot pass anything on."""
     return [
-        Question(f"q{i}", f"Question {i} of {count}: " + "what else is there to be known? " * 5, "", "random", ())
+        Question(
+            f"q{i}", f"{series} Question {i} of {count}: " + "what else is there to be known? " * 5, "", "random", ()
+        )
         for i in range(count)
     ]
 

@@ -9,10 +9,14 @@ from dataclasses import replace
 import torch
 
 from aepo.config import ModelConfig, RolloutConfig, WarmStartConfig
+from aepo.evaluation import heldout_questions
 from aepo.language_model import LanguageModel
+from aepo.models import load_model
 from aepo.rollout.engines.huggingface import HuggingFaceEngine
 from aepo.rollout.sampler import Sampler, Tools
 from aepo.rollout.tree import branches_per_path, path_nodes
+from aepo.tasks.facts import FactsTask
+from aepo.tools.toolbox import ToolBox
 from aepo.types import Question, RolloutTree
 from benchmarks.proofs.agent import Search, questions, random_agent
 from benchmarks.proofs.result import Cell, Progress, Proof, Table, silent
@@ -50,13 +54,8 @@ def prove(*, count: int = 24, sweep: int = 12, progress: Progress = silent) -> P
         toolbox.close()
 
 
-def demo_agent(count: int):
+def demo_agent(count: int) -> tuple[LanguageModel, list[Question], ToolBox]:
     """The trained tiny model, `count` held-out questions of its task, and its tools."""
-    from aepo.evaluation import heldout_questions
-    from aepo.models import load_model
-    from aepo.tasks.facts import FactsTask
-    from aepo.tools.toolbox import ToolBox
-
     task = FactsTask()
     return load_model(ModelConfig(), WarmStartConfig()), heldout_questions(task, count), ToolBox(task.tools)
 
@@ -90,7 +89,7 @@ def compare(cases: Sequence[Case], sweep: int, progress: Progress = silent) -> P
                 f"Branches over paths, k = {cases[0][3].paths}",
                 {"agent": "", "rule": "", **COLUMNS},
                 rules,
-                f"ARPO: {half} paths start fresh, no penalty; then with the penalty of AEPO, 0.05; AEPO: pre-monitoring "
+                f"ARPO: {half} paths start fresh, no penalty; then with AEPO's penalty, 0.05; AEPO: pre-monitoring "
                 "decides how many start fresh. Shares are of all branches: those of each question's busiest path, "
                 "of its busiest three, and of its first path, the one that goes ahead alone in pre-monitoring. "
                 "Questions with <= 3: of those that branch, the ones whose branches left 3 paths or fewer. Longest "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def prove(*, vocab: int = WIDE, requests: int = 4, tokens: int = 8, progress: Pr
     )
 
 
-def generate(llm, prompts: Tensor, temperature: float, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+def generate(llm: Any, prompts: Tensor, temperature: float, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Written tokens [B, tokens], recorded entropies [B, tokens] and log-probs [B, tokens, V] of one batch."""
     from vllm import SamplingParams, TokensPrompt
 
@@ -94,7 +95,7 @@ def generate(llm, prompts: Tensor, temperature: float, tokens: int) -> tuple[Ten
     return written, recorded, torch.stack([_dense(output.logprobs) for output in outputs])
 
 
-def _dense(flat) -> Tensor:
+def _dense(flat: Any) -> Tensor:
     """[tokens, V] float32 of FlatLogprobs of all tokens, in which the sampled one stands in front once more."""
     width = flat.end_indices[0]
     ids, values = torch.tensor(flat.token_ids).view(-1, width), torch.tensor(flat.logprobs).view(-1, width)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from aepo.config import RolloutConfig, VLLMConfig
 from aepo.language_model import LanguageModel
 from aepo.rollout.engines.vllm import VLLMEngine
 from aepo.rollout.sampler import Sampler
+from aepo.types import Question
 from benchmarks.proofs.agent import Search, questions, random_agent
 from benchmarks.proofs.engines import launched
 from benchmarks.proofs.result import Cell, Progress, Proof, Table, require, silent
@@ -44,7 +45,9 @@ def compare(
         for rule, config in RULES.items():
             for cache, engine in engines.items():
                 progress(f"round {index + 1} of {rounds}: {rule}, {cache} prefix cache")
-                taken.setdefault((rule, cache), []).append(roll(agent, engine, config, count, seed=index))
+                taken.setdefault((rule, cache), []).append(
+                    roll(agent, engine, config, questions(count, f"{rule} {index}"), index)
+                )
     rows: list[list[Cell]] = []
     for (rule, cache), runs in taken.items():
         total = {key: sum(run[key] for run in runs) for key in runs[0]}
@@ -75,12 +78,12 @@ def compare(
     )
 
 
-def roll(agent: LanguageModel, engine: VLLMEngine, config: RolloutConfig, count: int, seed: int) -> dict[str, float]:
-    """Tokens and seconds of one rollout batch, which finds nothing of earlier ones in the cache."""
-    (replica,) = engine._alive
-    engine._loop.run(replica._llm.reset_prefix_cache())  # type: ignore[attr-defined]  # it is a LocalReplica
+def roll(
+    agent: LanguageModel, engine: VLLMEngine, config: RolloutConfig, asked: Sequence[Question], seed: int
+) -> dict[str, float]:
+    """Tokens and seconds of one rollout batch."""
     before, start = replace(engine.counters), time.perf_counter()
-    trees = Sampler(engine, Search(), agent, config).rollout(questions(count), seed=seed)
+    trees = Sampler(engine, Search(), agent, config).rollout(asked, seed=seed)
     seconds = time.perf_counter() - start
     after = engine.counters
     return {

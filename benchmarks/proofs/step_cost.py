@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.proofs.engines import WIDE, in_process, true_entropies, wide_model
 from benchmarks.proofs.exactness import LARGEST
@@ -53,7 +54,7 @@ def prove(
             seconds.setdefault((temperature, batch, provider), []).append(per_step)
     columns = {"tokens": "", "B": "d"} | dict.fromkeys(PROVIDERS, ".2f")
     columns |= {f"{OURS} adds": "+.1%", f"{TOP10} adds": "+.1%"}
-    rows = []
+    rows: list[list[Cell]] = []
     for temperature, batch in places:
         ms = [1e3 * statistics.median(seconds[temperature, batch, provider]) for provider in PROVIDERS]
         label = "greedy" if temperature == 0 else "sampled, T = 1"
@@ -68,7 +69,8 @@ def prove(
         "processor. What is added is relative to untracked.",
     )
     return Proof(
-        claim="An exact entropy for every token costs a fraction of what the ten likeliest log-probs cost.",
+        claim="What an exact entropy of every token adds to a decode step, beside the ten likeliest log-probs of the "
+        "published code.",
         checked=f"entropies of every batch that was timed; the largest difference to float64 is {worst:.1e} nats",
         tables=[engine_table, isolated(llm, vocab, batches, rounds, progress)],
     )
@@ -120,6 +122,7 @@ def isolated(llm: Any, vocab: int, batches: Sequence[int], rounds: int, progress
     """The two alone, on the same logits: the processor's apply(), and what vLLM's sampler does for logprobs=10."""
     from vllm import SamplingParams
     from vllm.v1.sample.logits_processor import BatchUpdate
+    from vllm.v1.sample.logits_processor.interface import AddedRequest
     from vllm.v1.sample.sampler import Sampler
 
     from aepo.vllm import EntropyProcessor
@@ -132,13 +135,13 @@ def isolated(llm: Any, vocab: int, batches: Sequence[int], rounds: int, progress
         chosen = logits.argmax(dim=-1)
         processor = EntropyProcessor(llm.llm_engine.vllm_config, torch.device("cpu"))
         tracked = [SamplingParams(max_tokens=8, extra_args={"aepo_key": f"{row}"}) for row in range(batch)]
-        added = [(row, params, [1], []) for row, params in enumerate(tracked)]
+        added: list[AddedRequest] = [(row, params, [1], []) for row, params in enumerate(tracked)]
         processor.update_state(BatchUpdate(batch_size=batch, removed=[], added=added, moved=[]))
 
-        def ours(processor=processor, logits=logits) -> None:
+        def ours(processor: EntropyProcessor = processor, logits: Tensor = logits) -> None:
             processor.apply(logits)
 
-        def top10(logits=logits, chosen=chosen) -> None:
+        def top10(logits: Tensor = logits, chosen: Tensor = chosen) -> None:
             sampler.gather_logprobs(sampler.compute_logprobs(logits), 10, token_ids=chosen)
 
         apply_s, top10_s = in_turn([ours, top10], rounds)
