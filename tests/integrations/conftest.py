@@ -17,6 +17,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
 )
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ import torch
 import triton.backends
 
 from tests.aepo.engine_toys import model, tokenizer
+from tests.integrations.server import served
 
 if not torch.cuda.is_available():  # tests/conftest.py has turned the interpreter on
     backend = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
@@ -74,3 +76,12 @@ def make_llm(model_dir: str, runner: str = "v1", **changes):
 def llm(request, model_dir):
     """One engine per runner for everything that needs no engine of its own. Requests fit in one step's tokens."""
     return make_llm(model_dir, request.param)
+
+
+@pytest.fixture(scope="session")
+def url(model_dir, tmp_path_factory):
+    """A server of the same model; its weights are those of whoever has sent some."""
+    path = tmp_path_factory.mktemp("served")
+    shutil.copytree(model_dir, path, dirs_exist_ok=True)
+    with served(path) as address:
+        yield address
