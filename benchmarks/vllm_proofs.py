@@ -1,8 +1,8 @@
 """Proofs about vLLM with aepo.vllm, each by itself or all in one run. On a CPU.
 
-    python -m benchmarks.vllm_proofs --json benchmarks/results/vllm_proofs_cpu.json
-    python -m benchmarks.vllm_proofs --only step-cost --rounds 5
-    python -m benchmarks.vllm_proofs --markdown benchmarks/results/vllm_proofs_cpu.json
+    python -m benchmarks.vllm_proofs --json proofs.json
+    python -m benchmarks.vllm_proofs --only step-cost,exactness --rounds 5
+    python -m benchmarks.vllm_proofs --markdown proofs.json
 
 Every proof runs in a process of its own, because an engine changes what torch does in the whole process, and with one
 thread per process unless OMP_NUM_THREADS says otherwise. docs/vllm.md says what each one shows.
@@ -48,7 +48,7 @@ PROOFS = {
 
 def main(
     only: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(PROOFS)}; default: all.")] = "",
-    rounds: Annotated[int | None, typer.Option(help="Rounds of whatever is timed; default: 3.", min=1)] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds of whatever is timed; default: 3 or 5.", min=1)] = None,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there.")] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Print this file's tables; no run.")] = None,
 ) -> None:
