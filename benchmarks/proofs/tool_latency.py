@@ -19,11 +19,7 @@ from benchmarks.proofs.prefix_cache import SETTINGS
 from benchmarks.proofs.result import Cell, Progress, Proof, Table, require, silent
 
 BASE = RolloutConfig(paths=8, max_tokens=400, max_segment_tokens=64, max_tool_calls=3)
-RULES = {
-    "all fresh": replace(BASE, fresh_paths=8),
-    "ARPO, 4 fresh": replace(BASE, fresh_paths=4, branch_penalty=0.0),
-    "AEPO": BASE,
-}
+RULES = {"all fresh": replace(BASE, fresh_paths=8), "AEPO": BASE}
 # Trees of both schedules have the same tokens but for a draw that lies on a boundary to the last bits of float32.
 SAME = 0.95
 

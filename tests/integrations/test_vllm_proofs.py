@@ -80,7 +80,7 @@ def test_prefix_cache_and_tool_latency(monkeypatch):
 
         proof = tool_latency.compare(agent, engine, count=2, rounds=1, median=0.02, p95=0.1)
         (table,) = proof.tables
-        assert column(table, "schedule") == ["lock-step", "asynchronous"] * 3
+        assert column(table, "schedule") == ["lock-step", "asynchronous"] * 2
         seconds, longest = column(table, "seconds"), column(table, "tool seconds, longest path")
         assert all(wall > path > 0 for wall, path in zip(seconds, longest, strict=True))
         assert all(0 < share < 1 for share in column(table, "engine in use"))
