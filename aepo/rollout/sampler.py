@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -119,7 +120,7 @@ class _PathState:
     consecutive: int = 0  # steps in a row, up to now, that branched
     parent: int | None = None
     branch_node: int | None = None
-    undecided: list[tuple[int, int, float]] = field(default_factory=list)  # (tool node, step, entropy after it)
+    undecided: deque[tuple[int, int, float]] = field(default_factory=deque)  # (tool node, step, entropy after it)
 
 
 class _Growth:
@@ -147,6 +148,7 @@ class _Growth:
         self._decisions: list[BranchDecision] = []
         self._budget: BudgetDecision | None = None
         self._probing = config.fresh_paths is None
+        self._probe: _PathState | None = None  # the path that went ahead, once it has ended
         # With pre-monitoring the first path goes ahead alone: what it meets decides how many more start fresh.
         self._start_fresh(config.fresh_paths or 1)
 
@@ -184,9 +186,13 @@ class _Growth:
             path.initial_entropy = entropy
         elif path.node != path.branch_node:
             path.undecided.append((path.node, path.step, entropy))
-        path.step += 1
         if not self._probing:
-            self._decide(path)
+            # The path that went ahead takes its turn at every step with the others. Judged at once when its budget is
+            # known it would use up the room: half of all branches left it (16 paths of up to 8 calls, random agent).
+            if self._probe is not None:
+                self._decide(self._probe, path.step)
+            self._decide(path, path.step)
+        path.step += 1
         return node
 
     def may_call(self, path: _PathState) -> bool:
@@ -209,13 +215,20 @@ class _Growth:
             tool_entropies = [entropy for _, _, entropy in path.undecided]
             self._budget = decide_budget(path.initial_entropy, tool_entropies, self._config)
             self._start_fresh(self._budget.fresh_paths - 1)
-            self._decide(path)
-        if len(self.finished) == self._started:  # all have ended: what branching did not use starts fresh
+            self._probe = path
+        while self._all_ended and self._probe is not None and self._probe.undecided:
+            self._decide(self._probe, self._probe.undecided[0][1])  # nobody else has come as far
+        if self._all_ended:  # what branching did not use starts fresh
             self._start_fresh(self.paths - self._started)
 
-    def _decide(self, path: _PathState) -> None:
-        """Judge the tool results that the path has read since it was last judged, in order."""
-        for node, step, entropy in path.undecided:
+    @property
+    def _all_ended(self) -> bool:
+        return len(self.finished) == self._started
+
+    def _decide(self, path: _PathState, last_step: int) -> None:
+        """Judge the tool results up to that step which the path has read since it was last judged, in order."""
+        while path.undecided and path.undecided[0][1] <= last_step:
+            node, step, entropy = path.undecided.popleft()
             decision = decide_branch(
                 path=path.id,
                 node=node,
@@ -231,7 +244,6 @@ class _Growth:
             path.consecutive = path.consecutive + 1 if decision.branched else 0
             if decision.branched:
                 self._start_branch(path, node, step)
-        path.undecided.clear()
 
     def _start_branch(self, parent: _PathState, node: int, step: int) -> None:
         """A sibling that reads the same tool result and goes on by itself.

@@ -136,9 +136,17 @@ def test_probe_sets_the_budget_and_is_one_of_the_fresh_paths() -> None:
     assert (tree.budget.root_entropy, tree.budget.tool_entropy, tree.budget.fresh_paths) == (1.0, 1.0, 4)
     everywhere = one_tree(tools_then(3), settings(paths=8, fresh_paths=None))
     assert sum(path.parent is None for path in everywhere.paths) == 4
-    # The probe's own tool results are judged as soon as the budget is known: alpha = 1 branches at each.
-    assert [decision.path for decision in everywhere.decisions[:3]] == [0, 0, 0]
-    assert [path.parent for path in everywhere.paths[4:7]] == [0, 0, 0]
+    # The path that went ahead is judged when the others come to the same step: alpha = 1 branches at each, until 8.
+    assert [decision.path for decision in everywhere.decisions[:4]] == [0, 1, 2, 3]
+    assert [path.parent for path in everywhere.paths[4:]] == [0, 1, 2, 3]
+    # m = 1: alone it is judged step by step, and its first branch takes part from the second step on.
+    alone = one_tree(
+        lambda text, seed: (tools_then(3)(text, seed)[0], 100.0 * ("[" in text), "stop"),
+        settings(paths=4, fresh_paths=None, branch_gamma=0.0),
+    )
+    assert alone.budget is not None
+    assert alone.budget.fresh_paths == 1
+    assert [path.parent for path in alone.paths] == [None, 0, 0, 1]
     assert one_tree(tools_then(3), settings(paths=8, fresh_paths=4)).budget is None
 
 
