@@ -50,7 +50,14 @@ Shapes = dict[str, tuple[int, ...]]  # of the tensors of a checkpoint, by their 
 
 
 class WeightUpdateError(RuntimeError):
-    """New weights did not reach every replica; the message says which ones, and what they run now."""
+    """New weights did not reach every replica; the message says which ones, and what they run now.
+
+    failures: the errors of those that failed, by name.
+    """
+
+    def __init__(self, message: str, failures: Mapping[str, Exception]) -> None:
+        super().__init__(message)
+        self.failures = dict(failures)
 
 
 class WeightClient(VLLMWeightSyncClient, Protocol):
@@ -314,16 +321,17 @@ class _Replicas:
     def _each(self, what: str, call: Callable[[WeightClient], None]) -> None:
         """All replicas at the same time; all are heard before any failure is reported."""
         if len(self._clients) == 1:  # an engine inside this process stays on its thread
-            failures = {self._clients[0].name: _failure(call, self._clients[0])}
+            results = [_failure(call, self._clients[0])]
         else:
             with ThreadPoolExecutor(len(self._clients)) as pool:
-                results = pool.map(lambda client: _failure(call, client), self._clients)
-                failures = dict(zip((client.name for client in self._clients), results, strict=True))
-        failures = {name: error for name, error in failures.items() if error is not None}
+                results = list(pool.map(lambda client: _failure(call, client), self._clients))
+        outcomes = zip((client.name for client in self._clients), results, strict=True)
+        failures = {name: error for name, error in outcomes if error is not None}
         if failures:
-            raise WeightUpdateError(f"{what} failed on {_listed(failures)}; {self._now_running(what, failures)}")
+            message = f"{what} failed on {_listed(failures)}; {self._now_running(what, failures)}"
+            raise WeightUpdateError(message, failures)
 
-    def _now_running(self, what: str, failures: Mapping[str, Exception | None]) -> str:
+    def _now_running(self, what: str, failures: Mapping[str, Exception]) -> str:
         others = [client.name for client in self._clients if client.name not in failures]
         if what == "finish_weight_update":
             return f"{', '.join(others) or 'no replica'} has version {self.version}: send again or restart"
@@ -347,7 +355,7 @@ def _failure(call: Callable[[WeightClient], None], client: WeightClient) -> Exce
     return None
 
 
-def _listed(failures: Mapping[str, Exception | None]) -> str:
+def _listed(failures: Mapping[str, Exception]) -> str:
     return "; ".join(f"replica {name} ({type(error).__name__}: {error})" for name, error in failures.items())
 
 

@@ -1,4 +1,4 @@
-"""Rollouts on two real vLLM engines, each in processes of its own: the same trees as the transformers engine, exact
+"""Rollouts on three real vLLM engines, each in processes of its own: the same trees as the transformers engine, exact
 numbers, no waiting, weights, and what happens when something breaks. The last tests kill the engines.
 """
 
@@ -95,7 +95,7 @@ def engine(model, model_dir, tmp_path_factory):
         (path / file.name).write_bytes(file.read_bytes())
     vllm.envs.disable_envs_cache()
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_USE_V2_MODEL_RUNNER="0")
-    settings = VLLMConfig(replicas=2, max_num_seqs=16, enforce_eager=True, kv_cache_gib=0.05)
+    settings = VLLMConfig(replicas=3, max_num_seqs=16, enforce_eager=True, kv_cache_gib=0.05)
     made = VLLMEngine.launch(path, eos_ids=[EOS], vocab_size=VOCAB, model=model, settings=settings, version=7, seed=0)
     yield made
     made.close()
@@ -151,7 +151,7 @@ def test_logprobs_and_entropies_are_the_models_own(model, engine) -> None:
     ]
     for _ in range(3):
         results = generate(engine, *wave)
-        assert len({engine._homes[one.group].name for one in wave}) == 2
+        assert len({engine._homes[one.group].name for one in wave}) == 3
         for asked, got in zip(wave, results, strict=True):
             assert got.version == 7
             assert_is_the_models_own(truth, asked, got, EXACT)
@@ -300,7 +300,7 @@ def test_a_rollout_survives_a_killed_replica_and_keeps_what_is_finished_without_
     """In this order, since nothing brings an engine back."""
     sampler = Sampler(engine, Tools(), Bytes(), replace(CONFIG, fresh_paths=4))
     expected = Sampler(engine, Tools(), Bytes(), replace(CONFIG, fresh_paths=4)).rollout(questions(6), seed=1)
-    first, second = engine_processes()
+    first, second, third = engine_processes()
 
     def kill_at(process: int, finished: int):
         def progress(done: int, total: int) -> None:
@@ -311,17 +311,19 @@ def test_a_rollout_survives_a_killed_replica_and_keeps_what_is_finished_without_
 
     trees = sampler.rollout(questions(6), seed=1, progress=kill_at(first, 2))
     assert [shape(tree) for tree in trees] == [shape(tree) for tree in expected]
-    assert len(engine._alive) == 1
+    assert len(engine._alive) == 2
     assert_nothing_is_left(engine)
+    os.kill(second, signal.SIGKILL)
     engine.refresh(9)
+    assert len(engine._alive) == 1
     (got,) = generate(engine, request([1]))
     assert got.version == 9
     engine.release()
 
     with pytest.raises(
-        RolloutError, match=r"no vLLM replica is left of replica \d, replica \d; .* process has died"
+        RolloutError, match=r"no vLLM replica is left of( replica \d,?){3}; .* process has died"
     ) as caught:
-        sampler.rollout(questions(6), seed=1, progress=kill_at(second, 3))
+        sampler.rollout(questions(6), seed=1, progress=kill_at(third, 3))
     assert isinstance(caught.value.__cause__, ReplicaGoneError)
     kept = 4 * len(caught.value.trees) + sum(map(len, caught.value.trajectories.values()))
     assert kept >= 3

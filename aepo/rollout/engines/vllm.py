@@ -323,16 +323,27 @@ class VLLMEngine:
     def refresh(self, version: int) -> None:
         """Send the model's weights to all replicas that are left, which drop what they have cached under the old ones.
 
-        RuntimeError: the engine was made without a model, or a replica failed to take the weights.
+        A replica that turns out to be gone is left out from then on, as in a rollout. RuntimeError: the engine was made
+        without a model, or a replica failed to take the weights.
         """
         if self._model is None:
             raise RuntimeError("this engine was made with model=None: there are no weights to send")
-        if self._sender is None:
-            from aepo.vllm.weights import WeightSender
+        from aepo.vllm.weights import WeightSender, WeightUpdateError
 
-            clients = [replica.weight_client(self._loop) for replica in self._alive]
-            self._sender = WeightSender(clients, self._model, self._weights_dir)
-        self._sender.send(version)
+        while True:
+            try:
+                if self._sender is None:
+                    clients = [replica.weight_client(self._loop) for replica in self._alive]
+                    self._sender = WeightSender(clients, self._model, self._weights_dir)
+                self._sender.send(version)
+                break
+            except WeightUpdateError as error:
+                gone = {name: e for name, e in error.failures.items() if isinstance(e, ReplicaGoneError)}
+                if not gone or len(gone) == len(self._alive):
+                    raise
+                for replica in self._alive:
+                    if replica.name in gone:
+                        self._lose(replica, gone[replica.name])
         self.version = version
 
     def close(self) -> None:

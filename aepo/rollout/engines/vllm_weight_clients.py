@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import httpx
+import requests
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
 from vllm.v1.engine.async_llm import AsyncLLM
+
+from aepo.rollout.engines.vllm import ReplicaGoneError
 
 
 class LocalWeightClient:
@@ -45,6 +47,13 @@ class RemoteWeightClient(HTTPVLLMWeightSyncClient):
         super().__init__(url)
         self.name = url
 
+    def _post(self, path: str, json: dict[str, Any] | None = None) -> None:
+        try:
+            super()._post(path, json)
+        except requests.ConnectionError as error:
+            raise ReplicaGoneError(f"{self.name} does not answer: {error}") from error
+
     def reset_prefix_cache(self) -> bool:
-        response = httpx.post(f"{self.base_url}/reset_prefix_cache", timeout=self.timeout)
-        return response.raise_for_status().json()["success"]
+        response = requests.post(f"{self.base_url}/reset_prefix_cache", timeout=self.timeout)
+        response.raise_for_status()
+        return response.json()["success"]
