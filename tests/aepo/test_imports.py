@@ -28,7 +28,12 @@ FLOORS = (
     ("aepo.models",),
     ("aepo.rollout",),
     ("aepo.vllm",),
-    ("aepo.rollout.engines.vllm", "aepo.rollout.engines.vllm_local", "aepo.rollout.engines.vllm_remote"),
+    (
+        "aepo.rollout.engines.vllm",
+        "aepo.rollout.engines.vllm_local",
+        "aepo.rollout.engines.vllm_remote",
+        "aepo.rollout.engines.vllm_weight_clients",
+    ),
     ("aepo.packing", "aepo.advantages", "aepo.loss", "aepo.nonfinite"),
     ("aepo.metrics", "aepo.run_log", "aepo.checkpoint", "aepo.display", "aepo.interrupt"),
     ("aepo.learner", "aepo.evaluation", "aepo.engine_factory"),

@@ -226,13 +226,14 @@ class VLLMEngine:
 
     async def _generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         work = [asyncio.ensure_future(self._segment(request)) for request in requests]
-        self._running.update(work)
+        for task in work:
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
         try:
             return await asyncio.gather(*work)
         finally:
             for task in work:
                 task.cancel()
-            self._running.difference_update(work)
 
     async def _segment(self, request: GenerationRequest) -> Generation:
         aborts = 0
@@ -307,9 +308,10 @@ class VLLMEngine:
         self._loop.run(self._release())
 
     async def _release(self) -> None:
-        for task in self._running:
+        running = list(self._running)
+        for task in running:
             task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        await asyncio.gather(*running, return_exceptions=True)
         for replica in self._replicas:
             keys = [key for key, holder in self._open.items() if holder is replica]
             if keys and replica.name not in self._gone:

@@ -155,3 +155,4 @@ class LocalReplica:
             raise ReplicaGoneError(f"{self.name}: the engine's process has died") from error
         finally:
             task.cancel()
+            await asyncio.wait({task})  # until a request is aborted: only then has it no record any more
