@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import triton
+from packaging import version
 from vllm.sampling_params import StructuredOutputsParams
 
 from aepo.vllm import EntropyError, entropy_status, fetch_decisions, fetch_entropies, forget_entropies
@@ -74,6 +76,9 @@ def test_penalties_and_biases_do_not_count(llm, truth):
 @pytest.mark.parametrize("grammar", [False, True])
 def test_masks(llm, truth, grammar):
     """A grammar's mask counts in both runners, a request's list of tokens only in the one that applies it earlier."""
+    interpreted = entropy_status(llm)["runner"] == "v2" and not torch.cuda.is_available()
+    if grammar and interpreted and version.parse(triton.__version__) >= version.parse("3.9"):
+        pytest.skip("vLLM's grammar kernel has an integer mask, which the interpreter of Triton 3.9 refuses")
     mask = {"structured_outputs": StructuredOutputsParams(regex="[ab]{8,9}")} if grammar else {"allowed_token_ids": AB}
     (prompt,) = prompts(6)
     (done,) = generate(llm, [prompt], [params("k", 8, 0.9, **mask)])
