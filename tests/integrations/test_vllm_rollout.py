@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from aepo.rollout.engine import GenerationRequest
 from aepo.rollout.engines.vllm import ReplicaGoneError, VLLMEngine
 from aepo.rollout.sampler import RolloutError, Sampler
 from aepo.rollout.tree import path_nodes
+from aepo.tools.toolbox import ToolBox
 from aepo.types import Question, RolloutTree, TokenIds, ToolCall, ToolResult
 from tests.aepo.engine_toys import EOS, TAG, VOCAB, assert_is_the_models_own, prompts, request
 from tests.aepo.engine_toys import engine as transformers_engine
@@ -201,6 +203,30 @@ def test_a_slow_tool_holds_up_its_own_path_alone(engine) -> None:
     sampler = Sampler(engine, Tools(others), Bytes(), replace(CONFIG, fresh_paths=4))
     trees = sampler.rollout(questions(4), seed=1, progress=progress)
     assert sum(node.source == "tool" for tree in trees for node in tree.nodes) > 10
+
+
+def test_a_tool_service_that_is_down_is_told_to_the_model(engine) -> None:
+    """Nothing listens on the port. Every call fails, every path goes on with an error text and ends as paths do."""
+
+    class Down:
+        name, timeout = "search", 5.0
+
+        def __call__(self, argument: str) -> str:
+            return httpx.get(f"http://127.0.0.1:9/{argument}").text
+
+    class DownTools(Tools):
+        box = ToolBox([Down()])
+
+        async def run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
+            return await self.box.run(calls)
+
+    trees = Sampler(engine, DownTools(), Bytes(), replace(CONFIG, max_tokens=200)).rollout(questions(3), seed=1)
+    results = [node.result for tree in trees for node in tree.nodes if node.result and node.call]
+    assert len(results) > 6
+    refused = "error: httpx.ConnectError: [Errno 111] Connection refused"
+    assert {(result.error, result.text) for result in results} == {("raised", refused)}
+    assert all(len(tree.paths) == 4 for tree in trees)
+    assert_nothing_is_left(engine)
 
 
 def test_branches_find_their_prefix_in_the_cache(engine) -> None:
