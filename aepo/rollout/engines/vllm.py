@@ -13,6 +13,7 @@ import asyncio
 import itertools
 import logging
 import math
+import os
 import threading
 import uuid
 from collections import Counter
@@ -162,6 +163,7 @@ class VLLMEngine:
         model_dir: weights, configuration and tokenizer, as transformers saves them. model: the one being trained, whose
         weights `refresh` sends; None: they never change. ModuleNotFoundError: vLLM is not installed.
         """
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # 100 lines at a start, between those of the trainer
         from aepo.rollout.engines.vllm_local import start_replicas
 
         loop = LoopThread()
