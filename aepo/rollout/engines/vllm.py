@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from aepo.vllm.weights import WeightClient, WeightSender
 
 logger = logging.getLogger(__name__)
+LOGPROBS_MODE = "processed_logprobs"  # of vLLM: at the request's temperature
 ABORTS = 3  # of one request, by whoever else steers the engine, before the rollout is given up
 
 FinishReason = Literal["stop", "eos", "length", "abort"]
@@ -393,6 +394,22 @@ class EntropyReader:
                     if not answer.done():
                         answer.set_result((found.entropies[key], found.version))
         self._task = None
+
+
+def sampling_settings(request: GenerationRequest, eos_ids: Sequence[int]) -> dict[str, Any]:
+    """Of one segment, in the names that vLLM's SamplingParams and its completions share."""
+    return {
+        "temperature": request.temperature,
+        "max_tokens": request.max_new_tokens,
+        "seed": request.seed >> 1,  # vLLM's are signed
+        "stop": list(request.stop),
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,  # tags may be special tokens
+        "spaces_between_special_tokens": False,
+        "ignore_eos": True,  # exactly these end a text:
+        "stop_token_ids": list(eos_ids),
+        "logprobs": 0,  # of the sampled token alone
+    }
 
 
 def finish_reason(reason: str | None, stopped_by: int | str | None) -> FinishReason:

@@ -17,7 +17,15 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from aepo.config import VLLMConfig
 from aepo.rollout.engine import GenerationRequest
-from aepo.rollout.engines.vllm import Completion, LoopThread, Recorded, ReplicaGoneError, finish_reason
+from aepo.rollout.engines.vllm import (
+    LOGPROBS_MODE,
+    Completion,
+    LoopThread,
+    Recorded,
+    ReplicaGoneError,
+    finish_reason,
+    sampling_settings,
+)
 from aepo.rollout.engines.vllm_weight_clients import LocalWeightClient
 from aepo.vllm import entropy_status_async, fetch_entropies_async, forget_entropies_async
 from aepo.vllm.weights import BACKEND
@@ -73,7 +81,7 @@ def engine_args(model_dir: Path, settings: VLLMConfig, seed: int) -> AsyncEngine
         enforce_eager=settings.enforce_eager,
         seed=seed,
         generation_config="vllm",  # not the model's: its top-p would change the distribution that is trained on
-        logprobs_mode="processed_logprobs",  # at the request's temperature
+        logprobs_mode=LOGPROBS_MODE,
         logits_processors=["aepo.vllm:EntropyProcessor"],
         worker_extension_cls="aepo.vllm.EntropyWorkerExtension",
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
@@ -115,16 +123,7 @@ class LocalReplica:
 
     def _sampling(self, request: GenerationRequest, key: str) -> SamplingParams:
         return SamplingParams(
-            temperature=request.temperature,
-            max_tokens=request.max_new_tokens,
-            seed=request.seed >> 1,  # vLLM's are signed
-            stop=list(request.stop),
-            include_stop_str_in_output=True,
-            skip_special_tokens=False,  # tags may be special tokens
-            spaces_between_special_tokens=False,
-            ignore_eos=True,  # exactly these end a text:
-            stop_token_ids=self._eos_ids,
-            logprobs=0,  # of the sampled token alone
+            **sampling_settings(request, self._eos_ids),
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args={"aepo_key": key},
         )

@@ -9,14 +9,21 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from aepo.rollout.engine import GenerationRequest
-from aepo.rollout.engines.vllm import Completion, LoopThread, Recorded, ReplicaGoneError, finish_reason
+from aepo.rollout.engines.vllm import (
+    LOGPROBS_MODE,
+    Completion,
+    LoopThread,
+    Recorded,
+    ReplicaGoneError,
+    finish_reason,
+    sampling_settings,
+)
 
 if TYPE_CHECKING:
     from aepo.vllm.weights import WeightClient
 
 # Reading waits as long as generating takes; connecting to a server that is there does not.
 TIMEOUT = httpx.Timeout(None, connect=10.0)
-LOGPROBS_MODE = "processed_logprobs"  # at the request's temperature
 
 
 class RemoteReplica:
@@ -56,15 +63,7 @@ class RemoteReplica:
         body = {
             "model": self._model,
             "prompt": list(request.token_ids),
-            "temperature": request.temperature,
-            "max_tokens": request.max_new_tokens,
-            "seed": request.seed >> 1,  # vLLM's are signed
-            "stop": list(request.stop),
-            "include_stop_str_in_output": True,
-            "skip_special_tokens": False,  # tags may be special tokens
-            "spaces_between_special_tokens": False,
-            "ignore_eos": True,  # exactly these end a text:
-            "stop_token_ids": self._eos_ids,
+            **sampling_settings(request, self._eos_ids),
             # The server's defaults may be those of the model's generation_config: nothing but the temperature may act.
             "top_p": 1.0,
             "top_k": 0,
@@ -72,7 +71,6 @@ class RemoteReplica:
             "repetition_penalty": 1.0,
             "frequency_penalty": 0.0,
             "presence_penalty": 0.0,
-            "logprobs": 0,  # of the sampled token alone
             "return_token_ids": True,
             "vllm_xargs": {"aepo_key": key},
         }
