@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from aepo.config import PolicyConfig
 from aepo.types import TokenIds, Trajectory
+
+EQUAL_REWARDS = 4 * 2.0**-23
+"""Relative difference up to which rewards count as equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ def make_samples(
     per_path = batch_advantages(shaped) if settings.kind == "batch" else [group_advantages(r) for r in shaped]
     samples = []
     for q, group in enumerate(groups):
-        if settings.drop_equal_groups and _all_equal(shaped[q]):
+        if settings.drop_equal_groups and rewards_equal(shaped[q]):
             continue
         steps = step_advantages(group, shaped[q], settings.step_discount) if settings.kind == "gigpo" else None
         for j, trajectory in enumerate(group):
@@ -95,11 +98,22 @@ def make_samples(
 
 def group_advantages(rewards: Sequence[float]) -> list[float]:
     """(R - mean) / unbiased std over one group; all 0 where the rewards are equal or there is only one."""
-    # Compared exactly: the mean of equal floats can be off by one bit, and 1e-17 / 1e-17 is not 0.
-    if _all_equal(rewards):
+    if rewards_equal(rewards):
         return [0.0] * len(rewards)
-    mean, std = _mean_std(rewards)
-    return [(reward - mean) / std for reward in rewards]
+    size = max(map(abs, rewards))  # divided by it, no square overflows or underflows
+    mean, std = _mean_std([reward / size for reward in rewards])
+    return [(reward / size - mean) / std for reward in rewards]
+
+
+def rewards_equal(rewards: Sequence[float]) -> bool:
+    """Whether all rewards are the same number up to rounding, as 0.1 + 0.2 and 0.3 are. Scaled to a std of 1, that
+    rounding would be a full advantage. Rewards are often sums in float32, so four of its ulps of the largest are no
+    difference, and nothing below 1e-100 is."""
+    if not rewards:
+        return True
+    size = max(map(abs, rewards))
+    half_spread = max(rewards) / 2 - min(rewards) / 2  # the whole one may overflow
+    return half_spread <= max(EQUAL_REWARDS * size, 1e-100) / 2
 
 
 def batch_advantages(rewards: Sequence[Sequence[float]]) -> list[list[float]]:
@@ -134,10 +148,6 @@ def overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
 def _mean_std(values: Sequence[float]) -> tuple[float, float]:
     mean = math.fsum(values) / len(values)
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-
-
-def _all_equal(values: Sequence[Hashable]) -> bool:
-    return all(value == values[0] for value in values)
 
 
 def _length(trajectory: Trajectory) -> int:

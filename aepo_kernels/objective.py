@@ -16,6 +16,10 @@ RATIO_LEVELS = ("token", "sequence")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant")
 
+ENTROPY_NOISE_ULPS = 8
+"""Entropies whose standard deviation is at most this many ulps of their mean are equal, and scale no advantage: such a
+difference is rounding (the kernels' entropies are right to 3e-7, 2.5 ulps), and divided by itself it would be noise."""
+
 
 class Terms(NamedTuple):
     """An objective as the numbers that the `policy_terms` kernels take, in their order."""
@@ -53,7 +57,8 @@ class PolicyObjective:
     ratio_level: Literal["token", "sequence"] = "token"
     """One ratio per token, or per sequence: exp of the mean log-ratio of its valid tokens (GSPO)."""
     entropy_advantage: float = 0.0
-    """a: advantages are multiplied by 1 + a (H - mean H) / std H, H detached. 0: off, entropies are not needed."""
+    """a: advantages are multiplied by 1 + a (H - mean H) / std H, H detached; by 1 where the entropies are equal up to
+    rounding. 0: off, entropies are not needed."""
     clamp_entropy_factor: bool = False
     """Keep that factor at 0 or above, so that no advantage changes its sign."""
     entropy_bonus: float = 0.0

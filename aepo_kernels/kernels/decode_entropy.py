@@ -40,7 +40,9 @@ def _inverse_temperature(temperatures_ptr, row, inv_temperature):
     if temperatures_ptr is not None:
         temperature = tl.load(temperatures_ptr + row)
         valid = (temperature > 0) & (temperature < float("inf"))
-        inv_temperature = 1 / tl.where(valid, temperature, float("nan"))
+        # At the ends of float32 the inverse would be 0 or inf, and beside a logit of -inf or the maximum NaN.
+        temperature = tl.minimum(tl.maximum(temperature, 1e-37), 1e37)
+        inv_temperature = tl.where(valid, 1 / temperature, float("nan"))
     return inv_temperature
 
 

@@ -16,12 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aepo_kernels.objective import ENTROPY_NOISE_ULPS
+
 BLOCK = 1024
 NUM_WARPS = 8
 
 # Columns of a program's partial sums: first the metrics in the order of reference.policy_terms.METRICS.
 CLIP_HIGH, CLIP_LOW, DUAL_CLIP, RATIO_MEAN, RATIO_MAX, APPROX_KL = (tl.constexpr(i) for i in range(6))
 ENTROPY_MEAN, ENTROPY_STD, FLIPS, KL, VALID = (tl.constexpr(i) for i in range(6, 11))
+NOISE = tl.constexpr(ENTROPY_NOISE_ULPS * 2.0**-23)  # of the mean, in float32
 NUM_METRICS, LOSS, COLUMNS = tl.constexpr(11), tl.constexpr(11), tl.constexpr(16)
 
 
@@ -68,10 +71,23 @@ def _mean_std(moments_ptr, blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _excess(x):
+    """exp(x) - 1 - x, which is inf at inf, where the difference would be NaN."""
+    return tl.where(x == float("inf"), x, tl.exp(x) - 1 - x)  # float64: exact to 2e-16 where it is about x^2 / 2
+
+
+@triton.jit
+def _product(a, b, c, visible):
+    """a b c, where a factor of 0 makes the product 0, also beside an infinite one, except that NaN stays."""
+    zero = ((a == 0) | (b == 0) | (c == 0)) & (visible == 0)
+    return tl.where(zero, 0.0, a * b * c)
+
+
+@triton.jit
 def _kl(x, estimator):
     """The estimator k1, k2 or k3 of KL(policy || reference) and its slope in logprob; x = ref_logprob - logprob."""
-    growth = tl.exp(x) - 1  # float64: exact to 2e-16 where k3 is of the order x^2 / 2
-    kl = tl.where(estimator == 1, -x, tl.where(estimator == 2, x * x / 2, growth - x))
+    growth = tl.exp(x) - 1
+    kl = tl.where(estimator == 1, -x, tl.where(estimator == 2, x * x / 2, _excess(x)))
     return kl, tl.where(estimator == 1, 1.0, tl.where(estimator == 2, -x, -growth))
 
 
@@ -136,6 +152,7 @@ def policy_terms_kernel(
             mean, std = tl.load(entropy_stats_ptr).to(tl.float64), tl.load(entropy_stats_ptr + 1).to(tl.float64)
         else:
             mean, std = _mean_std(moments_ptr, blocks, BLOCK)
+        std = tl.where(std <= NOISE * tl.abs(mean), 0.0, std)  # equal: their factor is 1
 
     column = tl.arange(0, COLUMNS)
     sums = tl.zeros((COLUMNS,), tl.float64)
@@ -163,21 +180,25 @@ def policy_terms_kernel(
         above, below = ratio > high, ratio < low
         if DETACHED_RATIO:
             slope = tl.where(above, high, tl.where(below, low, ratio))
-            policy = -slope * advantage * logprob
+            value = slope
         else:
             above, below = (advantage > 0) & above, (advantage < 0) & below
             beyond = (advantage < 0) & (ratio > dual_clip)
             slope = tl.where(above, grad_high, tl.where(beyond, 0.0, tl.where(below, grad_low, ratio)))
-            policy = -advantage * tl.where(above, high, tl.where(beyond, dual_clip, tl.where(below, low, ratio)))
+            value = tl.where(above, high, tl.where(beyond, dual_clip, tl.where(below, low, ratio)))
             sums += _sum_in(column, DUAL_CLIP, valid & beyond)
+        visible = (logprob != logprob) | (old_logprob != old_logprob) | ~(tl.abs(advantage) < float("inf"))
+        importance = tl.full((BLOCK,), 1.0, tl.float64)
         if rollout_logprobs_ptr is not None:
-            importance = tl.exp(old_logprob - _load(rollout_logprobs_ptr, token, valid))
+            rollout_logprob = _load(rollout_logprobs_ptr, token, valid)
+            importance = tl.exp(old_logprob - rollout_logprob)
             importance = tl.where(importance > importance_cap, importance_cap, importance)
-            policy *= importance
-            slope *= importance
+            visible |= rollout_logprob != rollout_logprob
 
-        term = policy
-        grad = tl.where(valid, -weight * advantage * slope, 0.0)
+        term = _product(-advantage, value, importance, visible)
+        if DETACHED_RATIO:
+            term = _product(term, logprob, 1.0, visible)
+        grad = tl.where(valid, weight * _product(-advantage, slope, importance, visible), 0.0)
         if (cu_seqlens_ptr is not None) and (not DETACHED_RATIO):
             shared += grad
             grad = tl.zeros((BLOCK,), tl.float64)
@@ -196,7 +217,7 @@ def policy_terms_kernel(
         sums += _sum_in(column, CLIP_HIGH, valid & above)
         sums += _sum_in(column, CLIP_LOW, valid & below)
         sums += _sum_in(column, RATIO_MEAN, tl.where(valid, ratio, 0.0))
-        sums += _sum_in(column, APPROX_KL, tl.exp(log_ratio) - 1 - log_ratio)
+        sums += _sum_in(column, APPROX_KL, _excess(log_ratio))
         sums += _sum_in(column, VALID, valid)
         ratio_max = tl.maximum(ratio_max, tl.where(valid, ratio, 0.0))
     sums += tl.where(column == RATIO_MAX, tl.max(ratio_max, 0), 0.0)

@@ -1,5 +1,5 @@
 """Checks of arguments, shared by the operations. They read shapes and dtypes only, so torch.compile can trace them;
-the two that read values (`check_labels`, `check_cu_seqlens`) run inside the registered operations, and only for CPU
+those that read values (`check_labels`, `check_mask`, `check_cu_seqlens`) run inside the registered operations, and only for CPU
 tensors, where they cost no synchronisation."""
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30
+"""Inside, float32 holds the inverse temperature, and its product with every coefficient of a loss."""
 
 
 def check_float_tensor(name: str, x: Tensor) -> None:
@@ -57,6 +60,18 @@ def check_temperature(temperature: float) -> None:
         raise TypeError(f"temperature must be a float; got {type(temperature).__name__}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be > 0 and finite; got {temperature}")
+    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+        raise ValueError(f"temperature must be in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}]; got {temperature}")
+
+
+def check_mask(mask: Tensor) -> None:
+    """A floating-point mask holds zeros and ones alone. Reads values: CPU tensors only."""
+    wrong = mask[(mask != 0) & (mask != 1)]
+    if len(wrong):
+        raise ValueError(
+            f"mask must hold 0 and 1 alone where it is floating point; got {wrong[0].item()}. "
+            "Weights of tokens belong into advantages"
+        )
 
 
 def check_labels(labels: Tensor, skipped: Tensor, vocab: int) -> None:

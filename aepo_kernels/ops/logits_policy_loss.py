@@ -8,10 +8,12 @@ Registers aepo::logits_policy_loss; the backward is that of `logprobs_and_entrop
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.function import once_differentiable
 
 from aepo_kernels import backend as backends
@@ -59,6 +61,16 @@ def _logits_policy_loss_fake(
     return loss, metrics, grad_logprobs, grad_entropy, *stats
 
 
+def _is_traced(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() or isinstance(x, FunctionalTensor)
+
+
+def _others_unseen() -> bool:
+    """Whether tensors are being saved through hooks: then PyTorch checks no versions when they are used again, and who
+    saved the logits before would silently get what an in-place backward wrote over them."""
+    return not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 class _LogitsPolicyLoss(torch.autograd.Function):
     """(logits, labels, temperature, shard, in place, *policy_args) -> (loss, metrics), differentiable in logits."""
 
@@ -75,6 +87,13 @@ class _LogitsPolicyLoss(torch.autograd.Function):
         loss, metrics, *saved = torch.ops.aepo.logits_policy_loss(logits, labels, temperature, *shard, *policy_args)
         ctx.save_for_backward(logits, labels, *saved)
         ctx.settings = (temperature, rows.NO_LABEL, policy_args[-1])
+        if inplace_backward and _others_unseen():
+            warnings.warn(
+                "inplace_backward=True: saved-tensor hooks are active (activation checkpointing or offloading), under "
+                "which PyTorch cannot tell who else needs the logits; their gradient gets a tensor of its own",
+                stacklevel=3,
+            )
+            inplace_backward = False
         ctx.inplace, ctx.has_bonus, ctx.others = inplace_backward, policy_args[ENTROPY_BONUS] != 0, len(policy_args)
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
@@ -85,8 +104,10 @@ class _LogitsPolicyLoss(torch.autograd.Function):
         logits, labels, grad_logprobs, grad_entropy, *stats = ctx.saved_tensors
         coefficients = (grad_loss * grad_logprobs, grad_loss * grad_entropy if ctx.has_bonus else None)
         if ctx.inplace:
-            torch.ops.aepo.logits_grad_(logits, labels, *stats, *coefficients, *ctx.settings)
-            grad = logits.detach()
+            # The graph of a compiler has no version counters, so nobody would notice who else needs the logits. A copy
+            # is right whoever does, and where nobody does the compiler writes it over the logits (inductor of 2.13).
+            grad = logits.clone() if _is_traced(logits) else logits.detach()
+            torch.ops.aepo.logits_grad_(grad, labels, *stats, *coefficients, *ctx.settings)
         else:
             grad = torch.ops.aepo.logits_grad(logits, labels, *stats, *coefficients, *ctx.settings)
         return grad, None, None, None, None, *[None] * ctx.others
@@ -119,8 +140,11 @@ def logits_policy_loss(
 
     inplace_backward=True lets the backward write the gradient over the logits: no second [T, V] tensor exists. The
     logits must then not be needed afterwards: whoever saved them for another backward gets PyTorch's error about an
-    inplace modification, and so does a second backward through this loss. Under torch.compile the memory is saved too,
-    for one more pass over the logits (inductor of 2.13).
+    inplace modification, and so does a second backward through this loss. Under torch.compile others may need them, and
+    where nobody does the memory is saved too, for one more pass over the logits (inductor of 2.13). Under saved-tensor
+    hooks (checkpointing or offloading around the loss) the gradient gets a tensor of its own, with a warning. Hooks
+    around the model alone hide from PyTorch, and from this function, who saved the logits: if an operation with saved
+    result (tanh, softmax, ..) made them, leave inplace_backward off.
 
     `process_group` and `vocab_start` shard the vocabulary as in `logprobs_and_entropy`; all that is per token is the
     same on every rank, and so are loss and metrics.

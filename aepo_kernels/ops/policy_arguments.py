@@ -42,14 +42,15 @@ def policy_arguments(
     """The arguments of a call whose tokens have this shape and lie beside `like`, in the order of POLICY_ARGS."""
     if not isinstance(objective, PolicyObjective):
         raise TypeError(f"objective must be a PolicyObjective, e.g. PolicyObjective.preset('aepo'); got {objective!r}")
+    advantages = _per_token(advantages, shape)
     per_token = {"old_logprobs": old_logprobs, "advantages": advantages}
     optional = {"ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs}
     for name, x in (per_token | {name: x for name, x in optional.items() if x is not None}).items():
         check_like(name, x, "the tokens", shape, like.device)
         check_float_tensor(name, x)
     check_like("mask", mask, "the tokens", shape, like.device)
-    if mask.is_floating_point() or mask.is_complex():
-        raise TypeError(f"mask must be bool or integer, non-zero = the token counts; got {mask.dtype} (pass mask != 0)")
+    if mask.is_complex():
+        raise TypeError(f"mask must be bool, integer or floating point with zeros and ones; got {mask.dtype}")
     if cu_seqlens is not None:
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1:
             raise TypeError("cu_seqlens must be a 1-D integer tensor [N + 1]")
@@ -73,6 +74,15 @@ def policy_arguments(
     others = (ref_logprobs, rollout_logprobs, cu_seqlens, stats, share)
     sequence_ratio = objective.ratio_level == "sequence"
     return (old_logprobs, advantages, mask, *others, objective.aggregation, sequence_ratio, *objective.terms(), backend)
+
+
+def _per_token(advantages: Tensor, shape: torch.Size) -> Tensor:
+    """Advantages of [B, L] tokens, also where each sequence has one: [B] or [B, 1]."""
+    if not isinstance(advantages, Tensor) or len(shape) < 2 or advantages.shape == shape:
+        return advantages
+    if advantages.shape == shape[:-1]:
+        advantages = advantages[..., None]
+    return advantages.expand(shape) if advantages.shape == (*shape[:-1], 1) else advantages
 
 
 def _scalar(name: str, x: float | Tensor, like: Tensor, minimum: float = -math.inf) -> Tensor:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from aepo_kernels import backend as backends
 from aepo_kernels.objective import PolicyObjective
 from aepo_kernels.ops.aggregation import token_weights
-from aepo_kernels.ops.checks import check_cu_seqlens, check_float_tensor, check_like
+from aepo_kernels.ops.checks import check_cu_seqlens, check_float_tensor, check_like, check_mask
 from aepo_kernels.ops.policy_arguments import ENTROPY_BONUS, POLICY_ARGS, policy_arguments
 from aepo_kernels.ops.rows import acc_dtype
 from aepo_kernels.reference.policy_terms import METRICS
@@ -96,6 +96,10 @@ def policy_tensors(
     if denominator is not None and denominator.device.type == "cpu" and not 0 < denominator.item() < math.inf:
         raise ValueError(f"denominator must be > 0 and finite; got {denominator.item()}")
     weight = token_weights(mask.reshape(-1) != 0, cu_seqlens, aggregation, denominator, acc)
+    if mask.is_floating_point():  # 0.5 is neither: an error where values can be read at no cost, else a NaN loss
+        if mask.device.type == "cpu":
+            check_mask(mask)
+        weight = weight.masked_fill((mask.reshape(-1) != 0) & (mask.reshape(-1) != 1), torch.nan)
     return PolicyTensors(
         flat(old_logprobs),
         flat(advantages),
@@ -193,7 +197,9 @@ def policy_loss(
     """The policy loss of `objective` from per-token log-probs (nats).
 
     logprobs, old_logprobs, advantages, and where given entropy, ref_logprobs and rollout_logprobs: [..] floating point;
-    mask [..] bool or integer, non-zero where the token counts. Whatever the other tokens hold, NaN included, they add
+    mask [..] bool or integer, non-zero where the token counts, or floating point with zeros and ones alone (another value
+    raises on the CPU, and makes the loss NaN on other devices). advantages may also be one per sequence, [B] or [B, 1]
+    beside [B, L]. Whatever the other tokens hold, NaN included, they add
     nothing and get gradient 0. Sequences are the rows of [B, L] inputs, or given by cu_seqlens [N + 1] (integer bounds
     in the flattened tokens, first 0, last T). Returns PolicyLoss(loss, metrics), accumulated in float32 (float64 for
     float64 logprobs) and differentiable once in logprobs, and in entropy if the objective has an entropy bonus.

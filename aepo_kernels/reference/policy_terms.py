@@ -10,12 +10,20 @@ detached. With r the ratio and A the final advantage of a token,
     A < 0 and r < low           -A low             F = grad_low       (PPO and AEPO 0, GPPO low)
     otherwise                   -A r               F = r
     detached ratio (CISPO)      -A clip(r) logprob F = clip(r, low, high)
+
+A factor of 0 makes L and its gradient 0, whatever the others are: a token without advantage counts for nothing, also
+where its ratio overflows (an old log-prob of -9999 or -inf), and so does one whose importance weight is 0. Only NaN in
+its inputs, or an infinite advantage, still shows.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from aepo_kernels.objective import ENTROPY_NOISE_ULPS
 
 METRICS = (
     "clip_fraction_high",
@@ -75,26 +83,34 @@ def policy_terms(
     if entropy_advantage != 0:
         assert entropy is not None, "the entropy-aware advantage needs the entropy"
         m, s = (entropy_mean, entropy_std) if entropy_stats is None else entropy_stats.unbind()
-        factor = torch.where(s == 0, factor, 1 + entropy_advantage * (entropy - m) / s)
+        noise = s <= ENTROPY_NOISE_ULPS * torch.finfo(s.dtype).eps * m.abs()
+        factor = torch.where(noise, factor, 1 + entropy_advantage * (entropy - m) / s)
     a = advantages * (factor.clamp(min=0) if clamp_factor else factor)
 
     log_ratio = masked(logprobs - old_logprobs)
+    visible = logprobs.isnan() | old_logprobs.isnan() | ~a.isfinite()
     segments = None if cu_seqlens is None else _Segments(cu_seqlens, valid)
     ratio = (log_ratio if segments is None else segments.mean(log_ratio)).exp()
 
     if detached_ratio:
         above, below, beyond = ratio > high, ratio < low, torch.zeros_like(valid)
-        slope = _choose(ratio, (above, high), (below, low))
-        policy = -slope * a * logprobs
+        value = slope = _choose(ratio, (above, high), (below, low))
     else:
         above, below, beyond = (a > 0) & (ratio > high), (a < 0) & (ratio < low), (a < 0) & (ratio > dual_clip)
         slope = _choose(ratio, (above, grad_high), (beyond, 0.0), (below, grad_low))
-        policy = -a * _choose(ratio, (above, high), (beyond, dual_clip), (below, low))
+        value = _choose(ratio, (above, high), (beyond, dual_clip), (below, low))
+    importance = torch.ones_like(weight)
     if rollout_logprobs is not None:
         importance = (old_logprobs - rollout_logprobs).exp().clamp(max=importance_cap)
-        policy, slope = policy * importance, slope * importance
+        visible = visible | rollout_logprobs.isnan()
 
-    terms, grad = policy, masked(weight * -a * slope)
+    def product(*factors: Tensor) -> Tensor:
+        zero = torch.stack([x == 0 for x in factors]).any(0) & ~visible
+        return math.prod(factors).masked_fill(zero, 0.0)
+
+    terms, grad = product(-a, value, importance), masked(weight * product(-a, slope, importance))
+    if detached_ratio:
+        terms = product(terms, logprobs)
     if segments is not None and not detached_ratio:
         grad = segments.mean(grad)  # the ratio's gradient is ratio / n for every valid token of its sequence
     kl = torch.zeros_like(weight)
@@ -113,7 +129,7 @@ def policy_terms(
         "dual_clip_fraction": mean(beyond.to(weight.dtype)),
         "ratio_mean": mean(ratio),
         "ratio_max": torch.cat((masked(ratio), ratio.new_zeros(1))).max(),  # the extra 0 serves T = 0
-        "approx_kl": mean(log_ratio.expm1() - log_ratio),
+        "approx_kl": mean(_excess(log_ratio)),
         "entropy_mean": entropy_mean,
         "entropy_std": entropy_std,
         "advantage_flips": masked((factor < 0).to(weight.dtype)).sum(),
@@ -136,7 +152,12 @@ def _kl(x: Tensor, estimator: int) -> tuple[Tensor, Tensor]:
         return -x, torch.ones_like(x)
     if estimator == 2:
         return x * x / 2, -x
-    return x.expm1() - x, -x.expm1()
+    return _excess(x), -x.expm1()
+
+
+def _excess(x: Tensor) -> Tensor:
+    """exp(x) - 1 - x, which grows beyond all bounds on either side: inf at inf, where the difference would be NaN."""
+    return torch.where(x == torch.inf, torch.inf, x.expm1() - x)
 
 
 def _mean_std(x: Tensor, valid: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace aepo {
 namespace {
@@ -25,11 +26,18 @@ struct Kl {
   double value, slope;  // slope in logprob
 };
 
+// exp(x) - 1 - x, which is inf at inf, where the difference would be NaN.
+double excess(double x) { return std::isinf(x) ? HUGE_VAL : std::expm1(x) - x; }
+
+// A factor of 0 makes the product 0, also beside an infinite one, except that NaN stays.
+double product(double a, double b, double c, bool visible) {
+  return !visible && (a == 0 || b == 0 || c == 0) ? 0 : a * b * c;
+}
+
 Kl kl_term(int64_t estimator, double x) {  // x = ref_logprob - logprob
   if (estimator == 1) return {-x, 1};
   if (estimator == 2) return {x * x / 2, -x};
-  const double growth = std::expm1(x);
-  return {growth - x, -growth};
+  return {excess(x), -std::expm1(x)};
 }
 
 template <class Real>
@@ -44,6 +52,8 @@ class PolicyLoss {
     }
     mean_ = in.entropy_stats != nullptr ? static_cast<double>(in.entropy_stats[0]) : moments_.mean;
     std_ = in.entropy_stats != nullptr ? static_cast<double>(in.entropy_stats[1]) : moments_.std();
+    // Such entropies are equal, and their factor is 1: ENTROPY_NOISE_ULPS of aepo_kernels/objective.py.
+    if (std_ <= 8 * static_cast<double>(std::numeric_limits<Real>::epsilon()) * std::abs(mean_)) std_ = 0;
   }
 
   void run() {
@@ -99,14 +109,17 @@ class PolicyLoss {
     const double clipped = high ? o_.high : dual ? o_.dual_clip : low ? o_.low : ratio;
     double factor = clipped;
     if (!o_.detached_ratio) factor = high ? o_.grad_high : dual ? 0 : low ? o_.grad_low : ratio;
+    const double old_logprob = in_.old_logprobs[t];
+    bool visible = std::isnan(logprob) || std::isnan(old_logprob) || !std::isfinite(a);
     double importance = 1;
     if (in_.rollout_logprobs != nullptr) {
-      importance = std::exp(static_cast<double>(in_.old_logprobs[t]) - in_.rollout_logprobs[t]);
+      importance = std::exp(old_logprob - in_.rollout_logprobs[t]);
       if (importance > o_.importance_cap) importance = o_.importance_cap;
+      visible = visible || std::isnan(in_.rollout_logprobs[t]);
     }
 
-    double loss = -importance * a * clipped;
-    if (o_.detached_ratio) loss *= logprob;
+    double loss = product(-a, clipped, importance, visible);
+    if (o_.detached_ratio) loss = product(loss, logprob, 1, visible);
     if (in_.ref_logprobs != nullptr) {
       const double kl = kl_term(o_.kl_estimator, in_.ref_logprobs[t] - logprob).value;
       kl_ += kl;
@@ -122,8 +135,8 @@ class PolicyLoss {
     dual_clip_ += dual;
     ratio_ += ratio;
     ratio_max_ = std::max(ratio_max_, ratio);
-    approx_kl_ += std::expm1(d) - d;
-    return -weight * importance * a * factor;
+    approx_kl_ += excess(d);
+    return weight * product(-a, factor, importance, visible);
   }
 
   void write_grads(int64_t t, double policy_grad) const {

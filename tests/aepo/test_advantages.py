@@ -32,6 +32,36 @@ def test_equal_rewards_give_exactly_zero(rewards: list[float]) -> None:
     assert group_advantages(rewards) == [0.0] * len(rewards)
 
 
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        [0.1 + 0.2, 0.3, 0.3, 0.3],
+        [1e-200, 0.0, 0.0],
+        [0.7 - 0.4, 0.3, 0.2 + 0.1],
+        [-(0.1 + 0.2), -0.3],
+        [1e300 * (1 + 2**-52), 1e300],
+        [0.30000001192092896, 0.30000004172325134, 0.3],  # 0.3 in float32, one ulp above it, and in float64
+        [sum([0.1] * 10), 1.0],
+    ],
+)
+def test_rounding_is_no_difference(rewards: list[float]) -> None:
+    assert group_advantages(rewards) == [0.0] * len(rewards)
+    assert batch_advantages([rewards[:1], rewards[1:]]) == [[0.0], [0.0] * (len(rewards) - 1)]
+    group = [trajectory(PROMPT, ((10 + j,), ())) for j in range(len(rewards))]
+    assert step_advantages(group, rewards, 1.0) == [[0.0]] * len(rewards)
+    for drop, kept in ((True, 0), (False, len(rewards))):
+        samples = make_samples([group], [rewards], AdvantageSettings(drop_equal_groups=drop), 100)
+        assert len(samples) == kept
+        assert not any(any(sample.advantages) for sample in samples)
+
+
+@pytest.mark.parametrize("scale", [1e-90, 1e-6, 1.0, 1e200, 1.7e308])
+def test_real_differences_count_whatever_the_size_of_rewards(scale: float) -> None:
+    root = math.sqrt(0.5)
+    assert group_advantages([scale, -scale]) == pytest.approx([root, -root])
+    assert group_advantages([scale, scale * (1 - 1e-6)]) == pytest.approx([root, -root])
+
+
 def test_batch() -> None:
     # Rewards 1, 0 | 1, 1, 2: mean 1, unbiased variance 2/4.
     root = math.sqrt(2.0)
