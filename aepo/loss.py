@@ -7,6 +7,7 @@ not see each other: `packed_attention` runs it once per trajectory. The head run
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -20,25 +21,11 @@ from aepo.packing import PackedBatch
 from aepo_kernels import PolicyLoss, PolicyObjective, logits_policy_loss, logprobs_and_entropy
 
 ATTENTION = "aepo_packed"
-OBJECTIVE_FIELDS = (
-    "clip",
-    "eps_low",
-    "eps_high",
-    "dual_clip",
-    "ratio_level",
-    "entropy_advantage",
-    "clamp_entropy_factor",
-    "entropy_bonus",
-    "kl_coef",
-    "kl_estimator",
-    "aggregation",
-    "importance_cap",
-)
 
 
 def policy_objective(policy: PolicyConfig) -> PolicyObjective:
     """The preset's objective with the configured fields in their place."""
-    chosen = {name: getattr(policy, name) for name in OBJECTIVE_FIELDS}
+    chosen = {field.name: getattr(policy, field.name) for field in dataclasses.fields(PolicyObjective)}
     return PolicyObjective.preset(policy.preset, **{name: value for name, value in chosen.items() if value is not None})
 
 

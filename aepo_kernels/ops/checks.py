@@ -1,6 +1,6 @@
 """Checks of arguments, shared by the operations. They read shapes and dtypes only, so torch.compile can trace them;
-those that read values (`check_labels`, `check_mask`, `check_cu_seqlens`) run inside the registered operations, and only for CPU
-tensors, where they cost no synchronisation."""
+those that read values (`check_labels`, `check_mask`, `check_cu_seqlens`) run inside the registered operations, and only
+for CPU tensors, where they cost no synchronisation."""
 
 from __future__ import annotations
 

@@ -197,10 +197,10 @@ def policy_loss(
     """The policy loss of `objective` from per-token log-probs (nats).
 
     logprobs, old_logprobs, advantages, and where given entropy, ref_logprobs and rollout_logprobs: [..] floating point;
-    mask [..] bool or integer, non-zero where the token counts, or floating point with zeros and ones alone (another value
-    raises on the CPU, and makes the loss NaN on other devices). advantages may also be one per sequence, [B] or [B, 1]
-    beside [B, L]. Whatever the other tokens hold, NaN included, they add
-    nothing and get gradient 0. Sequences are the rows of [B, L] inputs, or given by cu_seqlens [N + 1] (integer bounds
+    mask [..] bool or integer, non-zero where the token counts, or floating point with zeros and ones alone (another
+    value raises on the CPU, and makes the loss NaN on other devices). advantages may also be one per sequence: [B] or
+    [B, 1] beside [B, L]. Whatever the tokens that do not count hold, NaN included, they add nothing and get gradient 0;
+    a token without advantage adds nothing either, whatever its ratio. Sequences are the rows of [B, L] inputs, or given by cu_seqlens [N + 1] (integer bounds
     in the flattened tokens, first 0, last T). Returns PolicyLoss(loss, metrics), accumulated in float32 (float64 for
     float64 logprobs) and differentiable once in logprobs, and in entropy if the objective has an entropy bonus.
     Everything else is a constant to it, and so is the entropy in an entropy-aware advantage.

@@ -18,7 +18,7 @@ its inputs, or an infinite advantage, still shows.
 
 from __future__ import annotations
 
-import math
+import functools
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ def policy_terms(
 
     def product(*factors: Tensor) -> Tensor:
         zero = torch.stack([x == 0 for x in factors]).any(0) & ~visible
-        return math.prod(factors).masked_fill(zero, 0.0)
+        return functools.reduce(torch.mul, factors).masked_fill(zero, 0.0)
 
     terms, grad = product(-a, value, importance), masked(weight * product(-a, slope, importance))
     if detached_ratio:

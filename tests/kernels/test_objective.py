@@ -11,27 +11,66 @@ from policy_oracle import make_batch
 from aepo_kernels import PolicyObjective, policy_loss
 from aepo_kernels.objective import PRESETS
 
+# What each method's paper sets, written down apart from the code. Where a paper leaves a number to the user, its own
+# experiments' one: CISPO's upper bound.
+PLAIN = {
+    "clip": "ppo",
+    "eps_low": 0.2,
+    "eps_high": 0.2,
+    "dual_clip": None,
+    "ratio_level": "token",
+    "entropy_advantage": 0.0,
+    "clamp_entropy_factor": False,
+    "entropy_bonus": 0.0,
+    "kl_coef": 0.0,
+    "kl_estimator": "k3",
+    "aggregation": "token-mean",
+    "importance_cap": None,
+}
+PAPERS = {
+    "aepo": PLAIN | {"clip": "aepo", "dual_clip": 3.0, "entropy_advantage": 0.2},
+    "arpo": PLAIN | {"dual_clip": 3.0},
+    "grpo": PLAIN | {"aggregation": "seq-mean-token-mean"},
+    "dapo": PLAIN | {"eps_high": 0.28},
+    "cispo": PLAIN | {"clip": "cispo", "eps_low": 1.0, "eps_high": 4.0},
+    "gppo": PLAIN | {"clip": "gppo"},
+    "gspo": PLAIN
+    | {"ratio_level": "sequence", "aggregation": "seq-mean-token-mean", "eps_low": 3e-4, "eps_high": 4e-4},
+    "gigpo": PLAIN,
+    "reinforce++": PLAIN,
+}
 
-def test_presets():
-    assert list(PRESETS) == ["aepo", "arpo", "grpo", "dapo", "cispo", "gppo", "gspo", "gigpo", "reinforce++"]
-    aepo = PolicyObjective.preset("aepo")
-    assert (aepo.clip, aepo.eps_low, aepo.eps_high, aepo.dual_clip, aepo.entropy_advantage) == (
-        "aepo",
-        0.2,
-        0.2,
-        3.0,
-        0.2,
-    )
-    assert (aepo.kl_coef, aepo.entropy_bonus, aepo.aggregation) == (0.0, 0.0, "token-mean")
-    terms = aepo.terms()
-    assert (terms.low, terms.high, terms.grad_low, terms.grad_high) == pytest.approx((0.8, 1.2, 0.0, 1.2))
-    terms = PolicyObjective.preset("gppo").terms()
-    assert (terms.grad_low, terms.grad_high, terms.dual_clip) == pytest.approx((0.8, 1.2, math.inf))
-    terms = PolicyObjective.preset("dapo").terms()
-    assert (terms.high, terms.grad_low, terms.grad_high) == pytest.approx((1.28, 0.0, 0.0))
-    assert PolicyObjective.preset("cispo").terms().detached_ratio
-    assert PolicyObjective.preset("gspo").ratio_level == "sequence"
-    assert PolicyObjective.preset("arpo") == PolicyObjective(dual_clip=3.0)
+
+def test_presets_are_the_numbers_of_their_papers():
+    assert {name: dataclasses.asdict(PolicyObjective.preset(name)) for name in PRESETS} == PAPERS
+    assert list(PRESETS) == list(PAPERS)
+    assert dataclasses.asdict(PolicyObjective()) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("clip", "grad_low", "grad_high"), [("ppo", 0, 0), ("aepo", 0, 1.28), ("gppo", 0.9, 1.28), ("cispo", 0, 0)]
+)
+def test_terms(clip, grad_low, grad_high):
+    objective = PolicyObjective(
+        clip=clip, eps_low=0.1, eps_high=0.28, entropy_advantage=0.3, clamp_entropy_factor=True, entropy_bonus=0.01,
+        kl_coef=0.04, kl_estimator="k2", importance_cap=2, dual_clip=None if clip == "cispo" else 3,
+    )  # fmt: skip
+    expected = {
+        "low": 0.9,
+        "high": 1.28,
+        "grad_low": grad_low,
+        "grad_high": grad_high,
+        "dual_clip": math.inf if clip == "cispo" else 3,
+        "detached_ratio": clip == "cispo",
+        "entropy_advantage": 0.3,
+        "clamp_factor": True,
+        "kl_coef": 0.04,
+        "kl_estimator": 2,
+        "entropy_bonus": 0.01,
+        "importance_cap": 2,
+    }
+    assert objective.terms()._asdict() == pytest.approx(expected)
+    assert PolicyObjective().terms().importance_cap == math.inf
 
 
 def test_every_field_can_be_overridden():

@@ -6,7 +6,16 @@ import math
 import pytest
 import torch
 
-from aepo_kernels import entropy_from_logits, logprobs_and_entropy
+from aepo_kernels import (
+    PolicyObjective,
+    decode_entropy,
+    entropy_from_logits,
+    linear_logprobs_and_entropy,
+    linear_policy_loss,
+    logits_policy_loss,
+    logprobs_and_entropy,
+    selective_log_softmax,
+)
 from aepo_kernels.testing import assert_within_budget, eager_token_stats, make_labels, make_logits
 
 # Where the -inf logits of a row of 5000 stand: leading ones fill the first block of every kernel, and more.
@@ -109,3 +118,55 @@ def test_one_token_vocabulary_is_certain(backend, device):
     assert logprobs.eq(0).all()
     assert entropy.eq(0).all()
     assert x.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_temperatures_at_the_ends(dtype, temperature, backend, device):
+    # At 1e-30 the maximum has all probability (shared by its ties), at 1e30 every finite logit the same.
+    logits = make_logits(4, 1000, "normal", dtype)
+    logits[1, :500] = -torch.inf
+    logits[2, ::7] = logits[2].max()
+    logits[3] *= 1e30
+    labels = logits.argmax(-1)
+    x = logits.to(device).requires_grad_()
+    logprobs, entropy = logprobs_and_entropy(x, labels.to(device), temperature, backend=backend)
+    # Gradients of the size of the inverse temperature, brought to the size of 1.
+    ((logprobs.sum() + 0.5 * entropy.sum()) * temperature).backward()
+    weights = (torch.full((4,), temperature, dtype=torch.float64), torch.full((4,), 0.5 * temperature).double())
+    truth = eager_token_stats(logits, labels, temperature, *weights, dtype=torch.float64)
+    assert_within_budget("logprobs", logprobs, truth.logprobs, scale=10)
+    assert_within_budget("entropy", entropy, truth.entropy, scale=10)
+    assert_within_budget("grad", x.grad, truth.grad, scale=10)
+    assert x.grad[logits.isneginf()].eq(0).all()
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-38, 9e-31, 1.1e30, 1e300])
+def test_temperatures_beyond_the_ends_are_refused(temperature, backend):
+    logits, labels = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    policy = (labels, torch.zeros(2), torch.zeros(2), torch.ones(2))
+    calls = [
+        lambda **kw: entropy_from_logits(logits, **kw),
+        lambda **kw: selective_log_softmax(logits, labels, **kw),
+        lambda **kw: logprobs_and_entropy(logits, labels, **kw),
+        lambda **kw: linear_logprobs_and_entropy(logits, logits, labels, **kw),
+        lambda **kw: logits_policy_loss(logits, *policy, objective=PolicyObjective(), **kw),
+        lambda **kw: linear_policy_loss(logits, logits, *policy, objective=PolicyObjective(), **kw),
+        lambda **kw: decode_entropy(logits, **kw),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"temperature must be in \[1e-30, 1e\+30\]; got"):
+            call(temperature=temperature, backend=backend)
+
+
+def test_temperatures_of_rows_at_the_ends_of_float32(backend, device):
+    # Nothing reads them on a GPU, so they are right as far as float32 goes.
+    temperatures = torch.tensor([1e-38, 1e-20, 1.0, 1e20, 3e38], device=device)
+    logits = make_logits(1, 3000, "normal").repeat(5, 1)
+    logits[:, ::2] = -torch.inf
+    tokens = logits.argmax(-1)
+    entropy, logprobs = decode_entropy(logits.to(device), temperatures, tokens=tokens.to(device), backend=backend)
+    log_p = torch.log_softmax(logits.double() / temperatures.cpu().double()[:, None], -1)
+    assert_within_budget("logprobs", logprobs, log_p.max(-1).values, scale=10)
+    truth = -(log_p.exp() * log_p.masked_fill(log_p.exp() == 0, 0)).sum(-1)
+    assert_within_budget("entropy", entropy, truth, scale=10)
