@@ -200,10 +200,11 @@ def policy_loss(
     mask [..] bool or integer, non-zero where the token counts, or floating point with zeros and ones alone (another
     value raises on the CPU, and makes the loss NaN on other devices). advantages may also be one per sequence: [B] or
     [B, 1] beside [B, L]. Whatever the tokens that do not count hold, NaN included, they add nothing and get gradient 0;
-    a token without advantage adds nothing either, whatever its ratio. Sequences are the rows of [B, L] inputs, or given by cu_seqlens [N + 1] (integer bounds
-    in the flattened tokens, first 0, last T). Returns PolicyLoss(loss, metrics), accumulated in float32 (float64 for
-    float64 logprobs) and differentiable once in logprobs, and in entropy if the objective has an entropy bonus.
-    Everything else is a constant to it, and so is the entropy in an entropy-aware advantage.
+    a token without advantage adds nothing either, whatever its ratio. Sequences are the rows of [B, L] inputs, or given
+    by cu_seqlens [N + 1] (integer bounds in the flattened tokens, first 0, last T). Returns PolicyLoss(loss, metrics),
+    accumulated in float32 (float64 for float64 logprobs) and differentiable once in logprobs, and in entropy if the
+    objective has an entropy bonus. Everything else is a constant to it, and so is the entropy in an entropy-aware
+    advantage.
 
     `entropy_stats` = (mean, std) are used in the entropy-aware advantage as they are; None takes those of this call.
     `denominator` replaces the count that the aggregation divides by (see `token_weights`), so that micro-batches and
