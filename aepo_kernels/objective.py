@@ -16,6 +16,9 @@ RATIO_LEVELS = ("token", "sequence")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant")
 
+LARGEST = 1e30
+"""Of a finite number in an objective."""
+
 ENTROPY_NOISE_ULPS = 8
 """Entropies whose standard deviation is at most this many ulps of their mean are equal, and scale no advantage: such a
 difference is rounding (the kernels' entropies are right to 3e-7, 2.5 ulps), and divided by itself it would be noise."""
@@ -100,6 +103,8 @@ class PolicyObjective:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number {expected}; got {value!r}")
+        if LARGEST < abs(value) < math.inf:
+            raise ValueError(f"{name} must be at most {LARGEST:g}, so that float32 holds its products; got {value!r}")
         if not holds(value):  # false for NaN as well
             raise ValueError(f"{name} must be {expected}; got {value!r}")
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aepo_kernels.objective import PolicyObjective
+from aepo_kernels.objective import LARGEST, PolicyObjective
 from aepo_kernels.ops.checks import check_device, check_float_tensor, check_integer, check_like
 from aepo_kernels.ops.rows import acc_dtype
 
@@ -95,5 +95,7 @@ def _scalar(name: str, x: float | Tensor, like: Tensor, minimum: float = -math.i
         raise TypeError(f"{name} must be a number or a one-element tensor; got {type(x).__name__}")
     if not minimum <= x < math.inf:
         raise ValueError(f"{name} must be finite and {'> 0' if minimum > 0 else f'>= {minimum}'}; got {x}")
+    if abs(x) > LARGEST or 0 < x < 1 / LARGEST:
+        raise ValueError(f"{name} must be 0 or of a size from {1 / LARGEST:g} to {LARGEST:g}; got {x}")
     # A product and not torch.full, which would make x, new in every batch, a constant of torch.compile's graph.
     return torch.ones((), dtype=acc_dtype(like.dtype), device=like.device) * x

@@ -113,6 +113,8 @@ def valid_call(**changes):
         ({"denominator": float("nan")}, ValueError, "denominator must be finite and > 0; got nan"),
         ({"denominator": torch.tensor(0)}, ValueError, "denominator must be > 0 and finite; got 0"),
         ({"denominator": torch.ones(2)}, ValueError, "denominator must be one number"),
+        ({"denominator": 1e-40}, ValueError, "denominator must be 0 or of a size from 1e-30 to 1e\\+30; got 1e-40"),
+        ({"denominator": 1e300}, ValueError, "denominator must be .* to 1e\\+30; got 1e"),
         ({"denominator": "4"}, TypeError, "denominator must be a number or a one-element tensor; got str"),
     ],
 )
