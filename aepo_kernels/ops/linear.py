@@ -15,11 +15,16 @@ and adds two products, dz @ weight and dz.T @ hidden. Two schedules of the same 
 Where the vocabulary is sharded over ranks, statistics are merged over them (once, in `keep` once per chunk), and the
 gradient of the hidden states is summed over them in float32; that of a rank's weight stays there.
 Products accumulate in float32 (float64 for float64 inputs), and the stages read those sums, never rounded logits.
+
+Row scalars commute with both gradient products, so no 16-bit number has to carry a coefficient such as 1e-9: each row's
+gradient of its logits is divided by a power of two of its own, which the products get back exactly. What leaves the
+products is rounded to 16 bits once, when every factor is known (`keep`: in the backward).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,6 +35,7 @@ from torch import Tensor
 from aepo_kernels import backend as backends
 from aepo_kernels.ops import rows
 from aepo_kernels.ops.merge import TokenStats, merge_stats
+from aepo_kernels.ops.scaled_cast import scaled_cast
 from aepo_kernels.ops.vocab_parallel import WHOLE, Shard, merge_over_ranks, sum_over_ranks
 
 # Rows and vocabulary entries of a tile. CPU: 8 MiB of float32 logits stay in cache between product, stage and product.
@@ -54,7 +60,7 @@ class Wanted(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """In the dtypes of their tensors; one that is not wanted is empty."""
+    """One that is not wanted is empty."""
 
     hidden: Tensor
     weight: Tensor
@@ -75,8 +81,63 @@ class Coefficients(NamedTuple):
     logprobs: Tensor | None
     entropy: Tensor | None
 
-    def of_rows(self, index: slice) -> Coefficients:
+    def of_rows(self, index: Tensor | slice) -> Coefficients:
         return Coefficients(_part(self.logprobs, index), _part(self.entropy, index))
+
+    def sizes(self, temperature: float) -> Tensor:
+        """A power of two per row [R] that brings the largest entry of its gradient, divided by it, below 2^14."""
+        largest = [weight * x.abs() for x, weight in zip(self, BOUNDS, strict=True) if x is not None]
+        return power_of_two(torch.stack(largest).sum(0), math.frexp(1 / temperature)[1] - NEAR_THE_TOP)
+
+
+# |d logprob / d z| <= 1 / temperature, and |d entropy / d z| = |p (log p + H)| / temperature: at most 4 of them up to
+# V = 10^6 (near p = 1/2 and a uniform rest).
+BOUNDS = (1, 4)
+# The largest 16-bit factors of the gradient products are brought to 2^13 .. 2^14: float16 ends at 2^16, and has fewer
+# digits below 2^-14.
+NEAR_THE_TOP = 13
+
+
+class GradientRows(NamedTuple):
+    """Rows on their way to the gradient of their logits and through the products behind it.
+
+    Row t has the coefficients of its logits' gradient divided by sizes_t, and what that is multiplied with for the
+    gradients of weight and bias, hidden_t and 1, times sizes_t instead, over powers of two that are common to all rows.
+    """
+
+    labels: Tensor  # [R]
+    stats: TokenStats
+    coefficients: Coefficients
+    sizes: Tensor  # [R]
+    hidden: Tensor  # [R, D] operand
+    ones: Tensor  # [R] operand
+
+    def of_rows(self, index: slice) -> GradientRows:
+        stats, coefficients = self.stats.of_rows(index), self.coefficients.of_rows(index)
+        return GradientRows(
+            self.labels[index], stats, coefficients, self.sizes[index], self.hidden[index], self.ones[index]
+        )
+
+
+class Scales(NamedTuple):
+    """What the sums of the gradients of weight and bias still have to be multiplied by, powers of two []."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+def scales(hidden: Tensor, size: Tensor) -> Scales:
+    """Those for rows [R, D] (operand) the largest of which has this size []."""
+    largest = hidden.abs().amax() if hidden.numel() else hidden.new_zeros(())
+    return Scales(size * power_of_two(largest.to(size.dtype), -NEAR_THE_TOP), size * 2.0**-NEAR_THE_TOP)
+
+
+def gradient_rows(
+    hidden: Tensor, labels: Tensor, stats: TokenStats, coefficients: Coefficients, sizes: Tensor, scales: Scales
+) -> GradientRows:
+    coefficients = Coefficients(*(None if x is None else x / sizes for x in coefficients))
+    scaled = (hidden * (sizes / scales.weight)[:, None]).to(hidden.dtype)
+    return GradientRows(labels, stats, coefficients, sizes, scaled, (sizes / scales.bias).to(hidden.dtype))
 
 
 @dataclass(frozen=True)
@@ -146,19 +207,20 @@ class Head:
         self,
         sums: Sums,
         logits: Tensor,  # [R, C], overwritten
-        hidden: Tensor,  # [R, D] operand
         weight: Tensor,  # [C, D] operand
         tile: slice,
-        labels: Tensor,  # [R]
-        stats: TokenStats,
-        coefficients: Coefficients,
+        rows_: GradientRows,
         first: bool,
     ) -> None:
-        """Add the share of one tile to the gradients; the first one of a weight's tile overwrites it."""
+        """Add the share of one tile to the gradients; the first one of a weight's tile overwrites it.
+
+        A row of the hidden states' gradient still lacks its size, those of weight and bias their scales.
+        """
         slope = None if self.softcap is None else 1 - (logits / self.softcap).square_()
         grad = logits if self.operand_dtype == self.acc else torch.empty_like(logits, dtype=self.operand_dtype)
+        labels, stats = rows_.labels, rows_.stats
         local = torch.where(labels == rows.NO_LABEL, labels, labels - tile.start)
-        per_row = (stats.maximum, stats.log_sum, stats.entropy, *coefficients)
+        per_row = (stats.maximum, stats.log_sum, stats.entropy, *rows_.coefficients)
         stage = backends.stage(self.backend, "logits_grad")
         stage(logits, local, *per_row, self.temperature, rows.NO_LABEL, grad)
         if slope is not None:
@@ -166,9 +228,9 @@ class Head:
         if sums.hidden is not None:
             multiply(sums.hidden, grad, weight, add=True)
         if sums.weight is not None:
-            multiply(sums.weight, grad.t(), hidden, add=not first)
+            multiply(sums.weight, grad.t(), rows_.hidden, add=not first)
         if sums.bias is not None:
-            sums.bias.add_(grad.sum(0, dtype=self.acc))
+            multiply(sums.bias[None], rows_.ones[None], grad, add=True)
 
 
 def slices(total: int, step: int) -> Iterator[slice]:
@@ -211,16 +273,17 @@ def statistics(head: Head, hidden: Tensor, labels: Tensor) -> TokenStats:
 def gradients(
     head: Head, hidden: Tensor, labels: Tensor, stats: TokenStats, coefficients: Coefficients, wanted: Wanted
 ) -> Gradients:
-    """Gradients from known statistics, the backward of the `recompute` schedule: three products.
+    """Gradients from known statistics, in the dtypes of their tensors; the backward of the `recompute` schedule: three
+    products.
 
     Rows whose coefficients are all 0 (ignored, or clipped without gradient) are left out of the products.
     """
     given = [x for x in coefficients if x is not None]
     used = torch.stack([x != 0 for x in given]).any(0).nonzero()[:, 0]
-    # Coefficients are about 1 / T in training; near 1 they do not underflow in float16 gradients of logits.
-    scale = power_of_two(torch.cat(given))
-    coefficients = Coefficients(*(None if x is None else x[used] / scale for x in coefficients))
-    stats, labels, operand = stats.of_rows(used), labels[used], hidden[used].to(head.operand_dtype)
+    coefficients, operand = coefficients.of_rows(used), hidden[used].to(head.operand_dtype)
+    sizes = coefficients.sizes(head.temperature)
+    to_common = scales(operand, largest(sizes))
+    all_rows = gradient_rows(operand, labels[used], stats.of_rows(used), coefficients, sizes, to_common)
 
     row_tile, columns = head.tile
     columns = min(columns, len(head.weight))
@@ -235,12 +298,15 @@ def gradients(
             logits = scratch[: block.stop - block.start, : len(weight)]
             head.logits(operand[block], weight, tile, logits)
             sums = Sums(_part(to_hidden, block), sum_weight, _part(to_bias, tile))
-            of_block = (labels[block], stats.of_rows(block), coefficients.of_rows(block))
-            head.add_gradient(sums, logits, operand[block], weight, tile, *of_block, first=block.start == 0)
+            head.add_gradient(sums, logits, weight, tile, all_rows.of_rows(block), first=block.start == 0)
         if sum_weight is not None:
-            grad_weight[tile] = sum_weight.mul_(scale)
-    grad_hidden = _finish_hidden(head, to_hidden, scale, hidden, used)
-    return Gradients(grad_hidden, grad_weight, _finish(to_bias, scale, head.weight))
+            scaled_cast(head.backend, sum_weight, to_common.weight, grad_weight[tile])
+    grad_hidden, grad_bias = hidden.new_empty(0), head.weight.new_empty(0)
+    if to_hidden is not None:
+        grad_hidden = _over_ranks(head, to_hidden.mul_(sizes[:, None]), hidden, used).to(hidden.dtype)
+    if to_bias is not None:
+        grad_bias = to_bias.mul_(to_common.bias).to(head.weight.dtype)
+    return Gradients(grad_hidden, grad_weight, grad_bias)
 
 
 def statistics_and_gradients(
@@ -249,15 +315,18 @@ def statistics_and_gradients(
     labels: Tensor,
     used: Tensor,
     coefficients: Callable[[slice, TokenStats], Coefficients],
-    scale: Tensor,
+    size: Tensor,
     wanted: Wanted,
-) -> tuple[TokenStats, Gradients]:
+) -> tuple[TokenStats, Gradients, Tensor]:
     """Statistics of the rows `used` [R] of hidden [T, D] and their gradients in one pass, the `keep` schedule: three
-    products.
+    products. The gradients are float32 (float64) sums, and that of the weight still lacks the factor [] that is
+    returned beside them.
 
-    `coefficients` gives those of a slice of the used rows from its statistics, divided by `scale` [].
+    `coefficients` gives those of a slice of the used rows from its statistics. `size` [] is about the largest of their
+    `sizes`; where one is 4 times larger, float16 operands may overflow (CUDA).
     """
     labels, operand = labels[used], hidden[used].to(head.operand_dtype)
+    to_common = scales(operand, size)
     kept_rows = min(KEPT_ROWS[place(hidden)], max(1, len(used)))
     scratch = head.empty(kept_rows, -(-len(head.weight) // 8) * 8)  # rows on boundaries of 16 bytes
     to_hidden = head.empty(*operand.shape).zero_() if wanted.hidden else None
@@ -270,42 +339,44 @@ def statistics_and_gradients(
             head.logits(operand[chunk], weight, tile, kept[:, tile])
             parts.append(head.statistics(kept[:, tile], tile, labels[chunk]))
         stats = head.over_ranks(merge_tiles(parts, labels[chunk], head.temperature), labels[chunk])
-        of_chunk = (labels[chunk], stats, coefficients(chunk, stats))
+        given = coefficients(chunk, stats)
+        of_chunk = gradient_rows(operand[chunk], labels[chunk], stats, given, given.sizes(head.temperature), to_common)
         for tile, weight in head.vocabulary():
             sums = Sums(_part(to_hidden, chunk), _part(to_weight, tile), _part(to_bias, tile))
-            head.add_gradient(sums, kept[:, tile], operand[chunk], weight, tile, *of_chunk, first=chunk.start == 0)
+            head.add_gradient(sums, kept[:, tile], weight, tile, of_chunk, first=chunk.start == 0)
+        if to_hidden is not None:
+            to_hidden[chunk].mul_(of_chunk.sizes[:, None])
         merged.append(stats)
     stats = TokenStats(*(torch.cat(field) for field in zip(*merged, strict=True)))
-    grad_hidden = _finish_hidden(head, to_hidden, scale, hidden, used)
-    return stats, Gradients(grad_hidden, _finish(to_weight, scale, head.weight), _finish(to_bias, scale, head.weight))
+    grad_hidden = None if to_hidden is None else _over_ranks(head, to_hidden, hidden, used)
+    if to_bias is not None:
+        to_bias.mul_(to_common.bias)
+    grads = Gradients(*(head.empty(0) if x is None else x for x in (grad_hidden, to_weight, to_bias)))
+    return stats, grads, to_common.weight
 
 
-def power_of_two(x: Tensor) -> Tensor:
-    """The power of two [] at or below the largest finite magnitude in x, 1 if there is none."""
-    largest = torch.cat((x.abs().nan_to_num(0, 0, 0), x.new_zeros(1))).amax()
-    return torch.where(largest > 0, largest.log2().floor().exp2(), 1.0)
+def power_of_two(x: Tensor, shift: int) -> Tensor:
+    """2^shift times the power of two at or below |x|, element by element, within 2^-100 .. 2^100; 2^-100 for 0 and what
+    is not finite, which no factor brings near 1."""
+    exponent = torch.frexp(x.nan_to_num(0, 0, 0)).exponent + (shift - 1)  # x = m 2^exponent with 1/2 <= |m| < 1
+    exponent = torch.where(x.isfinite() & (x != 0), exponent, -100).clamp(-100, 100)
+    return torch.ldexp(torch.ones_like(x), exponent).to(x.dtype)
 
 
-def _part(x: Tensor | None, index: slice) -> Tensor | None:
+def largest(sizes: Tensor) -> Tensor:
+    """The largest [] of powers of two [R]; the smallest one there is if R = 0."""
+    return torch.cat((sizes, sizes.new_full((1,), 2.0**-100))).amax()
+
+
+def _part(x: Tensor | None, index: Tensor | slice) -> Tensor | None:
     return None if x is None else x[index]
 
 
-def _finish(total: Tensor | None, scale: Tensor, like: Tensor) -> Tensor:
-    """total * scale in the dtype of `like`, by blocks: whole, the product would be a second float32 tensor."""
-    out = like.new_empty(0 if total is None else total.shape)
-    if total is not None:
-        for block in slices(len(total), 1024):
-            out[block] = total[block].mul_(scale)
-    return out
-
-
-def _finish_hidden(head: Head, total: Tensor | None, scale: Tensor, hidden: Tensor, used: Tensor) -> Tensor:
+def _over_ranks(head: Head, sums: Tensor, hidden: Tensor, used: Tensor) -> Tensor:
     """The gradient of hidden [T, D] from the sums [R, D] of the rows `used`, to which every rank adds its own."""
-    if total is None:
-        return hidden.new_empty(0)
+    total = sums.new_zeros(hidden.shape).index_copy_(0, used, sums)
     if head.shard.group is None:
-        return hidden.new_zeros(hidden.shape).index_copy_(0, used, _finish(total, scale, hidden))
+        return total
     # All rows are sent, also those that are 0: no rank relies on the others finding the same. And in float32: summed
     # over 8 ranks in bfloat16, the gradient of 64 tokens (V = 8192, D = 256) is off by 4.0e-3, this way by 1.7e-3.
-    total = total.new_zeros(hidden.shape).index_copy_(0, used, total.mul_(scale))
-    return sum_over_ranks(total, head.shard.group, head.sequence_parallel).to(hidden.dtype)
+    return sum_over_ranks(total, head.shard.group, head.sequence_parallel)
