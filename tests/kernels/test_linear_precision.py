@@ -224,7 +224,7 @@ def test_two_backward_passes_give_the_same():
 
 
 @pytest.mark.parametrize("dtype", [*SIXTEEN, torch.float32], ids=str)
-@pytest.mark.parametrize("numel", [0, 1, 2047, 2048, 4097])
+@pytest.mark.parametrize("numel", [0, 1, 2047, 2048, 2 * 8192, 8192 + 2049])
 def test_scaled_cast(numel, dtype, backend, device):
     x = torch.randn(numel, generator=torch.Generator().manual_seed(0)).to(device)
     factor = torch.tensor(1 / 3, device=device)
