@@ -7,7 +7,7 @@ and adds two products, dz @ weight and dz.T @ hidden. Two schedules of the same 
 
     recompute   vocabulary outside, rows inside; the logits are made twice: 1 product forward, 3 backward. A tile's
                 weight gradient is finished before the next one begins, so nothing of size [V, D] is held in float32.
-    keep        rows outside: the logits of KEPT_ROWS rows over the whole vocabulary are kept until their statistics,
+    keep        rows outside: the logits of a chunk of rows over the whole vocabulary are kept until their statistics,
                 and with them the gradient's coefficients, are known: 3 products in all. The weight gradient is
                 accumulated over the chunks in float32 [V, D], read and written once per chunk.
 
@@ -27,7 +27,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,12 +38,26 @@ from aepo_kernels.ops.merge import TokenStats, merge_stats
 from aepo_kernels.ops.scaled_cast import scaled_cast
 from aepo_kernels.ops.vocab_parallel import WHOLE, Shard, merge_over_ranks, sum_over_ranks
 
-# Rows and vocabulary entries of a tile. CPU: 8 MiB of float32 logits stay in cache between product, stage and product.
-# GPU: 32 MiB of float32 logits stay in a 50 MiB L2.
-TILE = {"cpu": (512, 4096), "cuda": (2048, 4096)}
-# Rows whose logits are kept, 4 V bytes each. Once per chunk the weight's gradient is read and rewritten, 8 V D bytes
-# against 6 KEPT_ROWS V D operations (14 % at 3.35 TB/s and 700 TFLOP/s), and a CPU widens the weight twice.
-KEPT_ROWS = {"cpu": 512, "cuda": 2048}
+
+class Tiling(NamedTuple):
+    """How a device cuts the logits."""
+
+    recompute: tuple[int, int]  # rows and vocabulary entries of a tile
+    keep: tuple[int, int]  # rows that are kept, over the whole vocabulary, and entries of a product
+    keep_from: int  # tokens from which `keep` is taken by itself
+
+
+WHOLE_VOCABULARY = torch.iinfo(torch.int64).max
+# A tile of R rows and C entries reads and rewrites the gradients of its hidden states (8 R D bytes) and of its weight
+# (8 C D), unless it covers the vocabulary or the rows. CPU: 8 MiB of float32 logits stay in cache between product,
+# stage and product; `keep` widens the weight twice per chunk. CUDA: a tile that keeps the GPU busy does not stay in
+# 50 MiB of L2 with its operands, so tiles are large: 0.5 GiB in float32, or with `keep` 2.1 GB (V = 131072). There the
+# weight's gradient costs 7 % of the time of the 6 R V D operations of a chunk (700 TFLOP/s, 3.35 TB/s), from the second
+# chunk on.
+TILING = {
+    "cpu": Tiling(recompute=(512, 4096), keep=(512, 4096), keep_from=2048),
+    "cuda": Tiling(recompute=(8192, 16384), keep=(4096, WHOLE_VOCABULARY), keep_from=8192),
+}
 
 
 def place(x: Tensor) -> str:
@@ -151,6 +165,7 @@ class Head:
     backend: str
     shard: Shard = WHOLE
     sequence_parallel: bool = False  # each rank takes the gradient of its share of the tokens
+    schedule: Literal["recompute", "keep"] = "recompute"
 
     @property
     def acc(self) -> torch.dtype:
@@ -165,18 +180,31 @@ class Head:
 
     @property
     def tile(self) -> tuple[int, int]:
-        return TILE[place(self.weight)]
+        """(rows, vocabulary entries), no more than there are."""
+        row_tile, columns = getattr(TILING[place(self.weight)], self.schedule)
+        return row_tile, min(columns, len(self.weight))
 
     def empty(self, *shape: int) -> Tensor:
         return self.weight.new_empty(shape, dtype=self.acc)
+
+    def room(self, tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Memory for the logits of at most one tile's rows, or for the gradient of these logits.
+
+        Rows begin on boundaries of 16 bytes, also with an odd vocabulary: else stores are narrow and products slow.
+        """
+        shape = (min(self.tile[0], tokens), -(-columns // 8) * 8)
+        return self.weight.new_empty(shape, dtype=dtype)[:, :columns]
+
+    def room_for_gradient(self, tokens: int) -> Tensor | None:
+        """None where the gradient of a tile's logits is written over them."""
+        return None if self.operand_dtype == self.acc else self.room(tokens, self.tile[1], self.operand_dtype)
 
     @functools.cached_property
     def _widened(self) -> Tensor | None:
         """Room for one tile of the weight as an operand; `keep` goes through the vocabulary twice per chunk."""
         if self.operand_dtype == self.weight.dtype:
             return None
-        columns = min(self.tile[1], len(self.weight))
-        return self.weight.new_empty(columns, self.weight.shape[1], dtype=self.operand_dtype)
+        return self.weight.new_empty(self.tile[1], self.weight.shape[1], dtype=self.operand_dtype)
 
     def vocabulary(self) -> Iterator[tuple[slice, Tensor]]:
         """The tiles of the vocabulary with their weights [C, D] as an operand, each valid until the next."""
@@ -192,12 +220,19 @@ class Head:
         if self.softcap is not None:
             out.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def statistics(self, logits: Tensor, tile: slice, labels: Tensor) -> tuple[TokenStats, Tensor]:
-        """Statistics of some rows about one tile of the vocabulary, and which rows have their label in it."""
-        here = (labels >= tile.start) & (labels < tile.stop)
-        local = torch.where(here, labels - tile.start, rows.NO_LABEL)
+    def statistics(self, logits: Tensor, tile: slice, labels: Tensor) -> TokenStats:
+        """Statistics of some rows about one tile of the vocabulary."""
         stage = backends.stage(self.backend, "token_stats")
-        return TokenStats(*stage(logits, local, self.temperature, rows.NO_LABEL, False)), here
+        return TokenStats(*stage(logits, labels, self.temperature, rows.NO_LABEL, False, tile.start))
+
+    def merge_tiles(self, parts: Sequence[TokenStats], labels: Tensor) -> TokenStats:
+        """The statistics of rows from those about each tile of the vocabulary."""
+        if len(parts) == 1:
+            return parts[0]
+        tiles = torch.arange(len(parts), device=labels.device)[:, None] * self.tile[1]
+        here = (labels >= tiles) & (labels < tiles + self.tile[1]) & (labels < len(self.weight))
+        stacked = TokenStats(*map(torch.stack, zip(*parts, strict=True)))
+        return merge_stats(stacked, here, labels == rows.NO_LABEL, self.temperature)
 
     def over_ranks(self, stats: TokenStats, labels: Tensor) -> TokenStats:
         """Statistics about this rank's part of the vocabulary as those about the whole one."""
@@ -207,30 +242,29 @@ class Head:
         self,
         sums: Sums,
         logits: Tensor,  # [R, C], overwritten
+        room: Tensor | None,  # for their gradient
         weight: Tensor,  # [C, D] operand
         tile: slice,
-        rows_: GradientRows,
-        first: bool,
+        some: GradientRows,
+        first_rows: bool,
     ) -> None:
-        """Add the share of one tile to the gradients; the first one of a weight's tile overwrites it.
+        """Add the share of one tile to the gradients, which its first tile, and its first rows, overwrite.
 
         A row of the hidden states' gradient still lacks its size, those of weight and bias their scales.
         """
-        slope = None if self.softcap is None else 1 - (logits / self.softcap).square_()
-        grad = logits if self.operand_dtype == self.acc else torch.empty_like(logits, dtype=self.operand_dtype)
-        labels, stats = rows_.labels, rows_.stats
-        local = torch.where(labels == rows.NO_LABEL, labels, labels - tile.start)
-        per_row = (stats.maximum, stats.log_sum, stats.entropy, *rows_.coefficients)
+        grad = logits if room is None else room[: len(logits), : len(weight)]
+        capped = logits.clone() if self.softcap is not None and room is None else logits
+        per_row = (some.stats.maximum, some.stats.log_sum, some.stats.entropy, *some.coefficients)
         stage = backends.stage(self.backend, "logits_grad")
-        stage(logits, local, *per_row, self.temperature, rows.NO_LABEL, grad)
-        if slope is not None:
-            grad.mul_(slope)
+        stage(logits, some.labels, *per_row, self.temperature, rows.NO_LABEL, grad, tile.start)
+        if self.softcap is not None:
+            grad.mul_(capped.div_(self.softcap).square_().neg_().add_(1))
         if sums.hidden is not None:
-            multiply(sums.hidden, grad, weight, add=True)
+            multiply(sums.hidden, grad, weight, add=tile.start > 0)
         if sums.weight is not None:
-            multiply(sums.weight, grad.t(), rows_.hidden, add=not first)
+            multiply(sums.weight, grad.t(), some.hidden, add=not first_rows)
         if sums.bias is not None:
-            multiply(sums.bias[None], rows_.ones[None], grad, add=True)
+            multiply(sums.bias[None], some.ones[None], grad, add=not first_rows)
 
 
 def slices(total: int, step: int) -> Iterator[slice]:
@@ -242,31 +276,39 @@ def slices(total: int, step: int) -> Iterator[slice]:
 def multiply(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
     """out = a @ b, or out += a @ b; the sums have the dtype of `out`, also where the operands are narrower (CUDA)."""
     wider: dict[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
-    if add:
+    if not add:
+        torch.mm(a, b, out=out, **wider)
+    elif not wider or _addmm_widens(a.device, a.dtype):
         torch.addmm(out, a, b, out=out, **wider)
     else:
-        torch.mm(a, b, out=out, **wider)
+        for block in slices(len(out), 16384):
+            out[block].add_(torch.mm(a[block], b, **wider))
 
 
-def merge_tiles(parts: Sequence[tuple[TokenStats, Tensor]], labels: Tensor, temperature: float) -> TokenStats:
-    stats, here = zip(*parts, strict=True)
-    stacked = TokenStats(*map(torch.stack, zip(*stats, strict=True)))
-    return merge_stats(stacked, torch.stack(here), labels == rows.NO_LABEL, temperature)
+@functools.cache
+def _addmm_widens(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this PyTorch adds 16-bit products to a float32 tensor in one call; some versions want them all alike."""
+    a, out = torch.zeros(16, 16, device=device, dtype=dtype), torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(out, a, a, out=out, out_dtype=out.dtype)
+    except RuntimeError:
+        return False
+    return True
 
 
 def statistics(head: Head, hidden: Tensor, labels: Tensor) -> TokenStats:
     """Token statistics [T] of hidden [T, D]: one product. Rows labelled rows.NO_LABEL have log-prob 0."""
     operand = hidden.to(head.operand_dtype)
     row_tile, columns = head.tile
-    scratch = head.empty(min(row_tile, len(hidden)), min(columns, len(head.weight)))
+    room = head.room(len(hidden), columns, head.acc)
     blocks = list(slices(len(hidden), row_tile))
-    parts: list[list[tuple[TokenStats, Tensor]]] = [[] for _ in blocks]
+    parts: list[list[TokenStats]] = [[] for _ in blocks]
     for tile, weight in head.vocabulary():
         for block, part in zip(blocks, parts, strict=True):
-            logits = scratch[: block.stop - block.start, : len(weight)]
+            logits = room[: block.stop - block.start, : len(weight)]
             head.logits(operand[block], weight, tile, logits)
             part.append(head.statistics(logits, tile, labels[block]))
-    merged = [merge_tiles(part, labels[block], head.temperature) for block, part in zip(blocks, parts, strict=True)]
+    merged = [head.merge_tiles(part, labels[block]) for block, part in zip(blocks, parts, strict=True)]
     return head.over_ranks(TokenStats(*(torch.cat(field) for field in zip(*merged, strict=True))), labels)
 
 
@@ -286,19 +328,19 @@ def gradients(
     all_rows = gradient_rows(operand, labels[used], stats.of_rows(used), coefficients, sizes, to_common)
 
     row_tile, columns = head.tile
-    columns = min(columns, len(head.weight))
-    scratch = head.empty(min(row_tile, len(used)), columns)
-    to_hidden = head.empty(*operand.shape).zero_() if wanted.hidden else None
+    room, room_for_gradient = head.room(len(used), columns, head.acc), head.room_for_gradient(len(used))
+    to_hidden = head.empty(*operand.shape) if wanted.hidden else None
     to_weight = head.empty(columns, head.weight.shape[1]) if wanted.weight else None
-    to_bias = head.empty(len(head.weight)).zero_() if wanted.bias else None
+    to_bias = head.empty(len(head.weight)) if wanted.bias else None
     grad_weight = head.weight.new_empty(head.weight.shape if wanted.weight else 0)
     for tile, weight in head.vocabulary():
         sum_weight = None if to_weight is None else to_weight[: len(weight)]
         for block in slices(len(used), row_tile):
-            logits = scratch[: block.stop - block.start, : len(weight)]
+            logits = room[: block.stop - block.start, : len(weight)]
             head.logits(operand[block], weight, tile, logits)
             sums = Sums(_part(to_hidden, block), sum_weight, _part(to_bias, tile))
-            head.add_gradient(sums, logits, weight, tile, all_rows.of_rows(block), first=block.start == 0)
+            of_block = all_rows.of_rows(block)
+            head.add_gradient(sums, logits, room_for_gradient, weight, tile, of_block, block.start == 0)
         if sum_weight is not None:
             scaled_cast(head.backend, sum_weight, to_common.weight, grad_weight[tile])
     grad_hidden, grad_bias = hidden.new_empty(0), head.weight.new_empty(0)
@@ -327,23 +369,23 @@ def statistics_and_gradients(
     """
     labels, operand = labels[used], hidden[used].to(head.operand_dtype)
     to_common = scales(operand, size)
-    kept_rows = min(KEPT_ROWS[place(hidden)], max(1, len(used)))
-    scratch = head.empty(kept_rows, -(-len(head.weight) // 8) * 8)  # rows on boundaries of 16 bytes
-    to_hidden = head.empty(*operand.shape).zero_() if wanted.hidden else None
+    room = head.room(len(used), len(head.weight), head.acc)
+    room_for_gradient = head.room_for_gradient(len(used))
+    to_hidden = head.empty(*operand.shape) if wanted.hidden else None
     to_weight = head.empty(*head.weight.shape) if wanted.weight else None
-    to_bias = head.empty(len(head.weight)).zero_() if wanted.bias else None
+    to_bias = head.empty(len(head.weight)) if wanted.bias else None
     merged = []
-    for chunk in slices(len(used), kept_rows):
-        kept, parts = scratch[: chunk.stop - chunk.start], []
+    for chunk in slices(len(used), head.tile[0]):
+        kept, parts = room[: chunk.stop - chunk.start], []
         for tile, weight in head.vocabulary():
             head.logits(operand[chunk], weight, tile, kept[:, tile])
             parts.append(head.statistics(kept[:, tile], tile, labels[chunk]))
-        stats = head.over_ranks(merge_tiles(parts, labels[chunk], head.temperature), labels[chunk])
+        stats = head.over_ranks(head.merge_tiles(parts, labels[chunk]), labels[chunk])
         given = coefficients(chunk, stats)
         of_chunk = gradient_rows(operand[chunk], labels[chunk], stats, given, given.sizes(head.temperature), to_common)
         for tile, weight in head.vocabulary():
             sums = Sums(_part(to_hidden, chunk), _part(to_weight, tile), _part(to_bias, tile))
-            head.add_gradient(sums, kept[:, tile], weight, tile, of_chunk, first=chunk.start == 0)
+            head.add_gradient(sums, kept[:, tile], room_for_gradient, weight, tile, of_chunk, chunk.start == 0)
         if to_hidden is not None:
             to_hidden[chunk].mul_(of_chunk.sizes[:, None])
         merged.append(stats)

@@ -62,7 +62,7 @@ def _keeps(schedule: str | None, tokens: int, place: str, policy_args: tuple[Any
             "schedule='keep' needs coefficients that follow from each token alone: entropy_stats with an entropy-aware "
             "advantage, and ratio_level='token'"
         )
-    return possible and (schedule == "keep" or (schedule is None and tokens >= 4 * linear.KEPT_ROWS[place]))
+    return possible and (schedule == "keep" or (schedule is None and tokens >= linear.TILING[place].keep_from))
 
 
 @torch.library.impl("aepo::linear_policy_loss", "CompositeExplicitAutograd")
@@ -82,7 +82,9 @@ def _linear_policy_loss(
 ) -> tuple[Tensor, ...]:
     *numbers, backend = policy_args[NUM_TENSORS:]
     backend = backends.resolve(backend, hidden)
-    head = linear.Head(weight, bias, temperature, softcap, backend, Shard(group, vocab_start), sequence_parallel)
+    shard = Shard(group, vocab_start)
+    schedule: Literal["keep", "recompute"] = "keep" if keep else "recompute"
+    head = linear.Head(weight, bias, temperature, softcap, backend, shard, sequence_parallel, schedule)
     masked = policy_args[MASK] == 0
     if labels.device.type == "cpu" and group is None:
         check_labels(labels, masked, len(weight))

@@ -54,7 +54,7 @@ FACTORS += [(torch.bfloat16, factor) for factor in (1 / 3, 1e-28, 1e28)]
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_gradient_is_rounded_once_and_last(schedule, dtype, factor, backend, device, monkeypatch):
     for place in ("cpu", "cuda"):
-        monkeypatch.setitem(linear.KEPT_ROWS, place, 5)
+        monkeypatch.setitem(linear.TILING, place, linear.Tiling((5, 16), (5, 16), 0))
     problem = make_problem(12, 40, 6, dtype, bias=True)
     settings = {"schedule": schedule, "denominator": 200_000}
     ours, truth, _ = both(problem, backend, device, factor, policy_batch(problem), **settings)
@@ -113,7 +113,7 @@ def extremes(tokens):
 def test_16_bit_gradients_of_logits_keep_every_row(schedule, dtype, temperature, device, narrow_operands, monkeypatch):
     # Rows of all sizes share one product; flat distributions, whose entries are 1 / V of their row's coefficient.
     for place in ("cpu", "cuda"):
-        monkeypatch.setitem(linear.KEPT_ROWS, place, 5)
+        monkeypatch.setitem(linear.TILING, place, linear.Tiling((7, 900), (5, 900), 0))
     problem = make_problem(12, 3000, 6, dtype, bias=True, temperature=temperature)
     problem = problem._replace(hidden=problem.hidden * min(1.0, temperature) * 0.25)
     problem.bias.mul_(min(1.0, temperature))
