@@ -117,6 +117,14 @@ def _narrowing_grad() -> None:
     logits_grad(tile, labels, row, row, row, row, row, 0.7, -100, torch.empty_like(tile, dtype=BF16))
 
 
+def _scaled_cast() -> None:
+    """The weight's gradient of the linear operations, [V, D]."""
+    from aepo_kernels.kernels.scaled_cast import scaled_cast
+
+    sums = _tensor(VOCAB, 4096)
+    scaled_cast(sums, _tensor(), torch.empty_like(sums, dtype=BF16))
+
+
 def _policy(sequences: bool = False, detached: bool = False, optional: bool = True) -> None:
     from aepo_kernels.kernels.policy_terms import policy_terms
 
@@ -158,16 +166,17 @@ CASES = [
     Case("grad fp32", functools.partial(_grad, FP32), logit_bytes=4, passes=2, max_instructions=14, max_registers=40),
     Case("grad fp32 to bf16", _narrowing_grad, 4, 1.5, max_instructions=14, max_registers=40, min_store_bits=64),
     Case("grad bf16, no entropy", functools.partial(_grad, BF16, entropy=False), passes=2, max_instructions=11.5),
+    Case("scaled cast fp32 to bf16", _scaled_cast, 4, 1.5, max_instructions=4, max_registers=64),
     # One vote per tile, whether any lane may win (4 barriers).
     Case("sample bf16", functools.partial(_sample, BF16, ROWS), 2, 1, 30, max_registers=192, max_exchanges=20),
     Case("sample fp32", functools.partial(_sample, FP32, 64), 4, 1, 31, max_registers=128, max_exchanges=20),
-    Case("policy", _policy),
-    Case("policy, sequences", functools.partial(_policy, sequences=True)),
-    Case("policy, detached", functools.partial(_policy, detached=True, optional=False)),
+    Case("policy", _policy, max_registers=96),
+    Case("policy, sequences", functools.partial(_policy, sequences=True), max_registers=112),
+    Case("policy, detached", functools.partial(_policy, detached=True, optional=False), max_registers=64),
 ]
 # Those that stream the logits; the others do not, or come back to rows that are in the cache.
-STREAMING = ("token_stats_kernel", "decode_entropy_kernel", "logits_grad_kernel", "sample_parts_kernel",
-             "sample_with_entropy_kernel")  # fmt: skip
+STREAMING = ("token_stats_kernel", "decode_entropy_kernel", "logits_grad_kernel", "scaled_cast_kernel",
+             "sample_parts_kernel", "sample_with_entropy_kernel")  # fmt: skip
 # The price of an `out` whose rows lie differently on 16-byte boundaries; shown, and the negative control of the check.
 NARROW = Case("grad bf16, odd out", functools.partial(_grad, BF16, odd_out=True), passes=2, max_instructions=13)
 

@@ -20,7 +20,8 @@ namespace aepo {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats(const Tensor& logits, const OptionalTensor& labels,
-                                                       double temperature, int64_t ignore_index, bool skip_ignored) {
+                                                       double temperature, int64_t ignore_index, bool skip_ignored,
+                                                       int64_t vocab_start) {
   const Rows rows(logits, "logits");
   const int64_t* label = data<int64_t>(labels, "labels", rows.count);
   const auto ignored = [&](int64_t t) { return label != nullptr && label[t] == ignore_index; };
@@ -54,8 +55,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats(const Tensor& logits, con
       double logprob = stats.max * 0;  // an ignored row has 0, or NaN if the row has no softmax
       if (!ignored(t)) {
         // A label out of range must not be read. The operations above this one raise for it on the CPU.
-        const bool in_range = label[t] >= 0 && label[t] < rows.vocab;
-        const double logit = in_range ? load_logit(rows.type, rows.at(t), label[t]) : std::nan("");
+        const bool in_range = label[t] >= vocab_start && label[t] - vocab_start < rows.vocab;
+        const double logit = in_range ? load_logit(rows.type, rows.at(t), label[t] - vocab_start) : std::nan("");
         logprob = label_logprob(logit, stats, temperature);
       }
       to_logprobs.set(t, logprob);
@@ -66,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats(const Tensor& logits, con
 
 void logits_grad(const Tensor& logits, const OptionalTensor& labels, const Tensor& maximum, const Tensor& log_sum,
                  const Tensor& entropy, const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,
-                 double temperature, int64_t ignore_index, const Tensor& out) {
+                 double temperature, int64_t ignore_index, const Tensor& out, int64_t vocab_start) {
   const Rows rows(logits, "logits"), grads(out, "out");
   TORCH_CHECK_VALUE(grads.type == rows.type && out.sizes() == logits.sizes(), "out must be like the logits, ",
                     logits.scalar_type(), " ", logits.sizes(), "; got ", out.scalar_type(), " ", out.sizes());
@@ -93,10 +94,11 @@ void logits_grad(const Tensor& logits, const OptionalTensor& labels, const Tenso
     const int64_t t = used[i];
     const RowStats stats = {max_of[t], log_sum_of[t], entropy_of[t]};
     const double gl = grad_logprob(t), gh = grad_h(t);
-    const bool has_label = gl != 0 && label[t] >= column && label[t] < column + n;
-    const double logit = has_label ? load_logit(rows.type, rows.at(t), label[t]) : 0;  // before it is overwritten
+    const bool has_label = gl != 0 && label[t] >= vocab_start + column && label[t] - vocab_start < column + n;
+    const int64_t at = has_label ? label[t] - vocab_start : 0;
+    const double logit = has_label ? load_logit(rows.type, rows.at(t), at) : 0;  // before it is overwritten
     kernel(rows.at(t, column), grads.at(t, column), n, row_grad(stats, gl, gh, temperature));
-    if (has_label) store_logit(rows.type, grads.at(t), label[t], label_grad(logit, stats, gl, gh, temperature));
+    if (has_label) store_logit(rows.type, grads.at(t), at, label_grad(logit, stats, gl, gh, temperature));
   });
 }
 
@@ -161,11 +163,12 @@ std::string cpu_capability() { return row_kernels().name; }
 TORCH_LIBRARY(aepo_native, m) {
   m.def("cpu_capability() -> str", aepo::cpu_capability);
   m.def(
-      "token_stats(Tensor logits, Tensor? labels, float temperature, int ignore_index, bool skip_ignored)"
-      " -> (Tensor logprobs, Tensor entropy, Tensor maximum, Tensor log_sum)");
+      "token_stats(Tensor logits, Tensor? labels, float temperature, int ignore_index, bool skip_ignored,"
+      " int vocab_start=0) -> (Tensor logprobs, Tensor entropy, Tensor maximum, Tensor log_sum)");
   m.def(
       "logits_grad(Tensor logits, Tensor? labels, Tensor maximum, Tensor log_sum, Tensor entropy,"
-      " Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, int ignore_index, Tensor(a!) out) -> ()");
+      " Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, int ignore_index, Tensor(a!) out,"
+      " int vocab_start=0) -> ()");
   m.def(
       "policy_terms(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor weight, Tensor? entropy,"
       " Tensor? ref_logprobs, Tensor? rollout_logprobs, Tensor? cu_seqlens, Tensor? entropy_stats, float low,"

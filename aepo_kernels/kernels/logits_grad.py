@@ -34,7 +34,7 @@ def _gradient(x, at, row, HAS_ENTROPY_GRAD: tl.constexpr):
     return tl.where(at == label_at, grad + label_grad, grad)
 
 
-@triton.jit(do_not_specialize=["stride", "out_stride", "vocab", "tiles_per_program", "ignore_index"])
+@triton.jit(do_not_specialize=["stride", "out_stride", "vocab", "vocab_start", "tiles_per_program", "ignore_index"])
 def logits_grad_kernel(
     logits_ptr,  # (T, V), 16-bit or float32
     labels_ptr,  # (T,) int64; read only with grad_logprobs_ptr
@@ -47,6 +47,7 @@ def logits_grad_kernel(
     stride,
     out_stride,
     vocab,
+    vocab_start,
     tiles_per_program,
     inv_temperature,
     ignore_index,
@@ -71,7 +72,8 @@ def logits_grad_kernel(
     if grad_logprobs_ptr is not None:
         label = tl.load(labels_ptr + row)
         label_grad = tl.where(label == ignore_index, 0.0, tl.load(grad_logprobs_ptr + row) * inv_temperature)
-        label_at = tl.where((label >= 0) & (label < vocab), label + head, -1).to(tl.int32)
+        at = label - vocab_start
+        label_at = tl.where((label >= vocab_start) & (at < vocab), at + head, -1).to(tl.int32)
     entropy_grad = tl.full((), 0.0, tl.float32)
     entropy = 0.0
     if grad_entropy_ptr is not None:
@@ -111,6 +113,7 @@ def logits_grad(
     temperature: float,
     ignore_index: int,
     out: Tensor,  # [T, V] float16, bfloat16 or float32, contiguous rows; may be `logits` itself
+    vocab_start: int = 0,
 ) -> None:
     """Write the gradient into `out`; the meaning is that of reference.logits_grad. Deterministic, also across T.
 
@@ -128,7 +131,7 @@ def logits_grad(
     with torch.cuda.device_of(logits):
         logits_grad_kernel[(rows, programs)](
             logits, labels, maximum, log_sum, entropy, grad_logprobs, grad_entropy, out,
-            logits.stride(0), out.stride(0), vocab, tiles_per_program, 1 / temperature, ignore_index,
+            logits.stride(0), out.stride(0), vocab, vocab_start, tiles_per_program, 1 / temperature, ignore_index,
             SAME_ALIGNMENT=all(nbytes % ACCESS_BYTES == 0 for nbytes in apart),
             VEC=vec, LANES=LANES, num_warps=NUM_WARPS,
         )  # fmt: skip

@@ -175,7 +175,7 @@ def row_result(rest, weighted):
 @triton.jit
 def _store_row(
     row, maximum, rest, weighted, logits_ptr, labels_ptr, logprobs_ptr, entropy_ptr, maximum_ptr, log_sum_ptr,
-    stride, vocab, inv_temperature, ignore_index, SKIP_IGNORED: tl.constexpr,
+    stride, vocab, vocab_start, inv_temperature, ignore_index, SKIP_IGNORED: tl.constexpr,
 ):  # fmt: skip
     """Write the row's results from its state."""
     nan = float("nan")
@@ -183,8 +183,9 @@ def _store_row(
     maximum = tl.where(defined, maximum, tl.where(rest < 0, -float("inf"), nan))
     if labels_ptr is not None:
         label = tl.load(labels_ptr + row)
-        inside = (label >= 0) & (label < vocab) & (label != ignore_index)
-        x = tl.load(logits_ptr + row.to(tl.int64) * stride + label, mask=inside, other=nan).to(tl.float32)
+        at = label - vocab_start
+        inside = (label >= vocab_start) & (at < vocab) & (label != ignore_index)
+        x = tl.load(logits_ptr + row.to(tl.int64) * stride + at, mask=inside, other=nan).to(tl.float32)
         logprob = (x - maximum) * inv_temperature - log_sum
         if SKIP_IGNORED:
             maximum = tl.where(label == ignore_index, 0.0, maximum)
@@ -230,7 +231,7 @@ def part_state(
     return merge_lanes(state, x_ptr, begin, end, scale, VEC, WORDS, LANES)
 
 
-@triton.jit(do_not_specialize=["stride", "vocab", "tiles_per_program", "ignore_index"])
+@triton.jit(do_not_specialize=["stride", "vocab", "vocab_start", "tiles_per_program", "ignore_index"])
 def token_stats_kernel(
     logits_ptr,  # (T, V), 16-bit or float32
     labels_ptr,  # (T,) int64, or None
@@ -241,6 +242,7 @@ def token_stats_kernel(
     partials_ptr,  # (T, programs, 3): the states of a split row, or None
     stride,
     vocab,
+    vocab_start,
     tiles_per_program,
     inv_temperature,
     ignore_index,
@@ -260,13 +262,13 @@ def token_stats_kernel(
     if partials_ptr is None:
         _store_row(
             row, row_max, rest, weighted, logits_ptr, labels_ptr, logprobs_ptr, entropy_ptr, maximum_ptr, log_sum_ptr,
-            stride, vocab, inv_temperature, ignore_index, SKIP_IGNORED,
+            stride, vocab, vocab_start, inv_temperature, ignore_index, SKIP_IGNORED,
         )  # fmt: skip
     else:
         store_part(partials_ptr, row, part, row_max, rest, weighted)
 
 
-@triton.jit(do_not_specialize=["stride", "vocab", "programs", "ignore_index"])
+@triton.jit(do_not_specialize=["stride", "vocab", "vocab_start", "programs", "ignore_index"])
 def merge_parts_kernel(
     logits_ptr,
     labels_ptr,
@@ -277,6 +279,7 @@ def merge_parts_kernel(
     partials_ptr,
     stride,
     vocab,
+    vocab_start,
     programs,
     inv_temperature,
     ignore_index,
@@ -288,7 +291,7 @@ def merge_parts_kernel(
     maximum, rest, weighted = merge_parts(partials_ptr, row, programs, inv_temperature * LOG2E, MAX_PROGRAMS)
     _store_row(
         row, maximum, rest, weighted, logits_ptr, labels_ptr, logprobs_ptr, entropy_ptr, maximum_ptr, log_sum_ptr,
-        stride, vocab, inv_temperature, ignore_index, SKIP_IGNORED,
+        stride, vocab, vocab_start, inv_temperature, ignore_index, SKIP_IGNORED,
     )  # fmt: skip
 
 
@@ -298,6 +301,7 @@ def token_stats(
     temperature: float,
     ignore_index: int,
     skip_ignored: bool,
+    vocab_start: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (logprobs, entropy, maximum, log_sum), each [T] float32; the meaning is that of reference.token_stats.
 
@@ -309,7 +313,7 @@ def token_stats(
     vec = ACCESS_BYTES // logits.element_size()
     programs, tiles_per_program = row_programs(logits, WORDS * LANES * vec)
     partials = logits.new_empty(rows, programs, 3, dtype=torch.float32) if programs > 1 else None
-    tensors = (logits, labels, logprobs, entropy, maximum, log_sum, partials, logits.stride(0), vocab)
+    tensors = (logits, labels, logprobs, entropy, maximum, log_sum, partials, logits.stride(0), vocab, vocab_start)
     numbers = (1 / temperature, ignore_index, skip_ignored and labels is not None)
     with torch.cuda.device_of(logits):
         token_stats_kernel[(rows, programs)](

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from aepo_kernels import backend as backends
-from aepo_kernels.objective import PolicyObjective
+from aepo_kernels.objective import PolicyObjective, Terms
 from aepo_kernels.ops import linear, rows
 from aepo_kernels.ops.checks import check_labels, check_temperature
 from aepo_kernels.ops.linear_logprobs_and_entropy import check_linear, fake_gradients, flat_rows, own_shape
@@ -37,29 +37,18 @@ if TYPE_CHECKING:
 
 # Positions in POLICY_ARGS of what decides the schedule.
 ENTROPY_STATS, SEQUENCE_RATIO, ENTROPY_ADVANTAGE = 6, 9, 16
+# `keep` chooses the scale of the weight's gradient before it knows the ratios and entropies that multiply advantages.
+# With float16 operands (CUDA) they may make a coefficient 2^12 times larger before the gradient becomes inf.
+HEADROOM = 2.0**10
 
 torch.library.define(
     "aepo::linear_policy_loss",
     "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, str? group, int vocab_start, bool sequence_parallel, "
     f"bool[] wanted, bool keep, float temperature, float? softcap, {POLICY_ARGS}) "
     "-> (Tensor loss, Tensor metrics, Tensor grad_logprobs, Tensor grad_entropy, "
-    "Tensor maximum, Tensor log_sum, Tensor entropy, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    "Tensor maximum, Tensor log_sum, Tensor entropy, "
+    "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor scale)",
 )
-torch.library.define("aepo::scaled", "(Tensor x, Tensor factor) -> Tensor")
-
-
-@torch.library.impl("aepo::scaled", "CompositeExplicitAutograd")
-def _scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """x * factor [] rounded once: PyTorch would round a float32 factor to x's bfloat16 first, 0.2 % off for all."""
-    out = torch.empty_like(x)
-    for block in linear.slices(len(x), 4096):
-        out[block] = x[block].to(factor.dtype) * factor
-    return out
-
-
-@torch.library.register_fake("aepo::scaled")
-def _scaled_fake(x: Tensor, factor: Tensor) -> Tensor:
-    return torch.empty_like(x)
 
 
 def _keeps(schedule: str | None, tokens: int, place: str, policy_args: tuple[Any, ...]) -> bool:
@@ -73,7 +62,7 @@ def _keeps(schedule: str | None, tokens: int, place: str, policy_args: tuple[Any
             "schedule='keep' needs coefficients that follow from each token alone: entropy_stats with an entropy-aware "
             "advantage, and ratio_level='token'"
         )
-    return possible and (schedule == "keep" or (schedule is None and tokens >= 4 * linear.KEPT_ROWS[place]))
+    return possible and (schedule == "keep" or (schedule is None and tokens >= linear.TILING[place].keep_from))
 
 
 @torch.library.impl("aepo::linear_policy_loss", "CompositeExplicitAutograd")
@@ -93,7 +82,9 @@ def _linear_policy_loss(
 ) -> tuple[Tensor, ...]:
     *numbers, backend = policy_args[NUM_TENSORS:]
     backend = backends.resolve(backend, hidden)
-    head = linear.Head(weight, bias, temperature, softcap, backend, Shard(group, vocab_start), sequence_parallel)
+    shard = Shard(group, vocab_start)
+    schedule: Literal["keep", "recompute"] = "keep" if keep else "recompute"
+    head = linear.Head(weight, bias, temperature, softcap, backend, shard, sequence_parallel, schedule)
     masked = policy_args[MASK] == 0
     if labels.device.type == "cpu" and group is None:
         check_labels(labels, masked, len(weight))
@@ -101,12 +92,14 @@ def _linear_policy_loss(
     flat_hidden, flat_labels = flat_rows(hidden, labels, masked)
     used = (~masked).reshape(-1).nonzero()[:, 0]
 
-    grads = [x.new_empty(0) for x in (hidden, weight, weight)]
+    grads, scale = [head.empty(0) for _ in range(3)], head.empty(0)
     if keep:
-        # Weights are about 1 / T; near 1 their products do not underflow in float16 gradients of logits.
-        scale = linear.power_of_two(tensors.weight)
         of_used = tensors.of_tokens(used)
-        of_used = of_used._replace(weight=of_used.weight / scale)
+        terms = Terms(*numbers)
+        typical = linear.Coefficients(
+            of_used.weight * (of_used.advantages.abs() + terms.kl_coef), of_used.weight * terms.entropy_bonus
+        )
+        size = linear.largest(typical.sizes(temperature)) * HEADROOM
 
         def coefficients(chunk: slice, stats: TokenStats) -> linear.Coefficients:
             _, grad_logprobs, grad_entropy, _ = run_policy_terms(
@@ -114,8 +107,8 @@ def _linear_policy_loss(
             )
             return linear.Coefficients(grad_logprobs, grad_entropy if policy_args[ENTROPY_BONUS] != 0 else None)
 
-        stats, found = linear.statistics_and_gradients(
-            head, flat_hidden, flat_labels, used, coefficients, scale, linear.Wanted(*wanted)
+        stats, found, scale = linear.statistics_and_gradients(
+            head, flat_hidden, flat_labels, used, coefficients, size, linear.Wanted(*wanted)
         )
         grads = list(found)
         if wanted[0]:
@@ -124,7 +117,7 @@ def _linear_policy_loss(
         stats = linear.statistics(head, flat_hidden[used], flat_labels[used])
     logprobs, entropy, maximum, log_sum = (x.new_zeros(labels.numel()).index_copy_(0, used, x) for x in stats)
     loss, grad_logprobs, grad_entropy, metrics = run_policy_terms(backend, logprobs, entropy, tensors, numbers)
-    return loss, metrics, grad_logprobs, grad_entropy, maximum, log_sum, entropy, *grads
+    return loss, metrics, grad_logprobs, grad_entropy, maximum, log_sum, entropy, *grads, scale
 
 
 @torch.library.register_fake("aepo::linear_policy_loss")
@@ -145,7 +138,8 @@ def _linear_policy_loss_fake(
     stats = [hidden.new_empty(labels.numel(), dtype=rows.acc_dtype(hidden.dtype)) for _ in range(3)]
     loss, grad_logprobs, grad_entropy, metrics = policy_terms_fake(stats[0], None, *policy_args)
     grads = fake_gradients(hidden, weight, group, sequence_parallel, wanted if keep else [False] * 3)
-    return loss, metrics, grad_logprobs, grad_entropy, *stats, *grads
+    sums = (x.to(stats[0].dtype) for x in grads)
+    return loss, metrics, grad_logprobs, grad_entropy, *stats, *sums, stats[0].new_empty(() if keep else 0)
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
@@ -172,10 +166,11 @@ class _LinearPolicyLoss(torch.autograd.Function):
         loss, metrics, *others = torch.ops.aepo.linear_policy_loss(
             hidden, weight, labels, bias, *shard, sequence_parallel, wanted, keep, temperature, softcap, *policy_args
         )
-        *coefficients_and_stats, grad_hidden, grad_weight, grad_bias = others
+        *coefficients_and_stats, grad_hidden, grad_weight, grad_bias, scale = others
         ctx.keep, ctx.wanted, ctx.others = keep, wanted, len(policy_args)
         if keep:
-            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, scale)
+            ctx.dtype, ctx.backend = hidden.dtype, policy_args[-1]
         else:
             ctx.save_for_backward(hidden, weight, labels, bias, *coefficients_and_stats)
             ctx.where = (shard.group, sequence_parallel, wanted)
@@ -188,7 +183,12 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.keep:
-            grads = tuple(torch.ops.aepo.scaled(grad, grad_loss) for grad in ctx.saved_tensors)
+            *sums, scale = ctx.saved_tensors
+            factors = (grad_loss, grad_loss * scale, grad_loss)
+            grads = tuple(
+                torch.ops.aepo.scaled_cast(x, factor, ctx.dtype, ctx.backend)
+                for x, factor in zip(sums, factors, strict=True)
+            )
         else:
             hidden, weight, labels, bias, grad_logprobs, grad_entropy, *stats = ctx.saved_tensors
             # Masked tokens have coefficient 0, and with it no part in anything: their labels may be anything.

@@ -20,11 +20,12 @@ def logits_grad(
     temperature: float,
     ignore_index: int,
     out: Tensor,  # [T, V], may be `logits` itself
+    vocab_start: int = 0,
 ) -> None:
     """Write the gradient into `out`, rounded once to its dtype.
 
     Ignored rows have no log-prob part. A row whose coefficients are all 0 becomes 0 whatever it holds (a masked row may
-    be NaN), and so does a logit of -inf.
+    be NaN), and so does a logit of -inf. `vocab_start` is the id of the first logit.
     """
     log_p = (logits.to(maximum.dtype) - maximum[:, None]) / temperature - log_sum[:, None]
     p = log_p.exp()
@@ -34,8 +35,9 @@ def logits_grad(
         assert labels is not None, "a log-prob gradient needs labels"
         ignored = labels == ignore_index
         coefficient = grad_logprobs.masked_fill(ignored, 0.0)
-        in_range = (labels >= 0) & (labels < logits.shape[1])
-        one_hot = torch.zeros_like(p).scatter(-1, labels.where(in_range, 0)[:, None], in_range[:, None].to(p.dtype))
+        in_range = (labels >= vocab_start) & (labels < vocab_start + logits.shape[1])
+        local = (labels - vocab_start).where(in_range, 0)
+        one_hot = torch.zeros_like(p).scatter(-1, local[:, None], in_range[:, None].to(p.dtype))
         grad = grad + coefficient[:, None] * (one_hot - p)
         used = used | (coefficient != 0)
     if grad_entropy is not None:

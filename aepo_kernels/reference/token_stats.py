@@ -20,6 +20,7 @@ def token_stats(
     temperature: float | Tensor,  # or [T, 1]
     ignore_index: int,
     skip_ignored: bool,
+    vocab_start: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (logprobs, entropy, maximum, log_sum), each [T] in float32 (float64 for float64 logits).
 
@@ -27,7 +28,8 @@ def token_stats(
     (x_i - maximum) / temperature - log_sum without the rounding of one large logsumexp. Ignored rows have log-prob 0,
     with `skip_ignored` 0 in every output. Without labels `logprobs` is empty. A row with NaN or +inf is NaN in every
     output. So is a row without any finite logit, except that its `maximum` is -inf: as a part of a longer row it is
-    empty, not undefined (ops/merge.py). A label outside [0, V) gives log-prob NaN.
+    empty, not undefined (ops/merge.py). `vocab_start` is the id of the first logit, so that a tile of a vocabulary
+    takes labels as they are; a label outside [vocab_start, vocab_start + V) gives log-prob NaN.
     """
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     x = logits.to(acc)
@@ -45,8 +47,8 @@ def token_stats(
     if labels is None:
         return logits.new_empty(0, dtype=acc), entropy, maximum, log_sum
 
-    in_range = (labels >= 0) & (labels < logits.shape[1])
-    label_d = d.gather(-1, labels.where(in_range, 0)[:, None])[:, 0]
+    in_range = (labels >= vocab_start) & (labels < vocab_start + logits.shape[1])
+    label_d = d.gather(-1, (labels - vocab_start).where(in_range, 0)[:, None])[:, 0]
     logprobs = (label_d - log_sum).masked_fill(~in_range, torch.nan)
     ignored = labels == ignore_index
     logprobs = logprobs.masked_fill(ignored & ~undefined, 0.0)

@@ -123,8 +123,8 @@ def case_linear_collectives(ranks):
     *whole, labels = make_head(torch.float32, tokens)
     aepo = PolicyObjective.preset("aepo")
     gather, reduce, scatter = "c10d::allgather_", "c10d::allreduce_", "c10d::reduce_scatter_"
-    counted, kept_rows = int(policy_batch(tokens)[0][-1].sum()), linear.KEPT_ROWS["cpu"]
-    linear.KEPT_ROWS["cpu"] = 8
+    counted, tiling = int(policy_batch(tokens)[0][-1].sum()), linear.TILING["cpu"]
+    linear.TILING["cpu"] = tiling._replace(keep=(8, 4096))
     chunks = -(-counted // 8)
     assert chunks > 1
 
@@ -148,7 +148,7 @@ def case_linear_collectives(ranks):
             keep = name == "keep"
             assert collectives(call) == hidden + ([gather] * chunks + [total] if keep else [gather]), name
             assert collectives(call().backward) == ([] if keep else [total]), name
-    linear.KEPT_ROWS["cpu"] = kept_rows
+    linear.TILING["cpu"] = tiling
 
 
 def case_linear_frozen_weight_and_nothing_to_do(ranks):

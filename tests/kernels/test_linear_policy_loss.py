@@ -37,8 +37,9 @@ def test_objectives_and_schedules(name, schedule, monkeypatch, backend, device):
     if slow and name not in ("aepo", "cispo"):
         pytest.skip("slow in the interpreter")
     for place in ("cpu", "cuda"):
-        monkeypatch.setitem(linear.TILE, place, (5, 64))
-        monkeypatch.setitem(linear.KEPT_ROWS, place, 7)  # several chunks, the last one cut
+        # Several chunks, the last one cut; the vocabulary in tiles, and where `keep` serves CUDA whole.
+        columns = 64 if place == "cpu" else linear.WHOLE_VOCABULARY
+        monkeypatch.setitem(linear.TILING, place, linear.Tiling((5, 64), (7, columns), 0))
     objective = PolicyObjective.preset(name)
     settings = {"schedule": schedule, "cu_seqlens": torch.tensor([0, 3, 3, 9])}
     tokens = 9
@@ -60,7 +61,7 @@ def test_dtypes_at_the_real_tile_sizes(schedule, dtype):
 
 
 def test_statistics_of_this_call_need_all_tokens(monkeypatch, backend, device):
-    monkeypatch.setitem(linear.TILE, "cpu", (4, 16))
+    monkeypatch.setitem(linear.TILING, "cpu", linear.Tiling((4, 16), (4, 16), 0))
     problem = make_problem(9, 40, 4)
     check(problem, AEPO, backend, device)
     with pytest.raises(ValueError, match="schedule='keep' needs coefficients"):
@@ -166,11 +167,6 @@ def test_nothing_to_learn_from(tokens, schedule, backend, device):
     )  # fmt: skip
     assert out.loss == 0
     assert [x.abs().sum().item() for x in torch.autograd.grad(out.loss, problem.leaves)] == [0, 0, 0]
-
-
-def test_a_factor_is_not_rounded_to_the_gradients_dtype():
-    x = torch.full((5000, 1), 3.0, dtype=torch.bfloat16)
-    assert torch.ops.aepo.scaled(x, torch.tensor(1 / 3)).eq(1).all()  # 1/3 in bfloat16 is 0.334
 
 
 def test_micro_batches_add_up():

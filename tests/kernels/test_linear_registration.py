@@ -26,7 +26,7 @@ def operations():
     policy += ("token-mean", False, *AEPO.terms(), None)
     for keep in (True, False):
         yield f"linear_policy_loss keep={keep}", (*here, None, 0, False, wanted, keep, 0.7, None, *policy)
-    yield "scaled", (WEIGHT, torch.tensor(0.3))
+    yield "scaled_cast", (WEIGHT, torch.tensor(0.3), torch.bfloat16, None)
 
 
 @pytest.mark.parametrize("case", [name for name, _ in operations()])

@@ -90,7 +90,7 @@ def test_any_tiling(monkeypatch, name):
     @given(tilings())
     def run(case):
         tokens, vocab, tile, seed = case
-        monkeypatch.setitem(linear.TILE, "cpu", tile)
+        monkeypatch.setitem(linear.TILING, "cpu", linear.Tiling(tile, tile, 0))
         check(make_problem(tokens, vocab, 4, torch.float64, bias=True, softcap=8.0, seed=seed), name, "cpu")
 
     run()
@@ -132,7 +132,7 @@ def test_logits_are_never_rounded_to_16_bits(backend, device):
 
 
 def test_minus_inf_bias_and_bad_rows(backend, device, monkeypatch):
-    monkeypatch.setitem(linear.TILE, "cpu", (2, 8))
+    monkeypatch.setitem(linear.TILING, "cpu", linear.Tiling((2, 8), (2, 8), 0))
     problem = make_problem(4, 30, 4, bias=True)
     problem.bias[:17] = -torch.inf  # more than two whole tiles have no probability
     problem = problem._replace(labels=torch.tensor([20, 3, 29, 25]))

@@ -38,7 +38,8 @@ def test_every_kernel_keeps_its_budget(reports, target):
     broken = {f"{r['case']}: {r['kernel']}": r["problems"] for r in mine if r["problems"]}
     assert not broken
     launched = {"merge_parts_kernel", "merge_decode_kernel", "moments_kernel", "policy_terms_kernel", "totals_kernel"}
-    assert {r["kernel"] for r in mine} == STREAMING | launched | {"sample_parts_kernel", "finish_rows_kernel"}
+    launched |= {"sample_parts_kernel", "finish_rows_kernel", "scaled_cast_kernel"}
+    assert {r["kernel"] for r in mine} == STREAMING | launched
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -52,6 +53,13 @@ def test_the_hot_loops_were_found_and_read(reports, kernel, target):
         assert set(r["stores"]) == ({width} if kernel == "logits_grad_kernel" else set())
         assert 1 <= r["exp2"] < 1.1  # one per logit, and the forward's rescaling
         assert 6 < r["instructions"] <= 14  # fewer cannot do the arithmetic
+
+
+def test_sums_become_gradients_at_the_speed_of_memory(reports):
+    assert len(of(reports, "scaled_cast_kernel")) == len(TARGETS)
+    for r in of(reports, "scaled_cast_kernel"):
+        assert set(r["loads"]) == set(r["stores"]) == {"128"}
+        assert r["issue_share"] < 0.1
 
 
 def test_the_sampler_makes_its_random_numbers_within_the_memorys_time(reports):
