@@ -88,7 +88,7 @@ def policy_terms(
     a = advantages * (factor.clamp(min=0) if clamp_factor else factor)
 
     log_ratio = masked(logprobs - old_logprobs)
-    visible = logprobs.isnan() | ~a.isfinite()
+    visible = logprobs.isnan() | old_logprobs.isnan() | ~a.isfinite()
     segments = None if cu_seqlens is None else _Segments(cu_seqlens, valid)
     ratio = (log_ratio if segments is None else segments.mean(log_ratio)).exp()
 
