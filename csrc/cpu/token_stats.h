@@ -66,17 +66,25 @@ AEPO_INLINE void add(Running<Simd>& state, const typename Simd::Vec (&x)[kVecs])
   const Vec scale = Simd::broadcast(state.scale), shift = Simd::broadcast(state.shift);
   const Vec zero = Simd::broadcast(0), one = Simd::broadcast(1), least = Simd::broadcast(Simd::kMinExponent);
   Vec rest = zero, weighted = zero, equal = zero;
+  // Four step by step: one after the other, AVX2 took 4 % more cycles and the portable lanes 10 % (Zen 4).
+  constexpr size_t kTogether = 4;
 #pragma GCC unroll 8
-  for (size_t i = 0; i < kVecs; i++) {
+  for (size_t first = 0; first < kVecs; first += kTogether) {
+    Vec y[kTogether], e[kTogether];
     // The clamp makes the exponent of a -inf logit finite with power exactly 0, or 0 * -inf would come; NaN passes it.
-    const Vec y = Simd::max(least, (x[i] - shift) * scale);
-    Vec e = Simd::exp2(y);
-    if (kNewMax) {
-      e = Simd::if_equal(x[i], shift, zero, e);
-      equal = equal + Simd::if_equal(x[i], shift, one, zero);
+#pragma GCC unroll 8
+    for (size_t i = 0; i < kTogether; i++) y[i] = Simd::max(least, (x[first + i] - shift) * scale);
+#pragma GCC unroll 8
+    for (size_t i = 0; i < kTogether; i++) e[i] = Simd::exp2(y[i]);
+#pragma GCC unroll 8
+    for (size_t i = 0; i < kTogether; i++) {
+      if (kNewMax) {
+        e[i] = Simd::if_equal(x[first + i], shift, zero, e[i]);
+        equal = equal + Simd::if_equal(x[first + i], shift, one, zero);
+      }
+      rest = rest + e[i];
+      weighted = Simd::fma(e[i], y[i], weighted);
     }
-    rest = rest + e;
-    weighted = Simd::fma(e, y, weighted);
   }
   if (kNewMax) rest = rest + Simd::first_lane(lane_sum<Simd>(equal) - 1);
   state.rest = state.rest + rest;
@@ -89,9 +97,9 @@ AEPO_INLINE void add_chunk(Running<Simd>& state, const T* logits) {
   Vec x[Simd::kChunk];
 #pragma GCC unroll 8
   for (int i = 0; i < Simd::kChunk; i += 2) Simd::load2(logits + i * Simd::kWidth, x[i], x[i + 1]);
-  Vec top = x[0];
+  Vec top = Simd::max(x[0], x[1]);
 #pragma GCC unroll 8
-  for (int i = 1; i < Simd::kChunk; i++) top = Simd::max(top, x[i]);
+  for (int i = 2; i < Simd::kChunk; i += 2) top = Simd::max(top, Simd::max(x[i], x[i + 1]));
   if (__builtin_expect(Simd::any_greater(top, Simd::broadcast(state.max)), 0)) {
     raise_max(state, lane_max<Simd>(top));
     add<true>(state, x);
