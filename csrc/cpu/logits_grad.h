@@ -2,10 +2,7 @@
 // over the logits themselves if asked. The label's own element is not made here (row_kernels.h: store_logit).
 #pragma once
 
-#include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 
 #include "prefetch.h"
 #include "row_kernels.h"

@@ -22,14 +22,16 @@ SegmentStats merge(const SegmentStats& a, const SegmentStats& b, double temperat
   const double d = (low.max - high.max) / temperature;
   const double e = std::exp(d);
   const double sum = low.rest + 1;
-  return {high.max, high.rest + e * sum, high.weighted + e * (low.weighted + d * sum)};
+  const double weighted = e == 0 ? 0 : e * (low.weighted + d * sum);  // d may be -inf, and 0 * -inf NaN
+  return {high.max, high.rest + e * sum, high.weighted + weighted};
 }
 
 }  // namespace
 
 double log2_scale(double temperature) {
-  // Below 4e-39 the quotient would not fit a float, and the maximum's own 0 * inf would be NaN.
-  return std::min(kLog2E / temperature, static_cast<double>(std::numeric_limits<float>::max()));
+  // The kernels need a float that is neither inf, or the maximum's own 0 * inf would be NaN, nor 0, or that of a -inf logit.
+  using Float = std::numeric_limits<float>;
+  return std::clamp<double>(kLog2E / temperature, Float::denorm_min(), Float::max());
 }
 
 RowStats merge_segments(const SegmentStats* segments, int64_t n, double temperature) {

@@ -61,7 +61,7 @@ const RowKernels& row_kernels();
 // The token that one row of logits gives, and its statistics.
 SampledToken sample_row(LogitsType type, const void* x, int64_t vocab, int64_t element_bytes, const SampleRow& params);
 
-// log2(e) / temperature.
+// log2(e) / temperature, within what a float holds.
 double log2_scale(double temperature);
 
 // Merge the n segments of one row.

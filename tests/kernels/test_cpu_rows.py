@@ -102,6 +102,73 @@ def test_gradients_are_rounded_once_to_nearest_even(dtype):
     assert torch.equal(gradients[0], gradients[1].to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_ties_are_rounded_to_even(dtype):
+    # With log p = 0 the gradient of any logit but the label's is -grad_logprob: float32 numbers half way between two of
+    # the storage type, one unit beside that, and at the ends of each kind (zero, subnormal, normal, infinite).
+    lost = 16 if dtype == torch.bfloat16 else 13
+    kept = torch.arange(0x7F80 << (16 - lost), dtype=torch.int64)[:: 37 << (16 - lost)]
+    kept = torch.cat([kept, kept + 1])[:, None]
+    bits = (kept << lost) + (1 << (lost - 1)) + torch.tensor([-(1 << (lost - 1)), -1, 0, 1])
+    coefficients = bits.flatten().to(torch.int32).view(torch.float32)
+    coefficients = torch.cat([coefficients, -coefficients])
+    coefficients = coefficients[coefficients != 0]  # a row of coefficient 0 is not computed
+    if dtype == torch.float16:
+        coefficients = coefficients[coefficients.abs() < 1e5]
+    rows = len(coefficients)
+    logits, zeros = torch.zeros(rows, 70, dtype=dtype), torch.zeros(rows)
+    labels = torch.zeros(rows, dtype=torch.int64)
+    native.logits_grad(logits, labels, zeros, zeros, zeros, coefficients, None, 1.0, IGNORE, logits)
+    expected = -coefficients[:, None].to(dtype)
+    assert expected.isfinite().any()
+    assert torch.equal(logits[:, 1:], expected.expand(-1, 69))
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-12, 1.0, 1e12, 1e30])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_finite_logits_at_any_temperature(dtype, temperature):
+    # The ends of the type beside each other, in one segment and in several; nothing overflows into 0 * inf.
+    largest = torch.finfo(dtype).max
+    logits = make_logits(4, 2 * SEGMENT + 13, "normal", dtype)
+    logits[0, 7], logits[0, SEGMENT:] = largest, -largest
+    logits[1, :SEGMENT], logits[1, -1] = -largest, largest
+    logits[2, ::3], logits[2, SEGMENT] = -math.inf, -largest
+    logits[3] = -largest
+    logits[3, SEGMENT + 1 : 2 * SEGMENT] = -math.inf
+    labels = logits.argmax(-1)
+    logprobs, entropy, maximum, log_sum = native.token_stats(logits, labels, temperature, IGNORE, False)
+    # Halves, because the difference of two ends is no float64.
+    x = logits.double() / 2
+    d = (x - x.amax(-1, keepdim=True)) / (temperature / 2)
+    truth = d.exp().sum(-1).log()
+    torch.testing.assert_close(log_sum.double(), truth, rtol=1e-5, atol=5e-6)
+    torch.testing.assert_close(logprobs.double(), -truth, rtol=1e-5, atol=5e-6)
+    assert torch.equal(maximum, logits.amax(-1).to(maximum.dtype))
+    p = d.softmax(-1)
+    expected = truth - (p * d.masked_fill(p == 0, 0)).sum(-1)
+    torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=1e-6)
+    # Coefficients of the size of the temperature make gradients of the size of 1.
+    size = torch.full_like(entropy, temperature)
+    gradient = torch.empty_like(logits)
+    native.logits_grad(logits, labels, maximum, log_sum, entropy, size, size, temperature, IGNORE, gradient)
+    log_p = (d - truth[:, None]).masked_fill(p == 0, 0)
+    expected = -p - p * (log_p + expected[:, None])
+    expected[range(4), labels] += 1
+    # One rounding, after the errors of float32 (15 is about the largest |log p + H|); float16 has steps of 6e-8 near 0.
+    torch.testing.assert_close(gradient.double(), expected, rtol=torch.finfo(dtype).eps / 2 + 15e-6, atol=1e-7)
+    assert gradient[p == 0].eq(0).all()
+
+
+@pytest.mark.parametrize(("temperature", "log_sum"), [(1e-300, 0.0), (1e300, math.log(500))])
+def test_a_temperature_beyond_float32_is_its_limit(temperature, log_sum):
+    logits = make_logits(2, 1000, "normal")
+    logits[:, ::2] = -math.inf
+    statistics = native.token_stats(logits, logits.argmax(-1), temperature, IGNORE, False)
+    assert statistics[3].tolist() == pytest.approx([log_sum] * 2, rel=1e-6)
+    assert statistics[1].tolist() == pytest.approx([log_sum] * 2, rel=1e-6)
+    assert statistics[0].tolist() == pytest.approx([-log_sum] * 2, rel=1e-6)
+
+
 def test_a_confident_label_keeps_the_digits_of_one_minus_p():
     logits = make_logits(32, 500, "tiny_entropy")
     labels = logits.argmax(-1)
