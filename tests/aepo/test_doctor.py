@@ -133,7 +133,7 @@ def test_files_that_are_not_those_installed_are_named(tmp_path, monkeypatch, dam
         path.write_text(text)
     digests = [base64.urlsafe_b64encode(hashlib.sha256(b"ours").digest()).rstrip(b"=").decode() for _ in files]
     lines = [f"{name},sha256={digest},4" for name, digest in zip(files, digests, strict=True)]
-    (folder / "RECORD").write_text("\n".join([*lines, "aepo/x.css,sha256=x,1", "aepo-9.9/RECORD,,"]))
+    (folder / "RECORD").write_text("\n".join([*lines, "x.css,sha256=x,1", "aepo-9.9/RECORD,,"]))
     (folder / "direct_url.json").write_text('{"url": "file:///a%20b/x.whl", "archive_info": {}}')
     assert by_name(doctor.packages())["aepo-kernels"].state == "ok"
     if damage == "removed":

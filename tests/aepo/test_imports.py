@@ -79,7 +79,7 @@ def _module_level(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def floor(module: str) -> int:
-    """The floor of the longest listed name that holds the module; package `aepo` itself: the first above the kernels."""
+    """The floor of the longest listed name that holds the module; package `aepo`: the first above aepo_kernels."""
     if module == "aepo":
         return floor("aepo_kernels") + 1
     names = [(len(name), level) for level, names in enumerate(FLOORS) for name in names]
