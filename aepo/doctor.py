@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,7 +132,8 @@ def kernels() -> Iterator[Finding]:
     if backends.missing("cpu") is None:
         chosen = torch.ops.aepo_native.cpu_capability()
         yield Finding("kernels", "extension", "ok", f"compiled, runs its {chosen} code on this processor")
-    operations = [name for name in aepo_kernels.__all__ if name[0].islower()]
+    functions = [name for name in aepo_kernels.__all__ if name[0].islower()]
+    operations = [name for name in functions if "backend" in signature(getattr(aepo_kernels, name)).parameters]
     for device in ["cpu", "cuda"][: 1 + torch.cuda.is_available()]:
         probe = torch.empty(1, 8, device=device)
         defaults = {operation: backends.resolve(None, probe, _stage(operation)) for operation in operations}

@@ -88,7 +88,7 @@ def test_paths_cited_in_sources_exist():
             assert list(ROOT.glob(cited)), f"{name(source)} cites {cited}"
 
 
-OTHERS_INSTALL = re.compile(r"pip3? install\b[^\n`]*?[\s\"'=]" + r"aepo(?=[\s\"'`\[=<>~!;,)]|$)", re.M)
+OTHERS_INSTALL = re.compile(r"""pip3? install\b[^\n`]*?[\s"'=]aepo(?=[\s"'`\[=<>~!;,)]|$)""", re.M)
 
 
 def test_nobody_is_told_to_install_the_other_project_of_our_name():
