@@ -4,6 +4,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+# Test files side by side, one to a core and one thread to each (tests/conftest.py). The order is that of pyproject.toml,
+# the longest first; xdist's own order, by the number of tests, would begin the longest one last.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 READY := $(VENV)/.ready
 VLLM := $(VENV)/.vllm
 
@@ -43,11 +46,11 @@ demo: $(READY)
 
 # vLLM's engines need a process of their own: they change what torch does in it.
 test: lint $(VLLM)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 	$(BIN)/python -m pytest tests/integrations
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-vllm: $(VLLM)
 	$(BIN)/python -m pytest tests/integrations
