@@ -26,7 +26,9 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 NOT_SOURCE = (".git", ".venv*", "build", "dist", "*.egg-info", "*.so", "runs", "__pycache__", ".*cache", ".hypothesis")
-ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "AEPO_CUDA")}
+ENVIRONMENT = {
+    key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "AEPO_CUDA", "TRITON_INTERPRET")
+}
 
 
 def run(*command: str | Path, cwd: Path, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -213,4 +215,8 @@ def metadata_of(wheel: Path) -> metadata.Distribution:
 
 
 def nvcc_is_here() -> bool:
-    return any(shutil.which(place) for place in ("/usr/local/cuda/bin/nvcc", "nvcc"))
+    """Where setup.py looks for it."""
+    home = os.environ.get("CUDA_HOME")
+    return any(
+        shutil.which(place) for place in ([f"{home}/bin/nvcc"] if home else ["/usr/local/cuda/bin/nvcc", "nvcc"])
+    )
