@@ -30,9 +30,9 @@ def explain_missing(command: str, error: ModuleNotFoundError) -> str:
     if error.name is None:  # raised by us, and says it all
         return str(error)
     module = error.name.partition(".")[0]
-    if module == "torch":
-        return f"aepo {command} needs torch, which is not installed: pip install torch"
-    return f"aepo {command} needs {module}, which is not installed: {pip_install(COMMANDS[command])}"
+    of_an_extra = command in COMMANDS and module != "torch"
+    remedy = pip_install(COMMANDS[command]) if of_an_extra else f"pip install {module}"
+    return f"aepo {command} needs {module}, which is not installed: {remedy}"
 
 
 def requirements(distribution: Distribution) -> dict[str, dict[str, str]]:
