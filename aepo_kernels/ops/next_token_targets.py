@@ -20,7 +20,8 @@ def next_token_targets(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]
 
     The logits stay whole on purpose. `logits[:, :-1]` is a view, but its backward fills a tensor of the size of all
     logits with zeros and copies the gradient into it: the loss of [4, 129, 151936] bfloat16 with inplace_backward=True,
-    forward and backward, takes 57 ms with these labels and 129 ms from the view (one thread, AVX-512 Xeon VM).
+    forward and backward, takes 57 ms with these labels and 129 ms from the view (one thread of an AVX-512 AMD EPYC,
+    torch 2.13, commit 0120bd5).
     """
     for name, x in (("input_ids", input_ids), ("mask", mask)):
         if not isinstance(x, Tensor) or x.dim() == 0:
