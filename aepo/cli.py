@@ -7,9 +7,12 @@ import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
+from typer.core import TyperGroup
+
+from aepo.install import DISTRIBUTION, explain_missing
 
 if TYPE_CHECKING:
     from aepo.config import Config
@@ -18,7 +21,21 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
+
+class _Commands(TyperGroup):
+    """A package that is missing is one line with the command that installs it, whatever the command was."""
+
+    def invoke(self, ctx: Any) -> Any:  # typer brings a click of its own, in some versions
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] in ("aepo", "aepo_kernels"):  # a fault of ours: worth a traceback
+                raise
+            _fail(explain_missing(ctx.invoked_subcommand or "", error))
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Train tool-using language-model agents with AEPO (arXiv 2510.14545) and its relatives.",
     no_args_is_help=True,
     add_completion=False,
@@ -31,6 +48,23 @@ Overrides = Annotated[
     typer.Argument(metavar="[section.key=value]...", help="Settings, e.g. train.steps=100; `aepo keys` lists them."),
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import aepo
+
+        typer.echo(f"{DISTRIBUTION} {aepo.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_any_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -292,7 +326,7 @@ def _explained() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(1)
 

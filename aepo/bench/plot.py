@@ -10,6 +10,7 @@ from typing import Any
 
 from aepo.bench.harness import BASELINE, OURS, Row
 from aepo.bench.settings import Settings
+from aepo.install import pip_install
 
 PEERS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 """Colours; red is ours, black is eager."""
@@ -23,7 +24,7 @@ def check_plot(settings: Settings, path: Path) -> None:
     if max(len(settings.tokens or ()), len(settings.vocab or ())) < 2:
         raise ValueError("a plot needs several numbers of tokens or sizes of the vocabulary, e.g. --tokens 128,256,512")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("a plot needs matplotlib, which is not installed: pip install matplotlib")
+        raise ValueError(f"a plot needs matplotlib, which is not installed: {pip_install('bench')}")
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

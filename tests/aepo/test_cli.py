@@ -106,7 +106,7 @@ def test_engines_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delitem(sys.modules, "aepo.rollout.engines.vllm_local", raising=False)
     missing = run(*vllm)
     assert missing.output.splitlines()[-1] == (
-        'error: rollout.engine = vllm: vLLM is not installed; pip install "aepo[vllm]"'
+        'error: rollout.engine = vllm: vllm is not installed; pip install "aepo-kernels[vllm]"'
     )
     assert run("train", *SMALL, f"run.dir={tmp_path / 'run'}").exit_code == 0
 
@@ -127,6 +127,87 @@ def test_help_teaches() -> None:
     listed = run("keys", "optimizer").output
     assert "optimizer.learning_rate = 1e-06" in listed
     assert "policy" not in listed
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "expected"),
+    [
+        (
+            "omegaconf",
+            ["train", *SMALL],
+            'aepo train needs omegaconf, which is not installed: pip install "aepo-kernels[train]"',
+        ),
+        (
+            "transformers",
+            ["eval", "x"],
+            'aepo eval needs transformers, which is not installed: pip install "aepo-kernels[train]"',
+        ),
+        (
+            "jinja2",
+            ["report", "x"],
+            'aepo report needs jinja2, which is not installed: pip install "aepo-kernels[train]"',
+        ),
+        (
+            "rich",
+            ["bench", "--list"],
+            'aepo bench needs rich, which is not installed: pip install "aepo-kernels[bench]"',
+        ),
+        ("torch", ["bench", "--list"], "aepo bench needs torch, which is not installed: pip install torch"),
+    ],
+)
+def test_a_missing_package_is_one_line_with_its_command(missing: str, arguments: list[str], expected: str) -> None:
+    """In a process of its own, where nothing that needs the package has been imported yet."""
+    program = f"import sys; sys.modules[{missing!r}] = None; from aepo.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (1, f"error: {expected}\n", "")
+
+
+def aepo_without_typer(*arguments: str) -> subprocess.CompletedProcess[str]:
+    program = "import sys; sys.modules['typer'] = None; from aepo.__main__ import main; main()"
+    return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+
+
+def test_every_command_says_what_it_needs_where_only_the_kernels_are_installed() -> None:
+    from aepo.install import COMMANDS
+
+    listed = {one.name or one.callback.__name__ for one in cli.app.registered_commands if one.callback}
+    assert listed == {*COMMANDS, "doctor"}
+    help_text = aepo_without_typer("--help")
+    assert help_text.returncode == 0
+    assert aepo_without_typer().returncode == run().exit_code == 2
+    for command, extra in COMMANDS.items():
+        assert f'needs pip install "aepo-kernels[{extra}]"' in " ".join(help_text.stdout.split())
+        done = aepo_without_typer(command, "--config", "x.yaml", "--help")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == (
+            f'error: aepo {command} needs typer, which is not installed: pip install "aepo-kernels[{extra}]"\n'
+        )
+    misspelt = aepo_without_typer("trian")
+    assert (misspelt.returncode, "Traceback" in misspelt.stderr) == (2, False)
+    assert aepo_without_typer("doctor", "--jsn").returncode == 2
+
+
+def test_the_version_is_that_of_the_kernels_everywhere() -> None:
+    import aepo
+    import aepo_kernels
+
+    assert aepo.__version__ == aepo_kernels.__version__
+    expected = f"aepo-kernels {aepo_kernels.__version__}\n"
+    assert (run("--version").output, run("--version").exit_code) == (expected, 0)
+    assert aepo_without_typer("--version").stdout == expected
+    as_module = subprocess.run([sys.executable, "-m", "aepo", "--version"], capture_output=True, text=True, check=True)
+    assert as_module.stdout == expected
+    with pytest.raises(AttributeError, match="no attribute 'version'"):
+        aepo.version  # noqa: B018
+
+
+def test_a_command_line_that_cannot_be_loaded_leads_to_the_doctor() -> None:
+    """So it is where another project's aepo/cli.py lies over ours."""
+    program = "import sys; sys.modules['aepo.cli'] = sys; from aepo.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: aepo/cli.py cannot be loaded (cannot import name 'main'")
+    assert "python -m aepo.doctor" in done.stderr
 
 
 PROGRAM = """

@@ -88,13 +88,42 @@ def test_paths_cited_in_sources_exist():
             assert list(ROOT.glob(cited)), f"{name(source)} cites {cited}"
 
 
+OTHERS_INSTALL = re.compile(r"""pip3? install\b[^\n`]*?[\s"'=]aepo(?=[\s"'`\[=<>~!;,)]|$)""", re.M)
+
+
+def test_nobody_is_told_to_install_the_other_project_of_our_name():
+    """`aepo` on PyPI is not ours; ours is aepo-kernels."""
+    places = [*PAGES, *SOURCES, *(ROOT / one for one in ("Makefile", "pyproject.toml", "setup.py", ".ci/run"))]
+    assert len(places) > 150
+    told = {name(path): OTHERS_INSTALL.findall(path.read_text(encoding="utf-8")) for path in places}
+    assert not {path: found for path, found in told.items() if found}
+
+
+@pytest.mark.parametrize(
+    ("text", "others"),
+    [
+        ('pip install "aepo[train]"', True),
+        ("pip install 'aepo[vllm]'", True),
+        ("pip install aepo", True),
+        ("`pip install -U aepo`", True),
+        ("python -m pip install --quiet aepo==0.1", True),
+        ('pip install "aepo-kernels[train]"', False),
+        ("pip install aepo-kernels", False),
+        ("pip install -e .", False),
+        ("pip uninstall --yes aepo", False),
+    ],
+)
+def test_the_pattern_of_others_installs_sees_them(text, others):
+    assert bool(OTHERS_INSTALL.search(text)) is others
+
+
 def test_cited_commands_exist():
     for page, words in commands(PAGES):
         if words[0] == "make":
             unknown = {word for word in words[1:] if "=" not in word} - make_targets()
             assert not unknown, f"{page} cites `make {' '.join(unknown)}`"
         if words[0] == "aepo" and len(words) > 1:
-            assert words[1] in cli_commands(), f"{page} cites `{' '.join(words)}`"
+            assert words[1] in cli_commands() | {"--help", "--version"}, f"{page} cites `{' '.join(words)}`"
         if words[0].startswith("python") and words[1:2] == ["-m"]:
             assert importlib.util.find_spec(words[2]), f"{page} cites `{' '.join(words)}`"
 

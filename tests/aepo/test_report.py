@@ -238,7 +238,7 @@ def test_an_installed_package_has_all_parts_of_the_page():
     root = files("aepo").parent
     (patterns,) = re.findall(r"package-data\]\naepo = \[(.*)\]", (root / "pyproject.toml").read_text())
     packed = {path for pattern in re.findall(r'"(.*?)"', patterns) for path in (root / "aepo").glob(pattern)}
-    assert packed == set((root / "aepo" / "templates").iterdir())
+    assert packed == {*(root / "aepo" / "templates").iterdir(), root / "aepo" / "py.typed"}
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")

