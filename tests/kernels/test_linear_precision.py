@@ -134,6 +134,24 @@ def test_16_bit_gradients_of_logits_keep_every_row(schedule, dtype, temperature,
         assert ours[0].ne(0).any(1).all()
 
 
+@pytest.mark.parametrize(("log_ratio", "fits"), [(0.0, True), (7.0, True), (12.0, False)])
+def test_keep_has_room_for_ratios_that_it_cannot_foresee(log_ratio, fits, narrow_operands, device):
+    # Its scale is chosen from advantages and weights; e^7 is inside the 2^12 left in float16, e^12 is not, visibly.
+    problem = make_problem(12, 100, 6, torch.float16)
+    old, advantages, mask = policy_batch(problem)
+    old[3] -= log_ratio
+    mask[3], advantages[3] = True, -2.0
+    objective = PolicyObjective(dual_clip=None)  # an unbounded ratio where A < 0
+    backend = "triton" if device == "cuda" else "reference"
+    ours, truth, of_logits = both(problem, backend, device, 1e-2, (old, advantages, mask), objective, schedule="keep")
+    if not fits:
+        assert not ours[1].isfinite().all()
+        return
+    eps, size = torch.finfo(torch.float16).eps, of_logits.abs()
+    assert_close("hidden", ours[0], truth[0], eps * size @ problem.weight.double().abs(), scale=50)
+    assert_close("weight", ours[1], truth[1], eps * size.T @ problem.hidden.double().abs(), scale=50)
+
+
 @pytest.mark.parametrize("weights", [(1e-9, 1e-9), (1e9, 0.0), (0.0, 1e9), (1e-30, 1e-36)], ids=str)
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
 def test_statistics_with_any_upstream_gradient(dtype, weights, device, narrow_operands):
