@@ -15,6 +15,7 @@ SCHEDULES = ["keep", "recompute"]
 SIXTEEN = [torch.float16, torch.bfloat16]
 AEPO = PolicyObjective.preset("aepo", entropy_bonus=0.03)
 STATS = (2.0, 0.7)
+SHARED = {"denominator", "cu_seqlens", "ref_logprobs"}  # settings of both operations
 
 
 def assert_close(name, ours, truth, error, scale=1.0):
@@ -31,7 +32,7 @@ def both(problem: Problem, backend, device, factor, batch, objective=AEPO, **set
     leaves = problem.to(device)
     common = {"objective": objective, "temperature": problem.temperature}
     common["entropy_stats"] = STATS if objective.entropy_advantage else None
-    common |= {name: settings.pop(name) for name in ("denominator", "cu_seqlens") if name in settings}
+    common |= {name: settings.pop(name) for name in SHARED & settings.keys()}
     loss = linear_policy_loss(
         leaves.hidden, leaves.weight, leaves.labels, *(x.to(device) for x in batch),
         bias=leaves.bias, backend=backend, **common, **settings,
@@ -147,6 +148,19 @@ def test_keep_has_room_for_ratios_that_it_cannot_foresee(log_ratio, fits, narrow
     if not fits:
         assert not ours[1].isfinite().all()
         return
+    eps, size = torch.finfo(torch.float16).eps, of_logits.abs()
+    assert_close("hidden", ours[0], truth[0], eps * size @ problem.weight.double().abs(), scale=50)
+    assert_close("weight", ours[1], truth[1], eps * size.T @ problem.hidden.double().abs(), scale=50)
+
+
+@pytest.mark.parametrize("term", [{"entropy_bonus": 0.1}, {"kl_coef": 0.1, "kl_estimator": "k1"}], ids=str)
+def test_keep_foresees_what_does_not_come_from_advantages(term, narrow_operands, device):
+    problem = make_problem(12, 100, 6, torch.float16)
+    old, advantages, mask = policy_batch(problem)
+    objective = PolicyObjective(**term)
+    settings = {"schedule": "keep", "ref_logprobs": old if objective.kl_coef else None}
+    backend = "triton" if device == "cuda" else "reference"
+    ours, truth, of_logits = both(problem, backend, device, 10.0, (old, 0 * advantages, mask), objective, **settings)
     eps, size = torch.finfo(torch.float16).eps, of_logits.abs()
     assert_close("hidden", ours[0], truth[0], eps * size @ problem.weight.double().abs(), scale=50)
     assert_close("weight", ours[1], truth[1], eps * size.T @ problem.hidden.double().abs(), scale=50)
@@ -273,3 +287,9 @@ def test_power_of_two():
     assert linear.power_of_two(x, 0).tolist() == [2.0**e for e in exponents]
     assert linear.power_of_two(x[:5], -13).tolist() == [2.0 ** (e - 13) for e in exponents[:5]]
     assert linear.power_of_two(x.double(), 0).dtype == torch.float64
+
+
+def test_scales_bring_the_largest_hidden_state_near_the_top_of_float16():
+    hidden = torch.tensor([[-8.0, 1.0], [2.0, 0.5]])
+    assert linear.scales(hidden, torch.tensor(0.5)) == (0.5 * 8 / 2**13, 0.5 / 2**13)
+    assert linear.scales(hidden[:0], torch.tensor(0.5)).weight > 0
