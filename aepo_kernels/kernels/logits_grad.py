@@ -72,8 +72,8 @@ def logits_grad_kernel(
     if grad_logprobs_ptr is not None:
         label = tl.load(labels_ptr + row)
         label_grad = tl.where(label == ignore_index, 0.0, tl.load(grad_logprobs_ptr + row) * inv_temperature)
-        at = label - vocab_start
-        label_at = tl.where((label >= vocab_start) & (at < vocab), at + head, -1).to(tl.int32)
+        inside = (label >= vocab_start) & (label - vocab_start < vocab)
+        label_at = tl.where(inside, label - vocab_start + head, -1).to(tl.int32)
     entropy_grad = tl.full((), 0.0, tl.float32)
     entropy = 0.0
     if grad_entropy_ptr is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aepo_kernels.objective import ENTROPY_NOISE_ULPS
 
-# A token per thread: 91 registers at most (sm_90), and 8192 tokens keep 32 multiprocessors busy. Four tokens per thread
+# A token per thread: 96 registers at most (sm_90), and 8192 tokens keep 32 multiprocessors busy. Four tokens per thread
 # took up to 216 registers and kept 8.
 BLOCK = 256
 NUM_WARPS = 8

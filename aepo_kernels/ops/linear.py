@@ -230,7 +230,7 @@ class Head:
         if len(parts) == 1:
             return parts[0]
         tiles = torch.arange(len(parts), device=labels.device)[:, None] * self.tile[1]
-        here = (labels >= tiles) & (labels < tiles + self.tile[1]) & (labels < len(self.weight))
+        here = (labels >= tiles) & (labels < tiles + self.tile[1])
         stacked = TokenStats(*map(torch.stack, zip(*parts, strict=True)))
         return merge_stats(stacked, here, labels == rows.NO_LABEL, self.temperature)
 

@@ -233,10 +233,15 @@ def linear_policy_loss(
 
     schedule="recompute": the forward takes one product and holds per-token numbers; the backward takes three more, for
     the tokens that have a gradient (not those clipped without one), and holds one tile. schedule="keep": the forward
-    takes three products in all and holds the gradients, their float32 sums [V, D], and the float32 logits of 512 tokens
-    (CUDA: 2048). That needs a gradient that follows from each token alone: one ratio per token, and `entropy_stats`
-    given (say, of the old policy's entropies over the batch) if the advantage is entropy-aware; else ValueError. None
-    takes "keep" where it can and the kept tokens are at most a quarter of all. On CUDA counting tokens synchronises.
+    takes three products in all, holds the float32 logits of 512 tokens meanwhile (CUDA: of 4096, and their 16-bit
+    gradient), and leaves the gradients' float32 sums, [V, D] for the weight, to the backward, which scales and rounds
+    them. That needs a gradient that follows from each token alone: one ratio per token, and `entropy_stats` given (say,
+    of the old policy's entropies over the batch) if the advantage is entropy-aware; else ValueError. None takes "keep"
+    where it can, from 2048 tokens on (CUDA: 8192). On CUDA counting tokens synchronises.
+
+    However the loss is scaled, 16-bit gradients are rounded once and last, so a float16 gradient is 0 or inf only where
+    its scaled value is beyond float16. One exception: on CUDA, "keep" in float16 gives inf where ratios and entropies
+    make a token's coefficient 4096 times the largest one that advantages and weights alone would.
 
     `process_group`, `vocab_start` and `sequence_parallel` are as in `linear_logprobs_and_entropy`; all that is per
     token is given for all tokens and the same on every rank, and so are loss and metrics. schedule="keep" makes all its

@@ -117,6 +117,28 @@ def case_linear_policy_loss(ranks):
                         torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-13)
 
 
+def case_linear_in_float16_is_scaled_before_it_is_rounded(ranks):
+    """A loss over 200,000 tokens and its loss scale: rounded before it, nearly half of the gradients would be 0."""
+    *whole, labels = make_head(torch.float16)
+    batch, _ = policy_batch()
+
+    def grads(leaves, **settings):
+        hidden, weight, bias = leaves
+        aepo = PolicyObjective.preset("aepo", entropy_bonus=0.05)
+        loss = linear_policy_loss(
+            hidden, weight, labels, *batch, objective=aepo, bias=bias, denominator=200_000, **STATS, **settings
+        ).loss
+        return torch.autograd.grad(65536 * loss, leaves)
+
+    truth = grads([x.double().requires_grad_() for x in whole], backend="reference")
+    for sequence_parallel in (False, True):
+        leaves, group = of_rank(ranks, *whole, sequence_parallel)
+        for schedule in ("keep", "recompute"):
+            ours = grads(leaves, schedule=schedule, **group)
+            for x, y in zip(ours, own_grads(ranks, truth, sequence_parallel), strict=True):
+                assert (x.double() - y).norm() <= 5e-4 * y.norm(), schedule
+
+
 def case_linear_collectives(ranks):
     """The keep schedule merges statistics once per chunk and has nothing left to do backward."""
     tokens = 2 * TOKENS

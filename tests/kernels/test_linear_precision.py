@@ -15,6 +15,7 @@ SCHEDULES = ["keep", "recompute"]
 SIXTEEN = [torch.float16, torch.bfloat16]
 AEPO = PolicyObjective.preset("aepo", entropy_bonus=0.03)
 STATS = (2.0, 0.7)
+SHARED = {"denominator", "cu_seqlens", "ref_logprobs"}  # settings of both operations
 
 
 def assert_close(name, ours, truth, error, scale=1.0):
@@ -31,10 +32,10 @@ def both(problem: Problem, backend, device, factor, batch, objective=AEPO, **set
     leaves = problem.to(device)
     common = {"objective": objective, "temperature": problem.temperature}
     common["entropy_stats"] = STATS if objective.entropy_advantage else None
-    common |= {name: settings.pop(name) for name in ("denominator", "cu_seqlens") if name in settings}
+    common |= {name: settings.pop(name) for name in SHARED & settings.keys()}
     loss = linear_policy_loss(
         leaves.hidden, leaves.weight, leaves.labels, *(x.to(device) for x in batch),
-        bias=leaves.bias, backend=backend, **common, **settings,
+        bias=leaves.bias, softcap=problem.softcap, backend=backend, **common, **settings,
     ).loss  # fmt: skip
     ours = torch.autograd.grad(loss, leaves.leaves, torch.tensor(factor, device=device))
     exact = problem.to("cpu", torch.float64)
@@ -132,6 +133,59 @@ def test_16_bit_gradients_of_logits_keep_every_row(schedule, dtype, temperature,
     assert_close("bias", ours[2], truth[2], eps * size.sum(0), scale=50)
     if dtype == torch.bfloat16:
         assert ours[0].ne(0).any(1).all()
+
+
+@pytest.mark.parametrize(("log_ratio", "fits"), [(0.0, True), (7.0, True), (12.0, False)])
+def test_keep_has_room_for_ratios_that_it_cannot_foresee(log_ratio, fits, narrow_operands, device):
+    # Its scale is chosen from advantages and weights; e^7 is inside the 2^12 left in float16, e^12 is not, visibly.
+    problem = make_problem(12, 100, 6, torch.float16)
+    old, advantages, mask = policy_batch(problem)
+    old[3] -= log_ratio
+    mask[3], advantages[3] = True, -2.0
+    objective = PolicyObjective(dual_clip=None)  # an unbounded ratio where A < 0
+    backend = "triton" if device == "cuda" else "reference"
+    ours, truth, of_logits = both(problem, backend, device, 1e-2, (old, advantages, mask), objective, schedule="keep")
+    if not fits:
+        assert not ours[1].isfinite().all()
+        return
+    eps, size = torch.finfo(torch.float16).eps, of_logits.abs()
+    assert_close("hidden", ours[0], truth[0], eps * size @ problem.weight.double().abs(), scale=50)
+    assert_close("weight", ours[1], truth[1], eps * size.T @ problem.hidden.double().abs(), scale=50)
+
+
+@pytest.mark.parametrize("term", [{"entropy_bonus": 0.1}, {"kl_coef": 0.1, "kl_estimator": "k1"}], ids=str)
+def test_keep_foresees_what_does_not_come_from_advantages(term, narrow_operands, device):
+    problem = make_problem(12, 100, 6, torch.float16)
+    old, advantages, mask = policy_batch(problem)
+    objective = PolicyObjective(**term)
+    settings = {"schedule": "keep", "ref_logprobs": old if objective.kl_coef else None}
+    backend = "triton" if device == "cuda" else "reference"
+    ours, truth, of_logits = both(problem, backend, device, 10.0, (old, 0 * advantages, mask), objective, **settings)
+    eps, size = torch.finfo(torch.float16).eps, of_logits.abs()
+    assert_close("hidden", ours[0], truth[0], eps * size @ problem.weight.double().abs(), scale=50)
+    assert_close("weight", ours[1], truth[1], eps * size.T @ problem.hidden.double().abs(), scale=50)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_softcap_with_16_bit_gradients_of_logits(schedule, dtype, device, narrow_operands):
+    # The slope of the cap comes behind the stage, so these entries are rounded twice.
+    problem = make_problem(12, 60, 6, dtype, bias=True, softcap=4.0)
+    backend = "triton" if device == "cuda" else "reference"
+    ours, truth, _ = both(problem, backend, device, 8.0, policy_batch(problem), schedule=schedule)
+    exact = problem.to("cpu", torch.float64)
+    uncapped = torch.nn.functional.linear(exact.hidden, exact.weight, exact.bias)
+    logits = 4 * torch.tanh(uncapped / 4)
+    loss = logits_policy_loss(
+        logits, exact.labels, *policy_batch(problem), objective=AEPO, entropy_stats=STATS, backend="reference"
+    ).loss
+    (of_logits,) = torch.autograd.grad(8.0 * loss, uncapped)
+    eps, size = 2 * torch.finfo(dtype).eps, of_logits.abs()
+    for name, grad, true_grad, error in zip(
+        ("hidden", "weight", "bias"), ours, truth,
+        (size @ exact.weight.abs(), size.T @ exact.hidden.abs(), size.sum(0)), strict=True,
+    ):  # fmt: skip
+        assert_close(name, grad, true_grad, eps * error.detach(), scale=50)
 
 
 @pytest.mark.parametrize("weights", [(1e-9, 1e-9), (1e9, 0.0), (0.0, 1e9), (1e-30, 1e-36)], ids=str)
@@ -255,3 +309,9 @@ def test_power_of_two():
     assert linear.power_of_two(x, 0).tolist() == [2.0**e for e in exponents]
     assert linear.power_of_two(x[:5], -13).tolist() == [2.0 ** (e - 13) for e in exponents[:5]]
     assert linear.power_of_two(x.double(), 0).dtype == torch.float64
+
+
+def test_scales_bring_the_largest_hidden_state_near_the_top_of_float16():
+    hidden = torch.tensor([[-8.0, 1.0], [2.0, 0.5]])
+    assert linear.scales(hidden, torch.tensor(0.5)) == (0.5 * 8 / 2**13, 0.5 / 2**13)
+    assert linear.scales(hidden[:0], torch.tensor(0.5)).weight > 0
