@@ -85,7 +85,14 @@ def version(peer: Peer) -> str:
 def _trl() -> Callable[..., Any]:
     from trl.trainer.utils import selective_log_softmax_and_entropy
 
-    return selective_log_softmax_and_entropy  # its Triton kernel on a GPU
+    return selective_log_softmax_and_entropy
+
+
+def _trl_triton() -> Callable[..., Any]:
+    # What the function of its trainers comes to on a GPU, without the packages that those need (datasets, pandas).
+    from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+
+    return selective_log_softmax_and_entropy
 
 
 def _trl_chunked() -> Callable[..., Any]:
@@ -201,7 +208,8 @@ def _quack_linear() -> Callable[..., Any]:
 
 
 PEERS = (
-    Peer("TRL", "trl", "logits", STATS, (CPU, CUDA), _trl, float32_loss=(CPU,)),
+    Peer("TRL", "trl", "logits", STATS, (CPU,), _trl, float32_loss=(CPU,)),
+    Peer("TRL Triton", "trl", "logits", STATS, (CUDA,), _trl_triton),
     Peer("verl", "verl", "logits", STATS, (CPU, CUDA), _verl, float32_loss=(CPU, CUDA)),
     Peer("flash-attn CE", "flash-attn", "logits", LOGPROB, (CUDA,), _flash_attention),
     Peer("quack CE", "quack-kernels", "logits", LOGPROB, (CUDA,), _quack),
