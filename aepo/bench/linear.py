@@ -164,12 +164,12 @@ def truth(inputs: Inputs, computes: str) -> Sequence[Tensor]:
     return loss_and_grads(plain(computes, eager_linear))(exact)
 
 
-def products(inputs: Inputs) -> list[Ceiling]:
+def products(hidden: Tensor, weight: Tensor) -> list[Ceiling]:
     """The three products, logits = hidden weight^T and both gradients, in the dtype that is fastest here.
 
     On a GPU also as linear_policy_loss makes them, with float32 sums that the gradients add up in: beside the bound.
     """
-    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    hidden, weight = hidden.detach(), weight.detach()
     if hidden.device.type == "cpu":
         dtype = fastest_dtype(hidden.dtype)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -216,7 +216,7 @@ def problems(settings: Settings) -> Iterator[Problem]:
         stats, rows = ([with_float32_operands(one) for one in providers] for providers in (stats, rows))
     for tokens, vocab in settings.shapes(CPU, CUDA, QUICK):
         inputs, gate = (make_inputs(n, vocab, hidden, dtype, device) for n in (tokens, GATE_TOKENS))
-        ceilings, labels, part = products(inputs), inputs.policy.labels, piece_of(tokens, device)
+        ceilings, labels, part = products(inputs.hidden, inputs.weight), inputs.policy.labels, piece_of(tokens, device)
         some = gate_rows(tokens, device)
         with torch.no_grad():
             exact = eager_linear(inputs.hidden[some].double(), inputs.weight.double(), labels[some])
