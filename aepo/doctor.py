@@ -70,7 +70,7 @@ def products() -> Iterator[Finding]:
     from aepo.bench.rates import product_rate, slow_products
 
     narrow, wide = (product_rate(dtype) / 1e9 for dtype in (torch.bfloat16, torch.float32))
-    rates = f"{narrow:.3g} GFLOP/s in bfloat16, {wide:.3g} in float32"
+    rates = f"{narrow:.3g} GFLOP/s in bfloat16, {wide:.3g} in float32 (one core)"
     if slow_products(torch.bfloat16):
         yield Finding("machine", "matrix products", "missing", f"{rates}: train and compare in float32 here")
     else:

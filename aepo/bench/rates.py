@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,22 +44,32 @@ def memory_rates(device: str) -> MemoryRates:
     return MemoryRates(rate(lambda: target.copy_(source), 2 * size), rate(source.sum, size))
 
 
-def product_rate(dtype: torch.dtype) -> float:
-    """Operations per second of PyTorch's products on this processor, in the three layouts of a linear layer's training:
-    they may be far apart (2-core AMD EPYC, Zen 4, held to AVX2: 36, 1.5 and 26 GFLOP/s in bfloat16, 130 to 170 in
-    float32)."""
-    return _product_rate(dtype, torch.get_num_threads())
-
-
 @functools.cache
-def _product_rate(dtype: torch.dtype, threads: int) -> float:
+def product_rate(dtype: torch.dtype) -> float:
+    """Operations per second of PyTorch's products on one core of this processor, in the three layouts of a linear
+    layer's training, which may be far apart.
+
+    On one, because threads that wait for each other on a loaded machine take all dtypes to the same rate: with four
+    busy programs beside, two threads made 2.7 GFLOP/s in float32 instead of 140, and bfloat16 looked as good.
+    """
     rows, columns, hidden = 64, 1024, 512
     x, weight = torch.randn(rows, hidden).to(dtype), torch.randn(columns, hidden).to(dtype)
-    grad, clock = torch.randn(rows, columns).to(dtype), CpuClock()
-    total = 0.0
-    for run in (lambda: x @ weight.T, lambda: grad @ weight, lambda: grad.T @ x):
-        total += min(clock.seconds(run, lambda: None, 1) for _ in range(4))
-    return 3 * 2.0 * rows * columns * hidden / total
+    grad, threads = torch.randn(rows, columns).to(dtype), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        taken = [_best(run) for run in (lambda: x @ weight.T, lambda: grad @ weight, lambda: grad.T @ x)]
+    finally:
+        torch.set_num_threads(threads)
+    return 3 * 2.0 * rows * columns * hidden / sum(taken)
+
+
+def _best(run: Callable[[], object]) -> float:
+    """Seconds of the fastest of many calls."""
+    clock, end = CpuClock(), time.monotonic() + 0.2
+    found: list[float] = []
+    while len(found) < 2 or (len(found) < 50 and time.monotonic() < end):
+        found.append(clock.seconds(run, lambda: None, 1))
+    return min(found)
 
 
 def fastest_dtype(dtype: torch.dtype) -> torch.dtype:

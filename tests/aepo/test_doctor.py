@@ -50,7 +50,7 @@ def test_slow_bfloat16_products_are_named_with_both_rates(monkeypatch, bfloat16,
     monkeypatch.setattr(rates, "product_rate", known.get)
     (found,) = doctor.products()
     assert found.state == state
-    assert found.detail.startswith(f"{bfloat16 / 1e9:.3g} GFLOP/s in bfloat16, 80 in float32")
+    assert found.detail.startswith(f"{bfloat16 / 1e9:.3g} GFLOP/s in bfloat16, 80 in float32 (one core)")
     assert found.detail.endswith("train and compare in float32 here") == (state == "missing")
 
 
