@@ -38,10 +38,11 @@ from aepo.bench.inputs import AEPO, gate_rows, make_labels, make_logits
 from aepo.bench.rates import MEMORY_BYTES, memory_rates
 from aepo.bench.results import write_json
 from aepo.bench.settings import LLAMA3, QWEN3, Settings
-from aepo_kernels import PolicyObjective, decode_entropy, logits_policy_loss, sample_with_entropy
+from aepo_kernels import PolicyObjective, decode_entropy, linear_policy_loss, logits_policy_loss, sample_with_entropy
 from aepo_kernels import backend as backends
 from aepo_kernels.ops import linear as linear_op
 from aepo_kernels.ops import rows as row_ops
+from aepo_kernels.ops.scaled_cast import scaled_cast
 from aepo_kernels.testing import eager_token_stats
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -134,6 +135,7 @@ def kernels(scale: Scale) -> Iterator[Part]:
         vocab = scale.of(QWEN3, 1000)
         yield functools.partial(asked, scale, decode, ours_or_top10, batch, vocab)
         yield functools.partial(asked, scale, sample, ours, batch, vocab)
+    yield functools.partial(cast_alone, scale)
     yield functools.partial(graphs, scale)
     for tokens, vocab, dtype in shapes[1:]:
         yield functools.partial(asked, scale, token_stats, ours, tokens, vocab, dtype=dtype)
@@ -191,13 +193,33 @@ def gradient_alone(
     )  # fmt: skip
 
 
+def cast_alone(scale: Scale) -> Iterator[Problem]:
+    """The last step of a weight's gradient, [V, D] float32 to bfloat16."""
+    vocab, hidden = scale.of((131072, 4096), (300, 8))
+    x, factor = torch.randn(vocab, hidden, device=scale.device), torch.tensor(0.3, device=scale.device)
+    out, some = torch.empty_like(x, dtype=BF16), gate_rows(vocab, scale.device)
+    yield blank(
+        "cast", "gradient times a factor, float32 to bfloat16", scale.device, tokens=vocab, vocab=hidden,
+        error=lambda computes, outputs: max_error([outputs[0][some]], [x[some].double() * factor.double()]),
+        providers=[Provider(f"{OURS}, triton", lambda _: (scaled_cast("triton", x, factor, out),), "product")],
+        ceilings=[at_copy_rate("read and write", 6 * x.numel(), scale)], work=6 * x.numel(),
+    )  # fmt: skip
+
+
 def graphs(scale: Scale) -> Iterator[Problem]:
     """A replayed CUDA graph gives the numbers of the call, and how long it takes."""
     batch, vocab = scale.of((64, QWEN3), (4, 1000))
     logits = make_logits(batch, vocab, FP32, scale.device)
+    temperature = torch.ones(batch, dtype=torch.float64, device=scale.device)
+    zeros = torch.zeros(batch, dtype=torch.int64, device=scale.device)  # numbers would cost a launch each
+
+    def drawn(backend: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = sample_with_entropy(x, temperature=temperature, seed=zeros, offset=zeros, backend=backend)
+        return found.tokens, found.logprobs, found.entropy
+
     calls = [
         *decode.ours("decode_entropy", scale.device, FP32, "entropy", lambda b, x: (decode_entropy(x, backend=b),)),
-        *decode.ours("sample_with_entropy", scale.device, FP32, "token, log-prob, entropy", sample.sampled),
+        *decode.ours("sample_with_entropy", scale.device, FP32, "token, log-prob, entropy", drawn),
     ]
     for name, computes, call in calls:
         expected = call(logits)
@@ -244,41 +266,37 @@ def losses(scale: Scale) -> Iterator[Part]:
     yield functools.partial(schedules, scale)
 
 
-TILES: dict[linear.Schedule, list[tuple[int, int, int]]] = {
-    "keep": [(4096, 1 << 30, 4096), (2048, 1 << 30, 2048), (8192, 1 << 30, 8192), (2048, 4096, 2048),
-             (2048, 16384, 2048)],
-    "recompute": [(2048, 4096, 2048), (8192, 4096, 2048), (8192, 8192, 2048), (1024, 8192, 2048), (8192, 16384, 2048)],
-}  # fmt: skip
-"""(rows, columns, rows whose logits are kept) per schedule: `TILE` and `KEPT_ROWS` of aepo_kernels/ops/linear.py."""
+WHOLE = linear_op.WHOLE_VOCABULARY
+TILES: dict[linear.Schedule, list[tuple[int, int]]] = {
+    "keep": [(2048, WHOLE), (8192, WHOLE), (4096, 16384), (2048, 16384), (2048, 4096)],
+    "recompute": [(8192, 8192), (8192, 32768), (8192, 4096), (1024, 8192), (2048, 4096)],
+}
+"""(rows, columns) beside those that `TILING` of aepo_kernels/ops/linear.py has for CUDA."""
 
 
 def schedules(scale: Scale) -> Iterator[Problem]:
     tokens, vocab, hidden = scale.of((8192, 131072, 4096), (16, 300, 8))
-    tiles: dict[linear.Schedule, list[tuple[int, int, int]]] = scale.of(
-        TILES, {"keep": [(4, 1 << 30, 4)], "recompute": [(4, 64, 4)]}
-    )
+    few: dict[linear.Schedule, list[tuple[int, int]]] = {"keep": [(4, WHOLE)], "recompute": [(4, 64)]}
+    tiles = few if scale.quick else TILES
     _, loss = linear.problems(scale.settings(tokens, vocab, hidden=hidden))
-    providers = [
-        Provider(
-            f"{OURS}, {schedule} as it is", linear.loss_and_grads(linear.ours(AEPO, schedule)), AEPO
-        )
-        for schedule in linear.SCHEDULES
-    ]  # fmt: skip
-    providers += [
-        Provider(
-            f"{OURS}, {schedule}, tile {rows} x {columns if columns < vocab else 'V'}, {kept} kept",
-            with_tiles(scale.device, (rows, columns), kept, linear.loss_and_grads(linear.ours(AEPO, schedule))),
-            AEPO,
-        )
-        for schedule, choices in tiles.items()
-        for rows, columns, kept in choices
-    ]
+    providers = []
+    for schedule in linear.SCHEDULES:
+        run = linear.loss_and_grads(linear.ours(AEPO, schedule))
+        usual: tuple[int, int] = getattr(linear_op.TILING[scale.device], schedule)
+        for rows, columns in dict.fromkeys([usual, *tiles[schedule]]):
+            name = f"{OURS}, {schedule}, {rows} x {'V' if columns >= vocab else columns}"
+            changed = with_tile(scale.device, schedule, (rows, columns), run)
+            providers.append(Provider(name + " (as it is)" * ((rows, columns) == usual), changed, AEPO))
     yield dataclasses.replace(loss, providers=providers)
 
 
-def with_tiles(device: str, tile: tuple[int, int], kept: int, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def with_tile(
+    device: str, schedule: linear.Schedule, tile: tuple[int, int], run: Callable[[Any], Any]
+) -> Callable[[Any], Any]:
+    tiling = linear_op.TILING[device]._replace(**{schedule: tile})
+
     def changed(inputs: Any) -> Any:
-        with mock.patch.dict(linear_op.TILE, {device: tile}), mock.patch.dict(linear_op.KEPT_ROWS, {device: kept}):
+        with mock.patch.dict(linear_op.TILING, {device: tiling}):
             return run(inputs)
 
     return changed
@@ -412,12 +430,17 @@ def odd(scale: Scale) -> None:
                 if backends.unserved(name, logits, "decode_entropy") is None:
                     decode_entropy(logits, tokens=labels, backend=name)
                     sample_with_entropy(logits, top_k=5, top_p=0.5, seed=1, backend=name)
-            leaf = logits.clone().requires_grad_()
-            loss = logits_policy_loss(
-                leaf, labels, number - 3, number, number > -2, objective=objective, inplace_backward=True,
-                backend="triton",
-            )  # fmt: skip
+            leaf, policy = logits.clone().requires_grad_(), (labels, number - 3, number, number > -2)
+            loss = logits_policy_loss(leaf, *policy, objective=objective, inplace_backward=True, backend="triton")
             loss.loss.backward()
+            hidden, weight = (torch.randn(n, 20, device=device).to(dtype).requires_grad_() for n in (5, vocab))
+            for schedule in linear.SCHEDULES:
+                stats = (5.0, 1.0) if schedule == "keep" else None
+                loss = linear_policy_loss(
+                    hidden, weight, *policy, objective=objective, entropy_stats=stats, schedule=schedule,
+                    backend="triton",
+                )  # fmt: skip
+                loss.loss.backward()
     if device == "cuda":
         torch.cuda.synchronize()
     print("every kernel has run")

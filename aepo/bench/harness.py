@@ -260,7 +260,7 @@ def _too_long(problem: Problem, provider: Provider, bound_s: float) -> str | Non
     )
 
 
-def _failed(problem: Problem, provider: Provider, failure: Exception) -> Refusal:
+def _failed(problem: Problem, provider: Provider | Ceiling, failure: Exception) -> Refusal:
     message = (str(failure).strip().splitlines() or [""])[0][:200]
     return Refusal(problem.question, problem.name, provider.name, f"{type(failure).__name__}: {message}")
 
@@ -335,6 +335,7 @@ def measure(
     torch.compiler.reset()  # after 8 shapes it would run the next one eagerly, under the name of torch.compile
     errors: dict[Provider, float] = {}
     refused: list[Refusal] = []
+    beside: list[Refusal] = []
     samples: dict[Ceiling | Provider, _Samples] = {}
 
     def prepare() -> None:
@@ -351,7 +352,13 @@ def measure(
         progress(ceiling.name, to_come())
         known = [] if ceiling.run else [ceiling.seconds]
         sample = _Samples(ceiling.run, _nothing, seconds=known)
-        sample.start(clock)
+        try:
+            sample.start(clock)
+        except Exception as failure:
+            if ceiling.bound:
+                raise
+            beside.append(_failed(problem, ceiling, failure))
+            continue
         samples[ceiling] = sample
     bound_s = sum(samples[ceiling].median for ceiling in problem.ceilings if ceiling.bound)
 
@@ -371,15 +378,15 @@ def measure(
             refused.append(_failed(problem, provider, failure))
             continue
         samples[provider], errors[provider] = sample, found
-        report(_rows(problem, samples, errors), refused)
+        report(_rows(problem, samples, errors), [*beside, *refused])
     meter = LoadMeter()
     for index in range(1, rounds):
         for one, sample in samples.items():
             if sample.wants_round(rounds):
                 progress(f"round {index + 1} of {rounds}, {one.name}", to_come())
                 sample.round(clock)
-        report(_rows(problem, samples, errors, meter.others_cores()), refused)
-    return _rows(problem, samples, errors, meter.others_cores()), refused
+        report(_rows(problem, samples, errors, meter.others_cores()), [*beside, *refused])
+    return _rows(problem, samples, errors, meter.others_cores()), [*beside, *refused]
 
 
 def _rows(
@@ -392,7 +399,7 @@ def _rows(
     bounds = [samples[ceiling] for ceiling in problem.ceilings if ceiling.bound]
     eager = next((samples[one] for one in problem.providers if one in samples and is_baseline(one.name)), None)
     rows = []
-    for ceiling in problem.ceilings:
+    for ceiling in (one for one in problem.ceilings if one in samples):
         computes = "ceiling" if ceiling.bound else "beside the ceiling"
         rows.append(_row(problem, ceiling.name, computes, ceiling.work, samples[ceiling], others_cores))
     for provider in problem.providers:

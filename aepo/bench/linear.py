@@ -34,6 +34,7 @@ from aepo.bench.rates import fastest_dtype, slow_products
 from aepo.bench.settings import QWEN3, Settings
 from aepo.bench.token_stats import stats_error
 from aepo_kernels import linear_logprobs_and_entropy, linear_policy_loss
+from aepo_kernels.ops.linear import multiply
 
 NOTE = """\
 TFLOP/s counts one product forward and two for the gradients, whatever a provider really multiplies. Eager and compiled
@@ -189,16 +190,13 @@ def float32_sums(hidden: Tensor, weight: Tensor, logits: Tensor) -> list[Ceiling
     """The same three of 16-bit operands on a GPU, written to float32 and, the gradients, added to it."""
     out = torch.empty_like(logits, dtype=torch.float32)
     to_hidden, to_weight = (torch.zeros_like(x, dtype=torch.float32) for x in (hidden, weight))
-    flops, f32 = 2.0 * logits.numel() * hidden.shape[1], torch.float32
-
-    def add(total: Tensor, a: Tensor, b: Tensor) -> Callable[[], Tensor]:
-        return lambda: torch.addmm(total, a, b, out=total, out_dtype=f32)
-
-    return [
-        Ceiling("to float32: logits", lambda: torch.mm(hidden, weight.T, out=out, out_dtype=f32), flops, bound=False),
-        Ceiling("added to float32: gradient of hidden", add(to_hidden, logits, weight), flops, bound=False),
-        Ceiling("added to float32: gradient of weight", add(to_weight, logits.T, hidden), flops, bound=False),
+    flops = 2.0 * logits.numel() * hidden.shape[1]
+    calls: list[tuple[str, Callable[[], None]]] = [
+        ("to float32: logits", lambda: multiply(out, hidden, weight.T)),
+        ("added to float32: gradient of hidden", lambda: multiply(to_hidden, logits, weight, add=True)),
+        ("added to float32: gradient of weight", lambda: multiply(to_weight, logits.T, hidden, add=True)),
     ]
+    return [Ceiling(name, call, flops, bound=False) for name, call in calls]
 
 
 def problems(settings: Settings) -> Iterator[Problem]:

@@ -166,6 +166,17 @@ def test_ceilings_known_from_a_rate_are_not_run_and_those_beside_the_bound_do_no
     assert set(clock.calls) == {"eager", "ours"}
 
 
+def test_a_ceiling_beside_the_bound_that_does_not_run_is_left_out():
+    fails = Ceiling("fails", lambda: raising(X), 1, bound=False)
+    problem = toy_problem(("eager", lambda x: (x * 2,)))
+    problem = dataclasses.replace(problem, ceilings=[*problem.ceilings, fails])
+    rows, refused = measure(problem, CpuClock(), rounds=2)
+    assert [row.provider for row in rows] == ["one", "two", "eager"]
+    assert [(one.provider, one.reason) for one in refused] == [("fails", "RuntimeError: no such kernel")]
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        measure(dataclasses.replace(problem, ceilings=[dataclasses.replace(fails, bound=True)]), CpuClock(), rounds=2)
+
+
 def test_what_is_known_is_reported_after_every_row_and_every_round():
     heard = []
 

@@ -319,9 +319,9 @@ def test_a_graph_that_replays_other_numbers_is_wrong():
 
 
 def test_tiles_and_constants_are_those_asked_for_during_a_call_alone():
-    before = gpu_stages.linear_op.TILE["cpu"], gpu_stages.linear_op.KEPT_ROWS["cpu"]
-    seen = lambda _: (gpu_stages.linear_op.TILE["cpu"], gpu_stages.linear_op.KEPT_ROWS["cpu"])  # noqa: E731
-    assert gpu_stages.with_tiles("cpu", (7, 9), 5, seen)(None) == ((7, 9), 5)
+    before = gpu_stages.linear_op.TILING["cpu"]
+    seen = lambda _: gpu_stages.linear_op.TILING["cpu"]  # noqa: E731
+    assert gpu_stages.with_tile("cpu", "keep", (7, 9), seen)(None) == before._replace(keep=(7, 9))
     assert seen(None) == before
     module = type("Module", (), {"WARPS": 4})
     assert gpu_stages.with_constants(module, lambda _: module.WARPS, WARPS=2)(None) == 2
@@ -354,7 +354,7 @@ def test_a_whole_session_without_a_gpu(tmp_path):
         assert all(row["median_ms"] > 0 for row in result["rows"])
     results = [json.loads(files[f"{stage}.json"]) for stage in gpu_stages.STAGES]
     assert {row["question"] for result in results for row in result["rows"]} == {
-        "ceilings", "token-stats", "gradient", "decode", "sample", "graph", "linear", "policy-loss", "sweep"
+        "ceilings", "token-stats", "gradient", "decode", "sample", "cast", "graph", "linear", "policy-loss", "sweep"
     }  # fmt: skip
     assert len(summary["headlines"]) >= 10
     assert done.stdout.splitlines()[-1] == str(tmp_path / "out" / "gpu_session.tar.gz")
