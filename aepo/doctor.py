@@ -43,7 +43,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Look at everything; a part that raises is itself a finding and hides nothing else."""
     findings: list[Finding] = []
-    for part in (machine, packages, kernels, tools, tasks_and_models):
+    for part in (machine, products, packages, kernels, tools, tasks_and_models):
         try:
             findings += part()
         except Exception as error:  # whatever is wrong with an installation, the rest is still worth knowing
@@ -64,6 +64,20 @@ def machine() -> Iterator[Finding]:
     for name, free, total in (("memory", *_memory()), ("disk", *_disk())):
         state: Literal["ok", "missing"] = "ok" if free >= FREE_GIB else "missing"
         yield Finding("machine", name, state, f"{free:.1f} of {total:.1f} GiB free (the demo needs {FREE_GIB:.0f})")
+
+
+def products() -> Iterator[Finding]:
+    """Whether matrix products in bfloat16, the usual dtype of a model, are worth having on this processor."""
+    import torch
+
+    from aepo.bench.rates import product_rate, slow_products
+
+    narrow, wide = (product_rate(dtype) / 1e9 for dtype in (torch.bfloat16, torch.float32))
+    rates = f"{narrow:.3g} GFLOP/s in bfloat16, {wide:.3g} in float32 (one core)"
+    if slow_products(torch.bfloat16):
+        yield Finding("machine", "matrix products", "missing", f"{rates}: train and compare in float32 here")
+    else:
+        yield Finding("machine", "matrix products", "ok", rates)
 
 
 def packages() -> Iterator[Finding]:

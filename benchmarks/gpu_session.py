@@ -1,41 +1,49 @@
-"""Everything that needs a GPU, in one call of under 9 minutes: build, kernel tests, benchmarks; JSON and a short table.
+"""The first minutes on a GPU, in one call of under 9 minutes: ceilings, kernels, losses, peers, tests, a sweep.
 
-python -m benchmarks.gpu_session                     # results in the folder gpu of benchmarks/results/
-python -m benchmarks.gpu_session --output /tmp/h100
+python -m benchmarks.gpu_session                # gpu_session.tar.gz and summary.json in $OUT or benchmarks/results/gpu
+python -m benchmarks.gpu_session --second       # on the same machine: what did not pass, a profiler, a memory checker
 python -m benchmarks.gpu_session --device cpu --quick   # the same code path without a GPU, a few small cases
 
-It installs nothing and uses the Python that runs it, with whatever torch and triton that has. Every step is a process
-of its own with its own time limit, and a step that fails, hangs or lacks a package never stops the later ones.
+It installs nothing and uses the Python that runs it, with whatever torch and triton that has. The extension is built in
+the background from the first second; only what needs it waits. Every step is a process of its own with its own time
+limit, and a step that fails, hangs or lacks a package never stops the others. Steps write into --work; all of it goes
+into the archive after every step, so that whatever ends the call, a signal included, leaves what was measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-TOTAL_LIMIT_S = 520.0
-"""For all steps together, so that the call ends before 9 minutes have passed."""
+TOTAL_LIMIT_S = 530.0
+"""For everything, so that the call ends before 9 minutes have passed."""
+PACKING_S = 10.0
+"""Of these, for ending the last step and packing."""
+BUILD_LIMIT_S = 200.0
+LOG_BYTES = 2**20
+"""Of each log the archive has the end."""
 
-# % of the speed of the bare reads, writes or matrix products in the same run: a forward at 92 % of the copy bandwidth,
-# a loss at 90 % of read + read + write, a loss from hidden states in 1.15 times its products, decoding in 1.3 reads.
-GOALS = {"token-stats": 92, "policy-loss": 90, "linear": 87, "decode": 77}
-
-# Questions of `aepo bench` with their time limits: each is a step of its own, so that none costs another its numbers.
-BENCH_LIMITS_S = {"token-stats": 60.0, "policy-loss": 70.0, "linear": 90.0, "decode": 50.0, "sample": 40.0}
-
-MACHINE = "import json; from aepo.bench.clock import machine; print(json.dumps(machine({device!r})))"
+# % of the ceiling of the same run, the bytes at the measured copy rate or the bare products: docs/gpu.md.
+GOALS = {"token-stats": 95, "gradient": 95, "policy-loss": 92, "linear": 93, "decode": 71}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,40 +53,86 @@ class Step:
     limit_s: float
     needs: tuple[str, ...] = ()
     """Modules without which the step is skipped."""
+    tools: tuple[str, ...] = ()
+    """Programs, likewise."""
+    after_build: bool = False
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
 class Outcome:
     step: str
     status: str
-    """passed, failed, timed out or skipped."""
+    """passed, failed, timed out, skipped or stopped."""
     seconds: float = 0.0
     limit_s: float = 0.0
     detail: str = ""
-    """Why it was skipped; how many tests passed."""
+    """Why it was skipped; how many tests passed; the last line of a log."""
 
 
-def steps(device: str, quick: bool, output: Path) -> list[Step]:
-    """What is to be done, in order. `quick` takes one test and one small benchmark."""
-    python = [sys.executable, "-m"]  # -vv: one v for the -q of pyproject.toml, one for a line per test
-    tests = ["tests/kernels", "--ignore=tests/kernels/test_gpu_session.py"]  # not itself, which would build again
-    if quick:
-        tests = ["tests/kernels/test_drop_in.py::test_shapes_and_values_of_trl_and_verl"]
-    # Most of a test run on a GPU is Triton compiling on the host, one kernel after the other.
-    processes = device == "cuda" and (os.cpu_count() or 1) >= 8 and _installed("xdist")
-    spread = ["-n", "8", "--dist", "loadfile"] if processes else []
-    questions = ["token-stats"] if quick else list(BENCH_LIMITS_S)
-    small = ["--quick", "--tokens", "4", "--vocab", "1000"] if quick else []
+def build() -> Step:
+    """The extension; where its CUDA kernels do not compile the rest of it, which is a failure all the same."""
+    once = f"{shlex.quote(sys.executable)} setup.py build_ext --inplace"
+    script = f"{once} || {{ AEPO_CUDA=0 {once} && echo built without CUDA kernels; exit 1; }}"
+    return Step("build", ["bash", "-c", script], BUILD_LIMIT_S)
+
+
+def steps(device: str, quick: bool, work: Path) -> list[Step]:
+    """What is to be done, in the order of its worth. Limits and packing together stay within TOTAL_LIMIT_S."""
+
+    def stage(name: str, limit_s: float, after_build: bool = False) -> Step:
+        return Step(name, [*stages(device, quick), name, "--json", str(work / f"{name}.json")], limit_s, ("torch",),
+                    after_build=after_build)  # fmt: skip
+
     return [
-        Step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 150),
-        Step("machine", [sys.executable, "-c", MACHINE.format(device=device)], 30, ("torch",)),
-        Step("tests", [*python, "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider", *spread, *tests],
-             240, ("pytest", "hypothesis")),
-    ] + [
-        Step(question, [*python, "aepo.cli", "bench", question, "--device", device, *small,
-                        "--json", str(output / f"{question}.json")],
-             BENCH_LIMITS_S[question], ("rich", "typer"))
-        for question in questions
+        Step("env", [*stages(device, quick), "environment"], 20, ("torch",)),
+        stage("ceilings", 45),
+        stage("kernels", 90, after_build=True),
+        stage("losses", 85),
+        stage("peers", 70),
+        tests(device, quick),
+        stage("sweep", 50),
+    ]
+
+
+def stages(device: str, quick: bool) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.gpu_stages", "--device", device, *(["--quick"] if quick else [])]
+
+
+def tests(device: str, quick: bool) -> Step:
+    """On a GPU the tests of its kernels alone: what a CPU can show has been shown."""
+    command = [sys.executable, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider"]  # -q is in pyproject.toml
+    cores = os.cpu_count() or 1
+    if device == "cuda":
+        if _installed("xdist") and cores >= 4:  # most of the time Triton compiles on the host
+            command += ["-n", str(min(12, cores)), "--dist", "worksteal"]
+        command += ["--gpu", "tests/kernels"]
+    elif quick:
+        command += ["tests/kernels/test_drop_in.py::test_shapes_and_values_of_trl_and_verl"]
+    else:  # but this session's own, which would build again
+        command += ["tests/kernels", "--ignore=tests/kernels/test_gpu_session.py"]
+    return Step("tests", command, 150, ("pytest", "hypothesis"), after_build=True)
+
+
+PROFILE = ["ncu", "--clock-control", "none", "--target-processes", "all", "-c", "16",
+           "-k", "regex:token_stats|logits_grad|decode_entropy|sample",
+           *(word for name in ("SpeedOfLight", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis", "LaunchStats")
+             for word in ("--section", name))]  # fmt: skip
+CHECK = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+
+
+def second_steps(device: str, quick: bool, work: Path, first: dict[str, Any] | None) -> list[Step]:
+    """What did not pass before, on the machine that is still warm; then what takes a profiler and a memory checker."""
+    passed = {outcome["step"] for outcome in (first or {}).get("steps", []) if outcome["status"] == "passed"}
+    again = [] if first is None else [step for step in steps(device, quick, work) if step.name not in passed]
+    gpu = device == "cuda"  # elsewhere the calls are made without the tools
+    return [
+        *again,
+        Step("profile", [*(PROFILE if gpu else []), *stages(device, quick), "profiled"], 100, ("torch",),
+             tools=("ncu",) if gpu else (), after_build=True),
+        Step("memcheck", [*(CHECK if gpu else []), *stages(device, quick), "odd"], 150, ("torch",),
+             tools=("compute-sanitizer",) if gpu else (), after_build=True,
+             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
     ]  # fmt: skip
 
 
@@ -86,36 +140,170 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def run(step: Step, limit_s: float, output: Path) -> Outcome:
-    """Run one step with its output in <output>/<name>.log; all its processes end when it does."""
-    absent = [module for module in step.needs if not _installed(module)]
-    if absent:
-        return Outcome(step.name, "skipped", detail=f"{sys.executable} has no {', '.join(absent)}")
-    if limit_s < 1:
-        return Outcome(step.name, "skipped", detail="no time left")
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # or a step that is killed loses what it had to say
-    start = time.monotonic()
-    with (output / f"{step.name}.log").open("wb") as log:
-        process = subprocess.Popen(
-            step.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            start_new_session=True,
-        )  # fmt: skip
+def absent(step: Step) -> str | None:
+    """Why a step cannot be done here."""
+    modules = [module for module in step.needs if not _installed(module)]
+    if modules:
+        return f"{sys.executable} has no {', '.join(modules)}"
+    tools = [tool for tool in step.tools if shutil.which(tool, path=_path()) is None]
+    return f"no {', '.join(tools)} here" if tools else None
+
+
+def _path() -> str:
+    """Of programs: CUDA's are often not on it."""
+    return f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', '')}:/usr/local/cuda/bin"
+
+
+class Running:
+    """A step's process, with its output in <work>/<name>.log."""
+
+    def __init__(self, step: Step, work: Path) -> None:
+        # Unbuffered, or a step that is killed loses what it had to say.
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PATH": _path(), **step.environment}
+        self.step, self._start = step, time.monotonic()
+        with (work / f"{step.name}.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                step.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def finish(self, limit_s: float) -> Outcome:
+        """Wait until it ends or `limit_s` have passed since it began; nothing of it is left then."""
         try:
-            status = "passed" if process.wait(limit_s) == 0 else "failed"
+            left_s = self._start + limit_s - time.monotonic()
+            status = "passed" if self._process.wait(max(0.01, left_s)) == 0 else "failed"
         except subprocess.TimeoutExpired:
             status = "timed out"
         finally:
-            _end(process)
-    return Outcome(step.name, status, time.monotonic() - start, limit_s)
+            self.end()
+        return Outcome(self.step.name, status, time.monotonic() - self._start, limit_s)
+
+    def end(self) -> None:
+        """Kill what is left of the step's processes, its workers and compilers among them."""
+        with contextlib.suppress(ProcessLookupError):  # all have ended
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that a driver holds may never end
+            self._process.wait(3)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of the step's processes, its workers and compilers among them."""
+class Stopped(BaseException):
+    """A signal asked for the end."""
+
+
+class Session:
+    """Does steps and keeps the summary and the archive up to date."""
+
+    def __init__(self, device: str, quick: bool, work: Path, output: Path, name: str = "gpu_session") -> None:
+        self._start = time.monotonic()
+        self.work, self.output, self.name = work, output, name
+        self.summary: dict[str, Any] = {
+            "device": device, "quick": quick, "machine": None, "steps": [], "tests": {}, "failed_tests": [],
+            "headlines": [], "seconds": 0.0,
+        }  # fmt: skip
+        shutil.rmtree(work, ignore_errors=True)  # or an earlier session's numbers would be taken for this one's
+        work.mkdir(parents=True)
+        output.mkdir(parents=True, exist_ok=True)
+
+    def left_s(self) -> float:
+        return TOTAL_LIMIT_S - PACKING_S - (time.monotonic() - self._start)
+
+    def run(self, builder: Step, todo: Sequence[Step]) -> None:
+        """Do all steps, those that need the build when it has ended; whatever happens, the archive is made."""
+        waiting = list(todo)
+        running = building = None
+        reason = "nothing waited for it any more"
+        try:
+            building = Running(builder, self.work)
+            while waiting:
+                if building is not None and building.ended():
+                    self._keep(building.finish(builder.limit_s))
+                    building = None
+                step = next((one for one in waiting if building is None or not one.after_build), None)
+                if step is None:
+                    assert building is not None
+                    self._keep(building.finish(min(builder.limit_s, TOTAL_LIMIT_S - PACKING_S)))
+                    building = None
+                    continue
+                waiting.remove(step)
+                limit_s = min(step.limit_s, self.left_s())
+                if hindrance := absent(step) or ("no time left" if limit_s < 1 else None):
+                    self._keep(Outcome(step.name, "skipped", detail=hindrance))
+                    continue
+                print(f"{step.name}: {' '.join(step.command)[:150]}", flush=True)
+                running = Running(step, self.work)
+                self._keep(running.finish(limit_s))
+                running = None
+        except BaseException as error:
+            reason = str(error) or type(error).__name__
+            if not isinstance(error, Stopped):
+                raise
+        finally:
+            with _no_signals():
+                cut = [process for process in (running, building) if process is not None]
+                for process in cut:
+                    process.end()
+                for step in [*(process.step for process in cut), *waiting]:
+                    self._keep(Outcome(step.name, "stopped", detail=reason))
+
+    def _keep(self, outcome: Outcome) -> None:
+        """Add what a step came to, and what it measured."""
+        log = self.work / f"{outcome.step}.log"
+        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+        lines = [line for line in text.splitlines() if line.strip()]
+        if outcome.step == "env" and outcome.status == "passed":
+            self.summary["machine"] = json.loads(lines[-1])
+        if outcome.step == "tests":
+            self.summary["tests"], self.summary["failed_tests"] = count_tests(text)
+            outcome.detail = outcome.detail or ", ".join(f"{n} {name}" for name, n in self.summary["tests"].items())
+        if measured := read_json(self.work / f"{outcome.step}.json"):
+            self.summary["headlines"] += headlines(measured)
+        if outcome.status in ("failed", "timed out") and not outcome.detail:
+            outcome.detail = f"{lines[-1][:100] if lines else ''} (see {log.name})"
+        self.summary["steps"].append(dataclasses.asdict(outcome))
+        self._write()
+
+    def _write(self) -> None:
+        self.summary["seconds"] = time.monotonic() - self._start
+        text = json.dumps(self.summary, indent=1) + "\n"
+        for folder in (self.work, self.output):
+            (folder / "summary.json").write_text(text, encoding="utf-8")
+        pack(self.work, self.output / f"{self.name}.tar.gz")
+
+
+@contextlib.contextmanager
+def _no_signals() -> Any:
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # all have ended
-        return
-    process.wait()
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(f"stopped by {signal.Signals(number).name}")
+
+
+def pack(folder: Path, archive: Path) -> None:
+    """Everything in a folder as one .tar.gz, of logs the end; a reader sees the old archive or the new one."""
+    new = archive.with_name(f".{archive.name}.new")
+    with tarfile.open(new, "w:gz", compresslevel=6) as tar:
+        for path in sorted(folder.rglob("*")):
+            if not path.is_file():
+                continue
+            data = path.read_bytes()
+            if path.suffix == ".log":
+                data = data[-LOG_BYTES:]
+            entry = tarfile.TarInfo(f"{archive.name.partition('.')[0]}/{path.relative_to(folder)}")
+            entry.size, entry.mtime = len(data), path.stat().st_mtime
+            tar.addfile(entry, io.BytesIO(data))
+    new.replace(archive)
 
 
 def count_tests(log: str) -> tuple[dict[str, int], list[str]]:
@@ -142,12 +330,13 @@ def headlines(bench: dict[str, Any]) -> list[dict[str, Any]]:
         peers = [
             row
             for row in rows
-            if row not in ours and row["computes"] == best["computes"] and row["percent_of_ceiling"] is not None
+            if row not in ours and row["computes"] == best["computes"] and row["max_error"] is not None  # no ceiling
         ]
         peer = min(peers, key=lambda row: row["median_ms"], default=None)
         found.append(
             {
                 "problem": problem,
+                "provider": best["provider"],
                 "median_ms": best["median_ms"],
                 "percent_of_ceiling": best["percent_of_ceiling"],
                 "goal_percent_of_ceiling": GOALS.get(best["question"]),
@@ -176,41 +365,13 @@ def print_summary(summary: dict[str, Any]) -> None:
         print(f"{outcome['step']:12} {outcome['status']:10} {outcome['seconds']:8.0f}  {outcome['detail']}")
     print(f"{'total':23} {summary['seconds']:8.0f}\n")
     if summary["headlines"]:
-        print(f"{'ms':>9} {'% of ceiling':>13} {'goal':>5}  {'fastest peer':>12}")
+        print(f"{'ms':>9} {'% of ceiling':>13} {'goal':>5}")
     for row in summary["headlines"]:
         goal = "" if row["goal_percent_of_ceiling"] is None else f"{row['goal_percent_of_ceiling']}"
         peer = "" if row["fastest_peer_ms"] is None else f"{row['fastest_peer_ms']:.3g} ms {row['fastest_peer']}"
         share = "" if row["percent_of_ceiling"] is None else f"{row['percent_of_ceiling']:.0f}"
-        print(f"{row['median_ms']:9.3g} {share:>13} {goal:>5}  {row['problem']}" + (f"; {peer}" if peer else ""))
-
-
-def session(device: str, quick: bool, output: Path) -> dict[str, Any]:
-    """Do all steps; <output>/summary.json is complete after each of them."""
-    output.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
-    summary: dict[str, Any] = {"device": device, "quick": quick, "machine": None, "steps": [], "tests": {},
-                               "failed_tests": [], "headlines": [], "seconds": 0.0}  # fmt: skip
-    for question in BENCH_LIMITS_S:  # a step that fails must not show an earlier session's numbers
-        (output / f"{question}.json").unlink(missing_ok=True)
-    for step in steps(device, quick, output):
-        print(f"{step.name}: {' '.join(step.command)[:150]}", flush=True)
-        outcome = run(step, min(step.limit_s, TOTAL_LIMIT_S - (time.monotonic() - start)), output)
-        log = output / f"{step.name}.log"
-        text = log.read_text(encoding="utf-8", errors="replace") if outcome.status != "skipped" else ""
-        if step.name == "machine" and outcome.status == "passed":
-            summary["machine"] = json.loads(text.splitlines()[-1])
-        if step.name == "tests":
-            summary["tests"], summary["failed_tests"] = count_tests(text)
-            outcome.detail = outcome.detail or ", ".join(f"{n} {name}" for name, n in summary["tests"].items())
-        if step.name in BENCH_LIMITS_S and (bench := read_json(output / f"{step.name}.json")):
-            summary["headlines"] += headlines(bench)
-        if outcome.status in ("failed", "timed out") and not outcome.detail:
-            last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
-            outcome.detail = f"{last[:100]} (see {log.name})"
-        summary["steps"].append(dataclasses.asdict(outcome))
-        summary["seconds"] = time.monotonic() - start
-        (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    return summary
+        print(f"{row['median_ms']:9.3g} {share:>13} {goal:>5}  {row['problem']}: {row['provider']}"
+              + (f"; fastest peer {peer}" if peer else ""))  # fmt: skip
 
 
 def main() -> int:
@@ -218,13 +379,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/gpu", metavar="FOLDER")
+    output = os.environ.get("OUT") or ROOT / "benchmarks/results/gpu"
+    parser.add_argument("--output", type=Path, default=output, metavar="FOLDER", help="gets the archive and a summary")
+    parser.add_argument("--work", type=Path, default=ROOT / "build/gpu_session", metavar="FOLDER",
+                        help="where the steps write; --second looks there for what did not pass")  # fmt: skip
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="one test and one small benchmark: does it all run?")
+    parser.add_argument("--quick", action="store_true", help="one test and small cases: does it all run?")
+    parser.add_argument("--second", action="store_true", help="what did not pass, a profiler, a memory checker")
     args = parser.parse_args()
-    summary = session(args.device, args.quick, args.output.resolve())
-    print_summary(summary)
-    return 0 if all(outcome["status"] == "passed" for outcome in summary["steps"]) else 1
+    work = args.work.resolve()
+    for number in SIGNALS:
+        signal.signal(number, _stop)
+    if args.second:
+        first, work = read_json(work / "summary.json"), work.with_name(f"{work.name}_second")
+        todo: Callable[..., list[Step]] = lambda *scale: second_steps(*scale, first)  # noqa: E731
+    else:
+        todo = steps
+    name = "gpu_session_second" if args.second else "gpu_session"
+    session = Session(args.device, args.quick, work, args.output.resolve(), name)
+    session.run(build(), todo(args.device, args.quick, work))
+    print_summary(session.summary)
+    print(f"\n{session.output / name}.tar.gz")
+    return 0 if all(outcome["status"] == "passed" for outcome in session.summary["steps"]) else 1
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ from aepo_kernels import backend
 class Clock(Protocol):
     """How one device is measured."""
 
+    most_repeats: int
+    """Of a short call within one round."""
+
     def seconds(self, run: Callable[[], object], prepare: Callable[[], object], repeats: int) -> float:
         """Seconds per run(), mean of `repeats`; prepare() runs before each and is not counted."""
         ...
@@ -35,6 +38,8 @@ class Clock(Protocol):
 
 class CpuClock:
     """Wall time. Memory is the peak of the resident set above where the call began."""
+
+    most_repeats = 1000
 
     def seconds(self, run: Callable[[], object], prepare: Callable[[], object], repeats: int) -> float:
         total = 0.0
@@ -62,35 +67,77 @@ class CpuClock:
         return None if before is None else max(0, status("VmHWM") - before)
 
 
-class CudaClock:
-    """Time between two CUDA events around each call, with a cold L2 cache. Memory is PyTorch's own account."""
+SLEEP_CYCLES = (2_000_000, 6_000_000)
+"""Of the device before a timed call: 1 to 3 ms at 2 GHz, the host's time to launch our losses (about 1 ms on a slow
+CPU) twice over."""
+CYCLES_PER_S = 2e9
+
+
+class Gpu:
+    """The current CUDA device, as the clock uses it."""
 
     def __init__(self) -> None:
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        size = max(2 * properties.L2_cache_size, 2**28)
-        self._evict = torch.empty(size, dtype=torch.int8, device="cuda")
+        size = max(4 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size, 2**28)
+        self._other = torch.ones(size // 4, device="cuda")
+
+    def evict(self) -> None:
+        """Fill the L2 cache with other numbers, by reading: written lines would go to memory during the timed call."""
+        self._other.sum()
+
+    def sleep(self, cycles: int) -> None:
+        torch.cuda._sleep(cycles)
+
+    def event(self) -> torch.cuda.Event:
+        return torch.cuda.Event(enable_timing=True)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def allocated(self) -> int:
+        """Bytes; the peak starts anew here."""
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+
+class CudaClock:
+    """Time between two CUDA events around each call, with a cold L2 cache. Memory is PyTorch's own account.
+
+    The device sleeps before each call until the host has launched all of it, so that the host's time does not count: a
+    call of 20 us takes the host 200 to prepare. A call that waits for the device by itself is not helped by that.
+    """
+
+    most_repeats = 20
+
+    def __init__(self, gpu: Gpu | None = None) -> None:
+        self._gpu = Gpu() if gpu is None else gpu
 
     def seconds(self, run: Callable[[], object], prepare: Callable[[], object], repeats: int) -> float:
-        events = []
+        shortest, longest = SLEEP_CYCLES
+        cycles, events = longest, []  # until the host's time is known
         for _ in range(repeats):
             prepare()
-            # Also keeps the device busy for the time that the launches of a short call take the host.
-            self._evict.zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._gpu.evict()
+            self._gpu.sleep(cycles)
+            start, end = self._gpu.event(), self._gpu.event()
             start.record()
+            began = time.perf_counter()
             run()
+            host_s = time.perf_counter() - began
             end.record()
             events.append((start, end))
-        torch.cuda.synchronize()
+            cycles = min(max(shortest, int(2 * host_s * CYCLES_PER_S)), longest)
+        self._gpu.synchronize()
         return sum(start.elapsed_time(end) for start, end in events) / 1e3 / repeats
 
     def extra_memory(self, run: Callable[[], object]) -> int | None:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        self._gpu.synchronize()
+        before = self._gpu.allocated()
         run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        self._gpu.synchronize()
+        return self._gpu.peak() - before
 
 
 def clock_for(device: str) -> Clock:
@@ -128,7 +175,9 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this file is tracked in; None for an installed package."""
+    """AEPO_COMMIT, for a copy without .git; else of the checkout that this file is tracked in; None for a package."""
+    if given := os.environ.get("AEPO_COMMIT"):
+        return given
     folder = str(Path(__file__).parent)
     if not _output("git", "-C", folder, "ls-files"):
         return None

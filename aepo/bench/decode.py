@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from aepo.bench.harness import BASELINE, OURS, Problem, Provider, max_error
-from aepo.bench.inputs import gate_rows, make_labels, make_logits, read_ceiling
+from aepo.bench.inputs import gate_rows, make_labels, make_logits, read_ceilings
 from aepo.bench.settings import QWEN3, Settings
 from aepo.bench.token_stats import without_grad
+from aepo_kernels import backend as backends
 from aepo_kernels import decode_entropy
 
 NOTE = """\
@@ -40,10 +42,26 @@ def stats_error(rows: Tensor, truth: Mapping[str, Sequence[Tensor]], computes: s
     return max_error([output[rows] for output in outputs], truth[computes])
 
 
+def ours(
+    stage: str, device: str, dtype: torch.dtype, computes: str, function: Callable[..., Any]
+) -> list[tuple[str, str, Callable[..., Any]]]:
+    """(name, what it computes, function) of the backend that is taken by itself and of every other kernel that serves:
+    on a GPU Triton's beside that in CUDA C++. `function` takes the backend first."""
+    probe = torch.zeros(1, dtype=dtype, device=device)
+    usual = backends.resolve(None, probe, stage)
+    others = [
+        name
+        for name in backends.BACKENDS
+        if name not in ("reference", usual) and backends.unserved(name, probe, stage) is None
+    ]
+    named = [(OURS, usual), *((f"{OURS}, {name}", name) for name in others)]
+    return [(name, computes, functools.partial(function, backend)) for name, backend in named]
+
+
 def problems(settings: Settings) -> Iterator[Problem]:
     dtype, device = settings.dtype or torch.float32, settings.device
     functions = [
-        (OURS, ENTROPY, lambda logits, tokens: (decode_entropy(logits),)),
+        *ours("decode_entropy", device, dtype, ENTROPY, lambda backend, x, t: (decode_entropy(x, backend=backend),)),
         (f"{OURS}, with log-prob of the token", BOTH, lambda x, t: decode_entropy(x, tokens=t)),
         (BASELINE, ENTROPY, eager_entropy),
         ("torch.compile", ENTROPY, torch.compile(eager_entropy, dynamic=False)),
@@ -66,7 +84,7 @@ def problems(settings: Settings) -> Iterator[Problem]:
             gate_inputs=(logits, tokens),
             error=functools.partial(stats_error, rows, truth),
             providers=[Provider(name, without_grad(function), computes) for name, computes, function in functions],
-            ceilings=[read_ceiling(logits)],
+            ceilings=read_ceilings(logits),
             work=logits.numel() * logits.element_size(),
             unit="GB/s",
         )

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from aepo.bench import peers
-from aepo.bench.clock import CpuClock
-from aepo.bench.harness import BASELINE, OURS, Ceiling, Problem, Provider
+from aepo.bench.harness import BASELINE, OURS, Ceiling, Problem, Provider, is_ours
 from aepo.bench.inputs import (
     AEPO,
     GATE_TOKENS,
@@ -27,18 +26,22 @@ from aepo.bench.inputs import (
     make_labels,
     make_linear,
     make_policy,
+    piece_of,
     plain_loss,
 )
 from aepo.bench.policy_loss import OBJECTIVES, loss_error, remembered
+from aepo.bench.rates import fastest_dtype, slow_products
 from aepo.bench.settings import QWEN3, Settings
-from aepo.bench.token_stats import stats_error, without_grad
+from aepo.bench.token_stats import stats_error
 from aepo_kernels import linear_logprobs_and_entropy, linear_policy_loss
+from aepo_kernels.ops.linear import multiply
 
 NOTE = """\
 TFLOP/s counts one product forward and two for the gradients, whatever a provider really multiplies. Eager and compiled
 rows make the logits [T, V] in memory. "recompute" and "keep" are the schedules of linear_policy_loss: four products and
 the least memory, or three, with rows of logits kept; the latter is given mean and standard deviation of the entropy,
-which the AEPO loss needs, as from an earlier pass."""
+which the AEPO loss needs, as from an earlier pass. "float32 operands": this processor has no fast products in the
+dtype of the table, so hidden states and weight are float32 for all but aepo_kernels, which widens them itself."""
 CPU = [(512, QWEN3)]
 CUDA = [(8192, 131072)]
 QUICK = (64, 32000)
@@ -54,6 +57,12 @@ class Inputs:
     policy: Policy
     entropy_stats: tuple[float, float]
     """Mean and standard deviation over the tokens that count."""
+
+    @functools.cached_property
+    def widened(self) -> Inputs:
+        """The same numbers with operands in float32."""
+        hidden, weight = (x.detach().float().requires_grad_() for x in (self.hidden, self.weight))
+        return dataclasses.replace(self, hidden=hidden, weight=weight)
 
 
 def make_inputs(tokens: int, vocab: int, hidden: int, dtype: torch.dtype, device: str) -> Inputs:
@@ -121,6 +130,26 @@ def losses(device: str) -> list[tuple[str, str, Loss]]:
     return rows
 
 
+def forward(function: Callable[..., Sequence[Tensor]]) -> Callable[[Inputs], Sequence[Tensor]]:
+    """(hidden, weight, labels) -> statistics, as a provider's."""
+
+    def run(inputs: Inputs) -> Sequence[Tensor]:
+        with torch.no_grad():
+            return function(inputs.hidden, inputs.weight, inputs.policy.labels)
+
+    return run
+
+
+def with_float32_operands(provider: Provider) -> Provider:
+    """Ours widens its operands itself."""
+    if is_ours(provider.name):
+        return provider
+    run = provider.run
+    return dataclasses.replace(
+        provider, name=f"{provider.name}, float32 operands", run=lambda inputs: run(inputs.widened)
+    )
+
+
 def loss_and_grads(loss: Loss) -> Callable[[Inputs], Sequence[Tensor]]:
     def run(inputs: Inputs) -> Sequence[Tensor]:
         value = loss(inputs)
@@ -136,34 +165,38 @@ def truth(inputs: Inputs, computes: str) -> Sequence[Tensor]:
     return loss_and_grads(plain(computes, eager_linear))(exact)
 
 
-def fastest_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """That of the inputs or float32, which a CPU without matrix units for 16 bits can multiply faster.
+def products(hidden: Tensor, weight: Tensor) -> list[Ceiling]:
+    """The three products, logits = hidden weight^T and both gradients, in the dtype that is fastest here.
 
-    48 against 27 GFLOP/s for [512, 1024] x [4096, 1024] on one thread of a 2-core AVX-512 Xeon (Sapphire Rapids class)
-    VM that had other load.
+    On a GPU also as linear_policy_loss makes them, with float32 sums that the gradients add up in: beside the bound.
     """
-    if hidden.device.type != "cpu" or hidden.dtype == torch.float32:
-        return hidden.dtype
-    clock, part = CpuClock(), weight[:4096]
-
-    def seconds(dtype: torch.dtype) -> float:
-        a, b = hidden.to(dtype), part.to(dtype)
-        return min(clock.seconds(lambda: a @ b.T, lambda: None, 1) for _ in range(3))
-
-    return min((hidden.dtype, torch.float32), key=seconds)
-
-
-def products(inputs: Inputs) -> list[Ceiling]:
-    """The three products, logits = hidden weight^T and both gradients, in the dtype that is fastest here."""
-    dtype = fastest_dtype(inputs.hidden.detach(), inputs.weight.detach())
-    hidden, weight = inputs.hidden.detach().to(dtype), inputs.weight.detach().to(dtype)
+    hidden, weight = hidden.detach(), weight.detach()
+    if hidden.device.type == "cpu":
+        dtype = fastest_dtype(hidden.dtype)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
     logits = hidden @ weight.T
-    flops, name = 2.0 * logits.numel() * hidden.shape[1], str(dtype).removeprefix("torch.")
-    return [
+    flops, name = 2.0 * logits.numel() * hidden.shape[1], str(hidden.dtype).removeprefix("torch.")
+    found = [
         Ceiling(f"{name} product: logits", lambda: hidden @ weight.T, flops),
         Ceiling(f"{name} product: gradient of hidden", lambda: logits @ weight, flops),
         Ceiling(f"{name} product: gradient of weight", lambda: logits.T @ hidden, flops),
     ]
+    if hidden.device.type == "cuda" and hidden.dtype != torch.float32:
+        found += float32_sums(hidden, weight, logits)
+    return found
+
+
+def float32_sums(hidden: Tensor, weight: Tensor, logits: Tensor) -> list[Ceiling]:
+    """The same three of 16-bit operands on a GPU, written to float32 and, the gradients, added to it."""
+    out = torch.empty_like(logits, dtype=torch.float32)
+    to_hidden, to_weight = (torch.zeros_like(x, dtype=torch.float32) for x in (hidden, weight))
+    flops = 2.0 * logits.numel() * hidden.shape[1]
+    calls: list[tuple[str, Callable[[], None]]] = [
+        ("to float32: logits", lambda: multiply(out, hidden, weight.T)),
+        ("added to float32: gradient of hidden", lambda: multiply(to_hidden, logits, weight, add=True)),
+        ("added to float32: gradient of weight", lambda: multiply(to_weight, logits.T, hidden, add=True)),
+    ]
+    return [Ceiling(name, call, flops, bound=False) for name, call in calls]
 
 
 def problems(settings: Settings) -> Iterator[Problem]:
@@ -175,37 +208,41 @@ def problems(settings: Settings) -> Iterator[Problem]:
         ("torch.compile", STATS, torch.compile(eager_linear, dynamic=False)),
         *((peer.name, peer.computes, peers.function(peer)) for peer in peers.available("linear", device)),
     ]
-    stats = [Provider(name, without_grad(function), computes) for name, computes, function in functions]
+    stats = [Provider(name, forward(function), computes) for name, computes, function in functions]
     rows = [Provider(name, loss_and_grads(loss), computes) for name, computes, loss in losses(device)]
+    if device == "cpu" and slow_products(dtype):
+        stats, rows = ([with_float32_operands(one) for one in providers] for providers in (stats, rows))
     for tokens, vocab in settings.shapes(CPU, CUDA, QUICK):
         inputs, gate = (make_inputs(n, vocab, hidden, dtype, device) for n in (tokens, GATE_TOKENS))
-        ceilings, labels = products(inputs), inputs.policy.labels
+        ceilings, labels, part = products(inputs.hidden, inputs.weight), inputs.policy.labels, piece_of(tokens, device)
         some = gate_rows(tokens, device)
         with torch.no_grad():
             exact = eager_linear(inputs.hidden[some].double(), inputs.weight.double(), labels[some])
-        forward = Problem(
+        of_stats = Problem(
             question="linear",
             title="log-prob + entropy of each token from hidden states",
             tokens=tokens,
             vocab=vocab,
             hidden=hidden,
             dtype=dtype,
-            inputs=(inputs.hidden, inputs.weight, labels),
-            gate_inputs=(inputs.hidden, inputs.weight, labels),
+            inputs=inputs,
+            gate_inputs=inputs,
             error=functools.partial(stats_error, some, exact),
             providers=stats,
-            ceilings=ceilings[:1],
+            ceilings=[one for one in ceilings if one.name.endswith("logits")],
             work=ceilings[0].work,
             unit="TFLOP/s",
+            piece=part and make_inputs(part, vocab, hidden, dtype, device),
+            piece_share=(part or tokens) / tokens,
         )
-        yield forward
+        yield of_stats
         yield dataclasses.replace(
-            forward,
+            of_stats,
             title="policy loss from hidden states, forward + backward",
             inputs=inputs,
             gate_inputs=gate,
             error=functools.partial(loss_error, remembered(truth, gate)),
             providers=rows,
             ceilings=ceilings,
-            work=sum(ceiling.work for ceiling in ceilings),
+            work=3 * ceilings[0].work,
         )

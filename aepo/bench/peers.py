@@ -85,7 +85,14 @@ def version(peer: Peer) -> str:
 def _trl() -> Callable[..., Any]:
     from trl.trainer.utils import selective_log_softmax_and_entropy
 
-    return selective_log_softmax_and_entropy  # its Triton kernel on a GPU
+    return selective_log_softmax_and_entropy
+
+
+def _trl_triton() -> Callable[..., Any]:
+    # What the function of its trainers comes to on a GPU, without the packages that those need (datasets, pandas).
+    from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+
+    return selective_log_softmax_and_entropy
 
 
 def _trl_chunked() -> Callable[..., Any]:
@@ -121,10 +128,27 @@ def _verl_triton() -> Callable[..., Any]:
 
 
 def _liger_scaled() -> Callable[..., Any]:
+    """Its frontend takes plain PyTorch on a CPU, and on a Hopper GPU a kernel that needs nvidia-cutlass-dsl."""
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
 
     def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, labels, 1.0, -100, 1, True)
+        return -nll, entropy
+
+    return run
+
+
+def _liger_scaled_sm90() -> Callable[..., Any]:
+    from liger_kernel.ops.cutedsl.ops import fused_scaled_cross_entropy_sm90  # noqa: F401, asked whether it imports
+
+    return _liger_scaled()
+
+
+def _liger_scaled_pytorch() -> Callable[..., Any]:
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import _FusedLinearPPOFallbackFunction
+
+    def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        nll, entropy = _FusedLinearPPOFallbackFunction.apply(hidden, weight, labels, 1.0, -100, True)
         return -nll, entropy
 
     return run
@@ -201,7 +225,8 @@ def _quack_linear() -> Callable[..., Any]:
 
 
 PEERS = (
-    Peer("TRL", "trl", "logits", STATS, (CPU, CUDA), _trl, float32_loss=(CPU,)),
+    Peer("TRL", "trl", "logits", STATS, (CPU,), _trl, float32_loss=(CPU,)),
+    Peer("TRL Triton", "trl", "logits", STATS, (CUDA,), _trl_triton),
     Peer("verl", "verl", "logits", STATS, (CPU, CUDA), _verl, float32_loss=(CPU, CUDA)),
     Peer("flash-attn CE", "flash-attn", "logits", LOGPROB, (CUDA,), _flash_attention),
     Peer("quack CE", "quack-kernels", "logits", LOGPROB, (CUDA,), _quack),
@@ -209,7 +234,9 @@ PEERS = (
     Peer("TRL chunked", "trl", "linear", STATS, (CPU, CUDA), _trl_chunked),
     Peer("verl FusedLinearForPPO", "verl", "linear", STATS, (CPU, CUDA), _verl_fused),
     Peer("verl Triton", "verl", "linear", STATS, (CUDA,), _verl_triton),
-    Peer("Liger fused scaled CE", "liger-kernel", "linear", STATS, (CPU, CUDA), _liger_scaled),
+    Peer("Liger fused scaled CE", "liger-kernel", "linear", STATS, (CPU,), _liger_scaled),
+    Peer("Liger fused scaled CE, SM90 kernel", "liger-kernel", "linear", STATS, (CUDA,), _liger_scaled_sm90),
+    Peer("Liger fused scaled CE, its PyTorch code", "liger-kernel", "linear", STATS, (CUDA,), _liger_scaled_pytorch),
     Peer("CCE", "cut-cross-entropy", "linear", LOGPROB, (CUDA,), _cce("cce")),
     Peer("CCE torch_compile", "cut-cross-entropy", "linear", LOGPROB, (CPU, CUDA), _cce("torch_compile")),
     Peer("Liger chunked GRPO", "liger-kernel", "linear loss", GRPO, (CPU, CUDA), _liger_chunked_grpo),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from aepo.bench.harness import BASELINE, OURS, Row
+from aepo.bench.harness import Row, is_baseline, is_ours
 from aepo.bench.settings import Settings
 from aepo.install import pip_install
 
@@ -59,9 +59,9 @@ def _draw_group(over: str, rows: list[Row], time_panel: Any, memory_panel: Any) 
         line = sorted((row for row in rows if (row.provider, row.computes) == key), key=lambda row: getattr(row, over))
         x = [getattr(row, over) for row in line]
         style: dict[str, Any] = {"label": f"{key[0]} ({key[1]})", "marker": "o", "markersize": 4}
-        if key[0].startswith(OURS):
+        if is_ours(key[0]):
             style |= {"linewidth": 2.5, "color": "tab:red", "linestyle": next(strokes), "zorder": 3}
-        elif key[0] == BASELINE:
+        elif is_baseline(key[0]):
             style |= {"linewidth": 2.5, "color": "black"}
         else:
             style |= {"color": next(colours)}

@@ -22,8 +22,9 @@ from aepo.bench.inputs import (
     make_labels,
     make_logits,
     make_policy,
+    piece_of,
     plain_loss,
-    read_ceiling,
+    read_ceilings,
     rewrite_ceiling,
 )
 from aepo.bench.settings import LLAMA3, QWEN3, SMOLLM2, Settings
@@ -135,6 +136,7 @@ def problems(settings: Settings) -> Iterator[Problem]:
     rows = losses(device, dtype)
     for tokens, vocab in settings.shapes(CPU, CUDA, QUICK):
         inputs, gate = (make_inputs(n, vocab, dtype, device) for n in (tokens, GATE_TOKENS))
+        part = piece_of(tokens, device)
         size = inputs.logits.numel() * inputs.logits.element_size()
         yield Problem(
             question="policy-loss",
@@ -147,8 +149,10 @@ def problems(settings: Settings) -> Iterator[Problem]:
             gate_inputs=gate,
             error=functools.partial(loss_error, remembered(truth, gate)),
             providers=[Provider(name, loss_and_grad(loss), computes) for name, computes, loss in rows],
-            ceilings=[read_ceiling(inputs.logits), rewrite_ceiling(inputs.logits)],
+            ceilings=[*read_ceilings(inputs.logits), rewrite_ceiling(inputs.logits)],
             work=3 * size,
             unit="GB/s",
             restore=Inputs.restore,
+            piece=part and make_inputs(part, vocab, dtype, device),
+            piece_share=(part or tokens) / tokens,
         )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -11,12 +10,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from aepo.bench import decode, linear, peers, policy_loss, sample, token_stats
 from aepo.bench.clock import clock_for, machine
-from aepo.bench.harness import OURS, Refusal, Row, measure
+from aepo.bench.harness import UNSTEADY, Refusal, Row, is_ours, measure
+from aepo.bench.load import missing_cores
+from aepo.bench.progress import Progress
+from aepo.bench.results import write_json
 from aepo.bench.settings import Settings
 
 QUESTIONS: dict[str, ModuleType] = {
@@ -27,8 +28,10 @@ QUESTIONS: dict[str, ModuleType] = {
     "sample": sample,
 }
 ROUNDS, QUICK_ROUNDS = 7, 3
-WIDTH = 150
+WIDTH = 155
 """Of the tables [characters]."""
+LOADED = 0.1
+"""Share of our threads' cores that others may take before we warn."""
 
 
 def run(
@@ -66,41 +69,57 @@ def run(
 
         draw(rows, plot_path)
         console.print(f"wrote {plot_path}")
-    return not any(refusal.provider.startswith(OURS) for refusal in refused)
+    return not any(is_ours(refusal.provider) for refusal in refused)
 
 
 def _measure(
     settings: Settings, questions: Sequence[str], json_path: Path | None, console: Console
 ) -> tuple[list[Row], list[Refusal]]:
     here, clock = machine(settings.device), clock_for(settings.device)
-    console.print(" | ".join(f"{key} {value}" for key, value in here.items()), style="dim")
     compared = list(peer_status(settings.device))
-    for peer in compared:
-        if peer["missing"]:
-            console.print(f"no row for {peer['name']}: {peer['missing']}", style="dim")
+    console.print(" | ".join(f"{key} {value}" for key, value in here.items()) + "\n", style="dim")
     rounds = settings.rounds or (QUICK_ROUNDS if settings.quick else ROUNDS)
     rows: list[Row] = []
     refused: list[Refusal] = []
-    with _progress_bar(console) as bar:
-        task = bar.add_task("", total=1.0)
+
+    def keep(new_rows: Sequence[Row], new_refused: Sequence[Refusal]) -> None:
+        if json_path is not None:
+            write_json(json_path, here, compared, [*rows, *new_rows], [*refused, *new_refused])
+
+    with Progress(console) as progress:
         for question in questions:
             torch.compiler.reset()  # a question's shapes do not count against the next one's limit of compilations
-
-            def progress(doing: str, share: float, question: str = question) -> None:
-                bar.update(task, description=f"{question}: {doing}", completed=share)
-
-            progress("making inputs", 0)
+            progress.begin(question)
             for problem in QUESTIONS[question].problems(settings):
-                new_rows, new_refused = measure(problem, clock, rounds, progress)
+                progress.begin(problem.name)
+                new_rows, new_refused = measure(problem, clock, rounds, progress, keep)
                 console.print(table(new_rows))
                 for refusal in new_refused:
                     console.print(f"no row for {refusal.provider}: {refusal.reason}", style="red")
+                for warning in warnings(new_rows, settings.device):
+                    console.print(warning, style="yellow")
                 rows += new_rows
                 refused += new_refused
-                if json_path is not None:
-                    write_json(json_path, here, compared, rows, refused)
+                keep((), ())
+                progress.begin(question)
             console.print(QUESTIONS[question].NOTE + "\n", style="dim")
     return rows, refused
+
+
+def warnings(rows: Sequence[Row], device: str) -> Iterator[str]:
+    """What a reader of one problem's rows has to know about the machine at that time."""
+    others, threads = rows[0].others_cores, torch.get_num_threads()
+    if device == "cpu" and others is not None and missing_cores(others, threads) > LOADED * threads:
+        yield (
+            f"loaded machine: other programs kept {others:.1f} of {os.cpu_count()} cores busy during these rounds, "
+            f"which ran on {threads} threads: times are too long, and ratios only as good as their spread"
+        )
+    unsteady = [row.provider for row in rows if row.unsteady]
+    if unsteady:
+        yield (
+            f"spread above {UNSTEADY:.0%}: {', '.join(unsteady)}; nothing is compared with that (~). "
+            "Measure again on a quiet machine"
+        )
 
 
 def make_console() -> Console:
@@ -108,12 +127,6 @@ def make_console() -> Console:
     console = Console(highlight=False, soft_wrap=True)
     console.width = max(console.width, WIDTH)
     return console
-
-
-def _progress_bar(console: Console) -> Progress:
-    """On a terminal, one line: what is being measured, and how far it is. Elsewhere nothing."""
-    columns = (BarColumn(20), TextColumn("{task.description}"), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def peer_status(device: str) -> Iterator[dict[str, Any]]:
@@ -138,38 +151,30 @@ def list_peers(device: str, console: Console | None = None) -> None:
 def table(rows: Sequence[Row]) -> Table:
     """One problem's rows."""
     result = Table(title=rows[0].problem, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    numbers = ("ms", rows[0].unit, "% of ceiling", "faster than eager", "extra MiB", "/ logits", "max error")
+    numbers = ("ms", "spread", rows[0].unit, "% of ceiling", "faster than eager", "extra MiB", "/ logits", "max error")
     for index, column in enumerate(("", "computes", *numbers)):
         result.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
 
     def text(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
+        return "" if value is None else format(value, form.rstrip("x")) + "x" * form.endswith("x")
+
+    def compared(row: Row, value: float | None, form: str) -> str:
+        """ "~" for what was left out because it is unsteady."""
+        unknown = value is None and row.max_error is not None and any(one.unsteady for one in rows)
+        return "~" if unknown else text(value, form)
 
     for row in rows:
         result.add_row(
             row.provider,
             row.computes,
             f"{row.median_ms:.3g}" if row.median_ms < 1000 else f"{row.median_ms:.0f}",
+            text(row.spread, ".0%"),
             f"{row.rate:.3g}",
-            text(row.percent_of_ceiling, ".0f"),
-            "" if row.times_faster_than_eager is None else f"{row.times_faster_than_eager:.3g}x",
+            compared(row, row.percent_of_ceiling, ".0f"),
+            compared(row, row.times_faster_than_eager, ".3gx"),
             "?" if row.extra_bytes is None else f"{row.extra_bytes / 2**20:.4g}",
             text(row.extra_share, ".1%"),
             text(row.max_error, ".0e"),
-            style="bold" if row.provider.startswith(OURS) else None,
+            style="bold" if is_ours(row.provider) else None,
         )
     return result
-
-
-def write_json(
-    path: Path, here: dict[str, Any], compared: list[dict[str, Any]], rows: list[Row], refused: list[Refusal]
-) -> None:
-    """Machine, peers, rows, and who got no row and why."""
-    result = {
-        "machine": here,
-        "peers": compared,
-        "rows": [dataclasses.asdict(row) for row in rows],
-        "refused": [dataclasses.asdict(refusal) for refusal in refused],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aepo.bench.harness import BASELINE, OURS, Problem, Provider, max_error
-from aepo.bench.inputs import gate_rows, make_logits, read_ceiling
+from aepo.bench.decode import ours
+from aepo.bench.harness import BASELINE, Problem, Provider, max_error
+from aepo.bench.inputs import gate_rows, make_logits, read_ceilings
 from aepo.bench.settings import QWEN3, Settings
 from aepo.bench.token_stats import without_grad
 from aepo_kernels import sample_with_entropy
@@ -29,8 +30,8 @@ TOKEN, ALL = "token", "token, log-prob, entropy"
 Functions = list[tuple[str, str, Callable[..., Any]]]
 
 
-def ours(logits: Tensor, **filters: Any) -> tuple[Tensor, Tensor, Tensor]:
-    drawn = sample_with_entropy(logits, seed=0, **filters)
+def sampled(backend: str, logits: Tensor, **filters: Any) -> tuple[Tensor, Tensor, Tensor]:
+    drawn = sample_with_entropy(logits, seed=0, **filters, backend=backend)
     return drawn.tokens, drawn.logprobs, drawn.entropy
 
 
@@ -73,12 +74,12 @@ def error(logits: Tensor, filtered: bool, computes: str, outputs: Sequence[Tenso
 def problems(settings: Settings) -> Iterator[Problem]:
     dtype, device = settings.dtype or torch.float32, settings.device
     plain: Functions = [
-        (OURS, ALL, ours),
+        *ours("sample_with_entropy", device, dtype, ALL, sampled),
         (BASELINE, TOKEN, eager),
         ("eager with log-prob and entropy", ALL, eager_with_stats),
     ]
     filtered: Functions = [
-        (OURS, ALL, functools.partial(ours, top_k=TOP_K, top_p=TOP_P)),
+        *ours("sample_with_entropy", device, dtype, ALL, functools.partial(sampled, top_k=TOP_K, top_p=TOP_P)),
         (BASELINE, TOKEN, eager_sorted),
         ("eager with log-prob and entropy", ALL, functools.partial(eager_with_stats, draw=eager_sorted)),
     ]
@@ -96,7 +97,7 @@ def problems(settings: Settings) -> Iterator[Problem]:
                 gate_inputs=(logits,),
                 error=functools.partial(error, logits, functions is filtered),
                 providers=[Provider(name, without_grad(function), computes) for name, computes, function in functions],
-                ceilings=[read_ceiling(logits)],
+                ceilings=read_ceilings(logits),
                 work=logits.numel() * logits.element_size(),
                 unit="GB/s",
             )

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from aepo.bench import peers
 from aepo.bench.harness import BASELINE, OURS, Problem, Provider, max_error
-from aepo.bench.inputs import STATS, eager_stats, gate_rows, logsumexp_stats, make_labels, make_logits, read_ceiling
+from aepo.bench.inputs import (
+    STATS,
+    eager_stats,
+    gate_rows,
+    logsumexp_stats,
+    make_labels,
+    make_logits,
+    piece_of,
+    read_ceilings,
+)
 from aepo.bench.settings import LLAMA3, QWEN3, SMOLLM2, Settings
 from aepo_kernels import logprobs_and_entropy
 
@@ -34,7 +43,7 @@ def problems(settings: Settings) -> Iterator[Problem]:
     ]
     for tokens, vocab in settings.shapes(CPU, CUDA, QUICK):
         logits, labels = make_logits(tokens, vocab, dtype, device), make_labels(tokens, vocab, device)
-        rows = gate_rows(tokens, device)
+        rows, part = gate_rows(tokens, device), piece_of(tokens, device)
         truth = eager_stats(logits[rows].double(), labels[rows])
         yield Problem(
             question="token-stats",
@@ -47,9 +56,11 @@ def problems(settings: Settings) -> Iterator[Problem]:
             gate_inputs=(logits, labels),
             error=functools.partial(stats_error, rows, truth),
             providers=[Provider(name, without_grad(function), computes) for name, computes, function in functions],
-            ceilings=[read_ceiling(logits)],
+            ceilings=read_ceilings(logits),
             work=logits.numel() * logits.element_size(),
             unit="GB/s",
+            piece=part and (logits[:part], labels[:part]),
+            piece_share=(part or tokens) / tokens,
         )
 
 

@@ -4,12 +4,18 @@ memory column sees a temporary; every question's gate notices an error; the plai
 
 import dataclasses
 import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from aepo.bench import inputs, peers, policy_loss
-from aepo.bench.clock import CpuClock, machine
+from aepo.bench import clock, harness, inputs, linear, load, peers, policy_loss, rates
+from aepo.bench.clock import SLEEP_CYCLES, CpuClock, CudaClock, machine
 from aepo.bench.harness import GATE_TOLERANCE, Ceiling, Problem, Provider, gate, max_error, measure
 from aepo.bench.run import QUESTIONS
 from aepo.bench.settings import Settings
@@ -47,14 +53,14 @@ def test_only_correct_providers_get_a_row():
         ("right", lambda x: (x * 2,)),
         ("wrong", lambda x: (x * 2.1,)),
         ("nan", lambda x: (x * torch.nan,)),
-        ("unwritten", lambda x: (torch.empty_like(x),)),
+        ("aepo_kernels, unwritten", lambda x: (torch.empty_like(x),)),
         ("other shape", lambda x: ((x * 2)[:, None],)),
         ("raises", raising),
     )
     rows, refused = measure(problem, CpuClock(), rounds=2)
     assert [row.provider for row in rows] == ["one", "two", "right"]
     reasons = {refusal.provider: refusal.reason for refusal in refused}
-    assert reasons.keys() == {"wrong", "nan", "unwritten", "other shape", "raises"}
+    assert reasons.keys() == {"wrong", "nan", "aepo_kernels, unwritten", "other shape", "raises"}
     assert "error 0.05 relative to float64, 0.03 allowed" in reasons["wrong"]
     assert reasons["raises"] == "RuntimeError: no such kernel"
 
@@ -76,16 +82,180 @@ def test_a_provider_too_large_for_the_problem_loses_its_row_alone():
     assert refused[0].reason == "MemoryError: too large"
 
 
+class ScriptedClock:
+    """Takes the seconds of every call from a list per provider or ceiling, the last one again and again."""
+
+    most_repeats = 1000
+
+    def __init__(self, **times):
+        self.times = {name: list(values) for name, values in times.items()}
+        self.calls = []
+
+    def called(self, name, result=None):
+        return lambda *_: (self.calls.append(name), result)[1]
+
+    def seconds(self, run, prepare, repeats):
+        prepare()
+        run()
+        times = self.times[self.calls[-1]]
+        return times.pop(0) if len(times) > 1 else times[0]
+
+    def extra_memory(self, run):
+        run()
+
+    def problem(self, *providers, **settings):
+        ceilings = [Ceiling(name, self.called(name), work) for name, work in (("one", 16), ("two", 32))]
+        functions = [(name, self.called(name.split(", ")[0], (2 * X[:2],))) for name in providers]
+        return toy_problem(*functions, ceilings=ceilings, **settings)
+
+
 def test_columns_of_a_row():
-    rows, _ = measure(toy_problem(("eager", lambda x: (x * 2,)), ("ours", lambda x: (2 * x,))), CpuClock(), rounds=3)
+    clock = ScriptedClock(one=[1.0], two=[0.5], eager=[8.0], ours=[2.0])
+    rows, _ = measure(clock.problem("eager", "ours"), clock, rounds=3)
     one, two, eager, ours = rows
+    assert [row.median_ms for row in rows] == [1000, 500, 8000, 2000]
     bound = one.median_ms + two.median_ms
     assert ours.percent_of_ceiling == pytest.approx(100 * bound / ours.median_ms)
     assert ours.times_faster_than_eager == pytest.approx(eager.median_ms / ours.median_ms)
     assert ours.rate == pytest.approx(48 / ours.median_ms * 1e3 / 1e9)
     assert two.rate == pytest.approx(32 / two.median_ms * 1e3 / 1e9)
     assert one.percent_of_ceiling is None
-    assert {row.rounds for row in rows} == {3}
+    assert [row.rounds for row in rows] == [3, 3, 2, 3]  # eager had 6 seconds after two
+    assert {row.spread for row in rows} == {0}
+
+
+def test_spread_is_the_interquartile_range_of_the_rounds():
+    # A warm-up that does not count, then rounds of 1.0, 1.2, 1.1, 0.9, 3.0: quartiles 1.0 and 1.2 about 1.1.
+    clock = ScriptedClock(one=[1.0], two=[1.0], ours=[9.0, 1.0, 1.2, 1.1, 0.9, 3.0])
+    *_, ours = measure(clock.problem("ours"), clock, rounds=5)[0]
+    assert ours.median_ms == pytest.approx(1100)
+    assert ours.spread == pytest.approx(0.2 / 1.1)
+    assert not ours.unsteady
+    assert measure(clock.problem("ours"), clock, rounds=1)[0][-1].spread is None
+
+
+UNEVEN = [1.0, 1.0, 2.0, 1.0, 2.0, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("unsteady", "percent", "faster"),
+    [
+        (None, {"eager", "ours"}, {"eager", "ours"}),
+        ("one", set(), {"eager", "ours"}),
+        ("eager", {"ours"}, set()),
+        ("ours", {"eager"}, {"eager"}),
+    ],
+)
+def test_nothing_is_compared_with_what_is_unsteady(unsteady, percent, faster):
+    clock = ScriptedClock(**{name: UNEVEN if name == unsteady else [1.0] for name in ("one", "two", "eager", "ours")})
+    rows, _ = measure(clock.problem("eager", "ours"), clock, rounds=5)
+    assert {row.provider for row in rows if row.unsteady} == {unsteady} - {None}
+    assert {row.provider for row in rows if row.percent_of_ceiling is not None} == percent
+    assert {row.provider for row in rows if row.times_faster_than_eager is not None} == faster
+    assert all(row.median_ms >= 1000 for row in rows)
+
+
+def test_ceilings_known_from_a_rate_are_not_run_and_those_beside_the_bound_do_not_count():
+    clock = ScriptedClock(eager=[8.0], ours=[2.0])
+    known = [Ceiling("copy", None, 48, 1.0), Ceiling("sum", None, 48, 0.5, bound=False)]
+    rows, _ = measure(dataclasses.replace(clock.problem("eager", "ours"), ceilings=known), clock, rounds=3)
+    assert [(row.provider, row.computes, row.median_ms, row.spread) for row in rows[:2]] == [
+        ("copy", "ceiling", 1000, None), ("sum", "beside the ceiling", 500, None)
+    ]  # fmt: skip
+    assert [row.percent_of_ceiling for row in rows[2:]] == [12.5, 50]
+    assert set(clock.calls) == {"eager", "ours"}
+
+
+def test_a_ceiling_beside_the_bound_that_does_not_run_is_left_out():
+    fails = Ceiling("fails", lambda: raising(X), 1, bound=False)
+    problem = toy_problem(("eager", lambda x: (x * 2,)))
+    problem = dataclasses.replace(problem, ceilings=[*problem.ceilings, fails])
+    rows, refused = measure(problem, CpuClock(), rounds=2)
+    assert [row.provider for row in rows] == ["one", "two", "eager"]
+    assert [(one.provider, one.reason) for one in refused] == [("fails", "RuntimeError: no such kernel")]
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        measure(dataclasses.replace(problem, ceilings=[dataclasses.replace(fails, bound=True)]), CpuClock(), rounds=2)
+
+
+def test_what_is_known_is_reported_after_every_row_and_every_round():
+    heard = []
+
+    def stopped(x):
+        if len(x) > 2 and len(heard) == 4:
+            raise KeyboardInterrupt
+        return (x * 2,)
+
+    problem = toy_problem(("first", lambda x: (x * 2,)), ("wrong", lambda x: (x * 3,)), ("second", stopped))
+    with pytest.raises(KeyboardInterrupt):
+        measure(problem, CpuClock(), 9, report=lambda rows, refused: heard.append((rows, list(refused))))
+    assert [[row.provider for row in rows] for rows, _ in heard] == [
+        ["one", "two", "first"], *[["one", "two", "first", "second"]] * 3
+    ]  # fmt: skip
+    assert [row.rounds for row in heard[-1][0]] == [3, 3, 3, 3]
+    assert [refusal.provider for refusal in heard[-1][1]] == ["wrong"]
+
+
+def test_a_compiled_provider_is_compiled_once():
+    """Memory is poisoned for our own rows only: that takes a mode for which everything is compiled anew."""
+    compiled = []
+
+    def count(graph, example):
+        compiled.append(graph)
+        return graph.forward
+
+    double = torch.compile(lambda x: (x * 2,), backend=count, dynamic=False)
+    problem = toy_problem(("torch.compile", double), ("aepo_kernels", lambda x: (x * 2,)), gate_inputs=X)
+    truth = [2 * X.double()]
+    problem = dataclasses.replace(problem, error=lambda computes, outputs: max_error(outputs, truth))
+    _, refused = measure(problem, CpuClock(), rounds=2)
+    assert not refused
+    assert len(compiled) == 1
+
+
+def slow_piece(seconds, sizes):
+    def run(x):
+        sizes.append(len(x))
+        time.sleep(seconds if len(x) == 4 else 0)
+        return (x * 2,)
+
+    return run
+
+
+def test_what_would_take_out_of_all_proportion_is_left_out(monkeypatch):
+    monkeypatch.setattr(harness, "LONG_S", 2.0)
+    slow, ours, quick, x = [], [], [], torch.arange(1.0, 41.0)
+    rows, refused = measure(
+        toy_problem(
+            ("slow", slow_piece(0.3, slow)),
+            ("aepo_kernels", slow_piece(0.3, ours)),
+            ("quick", slow_piece(0, quick)),
+            inputs=x,
+            piece=x[:4],
+            piece_share=0.1,
+        ),
+        CpuClock(),
+        rounds=1,
+    )
+    assert [row.provider for row in rows] == ["one", "two", "aepo_kernels", "quick"]
+    (refusal,) = refused
+    assert refusal.provider == "slow"
+    assert "left out: a call would take about 3 s (from 10.0% of the work)" in refusal.reason
+    assert set(slow) == {4}, "it was run as a whole after all"
+    assert 4 not in ours, "our own rows are always made"
+    assert 40 in quick
+
+
+def test_a_slow_first_call_of_a_piece_is_not_held_against_it(monkeypatch):
+    monkeypatch.setattr(harness, "LONG_S", 0.2)
+    delays = [0.3]
+
+    def run(x):
+        time.sleep(delays.pop() if delays else 0)
+        return (x * 2,)
+
+    rows, refused = measure(toy_problem(("lazy", run), piece=X[:1], piece_share=0.5), CpuClock(), rounds=1)
+    assert not refused
+    assert rows[-1].provider == "lazy"
 
 
 def test_inputs_are_restored_before_every_run():
@@ -103,6 +273,168 @@ def test_extra_memory_sees_a_temporary():
     if extra is None:
         pytest.skip("the system does not tell")
     assert 0.9 * 2**24 < extra < 2**25
+
+
+class RecordedGpu:
+    """What CudaClock asks a GPU for; a call takes as many milliseconds as there have been events."""
+
+    def __init__(self):
+        self.calls, self.sleeps, self.events = [], [], 0
+
+    def evict(self):
+        self.calls.append("evict")
+
+    def sleep(self, cycles):
+        self.calls.append("sleep")
+        self.sleeps.append(cycles)
+
+    def event(self):
+        self.events += 1
+        number = self.events
+        return SimpleNamespace(record=lambda: self.calls.append("event"), elapsed_time=lambda end: float(number))
+
+    def synchronize(self):
+        self.calls.append("synchronize")
+
+    def allocated(self):
+        self.calls.append("allocated")
+        return 100
+
+    def peak(self):
+        self.calls.append("peak")
+        return 350
+
+
+def test_the_gpu_is_kept_waiting_until_the_host_has_launched_a_call():
+    gpu = RecordedGpu()
+    seconds = CudaClock(gpu).seconds(lambda: gpu.calls.append("run"), lambda: gpu.calls.append("prepare"), 3)
+    one = ["prepare", "evict", "sleep", "event", "run", "event"]
+    assert gpu.calls == [*one, *one, *one, "synchronize"]
+    assert seconds == pytest.approx((1 + 3 + 5) / 3 / 1e3)
+
+
+def test_the_sleep_covers_the_time_of_the_host_twice(monkeypatch):
+    now, taken = [0.0], iter([0.0, 0.001, 0.01, 0.0])
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+
+    def run():
+        now[0] += next(taken)
+
+    gpu = RecordedGpu()
+    CudaClock(gpu).seconds(run, lambda: None, 4)
+    shortest, longest = SLEEP_CYCLES
+    assert gpu.sleeps == [longest, shortest, pytest.approx(4e6), longest]
+
+
+def test_memory_on_a_gpu_is_the_peak_of_finished_work():
+    gpu = RecordedGpu()
+    assert CudaClock(gpu).extra_memory(lambda: gpu.calls.append("run")) == 250
+    assert gpu.calls == ["synchronize", "allocated", "run", "synchronize", "peak"]
+
+
+def test_short_calls_are_repeated_20_times_on_a_gpu():
+    """One waits for about 1 ms, whatever it takes."""
+    gpu = RecordedGpu()
+    gpu.event = lambda: SimpleNamespace(record=lambda: None, elapsed_time=lambda end: 0.02)
+    rows, _ = measure(toy_problem(("one", lambda x: (x * 2,)), ceilings=[]), CudaClock(gpu), rounds=2)
+    assert len(gpu.sleeps) == 1 + 1 + 2 * 20
+    assert rows[0].median_ms == pytest.approx(0.02)
+    assert rows[0].extra_bytes == 250
+
+
+def test_ceilings_on_a_gpu_are_bytes_over_the_rates_of_a_large_copy_and_a_large_sum(monkeypatch):
+    monkeypatch.setattr(inputs, "memory_rates", lambda device: rates.MemoryRates(copy=3e12, read=3.2e12))
+    logits = SimpleNamespace(numel=lambda: 600, element_size=lambda: 2, device=torch.device("cuda"))
+    copy, read = inputs.read_ceilings(logits)
+    rewrite = inputs.rewrite_ceiling(logits)
+    assert (copy.seconds, read.seconds, rewrite.seconds) == pytest.approx((1200 / 3e12, 1200 / 3.2e12, 2400 / 3e12))
+    assert (copy.bound, read.bound, rewrite.bound) == (True, False, True)
+    assert {one.run for one in (copy, read, rewrite)} == {None}
+    assert rates.MEMORY_BYTES["cuda"] >= 2.5e9  # 50 times the L2 cache of an H100
+
+
+def test_rates_of_this_machine_count_bytes_and_operations():
+    found = rates.memory_rates("cpu")
+    assert 1e8 < found.read < 1e13
+    assert 1e8 < found.copy < 1e13
+    assert rates.memory_rates("cpu") is found, "measured once"
+    assert 1e8 < rates.product_rate(torch.float32) < 1e14
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the settings are those of x86")
+def test_bfloat16_products_are_found_slow_where_the_processor_has_none():
+    code = "import torch; from aepo.bench.rates import slow_products; print(slow_products(torch.bfloat16))"
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
+def test_the_fastest_dtype_and_a_slow_one_follow_from_the_rates(monkeypatch):
+    known = {torch.float32: 100.0}
+    monkeypatch.setattr(rates, "product_rate", known.get)
+    for bfloat16, fastest, slow in ((300.0, torch.bfloat16, False), (50, torch.float32, False), (30, None, True)):
+        known[torch.bfloat16] = bfloat16
+        assert rates.fastest_dtype(torch.bfloat16) == (fastest or torch.float32)
+        assert rates.slow_products(torch.bfloat16) == slow
+
+
+def test_without_fast_products_all_others_are_compared_in_float32(monkeypatch):
+    monkeypatch.setattr(peers, "PEERS", ())
+    monkeypatch.setattr(linear, "slow_products", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(linear, "fastest_dtype", lambda dtype: torch.float32)
+    settings = Settings(device="cpu", tokens=(64,), vocab=(300,), hidden=32)
+    with torch.compiler.set_stance("force_eager"):
+        for problem in QUESTIONS["linear"].problems(settings):
+            admitted, refused = gate(problem)
+            assert not refused
+            for provider in admitted:
+                ours = provider.name.startswith("aepo_kernels")
+                assert provider.name.endswith(", float32 operands") != ours
+                *_, last = provider.run(problem.gate_inputs)
+                gradient = "policy loss" in problem.title  # those of the weight; statistics are float32 always
+                assert last.dtype == (torch.bfloat16 if ours and gradient else torch.float32)
+            assert {ceiling.name.split()[0] for ceiling in problem.ceilings} == {"float32"}
+            eager = next(row for row in measure(problem, CpuClock(), 2)[0] if row.provider.startswith("eager"))
+            assert eager.dtype == "bfloat16"  # of the table
+
+
+def test_pieces_are_a_sixteenth_of_the_tokens():
+    settings = Settings(device="cpu", tokens=(128,), vocab=(300,), hidden=32)
+    for question in ("token-stats", "policy-loss", "linear"):
+        for problem in QUESTIONS[question].problems(settings):
+            ours = next(one for one in problem.providers if one.name.startswith("aepo_kernels"))
+            assert problem.piece_share == 1 / 16
+            assert len(ours.run(problem.piece)[1]) in (8, 300)  # entropies, or a gradient
+    (small,) = QUESTIONS["token-stats"].problems(dataclasses.replace(settings, tokens=(63,)))
+    assert small.piece is None
+
+
+def test_what_others_take_is_all_that_is_busy_but_not_us(monkeypatch):
+    samples = iter([load._Sample(10.0, 100.0, 7.0), load._Sample(14.0, 107.0, 8.0)])
+    monkeypatch.setattr(load, "_sample", lambda: next(samples))
+    assert load.LoadMeter().others_cores() == pytest.approx((7 - 1) / 4)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert [load.missing_cores(1.5, threads) for threads in (1, 2, 4)] == [0, 0, 1.5]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="the system does not tell")
+def test_another_program_is_seen_and_our_own_work_is_ours():
+    burn = "import os\nwhile sum(os.times()[:2]) < 0.6: pass\nprint('burnt', flush=True)\ninput()"
+    began_own = time.process_time()
+    began, before, meter = time.monotonic(), load._sample(), load.LoadMeter()
+    with subprocess.Popen([sys.executable, "-c", burn], stdin=-1, stdout=-1) as process:
+        assert process.stdout.readline() == b"burnt\n"
+        seen_s = meter.others_cores() * (time.monotonic() - began)
+        assert seen_s > 0.5
+        process.communicate(b"\n")
+    while time.process_time() - began_own < 0.3:
+        pass
+    assert load._sample().own_s - before.own_s > 0.29
+
+
+def test_machine_takes_the_commit_from_where_it_is_told(monkeypatch):
+    monkeypatch.setenv("AEPO_COMMIT", "abc1234")
+    assert machine("cpu")["commit"] == "abc1234"
 
 
 def test_machine_says_what_a_reader_needs():

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
+import os
+import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +17,7 @@ from test_bench import toy_problem
 from typer.testing import CliRunner, Result
 
 from aepo import cli
-from aepo.bench import peers
+from aepo.bench import harness, peers, progress
 from aepo.bench import run as bench
 from aepo.bench.harness import Row
 from aepo.bench.plot import draw
@@ -75,6 +80,79 @@ def test_a_wrong_peer_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     done = run("toy", "--device", "cpu", "--rounds", "1")
     assert done.exit_code == 0
     assert "no row for peer: wrong" in done.output
+
+
+def test_a_loaded_machine_and_unsteady_rows_are_said_not_compared() -> None:
+    rows = [dataclasses.replace(toy_row(1, 1, name), others_cores=1.5) for name in ("aepo_kernels", "eager")]
+    rows[1] = dataclasses.replace(rows[1], spread=0.3)
+    cores = os.cpu_count()
+    assert list(bench.warnings(rows[:1], "cuda")) == []
+    loaded, unsteady = bench.warnings(rows, "cpu")
+    if torch.get_num_threads() >= cores - 1:
+        assert loaded.startswith(f"loaded machine: other programs kept 1.5 of {cores} cores busy")
+    assert unsteady.startswith("spread above 25%: eager; nothing is compared with that (~)")
+    text = render(bench.table(rows))
+    assert text.count("~") == 4  # two columns of both rows
+    assert " 30% " in text
+    assert "~" not in render(bench.table(rows[:1]))
+
+
+def render(table) -> str:
+    console = bench.make_console()
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
+
+
+def test_warnings_and_spread_reach_output_and_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rounds of 60, 10, 60, 10 and 60 ms, on a machine whose other cores are all taken."""
+    delays = itertools.cycle([0.01, 0.06])
+
+    def uneven(x):
+        if len(x) > 2:  # not at the gate
+            time.sleep(next(delays))
+        return (x * 2,)
+
+    monkeypatch.setattr(harness, "SHORT_S", 0)
+    monkeypatch.setattr(harness.LoadMeter, "others_cores", lambda self: float(os.cpu_count()))
+    problem = toy_problem(("aepo_kernels", lambda x: (x * 2,)), ("uneven", uneven))
+    monkeypatch.setattr(bench, "QUESTIONS", {"toy": fake(problem)})
+    done = run("toy", "--device", "cpu", "--rounds", "5", "--json", tmp_path / "rows.json")
+    assert done.exit_code == 0
+    assert f"loaded machine: other programs kept {os.cpu_count()}.0 of {os.cpu_count()} cores busy" in done.stdout
+    assert "spread above 25%" in done.stdout
+    last = json.loads((tmp_path / "rows.json").read_text())["rows"][-1]
+    assert last["provider"] == "uneven"
+    assert 0.3 < last["spread"] < 3
+    assert last["percent_of_ceiling"] is None
+    assert last["others_cores"] == os.cpu_count()
+
+
+def test_long_work_says_what_it_does_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(x):
+        time.sleep(0.2 if len(x) > 2 else 0)
+        return (x * 2,)
+
+    monkeypatch.setattr(progress, "EVERY_S", 0.05)
+    monkeypatch.setattr(bench, "QUESTIONS", {"toy": fake(toy_problem(("aepo_kernels", slow)))})
+    done = run("toy", "--device", "cpu", "--rounds", "3")
+    assert "aepo bench, " not in done.stdout
+    lines = done.stderr.splitlines()
+    assert any(re.fullmatch(r"aepo bench, 0 s: double: .*: warming up aepo_kernels.*", line) for line in lines), lines
+    later = re.compile(r"aepo bench, \d s: .*: round 3 of 3, aepo_kernels, about \d s more for this table")
+    assert any(later.fullmatch(line) for line in lines), lines
+
+
+def test_progress_counts_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    bar = progress.Progress(bench.make_console())
+    now[0] = 103
+    bar.begin("subject")
+    assert bar.line() == "aepo bench, 3 s: subject: making inputs"
+    bar("round 2", 50.0)
+    now[0] = 123
+    assert bar.line() == "aepo bench, 23 s: subject: round 2, about 30 s more for this table"
 
 
 def test_a_stopped_run_leaves_what_it_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -155,6 +233,6 @@ def toy_row(tokens: int, vocab: int, provider: str) -> Row:
     """As many milliseconds and MiB as logits."""
     return Row(
         "q", "title", "problem", provider, "loss", tokens=tokens, vocab=vocab, hidden=None, dtype="float32", rounds=1,
-        median_ms=tokens * vocab, rate=1, unit="GB/s", extra_bytes=tokens * vocab * 2**20, extra_share=1,
+        median_ms=tokens * vocab, spread=0.0, rate=1, unit="GB/s", extra_bytes=tokens * vocab * 2**20, extra_share=1,
         max_error=None if provider == "ceiling" else 0.0,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from aepo import doctor
+from aepo.bench import rates
 from aepo_kernels import backend as backends
 
 
@@ -44,6 +45,20 @@ def test_the_kernels_here_are_run_and_right():
         assert "the default" in found["cpu on cpu"].detail
     assert found["cuda on cpu"].state == "info"
     assert found["cuda on cpu"].detail == backends.unserved("cuda", torch.empty(1, 8))
+
+
+@pytest.mark.parametrize(("bfloat16", "state"), [(1.5e9, "missing"), (90e9, "ok")])
+def test_slow_bfloat16_products_are_named_with_both_rates(monkeypatch, bfloat16, state):
+    known = {torch.bfloat16: bfloat16, torch.float32: 80e9}
+    monkeypatch.setattr(rates, "product_rate", known.get)
+    (found,) = doctor.products()
+    assert found.state == state
+    assert found.detail.startswith(f"{bfloat16 / 1e9:.3g} GFLOP/s in bfloat16, 80 in float32 (one core)")
+    assert found.detail.endswith("train and compare in float32 here") == (state == "missing")
+
+
+def test_products_are_among_the_findings():
+    assert "matrix products" in by_name(doctor.examine())
 
 
 def test_a_missing_extension_comes_with_its_command(monkeypatch):

@@ -28,6 +28,23 @@ def _poisoned_memory() -> Iterator[None]:
         yield
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="only tests that run a kernel on a GPU")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--gpu", default=False):
+        config.hook.pytest_deselected(items=[item for item in items if not on_gpu(item)])
+        items[:] = [item for item in items if on_gpu(item)]
+
+
+def on_gpu(item: pytest.Item) -> bool:
+    """Whether its device, a parameter or its module's DEVICE, is a GPU and its backend not the plain PyTorch one."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    device = parameters.get("device", getattr(item.module, "DEVICE", "cpu"))
+    return device == "cuda" and parameters.get("backend") != "reference"
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if any(mark.args[0] == "backend" for mark in metafunc.definition.iter_markers("parametrize")):
         return  # it chooses its backends itself
@@ -36,7 +53,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if "device" in names:
             metafunc.parametrize("device", DEVICES)
         return
-    stage = getattr(metafunc.module, "STAGE", "token_stats")
     stage = getattr(metafunc.module, "STAGE", "token_stats")
     pairs = [
         pytest.param(name, device, id=name if device == "cpu" else f"{name}-{device}")
