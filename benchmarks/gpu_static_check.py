@@ -170,7 +170,7 @@ CASES = [
     # One vote per tile, whether any lane may win (4 barriers).
     Case("sample bf16", functools.partial(_sample, BF16, ROWS), 2, 1, 30, max_registers=192, max_exchanges=20),
     Case("sample fp32", functools.partial(_sample, FP32, 64), 4, 1, 31, max_registers=128, max_exchanges=20),
-    Case("policy", _policy, max_registers=96),
+    Case("policy", _policy, max_registers=104),
     Case("policy, sequences", functools.partial(_policy, sequences=True), max_registers=112),
     Case("policy, detached", functools.partial(_policy, detached=True, optional=False), max_registers=64),
 ]
