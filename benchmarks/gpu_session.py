@@ -16,6 +16,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import fcntl
 import importlib.util
 import io
 import json
@@ -31,7 +32,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL_LIMIT_S = 530.0
@@ -193,19 +194,47 @@ class Stopped(BaseException):
     """A signal asked for the end."""
 
 
+MARK = ".gpu_session"
+"""In a working folder: what is there was written by a session, and the next one may remove it."""
+
+
+def claim(work: Path) -> TextIO:
+    """Empty a working folder, or make it. ValueError if it holds anything but an earlier session's files, or if another
+    session is running there, which lasts as long as somebody has the file that is returned."""
+    if work.exists() and not (work / MARK).exists() and (not work.is_dir() or any(work.iterdir())):
+        raise ValueError(f"--work must be a new or empty folder, or that of an earlier session; got {work}")
+    work.parent.mkdir(parents=True, exist_ok=True)
+    lock = work.with_name(f".{work.name}.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ValueError(f"another session is running in --work {work}") from None
+    shutil.rmtree(work, ignore_errors=True)  # or an earlier session's numbers would be taken for this one's
+    work.mkdir()
+    (work / MARK).touch()
+    return lock
+
+
 class Session:
     """Does steps and keeps the summary and the archive up to date."""
 
     def __init__(self, device: str, quick: bool, work: Path, output: Path, name: str = "gpu_session") -> None:
         self._start = time.monotonic()
+        if output == work or work in output.parents:
+            raise ValueError(f"--output must not be inside --work, which is emptied; got {output} in {work}")
         self.work, self.output, self.name = work, output, name
         self.summary: dict[str, Any] = {
             "device": device, "quick": quick, "machine": None, "steps": [], "tests": {}, "failed_tests": [],
             "headlines": [], "seconds": 0.0,
         }  # fmt: skip
-        shutil.rmtree(work, ignore_errors=True)  # or an earlier session's numbers would be taken for this one's
-        work.mkdir(parents=True)
+        self.problem = ""
+        """Why the output folder does not have the last state, if it has not."""
         output.mkdir(parents=True, exist_ok=True)
+        self._lock = claim(work)
+        archive = output / f"{name}.tar.gz"
+        if archive.exists():  # by accident, perhaps: those may be the numbers of a GPU that is gone
+            archive.replace(output / f"{name}.before.tar.gz")
 
     def left_s(self) -> float:
         return TOTAL_LIMIT_S - PACKING_S - (time.monotonic() - self._start)
@@ -233,7 +262,11 @@ class Session:
                     self._keep(Outcome(step.name, "skipped", detail=hindrance))
                     continue
                 print(f"{step.name}: {' '.join(step.command)[:150]}", flush=True)
-                running = Running(step, self.work)
+                try:
+                    running = Running(step, self.work)
+                except OSError as error:  # no room for its log, say
+                    self._keep(Outcome(step.name, "failed", detail=str(error)))
+                    continue
                 self._keep(running.finish(limit_s))
                 running = None
         except BaseException as error:
@@ -253,8 +286,8 @@ class Session:
         log = self.work / f"{outcome.step}.log"
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
         lines = [line for line in text.splitlines() if line.strip()]
-        if outcome.step == "env" and outcome.status == "passed":
-            self.summary["machine"] = json.loads(lines[-1])
+        if outcome.step == "env":
+            self.summary["machine"] = last_json(lines)
         if outcome.step == "tests":
             self.summary["tests"], self.summary["failed_tests"] = count_tests(text)
             outcome.detail = outcome.detail or ", ".join(f"{n} {name}" for name, n in self.summary["tests"].items())
@@ -268,9 +301,15 @@ class Session:
     def _write(self) -> None:
         self.summary["seconds"] = time.monotonic() - self._start
         text = json.dumps(self.summary, indent=1) + "\n"
-        for folder in (self.work, self.output):
-            (folder / "summary.json").write_text(text, encoding="utf-8")
-        pack(self.work, self.output / f"{self.name}.tar.gz")
+        self.problem = ""
+        try:
+            for folder in (self.work, self.output):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "summary.json").write_text(text, encoding="utf-8")
+            pack(self.work, self.output / f"{self.name}.tar.gz")
+        except OSError as error:  # a full disk may have room again after the next step
+            self.problem = f"cannot write the results: {error}"
+            print(self.problem, flush=True)
 
 
 @contextlib.contextmanager
@@ -295,7 +334,7 @@ def pack(folder: Path, archive: Path) -> None:
     new = archive.with_name(f".{archive.name}.new")
     with tarfile.open(new, "w:gz", compresslevel=6) as tar:
         for path in sorted(folder.rglob("*")):
-            if not path.is_file():
+            if not path.is_file() or path.name == MARK:
                 continue
             data = path.read_bytes()
             if path.suffix == ".log":
@@ -304,6 +343,15 @@ def pack(folder: Path, archive: Path) -> None:
             entry.size, entry.mtime = len(data), path.stat().st_mtime
             tar.addfile(entry, io.BytesIO(data))
     new.replace(archive)
+
+
+def last_json(lines: Sequence[str]) -> dict[str, Any] | None:
+    """The last line that is a JSON object: libraries may print behind it."""
+    for line in reversed(lines):
+        with contextlib.suppress(json.JSONDecodeError):
+            if isinstance(found := json.loads(line), dict):
+                return found
+    return None
 
 
 def count_tests(log: str) -> tuple[dict[str, int], list[str]]:
@@ -396,9 +444,15 @@ def main() -> int:
     else:
         todo = steps
     name = "gpu_session_second" if args.second else "gpu_session"
-    session = Session(args.device, args.quick, work, args.output.resolve(), name)
+    try:
+        session = Session(args.device, args.quick, work, args.output.resolve(), name)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     session.run(build(), todo(args.device, args.quick, work))
     print_summary(session.summary)
+    if session.problem:
+        print(f"{session.problem}; what was measured lies in {work}")
+        return 1
     print(f"\n{session.output / name}.tar.gz")
     return 0 if all(outcome["status"] == "passed" for outcome in session.summary["steps"]) else 1
 

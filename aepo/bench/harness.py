@@ -178,11 +178,12 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def max_error(outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """Largest error of any output relative to its largest true value; infinite for NaN or another shape."""
+    """Largest error of any output relative to its largest true value, or itself where all are 0; infinite for NaN or
+    another shape."""
     if [output.shape for output in outputs] != [expected.shape for expected in truth]:
         return float("inf")
     errors = [
-        (output.double() - expected).abs().max() / expected.abs().max()
+        (output.double() - expected).abs().max() / torch.where(expected.any(), expected.abs().max(), 1.0)
         for output, expected in zip(outputs, truth, strict=True)
     ]
     return torch.stack(errors).max().nan_to_num(torch.inf).item()

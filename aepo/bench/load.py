@@ -7,6 +7,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+SHORTEST_S = 0.3
+"""The system counts in ticks of 10 ms on each core, so that a shorter time is mostly rounding."""
+
 
 class _Sample(NamedTuple):
     time_s: float
@@ -35,10 +38,10 @@ class LoadMeter:
     def others_cores(self) -> float | None:
         """Mean number of cores that were busy with something else since; None where the system does not tell."""
         now = _sample()
-        if now is None or self._start is None or now.time_s == self._start.time_s:
+        if now is None or self._start is None or now.time_s - self._start.time_s < SHORTEST_S:
             return None
         others = (now.busy_s - self._start.busy_s) - (now.own_s - self._start.own_s)
-        return max(0.0, others / (now.time_s - self._start.time_s))
+        return min(max(0.0, others / (now.time_s - self._start.time_s)), float(os.cpu_count() or 1))
 
 
 def missing_cores(others_cores: float, threads: int) -> float:

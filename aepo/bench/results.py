@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from aepo.bench.harness import Refusal, Row
+
+
+def check_json(path: Path) -> None:
+    """ValueError if the file cannot be written: better before a measurement than after it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        new = _new(path)
+        new.touch()
+        new.unlink()
+    except OSError as error:
+        raise ValueError(f"json must be a file that can be written; got {path} ({error.strerror})") from None
+
+
+def _new(path: Path) -> Path:
+    return path.with_name(f"{path.name}.new")
 
 
 def write_json(
@@ -26,6 +44,6 @@ def write_json(
         "refused": [dataclasses.asdict(refusal) for refusal in refused],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")  # whoever is stopped while writing leaves the old file
+    new = _new(path)  # whoever is stopped while writing leaves the old file
     new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     new.replace(path)

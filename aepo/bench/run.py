@@ -17,7 +17,7 @@ from aepo.bench.clock import clock_for, machine
 from aepo.bench.harness import UNSTEADY, Refusal, Row, is_ours, measure
 from aepo.bench.load import missing_cores
 from aepo.bench.progress import Progress
-from aepo.bench.results import write_json
+from aepo.bench.results import check_json, write_json
 from aepo.bench.settings import Settings
 
 QUESTIONS: dict[str, ModuleType] = {
@@ -53,6 +53,11 @@ def run(
         raise ValueError(f"question must be one of {', '.join(QUESTIONS)}; got {', '.join(unknown)}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be an integer >= 1; got {threads}")
+    for question in questions or QUESTIONS:
+        module = QUESTIONS[question]
+        settings.shapes(module.CPU, module.CUDA, module.QUICK)  # says which does not fit
+    if json_path is not None:
+        check_json(json_path)
     if plot_path is not None:
         from aepo.bench.plot import check_plot
 

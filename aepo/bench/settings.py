@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import torch
@@ -55,13 +56,35 @@ class Settings:
     def shapes(
         self, cpu: list[tuple[int, int]], cuda: list[tuple[int, int]], quick: tuple[int, int]
     ) -> list[tuple[int, int]]:
-        """(tokens, vocab) of every problem: the defaults of the device, or all combinations of what was asked for."""
-        defaults = [quick] if self.quick else {"cpu": cpu, "cuda": cuda}[self.device]
+        """(tokens, vocab) of every problem: the defaults of the device, or all combinations of what was asked for.
+
+        ValueError for one whose float32 logits, which eager PyTorch makes several times, or weight do not fit.
+        """
+        found = self._shapes({"cpu": cpu, "cuda": cuda}[self.device], quick)
+        memory = _memory(self.device)
+        for tokens, vocab in found:
+            needed = 4 * vocab * max(tokens, self.hidden or 0)
+            if needed > memory:
+                raise ValueError(
+                    f"tokens {tokens}, vocab {vocab}, hidden {self.hidden or 'default'}: one float32 tensor of that size "
+                    f"takes {needed / 2**30:.3g} GiB, and this machine has {memory / 2**30:.3g}"
+                )
+        return found
+
+    def _shapes(self, device: list[tuple[int, int]], quick: tuple[int, int]) -> list[tuple[int, int]]:
+        defaults = [quick] if self.quick else device
         if self.tokens is None and self.vocab is None:
             return defaults
         if self.tokens is None:  # decoding has several batch sizes, each vocabulary is measured with all of them
             return [(t, v) for v in self.vocab or () for t in dict.fromkeys(t for t, _ in defaults)]
         return [(t, v) for v in self.vocab or defaults[0][1:] for t in self.tokens]
+
+
+def _memory(device: str) -> int:
+    """Bytes."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _integers(name: str, text: str | None) -> tuple[int, ...] | None:

@@ -417,6 +417,19 @@ def test_what_others_take_is_all_that_is_busy_but_not_us(monkeypatch):
     assert [load.missing_cores(1.5, threads) for threads in (1, 2, 4)] == [0, 0, 1.5]
 
 
+def test_a_moment_and_more_than_all_cores_are_no_load(monkeypatch):
+    samples = iter([load._Sample(10.0, 100.0, 7.0), load._Sample(10.01, 101.0, 7.0)])
+    monkeypatch.setattr(load, "_sample", lambda: next(samples))
+    assert load.LoadMeter().others_cores() is None
+    samples = iter([load._Sample(10.0, 100.0, 7.0), load._Sample(11.0, 1000.0, 7.0)])
+    assert load.LoadMeter().others_cores() == os.cpu_count()
+
+
+def test_an_error_where_the_truth_is_0_is_itself():
+    assert max_error([torch.tensor([0.0, 0.25])], [torch.zeros(2)]) == 0.25
+    assert max_error([torch.zeros(2)], [torch.zeros(2)]) == 0
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="the system does not tell")
 def test_another_program_is_seen_and_our_own_work_is_ours():
     burn = "import os\nwhile sum(os.times()[:2]) < 0.6: pass\nprint('burnt', flush=True)\ninput()"

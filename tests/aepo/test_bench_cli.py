@@ -62,7 +62,7 @@ def test_chosen_questions_and_shapes(tmp_path: Path) -> None:
 
 
 def fake(*problems) -> SimpleNamespace:
-    return SimpleNamespace(NOTE="", problems=lambda settings: iter(problems))
+    return SimpleNamespace(NOTE="", CPU=[], CUDA=[], QUICK=(1, 1), problems=lambda settings: iter(problems))
 
 
 def test_a_wrong_kernel_of_ours_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +80,29 @@ def test_a_wrong_peer_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     done = run("toy", "--device", "cpu", "--rounds", "1")
     assert done.exit_code == 0
     assert "no row for peer: wrong" in done.output
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ("--tokens", "100000000000000000000"),
+        ("--tokens", "1000000", "--vocab", "151936000"),
+        ("--vocab", "4", "--tokens", "4", "--hidden", "1000000000000"),
+    ],
+)
+def test_sizes_that_no_memory_holds_are_one_line(sizes) -> None:
+    done = run("linear", "--device", "cpu", *sizes)
+    assert done.exit_code == 1
+    assert re.fullmatch(r"error: tokens \d+, vocab \d+, .* takes .* GiB, and this machine has .*\n", done.output)
+
+
+def test_a_json_file_that_cannot_be_written_is_said_before_the_measurement(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    for path, why in ((tmp_path, "it is a folder"), (tmp_path / "file" / "rows.json", "File exists")):
+        done = run("decode", "--device", "cpu", "--quick", "--json", path)
+        assert done.exit_code == 1
+        assert done.output == f"error: json must be a file that can be written; got {path} ({why})\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 
 def test_a_loaded_machine_and_unsteady_rows_are_said_not_compared() -> None:
@@ -161,7 +184,9 @@ def test_a_stopped_run_leaves_what_it_had(monkeypatch: pytest.MonkeyPatch, tmp_p
         yield
 
     first = fake(toy_problem(("aepo_kernels", lambda x: (x * 2,))))
-    monkeypatch.setattr(bench, "QUESTIONS", {"first": first, "second": SimpleNamespace(NOTE="", problems=stopped)})
+    monkeypatch.setattr(
+        bench, "QUESTIONS", {"first": first, "second": SimpleNamespace(**{**vars(first), "problems": stopped})}
+    )
     done = run("--device", "cpu", "--rounds", "1", "--json", tmp_path / "rows.json")
     assert done.exit_code == 130
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]

@@ -193,6 +193,7 @@ def test_the_archive_has_the_end_of_a_long_log_and_all_of_a_json_file(monkeypatc
 
 def test_numbers_of_an_earlier_session_are_not_packed_again(tmp_path):
     (tmp_path / "work").mkdir()
+    (tmp_path / "work" / gpu_session.MARK).touch()
     (tmp_path / "work" / "ceilings.json").write_text("{}")
     _, files = run_steps(tmp_path, Step("works", python(""), 20))
     assert set(files) == {"build.log", "works.log", "summary.json"}
@@ -286,6 +287,76 @@ def test_pytest_gpu_takes_pairs_of_a_gpu_and_a_kernel(tmp_path):
         names = {line.split("::")[1].split()[0] for line in done.stdout.splitlines() if " PASSED" in line}
         assert len(names) == count
         assert names >= on_gpu
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "thesis.tex").write_text("years")
+    for kind in (work, work / "thesis.tex"):
+        with pytest.raises(ValueError, match="--work must be a new or empty folder"):
+            gpu_session.Session("cpu", True, kind, tmp_path / "output")
+    assert (work / "thesis.tex").read_text() == "years"
+    (work / "thesis.tex").unlink()
+    session = gpu_session.Session("cpu", True, work, tmp_path / "output")
+    with pytest.raises(ValueError, match="another session is running in --work"):
+        gpu_session.Session("cpu", True, work, tmp_path / "output")
+    for output in (work, work / "inside"):
+        with pytest.raises(ValueError, match="--output must not be inside --work"):
+            gpu_session.Session("cpu", True, work, output)
+    del session  # and with it the lock
+    gpu_session.Session("cpu", True, work, tmp_path / "output")
+
+
+def test_an_earlier_archive_is_kept(tmp_path):
+    for name in ("one", "two"):
+        session = gpu_session.Session("cpu", True, tmp_path / name, tmp_path / "output")
+        session.run(QUICK_BUILD, [Step(name, python(""), 20)])
+    for archive, name in (("gpu_session.before.tar.gz", "one"), ("gpu_session.tar.gz", "two")):
+        with tarfile.open(tmp_path / "output" / archive) as tar:
+            assert f"gpu_session/{name}.log" in tar.getnames()
+
+
+def test_a_bad_folder_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "benchmarks.gpu_session", "--device", "cpu", "--work", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(f"or that of an earlier session; got {tmp_path}")
+    assert (tmp_path / "file").exists()
+
+
+def test_an_output_folder_that_goes_away_ends_nothing(tmp_path, capsys):
+    output = tmp_path / "new" / "output"
+    away = f"import shutil; shutil.rmtree({str(output)!r}); open({str(output)!r}, 'w')"
+    back = f"import os; os.remove({str(output)!r})"
+    outcomes, _ = run_steps(
+        tmp_path, Step("away", python(away), 20), Step("meanwhile", python(""), 20), Step("back", python(back), 20)
+    )
+    assert [outcome["status"] for outcome in outcomes.values()] == ["passed"] * 4
+    assert "cannot write the results" in capsys.readouterr().out
+
+
+def test_a_working_folder_that_goes_away_is_a_failed_step(tmp_path):
+    away = f"import shutil; shutil.rmtree({str(tmp_path / 'work')!r}); open({str(tmp_path / 'work')!r}, 'w')"
+    session = gpu_session.Session("cpu", True, tmp_path / "work", tmp_path / "output")
+    session.run(QUICK_BUILD, [Step("away", python(away), 20), Step("next", python(""), 20)])
+    outcomes = {outcome["step"]: outcome for outcome in session.summary["steps"]}
+    assert outcomes["next"]["status"] == "failed"
+    assert "Not a directory" in outcomes["next"]["detail"]
+    assert session.problem
+
+
+def test_the_machine_is_found_among_what_libraries_print(tmp_path):
+    lines = ["{", '{"gpu": 1}', "[1]", "warning: so long"]
+    printed = f"print({chr(10).join(lines)!r}); raise SystemExit(1)"
+    session = gpu_session.Session("cpu", True, tmp_path / "work", tmp_path / "output")
+    session.run(QUICK_BUILD, [Step("env", python(printed), 20)])
+    assert session.summary["machine"] == {"gpu": 1}
+    session = gpu_session.Session("cpu", True, tmp_path / "work2", tmp_path / "output")
+    session.run(QUICK_BUILD, [Step("env", python(""), 20), Step("next", python(""), 20)])
+    assert session.summary["machine"] is None
+    assert session.summary["steps"][-1]["status"] == "passed"
 
 
 def test_the_second_call_does_again_what_did_not_pass(tmp_path):
