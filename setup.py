@@ -31,9 +31,14 @@ except ModuleNotFoundError:
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ModuleNotFoundError as error:
-    raise SystemExit(
-        f"aepo-kernels builds its extension against your torch ({error}): install torch first, then aepo-kernels"
-    ) from None
+    if not {"sdist", "egg_info", "dist_info"} & set(sys.argv):  # which compile nothing
+        raise SystemExit(
+            f"aepo-kernels builds its extension against your torch ({error}): install torch, and where it is installed "
+            "but your tool hides it (uv, python -m build), setuptools and ninja too; then build without isolation "
+            "(uv pip install --no-build-isolation, python -m build --no-isolation)"
+        ) from None
+    from setuptools import Extension as CppExtension
+    from setuptools.command.build_ext import build_ext as BuildExtension
 
 ROOT = pathlib.Path(__file__).parent
 CSRC = ROOT / "csrc"

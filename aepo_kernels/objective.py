@@ -17,7 +17,8 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant")
 
 LARGEST = 1e30
-"""Of a finite number in an objective."""
+"""Of a finite number in an objective; temperatures, softcaps and denominators lie between its inverse and it. So
+float32 holds their inverses, and the products with every coefficient of a loss."""
 
 ENTROPY_NOISE_ULPS = 8
 """Entropies whose standard deviation is at most this many ulps of their mean are equal, and scale no advantage: such a

@@ -228,6 +228,7 @@ class Session:
             "device": device, "quick": quick, "machine": None, "steps": [], "tests": {}, "failed_tests": [],
             "headlines": [], "seconds": 0.0,
         }  # fmt: skip
+        self._built, self._after_build = False, set[str]()
         self.problem = ""
         """Why the output folder does not have the last state, if it has not."""
         output.mkdir(parents=True, exist_ok=True)
@@ -244,6 +245,7 @@ class Session:
         waiting = list(todo)
         running = building = None
         reason = "nothing waited for it any more"
+        self._after_build = {step.name for step in todo if step.after_build}
         try:
             building = Running(builder, self.work)
             while waiting:
@@ -294,7 +296,12 @@ class Session:
         if measured := read_json(self.work / f"{outcome.step}.json"):
             self.summary["headlines"] += headlines(measured)
         if outcome.status in ("failed", "timed out") and not outcome.detail:
-            outcome.detail = f"{lines[-1][:100] if lines else ''} (see {log.name})"
+            telling = [line for line in lines if re.search(r"fatal|error:|cannot", line, re.I)] or lines[-1:]
+            outcome.detail = f"{telling[0].strip()[:100] if telling else ''} (see {log.name})"
+        if outcome.step == "build":
+            self._built = outcome.status == "passed"
+        elif outcome.step in self._after_build and not self._built and outcome.status != "skipped":
+            outcome.detail = f"with what an earlier build left; {outcome.detail}"
         self.summary["steps"].append(dataclasses.asdict(outcome))
         self._write()
 

@@ -66,8 +66,8 @@ class Settings:
             needed = 4 * vocab * max(tokens, self.hidden or 0)
             if needed > memory:
                 raise ValueError(
-                    f"tokens {tokens}, vocab {vocab}, hidden {self.hidden or 'default'}: one float32 tensor of that size "
-                    f"takes {needed / 2**30:.3g} GiB, and this machine has {memory / 2**30:.3g}"
+                    f"tokens {tokens}, vocab {vocab}, hidden {self.hidden or 'default'}: one float32 tensor of that "
+                    f"size takes {needed / 2**30:.3g} GiB, and this machine has {memory / 2**30:.3g}"
                 )
         return found
 

@@ -21,7 +21,8 @@ def token_weights(
         constant              1 / denominator            required; Dr. GRPO: sequences * maximum length
 
     Micro-batches and ranks add up exactly to the loss of the whole batch when each of them passes the count of the
-    whole batch (no sequence may be cut for the seq- aggregations).
+    whole batch (no sequence may be cut for the seq- aggregations), and, for an entropy-aware advantage, its
+    `entropy_stats`.
     """
     if aggregation == "token-mean":
         share = valid.sum() if denominator is None else denominator

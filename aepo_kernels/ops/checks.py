@@ -9,10 +9,9 @@ import math
 import torch
 from torch import Tensor
 
-FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+from aepo_kernels.objective import LARGEST
 
-MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30
-"""Inside, float32 holds the inverse temperature, and its product with every coefficient of a loss."""
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_float_tensor(name: str, x: Tensor) -> None:
@@ -31,10 +30,21 @@ def check_logits(logits: Tensor, *, inplace: bool = False) -> None:
             f"logits must have a contiguous last dimension; got strides {logits.stride()}. "
             "They are not copied behind your back: call .contiguous() if a copy is what you want"
         )
-    if inplace and any(s == 0 and n > 1 for s, n in zip(logits.stride(), logits.shape, strict=True)):
+    if inplace and _overlaps(logits):
         raise ValueError(
-            f"inplace_backward=True needs rows of their own; got expanded logits, strides {logits.stride()}"
+            f"inplace_backward=True needs rows of their own; got expanded or overlapping logits, shape "
+            f"{tuple(logits.shape)}, strides {logits.stride()}"
         )
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether two elements may share memory: a step in some dimension is shorter than what lies inside it."""
+    reach = 1
+    for step, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and step < reach:
+            return x.numel() > 0
+        reach += (size - 1) * step
+    return False
 
 
 def check_like(name: str, x: Tensor, like_name: str, shape: torch.Size, device: torch.device) -> None:
@@ -60,8 +70,13 @@ def check_temperature(temperature: float) -> None:
         raise TypeError(f"temperature must be a float; got {type(temperature).__name__}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be > 0 and finite; got {temperature}")
-    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
-        raise ValueError(f"temperature must be in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}]; got {temperature}")
+    check_divisor("temperature", temperature)
+
+
+def check_divisor(name: str, x: float) -> None:
+    """Of logits: float32 holds its inverse."""
+    if not 1 / LARGEST <= x <= LARGEST:
+        raise ValueError(f"{name} must be in [{1 / LARGEST:g}, {LARGEST:g}]; got {x}")
 
 
 def check_mask(mask: Tensor) -> None:

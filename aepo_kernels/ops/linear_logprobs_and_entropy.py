@@ -17,6 +17,7 @@ from aepo_kernels import backend as backends
 from aepo_kernels.ops import linear, rows
 from aepo_kernels.ops.checks import (
     check_device,
+    check_divisor,
     check_float_tensor,
     check_integer,
     check_labels,
@@ -201,6 +202,8 @@ def check_linear(
         isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0 < softcap < math.inf
     ):
         raise ValueError(f"softcap must be a number > 0 and finite, or None; got {softcap!r}")
+    if softcap is not None:
+        check_divisor("softcap", softcap)
     tokens, like = hidden.shape[:-1], "hidden without the last dimension"
     if sequence_parallel:
         if process_group is None:

@@ -90,12 +90,14 @@ def _scalar(name: str, x: float | Tensor, like: Tensor, minimum: float = -math.i
     if isinstance(x, Tensor):
         if x.numel() != 1:
             raise ValueError(f"{name} must be one number; got a tensor of shape {tuple(x.shape)}")
+        if x.is_complex() or x.dtype == torch.bool:
+            raise TypeError(f"{name} must be a real number; got {x.dtype}")
         return x.detach().reshape(()).to(device=like.device, dtype=acc_dtype(like.dtype))
     if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number or a one-element tensor; got {type(x).__name__}")
     if not minimum <= x < math.inf:
         raise ValueError(f"{name} must be finite and {'> 0' if minimum > 0 else f'>= {minimum}'}; got {x}")
-    if abs(x) > LARGEST or 0 < x < 1 / LARGEST:
-        raise ValueError(f"{name} must be 0 or of a size from {1 / LARGEST:g} to {LARGEST:g}; got {x}")
+    if abs(x) > LARGEST or 0 < minimum <= x < 1 / LARGEST:
+        raise ValueError(f"{name} must be of a size from {1 / LARGEST:g} to {LARGEST:g}; got {x}")
     # A product and not torch.full, which would make x, new in every batch, a constant of torch.compile's graph.
     return torch.ones((), dtype=acc_dtype(like.dtype), device=like.device) * x

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from aepo_kernels import backend as backends
-from aepo_kernels.objective import PolicyObjective
+from aepo_kernels.objective import LARGEST, PolicyObjective
 from aepo_kernels.ops.aggregation import token_weights
 from aepo_kernels.ops.checks import check_cu_seqlens, check_float_tensor, check_like, check_mask
 from aepo_kernels.ops.policy_arguments import ENTROPY_BONUS, POLICY_ARGS, policy_arguments
@@ -93,8 +93,12 @@ def policy_tensors(
             check_cu_seqlens(cu_seqlens, shape.numel())
     elif len(shape) > 1:  # every row of [B, L] is a sequence
         cu_seqlens = torch.arange(shape[:-1].numel() + 1, device=mask.device) * shape[-1]
-    if denominator is not None and denominator.device.type == "cpu" and not 0 < denominator.item() < math.inf:
-        raise ValueError(f"denominator must be > 0 and finite; got {denominator.item()}")
+    if denominator is not None:
+        denominator = _in_range("denominator", denominator, 1 / LARGEST, LARGEST)
+    if entropy_stats is not None:
+        mean, std = entropy_stats.unbind()
+        mean = _in_range("entropy_stats mean", mean, -LARGEST, LARGEST)
+        entropy_stats = torch.stack((mean, _in_range("entropy_stats std", std, 0, LARGEST)))
     weight = token_weights(mask.reshape(-1) != 0, cu_seqlens, aggregation, denominator, acc)
     if mask.is_floating_point():  # 0.5 is neither: an error where values can be read at no cost, else a NaN loss
         if mask.device.type == "cpu":
@@ -119,6 +123,18 @@ def run_policy_terms(
     return backends.stage(backend, "policy_terms")(
         logprobs, old_logprobs, advantages, weight, entropy, *others, *numbers
     )
+
+
+def _in_range(name: str, x: Tensor, low: float, high: float) -> Tensor:
+    """A number [], given as a tensor perhaps. Out of range it raises on the CPU; elsewhere, where reading it would
+    wait, it becomes NaN, so that the loss shows it."""
+    if x.device.type == "cpu":
+        if low > 0 and not 0 < x.item() < math.inf:
+            raise ValueError(f"{name} must be > 0 and finite; got {x.item()}")
+        if not low <= x.item() <= high:
+            raise ValueError(f"{name} must be in [{low:g}, {high:g}]; got {x.item()}")
+        return x
+    return x.masked_fill(~((x >= low) & (x <= high)), torch.nan)
 
 
 NUM_TENSORS = 10
@@ -208,8 +224,9 @@ def policy_loss(
 
     `entropy_stats` = (mean, std) are used in the entropy-aware advantage as they are; None takes those of this call.
     `denominator` replaces the count that the aggregation divides by (see `token_weights`), so that micro-batches and
-    ranks add up to the loss of the whole batch. A mask without any valid token gives loss 0 with gradient 0. NaN on a
-    token that counts gives a NaN loss.
+    ranks add up to the loss of the whole batch; with an entropy-aware advantage they need `entropy_stats` of the whole
+    batch too, else each part scales its advantages by its own. A mask without any valid token gives loss 0 with gradient
+    0. NaN on a token that counts gives a NaN loss.
 
     Raises ValueError or TypeError naming the argument: shapes, dtypes and devices that disagree; a term of the
     objective whose input is missing, or an input that no term uses; on the CPU also bounds that do not fit the tokens.

@@ -113,7 +113,12 @@ def valid_call(**changes):
         ({"denominator": float("nan")}, ValueError, "denominator must be finite and > 0; got nan"),
         ({"denominator": torch.tensor(0)}, ValueError, "denominator must be > 0 and finite; got 0"),
         ({"denominator": torch.ones(2)}, ValueError, "denominator must be one number"),
-        ({"denominator": 1e-40}, ValueError, "denominator must be 0 or of a size from 1e-30 to 1e\\+30; got 1e-40"),
+        ({"denominator": 1e-40}, ValueError, "denominator must be of a size from 1e-30 to 1e\\+30; got 1e-40"),
+        ({"denominator": torch.tensor(3e38)}, ValueError, r"denominator must be in \[1e-30, 1e\+30\]; got"),
+        ({"denominator": torch.tensor(1e-40)}, ValueError, r"denominator must be in \[1e-30, 1e\+30\]"),
+        ({"denominator": torch.tensor(float("nan"))}, ValueError, "denominator must be > 0 and finite; got nan"),
+        ({"denominator": torch.tensor(4 + 0j)}, TypeError, "denominator must be a real number; got torch.complex64"),
+        ({"denominator": torch.tensor(True)}, TypeError, "denominator must be a real number; got torch.bool"),
         ({"denominator": 1e300}, ValueError, "denominator must be .* to 1e\\+30; got 1e"),
         ({"denominator": "4"}, TypeError, "denominator must be a number or a one-element tensor; got str"),
     ],
@@ -156,3 +161,24 @@ def test_an_explicit_backend_never_falls_back(monkeypatch):
 def test_without_a_request_the_best_backend_serves():
     assert resolve(None, LOGITS) == ("cpu" if missing("cpu") is None else "reference")
     assert resolve(None, LOGITS.to("meta")) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("stats", "message"),
+    [
+        ((0.5, -1.0), "entropy_stats std must be"),
+        ((0.5, float("inf")), "entropy_stats std must be"),
+        ((float("nan"), 1.0), "entropy_stats mean must be"),
+        ((float("inf"), 1.0), "entropy_stats mean must be"),
+        ((1e300, 1.0), "entropy_stats mean must be"),
+        ((0.5, 1e38), "entropy_stats std must be"),
+    ],
+)
+@pytest.mark.parametrize("as_tensors", [False, True])
+def test_entropy_stats_beyond_what_they_can_be(stats, message, as_tensors):
+    objective = PolicyObjective(entropy_advantage=0.2)
+    if as_tensors:
+        stats = tuple(torch.tensor(x, dtype=torch.float64) for x in stats)
+    call = valid_call(objective=objective, cu_seqlens=None, entropy=torch.ones(4), entropy_stats=stats)
+    with pytest.raises(ValueError, match=message):
+        policy_loss(**call)

@@ -42,3 +42,20 @@ def test_an_nvcc_that_knows_none_of_our_gpus_is_an_error(tmp_path):
     result = build(tmp_path, CUDA_HOME=str(tmp_path))
     assert result.returncode != 0
     assert f"{nvcc} compiles for none of sm_80, sm_90a, sm_100" in result.stderr
+
+
+@pytest.mark.parametrize(("command", "works"), [("egg_info", True), ("build_ext", False)])
+def test_what_compiles_nothing_needs_no_torch(tmp_path, command, works):
+    """As in the isolated environments of `python -m build` and uv, from which even an installed torch is not seen."""
+    hidden = f"""
+import runpy, sys
+sys.modules["torch"] = None
+sys.argv = ["setup.py", {command!r}, *{["--egg-base", str(tmp_path)] if works else []!r}]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", hidden], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode == 0) == works, done.stderr
+    assert bool(list(tmp_path.iterdir())) == works
+    if not works:
+        assert "aepo-kernels builds its extension against your torch" in done.stderr
+        assert "uv pip install --no-build-isolation" in done.stderr

@@ -308,6 +308,15 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     gpu_session.Session("cpu", True, work, tmp_path / "output")
 
 
+def test_a_failed_build_says_why_and_what_ran_without_it(tmp_path):
+    broken = python("print('one'); print('g++: fatal error: no room'); print('Traceback'); raise SystemExit(1)")
+    steps = Step("tests", python("print('1')"), 20, after_build=True), Step("losses", python(""), 20)
+    outcomes, _ = run_steps(tmp_path, *steps, build=Step("build", broken, 20))
+    assert outcomes["build"]["detail"] == "g++: fatal error: no room (see build.log)"
+    assert outcomes["tests"]["detail"].startswith("with what an earlier build left")
+    assert outcomes["losses"]["detail"] == ""
+
+
 def test_an_earlier_archive_is_kept(tmp_path):
     for name in ("one", "two"):
         session = gpu_session.Session("cpu", True, tmp_path / name, tmp_path / "output")

@@ -88,6 +88,36 @@ def test_a_strided_vocabulary_is_refused_not_copied(backend, device):
         entropy_from_logits(torch.zeros(5, 4, device=device).t(), backend=backend)
 
 
+@pytest.mark.parametrize(
+    ("shape", "strides", "shared"),
+    [
+        ((5, 9), (4, 1), True),  # windows of one row
+        ((2, 3, 9), (9, 9, 1), True),
+        ((2, 3, 9), (20, 9, 1), True),
+        ((3, 2, 9), (0, 9, 1), True),
+        ((5, 9), (9, 1), False),
+        ((2, 3, 9), (9, 18, 1), False),  # transposed
+        ((1, 5, 9), (0, 12, 1), False),
+        ((1, 9), (2, 1), False),
+        ((0, 9), (2, 1), False),
+    ],
+)
+def test_overlapping_rows_cannot_be_overwritten(shape, strides, shared, backend, device):
+    logits = torch.arange(100.0, device=device).as_strided(shape, strides).requires_grad_()
+    zeros = torch.zeros(shape[:-1], device=device)
+    policy = (zeros.long(), zeros, zeros + 1, zeros == 0)
+
+    def loss(**options):
+        return logits_policy_loss(logits, *policy, objective=PolicyObjective(), backend=backend, **options).loss
+
+    (expected,) = torch.autograd.grad(loss(), logits)
+    if shared:
+        with pytest.raises(ValueError, match="rows of their own; got expanded or overlapping logits, shape"):
+            loss(inplace_backward=True)
+    else:
+        assert torch.equal(torch.autograd.grad(loss(inplace_backward=True), logits)[0], expected)
+
+
 def test_expanded_logits_cannot_be_overwritten(backend, device):
     logits = expanded(device).requires_grad_()
     zeros = torch.zeros(5, device=device)

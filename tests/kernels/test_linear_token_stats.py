@@ -226,6 +226,12 @@ def test_no_tokens(backend, device):
     assert [grad.abs().sum().item() for grad in grads] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("softcap", [1e-30, 1e-12, 1e12, 1e30])
+def test_softcaps_at_the_ends(softcap, backend, device):
+    problem = make_problem(5, 40, 3, softcap=softcap)
+    check(problem, backend, device)
+
+
 HIDDEN, WEIGHT, LABELS = torch.zeros(3, 4), torch.zeros(7, 4), torch.zeros(3, dtype=torch.int64)
 
 
@@ -243,6 +249,8 @@ HIDDEN, WEIGHT, LABELS = torch.zeros(3, 4), torch.zeros(7, 4), torch.zeros(3, dt
         (TypeError, "labels must have an integer dtype", {"labels": LABELS.float()}),
         (ValueError, "label 7 at position", {"labels": torch.tensor([0, 7, 1])}),
         (ValueError, "softcap must be a number > 0", {"softcap": 0}),
+        (ValueError, r"softcap must be in \[1e-30, 1e\+30\]; got 1e-38", {"softcap": 1e-38}),
+        (ValueError, r"softcap must be in \[1e-30, 1e\+30\]; got 1e\+300", {"softcap": 1e300}),
         (ValueError, "temperature must be > 0", {"temperature": 0.0}),
         (ValueError, "backend must be", {"backend": "mps"}),
     ],
