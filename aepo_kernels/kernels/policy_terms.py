@@ -250,7 +250,8 @@ def totals_kernel(
     total = tl.sum(sums, 0)
     mean = total / tl.maximum(tl.sum(tl.where(column == VALID, total, 0.0), 0), 1)
     result = tl.where((column == LOSS) | (column == VALID) | (column == FLIPS), total, mean)
-    result = tl.where(column == RATIO_MAX, tl.max(highest, 0), result)
+    ratios = tl.sum(tl.where(column == RATIO_MEAN, total, 0.0), 0)  # a maximum passes NaN by, a sum does not
+    result = tl.where(column == RATIO_MAX, tl.where(ratios == ratios, tl.max(highest, 0), ratios), result)
     if moments_ptr is not None:
         entropy_mean, entropy_std = _mean_std(moments_ptr, blocks, BLOCK)
         result = tl.where(column == ENTROPY_MEAN, entropy_mean, result)

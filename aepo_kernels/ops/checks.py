@@ -30,6 +30,8 @@ def check_logits(logits: Tensor, *, inplace: bool = False) -> None:
             f"logits must have a contiguous last dimension; got strides {logits.stride()}. "
             "They are not copied behind your back: call .contiguous() if a copy is what you want"
         )
+    if inplace and isinstance(logits, torch.nn.Parameter):
+        raise ValueError("inplace_backward=True would write the gradient over a parameter; got logits that are one")
     if inplace and _overlaps(logits):
         raise ValueError(
             f"inplace_backward=True needs rows of their own; got expanded or overlapping logits, shape "

@@ -225,8 +225,8 @@ def policy_loss(
     `entropy_stats` = (mean, std) are used in the entropy-aware advantage as they are; None takes those of this call.
     `denominator` replaces the count that the aggregation divides by (see `token_weights`), so that micro-batches and
     ranks add up to the loss of the whole batch; with an entropy-aware advantage they need `entropy_stats` of the whole
-    batch too, else each part scales its advantages by its own. A mask without any valid token gives loss 0 with gradient
-    0. NaN on a token that counts gives a NaN loss.
+    batch too, else each part scales its advantages by its own. A mask without any valid token gives loss 0 with
+    gradient 0. NaN on a token that counts gives a NaN loss.
 
     Raises ValueError or TypeError naming the argument: shapes, dtypes and devices that disagree; a term of the
     objective whose input is missing, or an input that no term uses; on the CPU also bounds that do not fit the tokens.

@@ -159,7 +159,7 @@ class PolicyLoss {
     metrics[kClipFractionLow] = clip_low_ / n;
     metrics[kDualClipFraction] = dual_clip_ / n;
     metrics[kRatioMean] = ratio_ / n;
-    metrics[kRatioMax] = ratio_max_;
+    metrics[kRatioMax] = std::isnan(ratio_) ? ratio_ : ratio_max_;  // std::max passes NaN by
     metrics[kApproxKl] = approx_kl_ / n;
     metrics[kEntropyMean] = moments_.mean;
     metrics[kEntropyStd] = moments_.std();

@@ -62,6 +62,16 @@ def test_a_label_outside_the_vocabulary_is_named(label, backend):
         )
 
 
+def test_a_parameter_is_not_overwritten(backend):
+    logits, zeros = torch.nn.Parameter(LOGITS.clone()), torch.zeros(4)
+    policy = (torch.zeros(4, dtype=torch.int64), zeros, zeros + 1, zeros == 0)
+    with pytest.raises(ValueError, match="write the gradient over a parameter"):
+        logits_policy_loss(logits, *policy, objective=PolicyObjective(), inplace_backward=True, backend=backend)
+    logits_policy_loss(logits, *policy, objective=PolicyObjective(), backend=backend).loss.backward()
+    assert torch.equal(logits.detach(), LOGITS)
+    assert logits.grad.abs().sum() > 0
+
+
 def valid_call(**changes):
     zeros = torch.zeros(4)
     call = {

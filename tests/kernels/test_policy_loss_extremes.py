@@ -153,6 +153,21 @@ def test_entropies_that_differ_by_rounding_scale_nothing(size, backend, device):
     torch.testing.assert_close(grad, (-factor / n).float(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(("ulps", "scaled"), [(7.5, False), (8.5, True)])
+def test_where_rounding_ends(ulps, scaled, backend, device):
+    objective = PolicyObjective(entropy_advantage=0.2)
+    for mean in (1.0, -1.0):
+        given = {"entropy": [2.0], "entropy_stats": (mean, ulps * 2.0**-23)}
+        _, grad, _ = run(objective, [-1.0], [-1.0], [1.0], backend, device, **given)
+        assert (grad.item() != -1) == scaled
+
+
+def test_a_nan_ratio_is_in_the_metrics(backend, device):
+    _, _, metrics = run(PolicyObjective(), [-1.0, NAN, -1.0], [-1.0] * 3, [1.0] * 3, backend, device)
+    assert all(math.isnan(metrics[name]) for name in ("ratio_max", "ratio_mean", "approx_kl"))
+    assert run(PolicyObjective(), [-1.0], [-INF], [1.0], backend, device)[2]["ratio_max"] == INF
+
+
 def batch(device):
     g = torch.Generator().manual_seed(0)
     old = -2 * torch.rand(3, 5, generator=g)
