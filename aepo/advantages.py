@@ -108,12 +108,12 @@ def group_advantages(rewards: Sequence[float]) -> list[float]:
 def rewards_equal(rewards: Sequence[float]) -> bool:
     """Whether all rewards are the same number up to rounding, as 0.1 + 0.2 and 0.3 are. Scaled to a std of 1, that
     rounding would be a full advantage. Rewards are often sums in float32, so four of its ulps of the largest are no
-    difference, and nothing below 1e-100 is."""
+    difference; nor is 1e-12, of which sums of numbers around 1 leave less where they should be 0."""
     if not rewards:
         return True
     size = max(map(abs, rewards))
     half_spread = max(rewards) / 2 - min(rewards) / 2  # the whole one may overflow
-    return half_spread <= max(EQUAL_REWARDS * size, 1e-100) / 2
+    return half_spread <= max(EQUAL_REWARDS * size, 1e-12) / 2
 
 
 def batch_advantages(rewards: Sequence[Sequence[float]]) -> list[list[float]]:

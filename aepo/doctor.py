@@ -146,6 +146,8 @@ def kernels() -> Iterator[Finding]:
     if backends.missing("cpu") is None:
         chosen = torch.ops.aepo_native.cpu_capability()
         yield Finding("kernels", "extension", "ok", f"compiled, runs its {chosen} code on this processor")
+    elif "does not load" in (reason := str(backends.missing("cpu"))):
+        yield Finding("kernels", "extension", "broken", reason, _REMEDIES["cpu", "cpu"])
     functions = [name for name in aepo_kernels.__all__ if name[0].islower()]
     operations = [name for name in functions if "backend" in signature(getattr(aepo_kernels, name)).parameters]
     for device in ["cpu", "cuda"][: 1 + torch.cuda.is_available()]:

@@ -20,6 +20,7 @@ import importlib
 import importlib.util
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,10 @@ CUDA_STAGES = frozenset({"decode_entropy", "sample_with_entropy"})
 @functools.cache
 def _extension_missing() -> str | None:
     try:
-        importlib.import_module("aepo_kernels._C")
+        extension = importlib.import_module("aepo_kernels._C")
+        here, there = (Path(str(file)).resolve().parent for file in (__file__, extension.__file__))
+        if here != there:  # with an editable installation of another checkout, say
+            return f"the compiled extension aepo_kernels._C is not built; that of {there} belongs to another copy"
     except ModuleNotFoundError:
         return "the compiled extension aepo_kernels._C is not built"
     except (ImportError, OSError) as error:  # built, but for another torch or machine: worth more than silence

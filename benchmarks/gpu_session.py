@@ -124,6 +124,8 @@ CHECK = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
 
 def second_steps(device: str, quick: bool, work: Path, first: dict[str, Any] | None) -> list[Step]:
     """What did not pass before, on the machine that is still warm; then what takes a profiler and a memory checker."""
+    if first is not None and (first.get("device"), first.get("quick")) != (device, quick):
+        first = None  # a rehearsal elsewhere
     passed = {outcome["step"] for outcome in (first or {}).get("steps", []) if outcome["status"] == "passed"}
     again = [] if first is None else [step for step in steps(device, quick, work) if step.name not in passed]
     gpu = device == "cuda"  # elsewhere the calls are made without the tools
@@ -160,7 +162,11 @@ class Running:
 
     def __init__(self, step: Step, work: Path) -> None:
         # Unbuffered, or a step that is killed loses what it had to say.
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PATH": _path(), **step.environment}
+        name = f"{os.getpid()}/{step.name}"
+        environment = {
+            **os.environ, "PYTHONUNBUFFERED": "1", "PATH": _path(), "AEPO_GPU_SESSION_STEP": name, **step.environment
+        }  # fmt: skip
+        self._name = f"AEPO_GPU_SESSION_STEP={name}".encode()
         self.step, self._start = step, time.monotonic()
         with (work / f"{step.name}.log").open("wb") as log:
             self._process = subprocess.Popen(
@@ -183,9 +189,14 @@ class Running:
         return Outcome(self.step.name, status, time.monotonic() - self._start, limit_s)
 
     def end(self) -> None:
-        """Kill what is left of the step's processes, its workers and compilers among them."""
+        """Kill what is left of the step's processes: workers, compilers, and those that left its group but carry its
+        name in their environment."""
         with contextlib.suppress(ProcessLookupError):  # all have ended
             os.killpg(self._process.pid, signal.SIGKILL)
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+                if self._name in (process / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(process.name), signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):  # one that a driver holds may never end
             self._process.wait(3)
 
@@ -293,7 +304,8 @@ class Session:
         if outcome.step == "tests":
             self.summary["tests"], self.summary["failed_tests"] = count_tests(text)
             outcome.detail = outcome.detail or ", ".join(f"{n} {name}" for name, n in self.summary["tests"].items())
-        if measured := read_json(self.work / f"{outcome.step}.json"):
+        measured = read_json(self.work / f"{outcome.step}.json")
+        if isinstance(measured, dict) and "rows" in measured:
             self.summary["headlines"] += headlines(measured)
         if outcome.status in ("failed", "timed out") and not outcome.detail:
             telling = [line for line in lines if re.search(r"fatal|error:|cannot", line, re.I)] or lines[-1:]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import statistics
 import time
 import warnings
@@ -186,7 +187,7 @@ def max_error(outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
         (output.double() - expected).abs().max() / torch.where(expected.any(), expected.abs().max(), 1.0)
         for output, expected in zip(outputs, truth, strict=True)
     ]
-    return torch.stack(errors).max().nan_to_num(torch.inf).item()
+    return torch.stack(errors).max().nan_to_num(torch.inf, torch.inf).item()
 
 
 def gate(problem: Problem) -> tuple[dict[Provider, float], list[Refusal]]:
@@ -222,7 +223,7 @@ def _checked(
             yield provider, _failed(problem, provider, failure)
             continue
         if is_baseline(provider.name):
-            tolerance = max(tolerance, 2 * error)
+            tolerance = max(tolerance, 2 * error) if math.isfinite(error) else tolerance
         if error <= tolerance:
             yield provider, error
         else:

@@ -53,7 +53,8 @@ def _row_settings(row, temperature_ptr, seed_ptr, offset_ptr):
     """(scale of logits to log2 units, 0 for a greedy row or 1, seed, both halves of the offset)"""
     temperature = tl.load(temperature_ptr + row)
     greedy = temperature == 0
-    scale = tl.minimum(1 / tl.where(greedy, 1.0, temperature) * LOG2E, 3e38).to(tl.float32)
+    scale = 1 / tl.where(greedy, 1.0, temperature) * LOG2E
+    scale = tl.maximum(tl.minimum(scale, 3e38), 1e-37).to(tl.float32)  # 0 * -inf, and inf * 0, would be NaN
     offset = tl.load(offset_ptr + row)
     low, high = (offset & 0xFFFFFFFF).to(tl.uint32), ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
     return scale, tl.where(greedy, 0.0, 1.0), tl.load(seed_ptr + row), low, high

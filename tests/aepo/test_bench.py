@@ -353,6 +353,19 @@ def test_ceilings_on_a_gpu_are_bytes_over_the_rates_of_a_large_copy_and_a_large_
     assert rates.MEMORY_BYTES["cuda"] >= 2.5e9  # 50 times the L2 cache of an H100
 
 
+def test_a_copy_counts_what_it_reads_and_what_it_writes(monkeypatch):
+    monkeypatch.setattr(rates, "clock_for", lambda device: SimpleNamespace(seconds=lambda run, prepare, repeats: 0.5))
+    monkeypatch.setitem(rates.MEMORY_BYTES, "cpu", 4000)
+    assert rates.memory_rates.__wrapped__("cpu") == rates.MemoryRates(copy=16000, read=8000)
+
+
+def test_a_baseline_that_is_wrong_altogether_opens_no_gate():
+    problem = toy_problem(("eager", lambda x: (x * torch.inf,)), ("peer", lambda x: (x * 5,)))
+    errors, refused = gate(problem)
+    assert errors == {}
+    assert {one.provider for one in refused} == {"eager", "peer"}
+
+
 def test_rates_of_this_machine_count_bytes_and_operations():
     found = rates.memory_rates("cpu")
     assert 1e8 < found.read < 1e13
@@ -442,7 +455,7 @@ def test_another_program_is_seen_and_our_own_work_is_ours():
         process.communicate(b"\n")
     while time.process_time() - began_own < 0.3:
         pass
-    assert load._sample().own_s - before.own_s > 0.29
+    assert load._sample().own_s - before.own_s > 0.29 + 0.5  # and that of a child that has ended
 
 
 def test_machine_takes_the_commit_from_where_it_is_told(monkeypatch):

@@ -47,14 +47,14 @@ def test_the_kernels_here_are_run_and_right():
     assert found["cuda on cpu"].detail == backends.unserved("cuda", torch.empty(1, 8))
 
 
-@pytest.mark.parametrize(("bfloat16", "state"), [(1.5e9, "missing"), (90e9, "ok")])
+@pytest.mark.parametrize(("bfloat16", "state"), [(1.5e9, "info"), (90e9, "ok")])
 def test_slow_bfloat16_products_are_named_with_both_rates(monkeypatch, bfloat16, state):
     known = {torch.bfloat16: bfloat16, torch.float32: 80e9}
     monkeypatch.setattr(rates, "product_rate", known.get)
     (found,) = doctor.products()
     assert found.state == state
     assert found.detail.startswith(f"{bfloat16 / 1e9:.3g} GFLOP/s in bfloat16, 80 in float32 (one core)")
-    assert found.detail.endswith("train and compare in float32 here") == (state == "missing")
+    assert found.detail.endswith("train and compare in float32 here") == (state == "info")
 
 
 def test_products_are_among_the_findings():
@@ -72,6 +72,13 @@ def test_a_missing_extension_comes_with_its_command(monkeypatch):
     )
     assert "extension" not in found
     assert "the default" in found["reference on cpu"].detail
+
+
+@pytest.mark.filterwarnings("ignore:the compiled extension")
+def test_an_extension_that_does_not_load_is_broken(monkeypatch):
+    monkeypatch.setattr(backends, "missing", lambda name: "the compiled extension aepo_kernels._C does not load: why")
+    found = by_name(doctor.kernels())["extension"]
+    assert (found.state, found.detail.endswith("does not load: why"), bool(found.remedy)) == ("broken", True, True)
 
 
 def test_a_wrong_kernel_is_called_broken(monkeypatch):

@@ -137,3 +137,11 @@ def test_compiles_into_one_graph():
     for one, other in zip(*outputs, strict=True):
         assert torch.equal(one, other)
     assert outputs[0][1].ne(0).sum() == 3
+
+
+def test_buffers_that_are_written_are_known_to_autograd(backend):
+    buffers = torch.zeros(6), torch.zeros(6)
+    before = [buffer._version for buffer in buffers]
+    tokens = torch.zeros(4, dtype=torch.int64)
+    decode_entropy(LOGITS, out=buffers[0], slots=SLOTS, tokens=tokens, logprobs_out=buffers[1], backend=backend)
+    assert all(buffer._version > version for buffer, version in zip(buffers, before, strict=True))

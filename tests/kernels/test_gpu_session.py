@@ -318,6 +318,20 @@ def test_a_failed_build_says_why_and_what_ran_without_it(tmp_path):
     assert outcomes["losses"]["detail"] == ""
 
 
+def test_a_child_that_leaves_its_group_ends_with_its_step(tmp_path):
+    flag = tmp_path / "alive"
+    child = f"import time; time.sleep(3); open({str(flag)!r}, 'w')"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True)"
+    run_steps(tmp_path, Step("parent", python(code), 20), Step("waits", python("import time; time.sleep(4)"), 20))
+    assert not flag.exists()
+
+
+def test_a_file_that_is_no_table_has_no_headlines(tmp_path):
+    odd = f"open({str(tmp_path / 'work' / 'odd.json')!r}, 'w').write('[1]')"
+    outcomes, _ = run_steps(tmp_path, Step("odd", python(odd), 20), Step("next", python(""), 20))
+    assert [outcome["status"] for outcome in outcomes.values()] == ["passed"] * 3
+
+
 def test_an_earlier_archive_is_kept(tmp_path):
     for name in ("one", "two"):
         session = gpu_session.Session("cpu", True, tmp_path / name, tmp_path / "output")
@@ -370,11 +384,15 @@ def test_the_machine_is_found_among_what_libraries_print(tmp_path):
 
 
 def test_the_second_call_does_again_what_did_not_pass(tmp_path):
-    first = {"steps": [{"step": name, "status": "passed"} for name in ("env", "ceilings", "losses", "peers")]
-             + [{"step": "kernels", "status": "timed out"}, {"step": "sweep", "status": "skipped"}]}  # fmt: skip
+    passed = [{"step": name, "status": "passed"} for name in ("env", "ceilings", "losses", "peers")]
+    others = [{"step": "kernels", "status": "timed out"}, {"step": "sweep", "status": "skipped"}]
+    first = {"device": "cuda", "quick": False, "steps": passed + others}
     steps = gpu_session.second_steps("cuda", False, tmp_path, first)
     assert [step.name for step in steps] == ["kernels", "tests", "sweep", "profile", "memcheck"]
-    assert [step.name for step in gpu_session.second_steps("cuda", False, tmp_path, None)] == ["profile", "memcheck"]
+    rehearsals = [first | {"device": "cpu"}, first | {"quick": True}]
+    for other in (None, *rehearsals):
+        again = gpu_session.second_steps("cuda", False, tmp_path, other)
+        assert [step.name for step in again] == ["profile", "memcheck"]
     profile, memcheck = steps[-2:]
     assert (profile.tools, memcheck.tools) == (("ncu",), ("compute-sanitizer",))
     assert profile.command[:3] == ["ncu", "--clock-control", "none"]  # the card is measured as it is

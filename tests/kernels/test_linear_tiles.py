@@ -5,7 +5,7 @@ import pytest
 import torch
 from linear_oracle import losses, make_problem
 
-from aepo_kernels import PolicyObjective
+from aepo_kernels import PolicyObjective, linear_policy_loss
 from aepo_kernels import backend as backends
 from aepo_kernels.ops import linear, rows
 from aepo_kernels.testing import assert_within_budget, make_labels, make_logits
@@ -138,3 +138,15 @@ def test_16_bit_products_are_added_in_float32_with_every_pytorch(widens, monkeyp
     linear._addmm_widens.cache_clear()
     torch.testing.assert_close(out, 1 + 2 * (a.float() @ b.float()))
     assert attempts == [(16, 16), *([(17000, 5)] * 2 if widens else [])]  # asked once, not per call
+
+
+@pytest.mark.parametrize(("tokens", "keeps"), [(2047, False), (2048, True)])
+def test_the_schedule_follows_from_the_number_of_tokens(tokens, keeps, monkeypatch):
+    taken = []
+    monkeypatch.setattr(linear, "statistics", lambda *args: taken.append("recompute") or 1 / 0)
+    monkeypatch.setattr(linear, "statistics_and_gradients", lambda *args: taken.append("keep") or 1 / 0)
+    hidden, weight = torch.zeros(tokens, 1, requires_grad=True), torch.zeros(2, 1)
+    zeros = torch.zeros(tokens)
+    with pytest.raises(ZeroDivisionError):
+        linear_policy_loss(hidden, weight, zeros.long(), zeros, zeros, zeros == 0, objective=PolicyObjective())
+    assert taken == ["keep" if keeps else "recompute"]

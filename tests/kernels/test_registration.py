@@ -16,6 +16,7 @@ from aepo_kernels import (
     policy_loss,
     selective_log_softmax,
 )
+from aepo_kernels import backend as backends
 from aepo_kernels.testing import make_labels, make_logits
 
 TOKENS = 51
@@ -140,3 +141,16 @@ for a, b in zip(got, expected):
 def test_in_a_fresh_process(claim, device):
     result = subprocess.run([sys.executable, "-c", FRESH[claim], device], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_an_extension_of_another_copy_is_not_taken(monkeypatch):
+    """What an editable installation of another checkout would lend to one whose own is not built."""
+    import aepo_kernels._C as extension
+
+    monkeypatch.setattr(extension, "__file__", "/elsewhere/aepo_kernels/_C.so")
+    reason = backends._extension_missing.__wrapped__()
+    assert reason == (
+        "the compiled extension aepo_kernels._C is not built; that of /elsewhere/aepo_kernels belongs to another copy"
+    )
+    monkeypatch.undo()
+    assert backends._extension_missing.__wrapped__() is None

@@ -199,7 +199,7 @@ def test_extreme_filters(top_k, backend, device):
     assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("temperature", [1e-40, 1e-3, 1e3, 1e30])
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-3, 1e3, 1e30, 1e300])
 @pytest.mark.parametrize("shift", [0.0, 1e4, -3e38])
 def test_extreme_temperatures_and_offsets(temperature, shift, backend, device):
     logits = make_logits(2, 70) + shift

@@ -56,6 +56,18 @@ def test_a_label_without_probability_has_logprob_minus_inf(backend, device):
     assert entropy.isfinite().all()
 
 
+def test_the_gradient_of_a_label_without_probability(backend, device):
+    logits = torch.tensor([[0.0, -torch.inf, 1.0, 0.5]], device=device).requires_grad_()
+    logprobs, entropy = logprobs_and_entropy(logits, torch.tensor([1], device=device), backend=backend)
+    (grad,) = torch.autograd.grad(
+        (logprobs, entropy), logits, (torch.ones_like(logprobs), 2 * torch.ones_like(entropy))
+    )
+    p = torch.tensor([[0.0, -torch.inf, 1.0, 0.5]], dtype=torch.float64).softmax(-1)
+    log_p = p.log().masked_fill(p == 0, 0.0)
+    truth = torch.tensor([[0.0, 1.0, 0.0, 0.0]], dtype=torch.float64) - p - 2 * p * (log_p - (p * log_p).sum())
+    torch.testing.assert_close(grad.cpu().double(), truth, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_smallest_finite_number_as_a_mask(dtype, backend, device):
     # Masked logits are often written as finfo.min; divided by a temperature below 1 it overflows to -inf.
