@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from aepo.install import COMMANDS, explain_missing, pip_install
+from aepo.install import COMMANDS, DISTRIBUTION, explain_missing, pip_install
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def _kernels_only(error: ModuleNotFoundError) -> int:
     if arguments.version:
         import aepo
 
-        print(f"aepo-kernels {aepo.__version__}")
+        print(f"{DISTRIBUTION} {aepo.__version__}")
         return 0
     if arguments.command == "doctor":
         from aepo.doctor import main as examine

@@ -52,6 +52,10 @@ BASELINE = "eager"
 OURS = "aepo_kernels"
 
 
+def _is_unsteady(spread: float | None) -> bool:
+    return spread is not None and spread > UNSTEADY
+
+
 def is_ours(name: str) -> bool:
     """A row's name is the provider, then what is particular to the row: "aepo_kernels, in place"."""
     return name.partition(",")[0] == OURS
@@ -161,7 +165,7 @@ class Row:
 
     @property
     def unsteady(self) -> bool:
-        return self.spread is not None and self.spread > UNSTEADY
+        return _is_unsteady(self.spread)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,19 +194,7 @@ def max_error(outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     return torch.stack(errors).max().nan_to_num(torch.inf, torch.inf).item()
 
 
-def gate(problem: Problem) -> tuple[dict[Provider, float], list[Refusal]]:
-    """Who may be timed, with the error of each, and who may not."""
-    errors: dict[Provider, float] = {}
-    refused = []
-    for provider, found in _checked(problem):
-        if isinstance(found, Refusal):
-            refused.append(found)
-        else:
-            errors[provider] = found
-    return {provider: errors[provider] for provider in problem.providers if provider in errors}, refused
-
-
-def _checked(
+def gate(
     problem: Problem, refuse: Callable[[Provider], str | None] = lambda provider: None
 ) -> Iterator[tuple[Provider, float | Refusal]]:
     """Every provider with its error, or why it gets no row. `refuse` is asked first."""
@@ -313,7 +305,7 @@ class _Samples:
 
     @property
     def unsteady(self) -> bool:
-        return self.spread is not None and self.spread > UNSTEADY
+        return _is_unsteady(self.spread)
 
 
 def _nothing() -> None:
@@ -368,7 +360,7 @@ def measure(
         progress(f"checking {provider.name}", to_come())
         return _too_long(problem, provider, bound_s)
 
-    for provider, found in _checked(problem, refuse):
+    for provider, found in gate(problem, refuse):
         if isinstance(found, Refusal):
             refused.append(found)
             continue

@@ -103,7 +103,8 @@ def policy_tensors(
     if mask.is_floating_point():  # 0.5 is neither: an error where values can be read at no cost, else a NaN loss
         if mask.device.type == "cpu":
             check_mask(mask)
-        weight = weight.masked_fill((mask.reshape(-1) != 0) & (mask.reshape(-1) != 1), torch.nan)
+        else:
+            weight = weight.masked_fill((mask.reshape(-1) != 0) & (mask.reshape(-1) != 1), torch.nan)
     return PolicyTensors(
         flat(old_logprobs),
         flat(advantages),
@@ -134,7 +135,7 @@ def _in_range(name: str, x: Tensor, low: float, high: float) -> Tensor:
         if not low <= x.item() <= high:
             raise ValueError(f"{name} must be in [{low:g}, {high:g}]; got {x.item()}")
         return x
-    return x.masked_fill(~((x >= low) & (x <= high)), torch.nan)
+    return x.where(x == x.clamp(low, high), torch.nan)
 
 
 NUM_TENSORS = 10
