@@ -25,21 +25,43 @@ ENTROPY_NOISE_ULPS = 8
 difference is rounding (the kernels' entropies are right to 3e-7, 2.5 ulps), and divided by itself it would be noise."""
 
 
-class Terms(NamedTuple):
-    """An objective as the numbers that the `policy_terms` kernels take, in their order."""
+class ObjectiveNumbers(NamedTuple):
+    """An objective as the numbers that the kernels take: the one list of them, in order. The flags are 0 or 1."""
 
     low: float
+    """Bounds of the ratio."""
     high: float
     grad_low: float
+    """The factor F that the gradient keeps beyond them."""
     grad_high: float
     dual_clip: float
-    detached_ratio: bool
+    """inf = off."""
+    detached_ratio: float
+    """1: the clipped ratio is a constant weight on A * logprob."""
     entropy_advantage: float
-    clamp_factor: bool
+    clamp_factor: float
     kl_coef: float
-    kl_estimator: int
+    kl_estimator: float
+    """1, 2 or 3."""
     entropy_bonus: float
     importance_cap: float
+    """inf = uncapped."""
+
+
+METRICS = (
+    "clip_fraction_high",
+    "clip_fraction_low",
+    "dual_clip_fraction",
+    "ratio_mean",
+    "ratio_max",
+    "approx_kl",
+    "entropy_mean",
+    "entropy_std",
+    "advantage_flips",
+    "kl",
+    "valid_tokens",
+)
+"""What every backend measures beside the loss: the one list of names, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,20 +145,20 @@ class PolicyObjective:
                 raise TypeError(f"PolicyObjective has no field {key!r}; it has {', '.join(fields)}")
         return cls(**{**PRESETS[name], **overrides})
 
-    def terms(self) -> Terms:
+    def numbers(self) -> ObjectiveNumbers:
         """This objective in numbers: bounds, and the factors F that the gradient keeps beyond them."""
         low, high = 1.0 - self.eps_low, 1.0 + self.eps_high
-        return Terms(
+        return ObjectiveNumbers(
             low=low,
             high=high,
             grad_low=low if self.clip == "gppo" else 0.0,
             grad_high=high if self.clip in ("aepo", "gppo") else 0.0,
             dual_clip=math.inf if self.dual_clip is None else float(self.dual_clip),
-            detached_ratio=self.clip == "cispo",
+            detached_ratio=float(self.clip == "cispo"),
             entropy_advantage=float(self.entropy_advantage),
-            clamp_factor=self.clamp_entropy_factor,
+            clamp_factor=float(self.clamp_entropy_factor),
             kl_coef=float(self.kl_coef),
-            kl_estimator=1 + KL_ESTIMATORS.index(self.kl_estimator),
+            kl_estimator=float(1 + KL_ESTIMATORS.index(self.kl_estimator)),
             entropy_bonus=float(self.entropy_bonus),
             importance_cap=math.inf if self.importance_cap is None else float(self.importance_cap),
         )
