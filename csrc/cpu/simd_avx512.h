@@ -38,6 +38,7 @@ struct Simd {
   AEPO_INLINE Vec if_greater(Vec a, Vec b, Vec yes, Vec no) {
     return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), yes);
   }
+  AEPO_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
   AEPO_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 
   // Integer lanes for random words; the product is that of the lower halves.
