@@ -98,8 +98,8 @@ class Column {
   void* data_;
 };
 
-// The column of a label in rows whose first logit is that of token `vocab_start`, or -1: a label out of range must not be
-// read. The operations above raise for it on the CPU.
+// The column of a label in rows whose first logit is that of token `vocab_start`, or -1: a label out of range must not
+// be read. The operations above raise for it on the CPU.
 inline int64_t label_column(int64_t label, int64_t vocab_start, int64_t vocab) {
   return label >= vocab_start && label - vocab_start < vocab ? label - vocab_start : -1;
 }

@@ -1,5 +1,5 @@
-// The gradient of logits_grad.h, made of the exponentials that the statistics have kept: a logit that is visited twice pays
-// for one. They stand about the running maximum of their chunk, which a factor corrects.
+// The gradient of logits_grad.h, made of the exponentials that the statistics have kept: a logit that is visited twice
+// pays for one. They stand about the running maximum of their chunk, which a factor corrects.
 #pragma once
 
 #include <cmath>
