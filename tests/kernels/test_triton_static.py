@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 ROOT = pathlib.Path(__file__).parents[2]
 TARGETS = (80, 90, 100)
-STREAMING = {"token_stats_kernel", "decode_entropy_kernel", "logits_grad_kernel"}
+STREAMING = {"token_stats_kernel", "decode_entropy_kernel", "logits_grad_kernel", "single_pass_kernel"}
 
 
 def compiling(*command):
@@ -79,7 +79,8 @@ def test_the_hot_loops_were_found_and_read(reports, kernel, target):
             continue
         assert set(r["loads"]) == {"128"}
         width = "64" if r["case"] == "grad fp32 to bf16" else "128"  # as many elements as are loaded
-        assert set(r["stores"]) == ({width} if kernel == "logits_grad_kernel" else set())
+        writes = kernel == "logits_grad_kernel" or r["case"].endswith("write")
+        assert set(r["stores"]) == ({width} if writes else set())
         assert 1 <= r["exp2"] < 1.1  # one per logit, and the forward's rescaling
         assert 6 < r["instructions"] <= 14  # fewer cannot do the arithmetic
 
@@ -104,7 +105,8 @@ def test_the_sampler_makes_its_random_numbers_within_the_memorys_time(reports):
 def test_a_nan_survives_the_guard_against_minus_inf(reports):
     # The interpreter's maximum always keeps a NaN, a GPU's only when told to, so only the machine code can show it.
     for r in (r for kernel in STREAMING for r in of(reports, kernel)):
-        assert r["nan_maxima"] == (0 if r["case"] == "grad bf16, no entropy" else 1), r["case"]
+        without = r["case"] == "grad bf16, no entropy" or (r["case"].endswith("write") and ", all" not in r["case"])
+        assert r["nan_maxima"] == (0 if without else 1), r["case"]
 
 
 def test_forward_leaves_half_of_an_h100s_memory_time_to_spare(reports):
