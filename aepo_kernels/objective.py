@@ -180,6 +180,7 @@ class PolicyObjective:
         rollout_logprobs: bool,
         cu_seqlens: bool,
         denominator: bool,
+        weights: bool,
     ) -> None:
         """Raise ValueError where a term is asked for without its input, or an input is given that no term uses.
 
@@ -192,16 +193,22 @@ class PolicyObjective:
             (self.kl_coef != 0, ref_logprobs, "kl_coef != 0 needs ref_logprobs"),
             (self.importance_cap is not None, rollout_logprobs, "importance_cap needs rollout_logprobs"),
             (
-                self.needs_sequences,
+                self.ratio_level == "sequence" or (self.aggregation.startswith("seq-") and not weights),
                 cu_seqlens,
                 "sequence ratios and seq- aggregations need cu_seqlens or [B, L] inputs",
             ),
-            (self.aggregation == "constant", denominator, "aggregation='constant' needs denominator"),
+            (
+                self.aggregation == "constant" and not weights,
+                denominator,
+                "aggregation='constant' needs denominator",
+            ),
         ):
             if asked and not given:
                 raise ValueError(f"objective: {problem}")
         if entropy_stats and self.entropy_advantage == 0:
             raise ValueError("objective: entropy_stats is given, but entropy_advantage is 0 and nothing would use it")
+        if denominator and weights:
+            raise ValueError("objective: denominator is given, but weights say each token's share, and nothing divides")
         if rollout_logprobs and self.importance_cap is None:
             raise ValueError(
                 "objective: rollout_logprobs is given, but importance_cap is None and nothing would use it"
