@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -91,8 +92,17 @@ def linear_loss(
     return loss_of_function(loss_fn, *stats, mask != 0)
 
 
-@torch.compiler.disable
-def _keep(
+def _keep(*arguments: Any) -> PolicyLoss:
+    """`_kept`, which no graph can hold."""
+    if "torch._dynamo" not in sys.modules:  # importing it takes seconds
+        return _kept(*arguments)
+    return torch.compiler.disable(_kept)(*arguments)
+
+
+_keep._torchdynamo_disable = True  # type: ignore[attr-defined]  # as torch.compiler.disable does, without that import
+
+
+def _kept(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,

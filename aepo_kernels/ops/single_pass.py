@@ -147,8 +147,9 @@ class _Overwritten(torch.autograd.Function):
 def single_pass_loss(logits: Tensor, labels: Tensor, temperature: float, call: PolicyCall) -> tuple[Tensor, Tensor]:
     """(loss [], metrics [11]) from checked arguments, labels [..] rows.NO_LABEL where masked."""
     inplace = may_overwrite("single_pass=True")
+    marked = inplace and not logits.is_leaf and not is_traced(logits)
     loss, metrics = _SinglePass.apply(logits, labels, temperature, inplace, *call)
-    if inplace and not logits.is_leaf and not is_traced(logits):
+    if marked:
         # The operation has counted its own write; this is not another one. Views that split() and unbind() made cannot
         # be marked: of them only those who saved the logits before learn what happened.
         with contextlib.suppress(RuntimeError), torch.autograd._unsafe_preserve_version_counter(logits):
