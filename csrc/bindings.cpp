@@ -1,6 +1,5 @@
-// The native operations of training: torch.ops.aepo_native.*, called by aepo_kernels.ops after its checks. This file
-// checks what memory safety needs, splits the work over threads and knows torch; the kernels know none of it. Those of
-// decoding are in bindings_decode.cpp.
+// The native operations on rows of logits: torch.ops.aepo_native.*, called by aepo_kernels.ops after its checks. The
+// bindings check what memory safety needs, split the work over threads and know torch; the kernels know none of it.
 #include <Python.h>
 
 #include <ATen/MemoryOverlap.h>
@@ -13,7 +12,6 @@
 #include <tuple>
 #include <vector>
 
-#include "policy_terms.h"
 #include "tensors.h"
 
 namespace aepo {
@@ -102,59 +100,6 @@ void logits_grad(const Tensor& logits, const OptionalTensor& labels, const Tenso
   });
 }
 
-template <class Real>
-std::tuple<Tensor, Tensor, Tensor, Tensor> policy_terms_of(
-    const PolicyObjective& objective, const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages,
-    const Tensor& weight, const OptionalTensor& entropy, const OptionalTensor& ref_logprobs,
-    const OptionalTensor& rollout_logprobs, const OptionalTensor& cu_seqlens, const OptionalTensor& entropy_stats) {
-  const int64_t n = logprobs.numel(), num_sequences = cu_seqlens.has_value() ? cu_seqlens->numel() - 1 : 0;
-  PolicyInputs<Real> in;
-  in.num_tokens = n;
-  in.logprobs = data<Real>(logprobs, "logprobs", n);
-  in.old_logprobs = data<Real>(old_logprobs, "old_logprobs", n);
-  in.advantages = data<Real>(advantages, "advantages", n);
-  in.weight = data<Real>(weight, "weight", n);
-  in.entropy = data<Real>(entropy, "entropy", n);
-  in.ref_logprobs = data<Real>(ref_logprobs, "ref_logprobs", n);
-  in.rollout_logprobs = data<Real>(rollout_logprobs, "rollout_logprobs", n);
-  in.num_sequences = num_sequences;
-  in.cu_seqlens = data<int64_t>(cu_seqlens, "cu_seqlens", num_sequences + 1);
-  in.entropy_stats = data<Real>(entropy_stats, "entropy_stats", 2);
-  const bool has_bonus = objective.entropy_bonus != 0;
-  TORCH_CHECK_VALUE(entropy.has_value() || (!has_bonus && objective.entropy_advantage == 0),
-                    "entropy_advantage and entropy_bonus need entropy");
-  for (int64_t s = 0; s < num_sequences; s++) {
-    TORCH_CHECK_VALUE(in.cu_seqlens[s] >= 0 && in.cu_seqlens[s] <= in.cu_seqlens[s + 1] && in.cu_seqlens[s + 1] <= n,
-                      "cu_seqlens must not decrease, within [0, ", n, "]; got ", in.cu_seqlens[s], " before ",
-                      in.cu_seqlens[s + 1]);
-  }
-
-  const auto options = logprobs.options();
-  Tensor loss = at::zeros({}, options), grad_logprobs = at::zeros({n}, options);
-  Tensor grad_entropy = at::zeros({has_bonus ? n : 0}, options), metrics = at::zeros({kNumPolicyMetrics}, options);
-  PolicyOutputs<Real> result;
-  result.loss = loss.data_ptr<Real>();
-  result.grad_logprobs = grad_logprobs.data_ptr<Real>();
-  result.grad_entropy = has_bonus ? grad_entropy.data_ptr<Real>() : nullptr;
-  result.metrics = metrics.data_ptr<Real>();
-  policy_terms(objective, in, result);
-  return {loss, grad_logprobs, grad_entropy, metrics};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> policy_terms_op(
-    const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages, const Tensor& weight,
-    const OptionalTensor& entropy, const OptionalTensor& ref_logprobs, const OptionalTensor& rollout_logprobs,
-    const OptionalTensor& cu_seqlens, const OptionalTensor& entropy_stats, double low, double high, double grad_low,
-    double grad_high, double dual_clip, bool detached_ratio, double entropy_advantage, bool clamp_factor,
-    double kl_coef, int64_t kl_estimator, double entropy_bonus, double importance_cap) {
-  const PolicyObjective objective = {low,       high,           grad_low,          grad_high,
-                                     dual_clip, detached_ratio, entropy_advantage, clamp_factor,
-                                     kl_coef,   kl_estimator,   entropy_bonus,     importance_cap};
-  const auto run = logprobs.scalar_type() == at::kDouble ? policy_terms_of<double> : policy_terms_of<float>;
-  return run(objective, logprobs, old_logprobs, advantages, weight, entropy, ref_logprobs, rollout_logprobs, cu_seqlens,
-             entropy_stats);
-}
-
 std::string cpu_capability() { return row_kernels().name; }
 
 }  // namespace
@@ -169,18 +114,11 @@ TORCH_LIBRARY(aepo_native, m) {
       "logits_grad(Tensor logits, Tensor? labels, Tensor maximum, Tensor log_sum, Tensor entropy,"
       " Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, int ignore_index, Tensor(a!) out,"
       " int vocab_start=0) -> ()");
-  m.def(
-      "policy_terms(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor weight, Tensor? entropy,"
-      " Tensor? ref_logprobs, Tensor? rollout_logprobs, Tensor? cu_seqlens, Tensor? entropy_stats, float low,"
-      " float high, float grad_low, float grad_high, float dual_clip, bool detached_ratio, float entropy_advantage,"
-      " bool clamp_factor, float kl_coef, int kl_estimator, float entropy_bonus, float importance_cap)"
-      " -> (Tensor loss, Tensor grad_logprobs, Tensor grad_entropy, Tensor metrics)");
 }
 
 TORCH_LIBRARY_IMPL(aepo_native, CPU, m) {
   m.impl("token_stats", aepo::token_stats);
   m.impl("logits_grad", aepo::logits_grad);
-  m.impl("policy_terms", aepo::policy_terms_op);
 }
 
 // An empty module, so that `import aepo_kernels._C` loads this library and runs the registrations above.

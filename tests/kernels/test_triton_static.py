@@ -18,14 +18,43 @@ TARGETS = (80, 90, 100)
 STREAMING = {"token_stats_kernel", "decode_entropy_kernel", "logits_grad_kernel"}
 
 
+def compiling(*command):
+    """Run Python in a process of its own: here Triton may already be the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def reports():
-    # A process of its own: here Triton may already be the interpreter.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.gpu_static_check", "--json"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = compiling("-m", "benchmarks.gpu_static_check", "--json")
     assert done.returncode in (0, 1), done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+OTHER_NUMBERS = """
+import torch
+from aepo_kernels.kernels.policy_terms import policy_terms, policy_terms_kernel
+from aepo_kernels.objective import PRESETS, PolicyObjective
+from benchmarks.gpu_static_check import Case, compile_case
+
+token = torch.empty(300, device="meta")
+
+def launch():
+    for preset in PRESETS:
+        for dual_clip in (None, 1.5):
+            dual_clip = None if preset == "cispo" else dual_clip
+            numbers = PolicyObjective.preset(preset, dual_clip=dual_clip, eps_low=1.0, kl_coef=0.1).numbers()
+            policy_terms(token, token, token, token, None, token, token, None, None, None, numbers)
+
+compile_case(Case("every preset", launch), 90)
+print(len(policy_terms_kernel.device_caches[90][0]))
+"""
+
+
+def test_other_numbers_of_an_objective_compile_nothing():
+    done = compiling("-c", OTHER_NUMBERS)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 1
 
 
 def of(reports, kernel, **equal):
