@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aepo_kernels.objective import METRICS, ObjectiveNumbers
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -55,14 +57,30 @@ def _extension_missing() -> str | None:
         extension = importlib.import_module("aepo_kernels._C")
     except ModuleNotFoundError:
         return "the compiled extension aepo_kernels._C is not built"
-    except (ImportError, OSError) as error:  # built, but for another torch or machine: worth more than silence
-        reason = f"the compiled extension aepo_kernels._C does not load: {error}"
-        warnings.warn(f"{reason}. CPU tensors are served by the slow reference.", stacklevel=3)
-        return reason
+    except (ImportError, OSError) as error:  # built, but for another torch or machine
+        return _unusable(f"the compiled extension aepo_kernels._C does not load: {error}")
     here, there = (Path(str(file)).resolve().parent for file in (__file__, extension.__file__))
     if here != there:  # with an editable installation of another checkout, say
         return f"the compiled extension aepo_kernels._C is not built; that of {there} belongs to another copy"
+    if _contract() != (list(ObjectiveNumbers._fields), list(METRICS)):
+        return _unusable(
+            "the compiled extension aepo_kernels._C is of another version than aepo_kernels: build it again"
+        )
     return None
+
+
+def _contract() -> tuple[list[str], list[str]] | None:
+    """The numbers and metrics that the extension was built for; None where it is too old to say."""
+    native = torch.ops.aepo_native
+    if not hasattr(native, "objective_numbers"):
+        return None
+    return native.objective_numbers(), native.policy_metrics()
+
+
+def _unusable(reason: str) -> str:
+    """Somebody built it, so this is worth more than silence."""
+    warnings.warn(f"{reason}. CPU tensors are served by the slow reference.", stacklevel=4)
+    return reason
 
 
 def _cuda_missing() -> str | None:

@@ -50,7 +50,7 @@ def test_presets_are_the_numbers_of_their_papers():
 @pytest.mark.parametrize(
     ("clip", "grad_low", "grad_high"), [("ppo", 0, 0), ("aepo", 0, 1.28), ("gppo", 0.9, 1.28), ("cispo", 0, 0)]
 )
-def test_terms(clip, grad_low, grad_high):
+def test_numbers(clip, grad_low, grad_high):
     objective = PolicyObjective(
         clip=clip, eps_low=0.1, eps_high=0.28, entropy_advantage=0.3, clamp_entropy_factor=True, entropy_bonus=0.01,
         kl_coef=0.04, kl_estimator="k2", importance_cap=2, dual_clip=None if clip == "cispo" else 3,
@@ -69,8 +69,8 @@ def test_terms(clip, grad_low, grad_high):
         "entropy_bonus": 0.01,
         "importance_cap": 2,
     }
-    assert objective.terms()._asdict() == pytest.approx(expected)
-    assert PolicyObjective().terms().importance_cap == math.inf
+    assert objective.numbers()._asdict() == pytest.approx(expected)
+    assert PolicyObjective().numbers().importance_cap == math.inf
 
 
 def test_every_field_can_be_overridden():

@@ -18,6 +18,7 @@ from aepo_kernels import (
     selective_log_softmax,
 )
 from aepo_kernels import backend as backends
+from aepo_kernels.objective import METRICS, ObjectiveNumbers
 from aepo_kernels.ops.call import PolicyCall
 from aepo_kernels.testing import make_labels, make_logits
 
@@ -184,3 +185,11 @@ def test_an_extension_of_another_copy_is_not_taken(monkeypatch):
     )
     monkeypatch.undo()
     assert backends._extension_missing.__wrapped__() is None
+
+
+@pytest.mark.parametrize("built", [(["low"], []), (list(ObjectiveNumbers._fields), list(METRICS)[::-1]), None])
+def test_an_extension_built_for_other_numbers_is_not_taken(built, monkeypatch):
+    """It would give the right loss of a wrong objective."""
+    monkeypatch.setattr(backends, "_contract", lambda: built)
+    with pytest.warns(UserWarning, match="another version than aepo_kernels: build it again. CPU tensors are served"):
+        assert "build it again" in backends._extension_missing.__wrapped__()
