@@ -2,12 +2,9 @@
 // bindings check what memory safety needs, split the work over threads and know torch; the kernels know none of it.
 #include <Python.h>
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <cmath>
-#include <cstring>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -52,10 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats(const Tensor& logits, con
       if (label == nullptr) continue;
       double logprob = stats.max * 0;  // an ignored row has 0, or NaN if the row has no softmax
       if (!ignored(t)) {
-        // A label out of range must not be read. The operations above this one raise for it on the CPU.
-        const bool in_range = label[t] >= vocab_start && label[t] - vocab_start < rows.vocab;
-        const double logit = in_range ? load_logit(rows.type, rows.at(t), label[t] - vocab_start) : std::nan("");
-        logprob = label_logprob(logit, stats, temperature);
+        logprob = row_logprob(rows, t, label_column(label[t], vocab_start, rows.vocab), stats, temperature);
       }
       to_logprobs.set(t, logprob);
     }
@@ -66,11 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats(const Tensor& logits, con
 void logits_grad(const Tensor& logits, const OptionalTensor& labels, const Tensor& maximum, const Tensor& log_sum,
                  const Tensor& entropy, const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,
                  double temperature, int64_t ignore_index, const Tensor& out, int64_t vocab_start) {
-  const Rows rows(logits, "logits"), grads(out, "out");
-  TORCH_CHECK_VALUE(grads.type == rows.type && out.sizes() == logits.sizes(), "out must be like the logits, ",
-                    logits.scalar_type(), " ", logits.sizes(), "; got ", out.scalar_type(), " ", out.sizes());
-  at::assert_no_internal_overlap(out);
-  at::assert_no_partial_overlap(out, logits);
+  const Rows rows(logits, "logits"), grads = grads_like(rows, logits, out);
   const int64_t* label = data<int64_t>(labels, "labels", rows.count);
   const Column max_of(maximum, "maximum", rows), log_sum_of(log_sum, "log_sum", rows);
   const Column entropy_of(entropy, "entropy", rows);
@@ -84,19 +74,13 @@ void logits_grad(const Tensor& logits, const OptionalTensor& labels, const Tenso
 
   std::vector<int64_t> used, zero;  // a masked row may hold NaN, so a row without gradient is not read
   for (int64_t t = 0; t < rows.count; t++) (grad_logprob(t) != 0 || grad_h(t) != 0 ? used : zero).push_back(t);
-  for_each_segment(zero.size(), rows.vocab, [&](int64_t i, int64_t column, int64_t n) {
-    std::memset(grads.at(zero[i], column), 0, n * grads.element_bytes);
-  });
-  const auto kernel = row_kernels().logits_grad[rows.type];
+  for_each_segment(zero.size(), rows.vocab,
+                   [&](int64_t i, int64_t column, int64_t n) { zero_segment(grads, zero[i], column, n); });
   for_each_segment(used.size(), rows.vocab, [&](int64_t i, int64_t column, int64_t n) {
     const int64_t t = used[i];
     const RowStats stats = {max_of[t], log_sum_of[t], entropy_of[t]};
-    const double gl = grad_logprob(t), gh = grad_h(t);
-    const bool has_label = gl != 0 && label[t] >= vocab_start + column && label[t] - vocab_start < column + n;
-    const int64_t at = has_label ? label[t] - vocab_start : 0;
-    const double logit = has_label ? load_logit(rows.type, rows.at(t), at) : 0;  // before it is overwritten
-    kernel(rows.at(t, column), grads.at(t, column), n, row_grad(stats, gl, gh, temperature));
-    if (has_label) store_logit(rows.type, grads.at(t), at, label_grad(logit, stats, gl, gh, temperature));
+    const int64_t at = label == nullptr ? -1 : label_column(label[t], vocab_start, rows.vocab);
+    segment_grad(rows, grads, t, column, n, at, stats, grad_logprob(t), grad_h(t), temperature);
   });
 }
 

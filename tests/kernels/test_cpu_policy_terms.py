@@ -1,6 +1,6 @@
-"""Claims about the native policy_terms: it was built for the numbers and the metrics that objective.py lists; it equals
-the reference to 1e-12 for every kind of objective in float64; a token that counts n times is n tokens; float32 inputs
-lose nothing but their own rounding, and bounds that would read past the end are refused.
+"""Claims about the native policy_terms: it was built for the numbers and the metrics that objective.py lists; in
+float64 it equals the reference to 1e-12 for every kind of objective; a token that counts n times is n tokens; float32
+inputs lose nothing but their own rounding, and bounds that would read past the end are refused.
 
 What the formulas should be is tested in test_policy_loss.py, for this backend too.
 """
