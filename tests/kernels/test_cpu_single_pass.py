@@ -104,7 +104,7 @@ def test_same_bits_as_the_two_passes(dtype, name, counts):
     _, _, gradient = check(logits, labels, PolicyObjective(**OBJECTIVES[name]), counts=counts)
     zero = gradient.eq(0).all(-1)
     assert zero[6]
-    assert 3 < int((~zero).sum())
+    assert int((~zero).sum()) > 3
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 7, 33, 64, 65, 129, 1000])
@@ -224,7 +224,7 @@ def test_bad_input_is_named():
 
     with pytest.raises(ValueError, match="out must be like the logits"):
         run(out=logits.bfloat16())
-    with pytest.raises(ValueError, match="labels must be contiguous Long .* 2 elements"):
+    with pytest.raises(ValueError, match=r"labels must be contiguous Long .* 2 elements"):
         run(labels=labels[:1])
     with pytest.raises(ValueError, match="needs entropy_stats"):
         run(numbers=PolicyObjective(entropy_advantage=0.1).numbers())
