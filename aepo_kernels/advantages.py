@@ -134,7 +134,7 @@ def _sums(x: Tensor, first: Tensor, last: Tensor) -> Tensor:
     """Per place, the sum over its group. Segment i runs from first[i] to first[i + 1]: empty but at a group's last
     place, where it is the whole group. So the number of groups need not be known, for which a GPU would have to be
     waited for; and unlike those of index_add, which adds in any order there, the sums repeat."""
-    if len(x) == 0:
+    if len(x) == 0:  # by which the CUDA kernel would divide
         return x
     offsets = torch.nn.functional.pad(first, (0, 1), value=len(x))
     return torch.segment_reduce(x, "sum", offsets=offsets, unsafe=True)[last]  # unsafe: offsets are not checked again

@@ -126,11 +126,13 @@ def test_the_order_of_rows_changes_no_bit(estimate, device):
         [0.7 - 0.4, 0.3, 0.2 + 0.1],
         [-(0.1 + 0.2), -0.3],
         [1e300 * (1 + 2**-52), 1e300],
+        [-1e300 * (1 + 2**-52), -1e300],
         [0.30000001192092896, 0.30000004172325134, 0.3],  # 0.3 in float32, one ulp above it, and in float64
         [sum([0.1] * 10), 1.0],
         [0.1 + 0.2 - 0.3, 0.0, 0.0, 0.0],
         [1.0 - 0.9 - 0.1, 0.0],
         [1.0, 1.0 + 4 * 2**-23],
+        [-1.0, -1.0 + 4 * 2**-23],
     ],
 )
 def test_rounding_is_no_difference(rewards, device):
@@ -164,6 +166,8 @@ def test_real_differences_count_whatever_the_size_of_rewards(scale, device):
             continue  # 1e-17 apart, which is rounding
         assert group_advantages(rewards, zeros(rewards)).tolist() == pytest.approx([ROOT, -ROOT], rel=1e-9)
         assert batch_advantages(rewards).tolist() == pytest.approx([ROOT, -ROOT], rel=1e-9)
+    ends = torch.tensor([scale, -scale], dtype=torch.float64, device=device)
+    assert unscaled(ends, zeros(ends)).tolist() == pytest.approx([scale, -scale])
     rewards = torch.tensor([scale, 0.0, scale], dtype=torch.float64, device=device)
     assert leave_one_out_advantages(rewards, zeros(rewards)).tolist() == pytest.approx([scale / 2, -scale, scale / 2])
     assert unscaled(rewards, zeros(rewards)).tolist() == pytest.approx([scale / 3, -scale / 3 * 2, scale / 3])
