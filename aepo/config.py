@@ -58,7 +58,7 @@ class RunConfig(Section):
     dir: str = key("runs/default", "where this run's files go")
     seed: int = key(0, "all random numbers are functions of (seed, step, index)", low=0, high=2**31 - 1)
     device: Literal["auto", "cpu", "cuda"] = key(
-        "auto", "auto: cuda where there is one, else cpu", instead={"gpu": "a GPU is run.device=cuda"}
+        "auto", "auto: cuda where there is one, else cpu", instead={"gpu": "A GPU is run.device=cuda"}
     )
     threads: int = key(0, "CPU threads for torch; 0: leave torch's own choice", low=0)
 

@@ -51,7 +51,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("policy.aggregation=token_mean", "did you mean 'token-mean'?"),
         ("rollout.engine=VLLM", "expected one of huggingface, vllm: did you mean 'vllm'?"),
         ("rollout.branch_alpha=unifrom", "did you mean 'uniform'?"),
-        ("run.device=gpu", "a GPU is run.device=cuda"),
+        ("run.device=gpu", "A GPU is run.device=cuda"),
         ("train.steps=1.5", "train.steps = 1.5: expected an integer >= 0"),
         ("train.steps=-1", "train.steps = -1: expected an integer >= 0"),
         ("optimizer.learning_rate=fast", "optimizer.learning_rate = 'fast': expected a number"),
