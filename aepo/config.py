@@ -381,7 +381,9 @@ def _value_suggestion(section: type[Section], setting: str, value: Any) -> str:
     literals = [part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is Literal]
     choices = {_plain(choice): choice for part in literals for choice in typing.get_args(part)}
     instead = next(item for item in dataclasses.fields(section) if item.name == setting).metadata["instead"]
-    near = difflib.get_close_matches(_plain(str(value)), [*choices, *instead], 1, 0.6)
+    plain, known = _plain(str(value)), [*choices, *instead]
+    swapped = [one for one in known if sorted(one) == sorted(plain)]  # gpro: difflib would say gspo
+    near = swapped or difflib.get_close_matches(plain, known, 1, 0.6)
     if not near:
         return ""
     return f". {instead[near[0]]}" if near[0] in instead else f": did you mean {choices[near[0]]!r}?"

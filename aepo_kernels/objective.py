@@ -272,6 +272,6 @@ def _preset_hint(name: object) -> str:
 
 
 def _nearest(name: str, known: list[str]) -> str | None:
-    """The known name that was meant. Swapped letters go first: to difflib gpso is as near to grpo as to gspo."""
+    """The known name that was meant. Swapped letters go first: to difflib gpro is as near to gspo as to grpo."""
     same_letters = [one for one in known if sorted(one) == sorted(name)]
     return next(iter(same_letters or difflib.get_close_matches(name, known, 1, 0.6)), None)

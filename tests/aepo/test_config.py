@@ -42,6 +42,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("run=3", "unknown key 'run'"),
         ("policy.preset=aepoo", "policy.preset = 'aepoo': expected one of aepo, arpo, grpo"),
         ("policy.preset=aepoo", "gigpo, reinforce++: did you mean 'aepo'?"),
+        ("policy.preset=gpro", "did you mean 'grpo'?"),
         ("policy.preset=AEPO", "did you mean 'aepo'?"),
         ("policy.preset=reinforce_plus_plus", "did you mean 'reinforce++'?"),
         ("policy.preset=ppo", "reinforce++. PPO's clipped loss is that of policy.preset=reinforce++"),

@@ -135,6 +135,7 @@ def test_contradictions_and_unknown_names():
         ("Reinforce_Plus_Plus", ": did you mean 'reinforce++'?"),
         ("aepoo", ": did you mean 'aepo'?"),
         ("gpso", ": did you mean 'gspo'?"),
+        ("gpro", ": did you mean 'grpo'?"),
         ("ppo", ". PPO's clipped loss is PolicyObjective()"),
         ("ppo2", ": did you mean 'ppo'? PPO's clipped loss is PolicyObjective()"),
         (
