@@ -3,6 +3,7 @@
 Importing this needs torch alone: Triton and the compiled extension load when a call first uses them.
 """
 
+from aepo_kernels import advantages
 from aepo_kernels.linear_head import LinearHead
 from aepo_kernels.objective import PolicyObjective
 from aepo_kernels.ops.decode_entropy import decode_entropy
@@ -23,6 +24,7 @@ __all__ = [
     "PolicyLoss",
     "PolicyObjective",
     "SampledTokens",
+    "advantages",
     "decode_entropy",
     "entropy_from_logits",
     "linear_logprobs_and_entropy",
