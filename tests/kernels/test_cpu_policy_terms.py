@@ -139,7 +139,7 @@ def test_missing_entropy_is_refused():
 
 def test_another_number_of_numbers_is_refused():
     *four, _, _, _ = inputs()
-    with pytest.raises(ValueError, match=f"numbers must be the {len(numbers())} of .*; got {len(numbers()) - 1}"):
+    with pytest.raises(ValueError, match=rf"numbers must be the {len(numbers())} of .*; got {len(numbers()) - 1}"):
         native.policy_terms(*four, None, None, None, None, None, None, numbers()[:-1])
 
 
@@ -148,5 +148,5 @@ def test_a_column_of_another_length_is_refused(place, name):
     *four, entropy, ref, rollout = inputs()
     args = [*four, None, entropy, ref, rollout, None, None, numbers()]
     args[place] = torch.ones(TOKENS - 1, dtype=torch.float64)
-    with pytest.raises(ValueError, match=f"{name} must be contiguous Double .* {TOKENS} elements"):
+    with pytest.raises(ValueError, match=rf"{name} must be contiguous Double .* {TOKENS} elements"):
         native.policy_terms(*args)

@@ -4,6 +4,7 @@ are and wherever a row begins; in float64 they are the reference's; rows that do
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ native = torch.ops.aepo_native
 IGNORE = -100
 SEGMENT = 32768  # csrc/include/row_kernels.h
 
-OBJECTIVES = {
+OBJECTIVES: dict[str, dict[str, Any]] = {
     "ppo": {},
     "dual": {"dual_clip": 1.5},
     "aepo": {"clip": "aepo", "dual_clip": 3.0, "entropy_advantage": 0.4},
@@ -234,10 +235,10 @@ def test_bad_input_is_named():
     for place, name in enumerate(names):
         wrong = [*args]
         wrong[place] = torch.zeros(3)
-        with pytest.raises(ValueError, match=f"{name} must be contiguous Float .* 2 elements"):
+        with pytest.raises(ValueError, match=rf"{name} must be contiguous Float .* 2 elements"):
             run(args=wrong)
         wrong[place] = torch.zeros(2, dtype=torch.float64)
-        with pytest.raises(ValueError, match=f"{name} must be contiguous Float .* got Double"):
+        with pytest.raises(ValueError, match=rf"{name} must be contiguous Float .* got Double"):
             run(args=wrong)
     with pytest.raises(RuntimeError, match="single memory location"):
         run(logits=torch.zeros(1, 10).expand(2, 10))
