@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from aepo.advantages import rewards_equal
+from aepo.advantages import all_equal
 from aepo.packing import PackedBatch
 from aepo.rollout.tree import branches_per_path, path_nodes
 from aepo.types import Reward, RolloutTree
@@ -56,7 +56,7 @@ def rollout_metrics(trees: Sequence[RolloutTree], rewards: Sequence[Sequence[Rew
         "reward.std": statistics.pstdev(totals),
         **_means("reward", ((name, value) for reward in flat for name, value in reward.components.items())),
         **_success("train.success", trees, rewards),
-        "advantage.zero_groups": _mean([rewards_equal([reward.total for reward in group]) for group in rewards]),
+        "advantage.zero_groups": _mean([all_equal([reward.total for reward in group]) for group in rewards]),
         "rollout.paths": len(flat),
         "rollout.fresh_paths": _mean(fresh),
         "rollout.budget": _mean([tree.budget.fresh_paths for tree in trees if tree.budget]),

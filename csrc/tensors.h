@@ -2,11 +2,14 @@
 // split over threads.
 #pragma once
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 
 #include "row_kernels.h"
@@ -94,6 +97,43 @@ class Column {
   bool float64_;
   void* data_;
 };
+
+// The column of a label in rows whose first logit is that of token `vocab_start`, or -1: a label out of range must not be
+// read. The operations above raise for it on the CPU.
+inline int64_t label_column(int64_t label, int64_t vocab_start, int64_t vocab) {
+  return label >= vocab_start && label - vocab_start < vocab ? label - vocab_start : -1;
+}
+
+// The log-prob of row t's label in column `label`; NaN for -1.
+inline double row_logprob(const Rows& rows, int64_t t, int64_t label, const RowStats& stats, double temperature) {
+  const double logit = label >= 0 ? load_logit(rows.type, rows.at(t), label) : std::nan("");
+  return label_logprob(logit, stats, temperature);
+}
+
+// Write the gradient of row t's n logits from `column` on, that of a label among them included. Rows may be grads.
+inline void segment_grad(const Rows& rows, const Rows& grads, int64_t t, int64_t column, int64_t n, int64_t label,
+                         const RowStats& stats, double grad_logprob, double grad_entropy, double temperature) {
+  const bool has_label = grad_logprob != 0 && label >= column && label < column + n;
+  const double logit = has_label ? load_logit(rows.type, rows.at(t), label) : 0;  // before it is overwritten
+  row_kernels().logits_grad[rows.type](rows.at(t, column), grads.at(t, column), n,
+                                       row_grad(stats, grad_logprob, grad_entropy, temperature));
+  if (!has_label) return;
+  store_logit(rows.type, grads.at(t), label, label_grad(logit, stats, grad_logprob, grad_entropy, temperature));
+}
+
+inline void zero_segment(const Rows& grads, int64_t t, int64_t column, int64_t n) {
+  std::memset(grads.at(t, column), 0, n * grads.element_bytes);
+}
+
+// The checked place of a gradient like `rows`, which it may be, but not partly.
+inline Rows grads_like(const Rows& rows, const Tensor& logits, const Tensor& out) {
+  const Rows grads(out, "out");
+  TORCH_CHECK_VALUE(grads.type == rows.type && out.sizes() == logits.sizes(), "out must be like the logits, ",
+                    logits.scalar_type(), " ", logits.sizes(), "; got ", out.scalar_type(), " ", out.sizes());
+  at::assert_no_internal_overlap(out);
+  at::assert_no_partial_overlap(out, logits);
+  return grads;
+}
 
 // body(row, first column, number of columns) for every segment of every row, over all threads. A task is about one
 // segment's work, so that one long row and many short ones both spread evenly.

@@ -23,10 +23,14 @@ AEPO_INLINE void gradients(const GradTerms<Simd>& g, const T* x, T* out) {
   Vec y[kVecs], p[kVecs];
 #pragma GCC unroll 8
   for (size_t i = 0; i < kVecs; i += 2) Simd::load2(x + i * Simd::kWidth, y[i], y[i + 1]);
-  // The clamp gives a -inf logit the probability 0 and keeps 0 * -inf away.
-  const Vec least = Simd::broadcast(Simd::kMinExponent);
 #pragma GCC unroll 8
-  for (size_t i = 0; i < kVecs; i++) y[i] = Simd::max(least, Simd::fma(y[i] - g.max, g.scale, g.offset));
+  for (size_t i = 0; i < kVecs; i++) y[i] = Simd::fma(y[i] - g.max, g.scale, g.offset);
+  // The clamp gives a -inf logit the probability 0 and keeps 0 * -inf away.
+  if (kEntropy || !Simd::kExp2TakesAll) {
+    const Vec least = Simd::broadcast(Simd::kMinExponent);
+#pragma GCC unroll 8
+    for (size_t i = 0; i < kVecs; i++) y[i] = Simd::max(least, y[i]);
+  }
 #pragma GCC unroll 8
   for (size_t i = 0; i < kVecs; i++) p[i] = Simd::exp2(y[i]);
 #pragma GCC unroll 8

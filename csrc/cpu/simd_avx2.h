@@ -18,6 +18,7 @@ struct Simd {
   static constexpr int kWidth = 8;
   static constexpr int kChunk = 8;
   static constexpr float kMinExponent = -127.0f;
+  static constexpr bool kExp2TakesAll = false;
 
   AEPO_INLINE Vec broadcast(float v) { return _mm256_set1_ps(v); }
   AEPO_INLINE Vec first_lane(float v) { return _mm256_blend_ps(_mm256_setzero_ps(), broadcast(v), 1); }

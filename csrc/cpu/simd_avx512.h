@@ -24,6 +24,7 @@ struct Simd {
   static constexpr int kWidth = 16;
   static constexpr int kChunk = 8;                // vectors held in registers between two looks at the maximum
   static constexpr float kMinExponent = -160.0f;  // exp2 of it is exactly 0
+  static constexpr bool kExp2TakesAll = true;     // else exp2 takes y >= kMinExponent
 
   AEPO_INLINE Vec broadcast(float v) { return _mm512_set1_ps(v); }
   AEPO_INLINE Vec first_lane(float v) { return _mm512_maskz_mov_ps(1, broadcast(v)); }
@@ -43,7 +44,7 @@ struct Simd {
   typedef uint64_t Wide __attribute__((vector_size(64)));
   AEPO_INLINE Wide multiply(Wide a, Wide b) { return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
 
-  // 2^y for y >= kMinExponent: vreduceps takes the fraction, vscalefps adds the exponent, one micro-operation each.
+  // 2^y of any y: vreduceps takes the fraction (0 of -inf), vscalefps adds the exponent, one micro-operation each.
   AEPO_INLINE Vec exp2(Vec y) {
     const Vec f = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF);
     Vec p = fma(broadcast(kExp2[4]), f, broadcast(kExp2[3]));
@@ -70,9 +71,17 @@ struct Simd {
     b = _mm512_loadu_ps(p + 16);
   }
 
+  // To nearest even, in 16-bit lanes: upper and lower halves of both vectors apart, and 1 more where a lower half is above
+  // 0x8000, or is 0x8000 beside an odd upper one. Inf stays inf, and NaN stays NaN unless its upper bits are all ones,
+  // which row_grad() sees to. Rounding each vector in 32-bit lanes took 10 instructions instead of 7, 12.0 cycles per 16
+  // logits instead of 11.3 for the whole gradient (Zen 4).
   AEPO_INLINE void store2(BFloat16* p, Vec a, Vec b) {
-    const __m512i even = _mm512_srli_epi32(round_to_bf16(a), 16);
-    _mm512_storeu_si512(p, _mm512_mask_mov_epi16(even, 0xaaaaaaaa, round_to_bf16(b)));
+    const __m512i x = _mm512_castps_si512(a), y = _mm512_castps_si512(b), one = _mm512_set1_epi16(1);
+    const __m512i upper = _mm512_mask_mov_epi16(_mm512_srli_epi32(x, 16), 0xaaaaaaaa, y);
+    const __m512i lower = _mm512_mask_mov_epi16(_mm512_slli_epi32(y, 16), 0x55555555, x);
+    const __m512i lower_or_odd = _mm512_ternarylogic_epi32(lower, upper, one, 0xf8);  // lower | (upper & one)
+    const __mmask32 up = _mm512_cmpgt_epu16_mask(lower_or_odd, _mm512_set1_epi16(-0x8000));
+    _mm512_storeu_si512(p, _mm512_mask_add_epi16(upper, up, upper, one));
   }
   AEPO_INLINE void store2(Float16* p, Vec a, Vec b) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
@@ -81,15 +90,6 @@ struct Simd {
   AEPO_INLINE void store2(float* p, Vec a, Vec b) {
     _mm512_storeu_ps(p, a);
     _mm512_storeu_ps(p + 16, b);
-  }
-
- private:
-  // To nearest even, in the upper half of each lane. Inf stays inf, and NaN stays NaN unless its low bits
-  // are all ones, which row_grad() sees to.
-  AEPO_INLINE __m512i round_to_bf16(Vec v) {
-    const __m512i bits = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
   }
 };
 

@@ -20,6 +20,7 @@ struct Lanes {
   typedef Scalar Vec __attribute__((vector_size(16)));
   static constexpr int kWidth = 16 / sizeof(Scalar);
   static constexpr int kChunk = 8;
+  static constexpr bool kExp2TakesAll = false;
 
   AEPO_INLINE Vec broadcast(Scalar v) { return v - Vec{}; }
   AEPO_INLINE Vec first_lane(Scalar v) { return Vec{v}; }

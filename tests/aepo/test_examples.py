@@ -64,7 +64,7 @@ def loss_by_hand(names: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.T
     terms = []
     for b, t in places:
         group = names["rewards"][b // 8 * 8 : b // 8 * 8 + 8].double()
-        advantage = (names["rewards"][b] - group.mean()) / (group.std() + 1e-6)
+        advantage = (names["rewards"][b] - group.mean()) / group.std()
         advantage = advantage * (1 + 0.2 * (entropy[b, t - 1] - entropies.mean()) / entropies.std())
         logprob = log_p[b, t - 1, names["input_ids"][b, t]]
         terms.append((logprob - logprob.detach()).exp() * advantage)
