@@ -88,6 +88,11 @@ def packed_logits(model: PreTrainedModel, batch: PackedBatch, rows: Tensor) -> T
     return output.logits[0]
 
 
+def row_bounds(batch: PackedBatch) -> Tensor:
+    """Of the trajectories among the trained positions alone, int64 [N + 1]."""
+    return torch.nn.functional.pad(batch.mask.cumsum(0), (1, 0))[batch.cu_seqlens]
+
+
 def microbatch_loss(
     model: PreTrainedModel,
     batch: PackedBatch,
@@ -99,7 +104,7 @@ def microbatch_loss(
 ) -> PolicyLoss:
     """Policy loss of one micro-batch; the sum over micro-batches is the loss of the optimiser step."""
     rows = batch.mask.nonzero().squeeze(1)
-    row_bounds = torch.nn.functional.pad(batch.mask.cumsum(0), (1, 0))[batch.cu_seqlens]
+    single_pass = objective.follows_from_each_token(entropy_stats=entropy_stats is not None)
     return logits_policy_loss(
         packed_logits(model, batch, rows),
         batch.labels[rows],
@@ -108,10 +113,11 @@ def microbatch_loss(
         torch.ones_like(rows, dtype=torch.bool),
         objective=objective,
         temperature=temperature,
-        inplace_backward=True,
+        single_pass=single_pass,  # the gradient is written over the logits in the forward, else in the backward
+        inplace_backward=not single_pass,
         ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[rows],
         rollout_logprobs=batch.rollout_logprobs[rows] if objective.importance_cap is not None else None,
-        cu_seqlens=row_bounds if objective.needs_sequences else None,
+        cu_seqlens=row_bounds(batch) if objective.needs_sequences else None,
         entropy_stats=entropy_stats,
         denominator=denominator,
     )
