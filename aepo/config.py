@@ -141,6 +141,23 @@ class VLLMConfig(Section):
             )
 
 
+OBJECTIVE_KEYS = (
+    "clip",
+    "eps_low",
+    "eps_high",
+    "dual_clip",
+    "ratio_level",
+    "entropy_advantage",
+    "clamp_entropy_factor",
+    "entropy_bonus",
+    "kl_coef",
+    "kl_estimator",
+    "aggregation",
+    "importance_cap",
+)
+"""The settings of section policy that override the preset's objective."""
+
+
 @dataclass(frozen=True)
 class PolicyConfig(Section):
     """Which policy loss and which advantage; the numbers of the presets are in aepo_kernels.objective.PRESETS and
@@ -150,6 +167,10 @@ class PolicyConfig(Section):
     preset: Literal["aepo", "arpo", "grpo", "dapo", "cispo", "gppo", "gspo", "gigpo", "reinforce++"] = key(
         "aepo", "the algorithm: its loss and its advantage; every field below overrides one part of it"
     )
+    loss: str | None = key(
+        None, "package.module:function, a loss of your own in place of the preset's (docs/own_loss.md); null: none"
+    )
+    reference: bool = key(False, "policy.loss also gets the log-probs of the frozen starting weights")
     clip: Literal["ppo", "aepo", "gppo", "cispo"] | None = key(None, "gradient of clipped tokens; null: the preset's")
     eps_low: float | None = key(None, "ratios below 1 - eps_low are clipped; null: the preset's", low=0, high=1)
     eps_high: float | None = key(None, "ratios above 1 + eps_high are clipped; null: the preset's", low=0)
@@ -180,6 +201,22 @@ class PolicyConfig(Section):
     )
     step_weight: float = key(1.0, "GiGPO: weight of the step advantage", low=0)
     step_discount: float = key(0.95, "GiGPO: discount per step of the return", above=0, high=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss is None:
+            if self.reference:
+                raise ValueError(
+                    "policy.reference = true: expected policy.loss, which gets it (a preset has policy.kl_coef)"
+                )
+            return
+        given = [name for name in OBJECTIVE_KEYS if getattr(self, name) is not None]
+        given += ["entropy_stats"] if self.entropy_stats != "batch" else []
+        if given:
+            raise ValueError(
+                f"policy.{given[0]} = {getattr(self, given[0])!r}: expected not to be set with policy.loss, which "
+                f"would not see it{''.join(f', nor policy.{name}' for name in given[1:])}"
+            )
 
 
 @dataclass(frozen=True)

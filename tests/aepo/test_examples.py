@@ -1,6 +1,7 @@
 """The examples run as they stand, and do what they say."""
 
 import copy
+import math
 import re
 import runpy
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from aepo.own_loss import LossBatch
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -19,6 +22,60 @@ def test_the_drop_in_loss_teaches_the_digit(capsys):
     assert successes[0] < 0.2  # 100 of 1000 tokens are right: an untrained model finds one in ten
     assert successes[-1] > 0.95
     assert "step 20: success" in capsys.readouterr().out
+
+
+def loss_batch(**changes: Any) -> LossBatch:
+    """Two paths of three tokens and of one; ratios 1.5, 0.5, 1 and 2 to probabilities 0.3, 0.6, 0.5 and 0.01."""
+    old = torch.tensor([0.3, 0.6, 0.5, 0.01], dtype=torch.float64).log()
+    given = {"old_logprobs": old, "rollout_logprobs": old, "old_entropy": torch.ones(4), "ref_logprobs": None}
+    given |= {"advantages": torch.tensor([2.0, -1.0, -3.0, 1.0]).double(), "cu_seqlens": torch.tensor([0, 3, 4])}
+    given |= {"tokens": 8, "paths": 4, "max_tokens": 9, "entropy_stats": (1.0, 0.0), "temperature": 1.0}
+    return LossBatch(**given | changes)
+
+
+RATIOS = torch.tensor([1.5, 0.5, 1.0, 2.0], dtype=torch.float64)
+
+
+def loss_and_slope(name: str, batch: LossBatch) -> tuple[float, torch.Tensor, dict[str, Any]]:
+    function = runpy.run_path(str(EXAMPLES / "own_losses.py"))[name]
+    logprobs = (batch.rollout_logprobs + RATIOS.log()).requires_grad_()
+    loss, metrics = function(logprobs, torch.ones(4), batch)
+    loss.backward()
+    return loss.item(), logprobs.grad, metrics
+
+
+def test_sapo_is_its_formula():
+    """Of each token 4 / tau sigmoid(tau (r - 1)) A, means over the tokens of a path; d r = r d log p."""
+    loss, slope, metrics = loss_and_slope("sapo", loss_batch())
+    gates, slopes, share = [], [], [1 / 12, 1 / 12, 1 / 12, 1 / 4]  # of 4 paths, two are here
+    for ratio, advantage, weight in zip(RATIOS.tolist(), (2.0, -1.0, -3.0, 1.0), share, strict=True):
+        tau = 1.0 if advantage > 0 else 1.05
+        gate = 1 / (1 + math.exp(-tau * (ratio - 1)))
+        gates.append(-4 / tau * gate * advantage * weight)
+        slopes.append(-4 * gate * (1 - gate) * ratio * advantage * weight)
+    assert loss == pytest.approx(math.fsum(gates), rel=1e-12)
+    assert slope.tolist() == pytest.approx(slopes, rel=1e-12)
+    assert slope[2].item() == pytest.approx(3 / 12, rel=1e-12), "at ratio 1 the slope is that of the ratio"
+    assert 0 < metrics["slope"] < 1
+
+
+def test_dppo_stops_what_moves_further_away():
+    """By 0.2 of probability: 0.6 to 0.3 is more than that; 0.01 to 0.02 is little, whatever the ratio."""
+    loss, slope, metrics = loss_and_slope("dppo", loss_batch())
+    assert loss == pytest.approx(-(1.5 * 2 - 0 - 1 * 3 + 2 * 1) / 8, rel=1e-12)
+    assert slope.tolist() == pytest.approx([-3 / 8, 0, 3 / 8, -2 / 8], rel=1e-12)
+    assert metrics["stopped"] == 1 / 4
+    back = loss_batch(advantages=torch.tensor([-2.0, 1.0, -3.0, -1.0]).double())  # the same moves, but back they may
+    assert loss_and_slope("dppo", back)[2]["stopped"] == 0
+
+
+def test_losses_of_ones_own_learn(capsys):
+    successes = runpy.run_path(str(EXAMPLES / "own_losses.py"), run_name="__main__")["successes"]
+    assert set(successes) == {"sapo", "dppo"}
+    for name, success in successes.items():
+        assert success[0] < 0.2, name
+        assert success[-1] > 0.95, name
+    assert "sapo, step 20: success" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -93,4 +150,4 @@ def test_the_python_code_of_the_readme_trains_a_transformers_model(readme, block
 
 
 def test_every_example_is_tested_here():
-    assert [path.name for path in EXAMPLES.glob("*.py")] == ["drop_in_loss.py"]
+    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == ["drop_in_loss.py", "own_losses.py"]
