@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from test_trainer import trainer_for
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from aepo.own_loss import LossBatch
+from aepo.run_log import read_records
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -147,6 +149,48 @@ def test_the_python_code_of_the_readme_trains_a_transformers_model(readme, block
         scale = gradients[name].abs().max().item()
         assert scale > 1e-6, name
         torch.testing.assert_close(parameter.grad.double(), gradients[name], rtol=0, atol=1e-4 * scale, msg=name)
+
+
+@pytest.fixture
+def own_loss_page() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own_loss.md").read_text(encoding="utf-8"), re.S)
+
+
+def test_the_page_on_losses_of_ones_own_trains_a_transformers_model(readme, own_loss_page):
+    """Its first two blocks behind the README's: SAPO token by token in float64, and every gradient of both."""
+    names = rollout()
+    exec(readme[0], names)
+    names["old_logprobs"] = names["old_logprobs"] - 0.3  # ratios of 1.35
+    model = copy.deepcopy(names["model"]).double()
+    model.zero_grad()
+    log_p = model(names["input_ids"], attention_mask=names["attention_mask"]).logits.log_softmax(-1)
+    terms = []
+    for b, t in names["completion_mask"].nonzero().tolist():
+        logprob, advantage = log_p[b, t - 1, names["input_ids"][b, t]], names["advantages"].flatten()[b].item()
+        tau = 1.0 if advantage > 0 else 1.05
+        ratio = (logprob - logprob.detach() + 0.3).exp()
+        terms.append(-4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage)
+    truth = torch.stack(terms).mean()
+    truth.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for block in own_loss_page[:2]:
+        names["model"].zero_grad()
+        exec(block, names)
+        torch.testing.assert_close(names["loss"].double(), truth.detach(), rtol=1e-4, atol=1e-6)
+        assert names["metrics"]["ratio_max"].item() == pytest.approx(math.exp(0.3), rel=1e-5)
+        for name, parameter in names["model"].named_parameters():
+            scale = gradients[name].abs().max().item()
+            assert scale > 1e-6, name
+            torch.testing.assert_close(parameter.grad.double(), gradients[name], rtol=0, atol=1e-4 * scale, msg=name)
+
+
+def test_the_file_on_that_page_is_a_loss_of_the_trainer(own_loss_page, tmp_path, monkeypatch):
+    assert len(own_loss_page) == 3
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_losses.py").write_text(own_loss_page[2])
+    trainer_for(tmp_path / "run", "train.steps=1", "policy.loss=my_losses:sapo").train()
+    (record,) = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert record["policy.gate"] == pytest.approx(2, abs=0.1), "4 / tau sigmoid(0), at ratio 1"
 
 
 def test_every_example_is_tested_here():
