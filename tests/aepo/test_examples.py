@@ -4,6 +4,7 @@ import copy
 import math
 import re
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +188,9 @@ def test_the_page_on_losses_of_ones_own_trains_a_transformers_model(readme, own_
 def test_the_file_on_that_page_is_a_loss_of_the_trainer(own_loss_page, tmp_path, monkeypatch):
     assert len(own_loss_page) == 3
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_losses.py").write_text(own_loss_page[2])
-    trainer_for(tmp_path / "run", "train.steps=1", "policy.loss=my_losses:sapo").train()
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    (tmp_path / "losses_of_the_page.py").write_text(own_loss_page[2])  # a name that no other test imports
+    trainer_for(tmp_path / "run", "train.steps=1", "policy.loss=losses_of_the_page:sapo").train()
     (record,) = read_records(tmp_path / "run" / "metrics.jsonl")
     assert record["policy.gate"] == pytest.approx(2, abs=0.1), "4 / tau sigmoid(0), at ratio 1"
 
