@@ -160,8 +160,26 @@ NO_PRESETS = {
     "rloo": "RLOO's leave-one-out advantage is in aepo_kernels.advantages, but not in this trainer",
     "reinforce": "policy.preset=reinforce++ is REINFORCE, with the batch's mean as its baseline, where train.epochs=1 "
     "train.minibatches=1 leave every ratio at 1",
-    **{name: f"{name.upper()}'s loss is not in this trainer" for name in ("sapo", "gmpo", "trpo", "dpo")},
+    **{
+        name: f"{name.upper()}'s loss is one of your own here: policy.loss (docs/own_loss.md)"
+        for name in ("sapo", "gmpo", "trpo", "dpo")
+    },
 }
+OBJECTIVE_KEYS = (
+    "clip",
+    "eps_low",
+    "eps_high",
+    "dual_clip",
+    "ratio_level",
+    "entropy_advantage",
+    "clamp_entropy_factor",
+    "entropy_bonus",
+    "kl_coef",
+    "kl_estimator",
+    "aggregation",
+    "importance_cap",
+)
+"""The settings of section policy that override the preset's objective."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +193,10 @@ class PolicyConfig(Section):
         "the algorithm: its loss and its advantage; every field below overrides one part of it",
         instead=NO_PRESETS,
     )
+    loss: str | None = key(
+        None, "package.module:function, a loss of your own in place of the preset's (docs/own_loss.md); null: none"
+    )
+    reference: bool = key(False, "policy.loss also gets the log-probs of the frozen starting weights")
     clip: Literal["ppo", "aepo", "gppo", "cispo"] | None = key(None, "gradient of clipped tokens; null: the preset's")
     eps_low: float | None = key(None, "ratios below 1 - eps_low are clipped; null: the preset's", low=0, high=1)
     eps_high: float | None = key(None, "ratios above 1 + eps_high are clipped; null: the preset's", low=0)
@@ -205,6 +227,22 @@ class PolicyConfig(Section):
     )
     step_weight: float = key(1.0, "GiGPO: weight of the step advantage", low=0)
     step_discount: float = key(0.95, "GiGPO: discount per step of the return", above=0, high=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss is None:
+            if self.reference:
+                raise ValueError(
+                    "policy.reference = true: expected policy.loss, which gets it (a preset has policy.kl_coef)"
+                )
+            return
+        given = [name for name in OBJECTIVE_KEYS if getattr(self, name) is not None]
+        given += ["entropy_stats"] if self.entropy_stats != "batch" else []
+        if given:
+            raise ValueError(
+                f"policy.{given[0]} = {getattr(self, given[0])!r}: expected not to be set with policy.loss, which "
+                f"would not see it{''.join(f', nor policy.{name}' for name in given[1:])}"
+            )
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,10 @@ class PolicyObjective:
     def needs_sequences(self) -> bool:
         return self.ratio_level == "sequence" or self.aggregation.startswith("seq-")
 
+    def follows_from_each_token(self, *, entropy_stats: bool) -> bool:
+        """Whether a token's gradient needs nothing of other tokens; entropy_stats: they are given."""
+        return self.ratio_level == "token" and (entropy_stats or self.entropy_advantage == 0)
+
     def check_inputs(
         self,
         *,

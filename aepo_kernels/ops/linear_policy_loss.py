@@ -33,7 +33,6 @@ from aepo_kernels.ops.merge import TokenStats
 from aepo_kernels.ops.policy_arguments import policy_arguments
 from aepo_kernels.ops.policy_loss import PolicyLoss, loss_of_call, policy_metrics
 from aepo_kernels.ops.policy_tensors import policy_tensors, run_policy_terms
-from aepo_kernels.ops.single_pass import follows_from_each_token
 from aepo_kernels.ops.vocab_parallel import Shard, local_labels, shard_of
 
 if TYPE_CHECKING:
@@ -245,9 +244,10 @@ def linear_policy_loss(
     )
     labels, _ = local_labels(labels.to(torch.int64).masked_fill(mask == 0, rows.NO_LABEL), rows.NO_LABEL, shard)
     softcap = None if softcap is None else float(softcap)
+    possible = objective.follows_from_each_token(entropy_stats=entropy_stats is not None)
     needed = "entropy_stats with an entropy-aware advantage, and ratio_level='token'"
     wanted = wanted_gradients(hidden, weight, bias)
-    if keeps(schedule, follows_from_each_token(call), needed, hidden, labels.numel()) and any(wanted):
+    if keeps(schedule, possible, needed, hidden, labels.numel()) and any(wanted):
         with torch.no_grad():
             tokens = all_tokens(hidden, shard, sequence_parallel)
             loss, metrics, *kept = torch.ops.aepo.linear_policy_loss(

@@ -95,7 +95,7 @@ def logits_policy_loss(
     shard = shard_of(process_group, vocab_start)
     labels, _ = local_labels(labels.to(torch.int64).masked_fill(mask == 0, rows.NO_LABEL), rows.NO_LABEL, shard)
     if single_pass:
-        check_single_pass(call, shard)
+        check_single_pass(objective, entropy_stats is not None, shard)
     if single_pass and torch.is_grad_enabled() and logits.requires_grad:
         loss, metrics = single_pass_loss(logits, labels, float(temperature), call)
     else:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from aepo_kernels import backend as backends
-from aepo_kernels.objective import METRICS, ObjectiveNumbers
+from aepo_kernels.objective import METRICS, ObjectiveNumbers, PolicyObjective
 from aepo_kernels.ops import rows
 from aepo_kernels.ops.call import POLICY_CALL, PolicyCall
 from aepo_kernels.ops.checks import check_labels
@@ -27,14 +27,8 @@ torch.library.define("aepo::single_pass_", f"(Tensor(a!) logits, {ARGUMENTS}) ->
 torch.library.define("aepo::scale_", "(Tensor(a!) x, Tensor factor, str? backend) -> ()")
 
 
-def follows_from_each_token(call: PolicyCall) -> bool:
-    """Whether a token's coefficients need nothing of other tokens."""
-    known = call.entropy_stats is not None or ObjectiveNumbers(*call.numbers).entropy_advantage == 0
-    return known and not call.sequence_ratio
-
-
-def check_single_pass(call: PolicyCall, shard: Shard) -> None:
-    if not follows_from_each_token(call):
+def check_single_pass(objective: PolicyObjective, entropy_stats: bool, shard: Shard) -> None:
+    if not objective.follows_from_each_token(entropy_stats=entropy_stats):
         raise ValueError(
             "single_pass=True needs coefficients that follow from each token alone: entropy_stats with an "
             "entropy-aware advantage, and ratio_level='token'"

@@ -48,7 +48,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("policy.preset=ppo", "reinforce++. PPO's clipped loss is that of policy.preset=reinforce++"),
         ("policy.preset=Dr. GRPO", "Dr. GRPO's loss is policy.preset=grpo policy.aggregation=constant"),
         ("policy.preset=dr_grpo", "Dr. GRPO's loss is policy.preset=grpo policy.aggregation=constant"),
-        ("policy.preset=sapo", "SAPO's loss is not in this trainer"),
+        ("policy.preset=sapo", "SAPO's loss is one of your own here: policy.loss"),
         ("policy.aggregation=token_mean", "did you mean 'token-mean'?"),
         ("rollout.engine=VLLM", "expected one of huggingface, vllm: did you mean 'vllm'?"),
         ("rollout.branch_alpha=unifrom", "did you mean 'uniform'?"),
