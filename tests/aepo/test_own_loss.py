@@ -192,7 +192,7 @@ def test_the_loop_learns_with_it(tmp_path: Path) -> None:
     trainer_for(tmp_path / "run", *settings).train()
     success = [record["train.success"] for record in outcome(tmp_path / "run")[0]]
     assert success[0] < 0.3
-    assert sum(success[-5:]) / 5 > 0.8
+    assert sum(success[-5:]) / 5 > 0.6
 
 
 def nothing(logprobs: Tensor, entropy: Tensor, batch: LossBatch) -> None:
