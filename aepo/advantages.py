@@ -1,22 +1,21 @@
 """From rewards to one advantage per generated token: group, batch and step-level estimates.
 
-A group is the k paths of one question. Pure Python on a few hundred numbers per step; the entropy-aware factor of
-AEPO is not here: the loss kernel applies it.
+A group is the k paths of one question. The estimates are those of aepo_kernels.advantages, in float64; AEPO's
+entropy-aware factor is not here: the loss kernel applies it.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from aepo.config import PolicyConfig
 from aepo.types import TokenIds, Trajectory
-
-EQUAL_REWARDS = 4 * 2.0**-23
-"""Relative difference up to which rewards count as equal."""
+from aepo_kernels.advantages import batch_advantages, group_advantages, rewards_equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,59 +82,40 @@ def make_samples(
         for j, reward in enumerate(path_rewards):
             if not math.isfinite(reward):
                 raise ValueError(f"reward of question {q}, path {j} is {reward}: expected a finite number")
-    per_path = batch_advantages(shaped) if settings.kind == "batch" else [group_advantages(r) for r in shaped]
+    flat = torch.tensor([reward for group in shaped for reward in group], dtype=torch.float64)
+    questions = torch.tensor([q for q, group in enumerate(shaped) for _ in group], dtype=torch.int64)
+    per_path = batch_advantages(flat) if settings.kind == "batch" else group_advantages(flat, questions)
+    per_question = [part.tolist() for part in per_path.split([len(group) for group in groups])]
     samples = []
     for q, group in enumerate(groups):
-        if settings.drop_equal_groups and rewards_equal(shaped[q]):
+        if settings.drop_equal_groups and all_equal(shaped[q]):
             continue
         steps = step_advantages(group, shaped[q], settings.step_discount) if settings.kind == "gigpo" else None
         for j, trajectory in enumerate(group):
             bonus = [settings.step_weight * a for a in steps[j]] if steps else [0.0] * len(trajectory.anchors)
-            advantages = tuple(per_path[q][j] + bonus[step] if step >= 0 else 0.0 for step in trajectory.steps)
+            advantages = tuple(per_question[q][j] + bonus[step] if step >= 0 else 0.0 for step in trajectory.steps)
             samples.append(Sample(q, j, trajectory, advantages))
     return samples
 
 
-def group_advantages(rewards: Sequence[float]) -> list[float]:
-    """(R - mean) / unbiased std over one group; all 0 where the rewards are equal or there is only one."""
-    if rewards_equal(rewards):
-        return [0.0] * len(rewards)
-    size = max(map(abs, rewards))  # divided by it, no square overflows or underflows
-    mean, std = _mean_std([reward / size for reward in rewards])
-    return [(reward / size - mean) / std for reward in rewards]
-
-
-def rewards_equal(rewards: Sequence[float]) -> bool:
-    """Whether all rewards are the same number up to rounding, as 0.1 + 0.2 and 0.3 are. Scaled to a std of 1, that
-    rounding would be a full advantage. Rewards are often sums in float32, so four of its ulps of the largest are no
-    difference; nor is 1e-12, of which sums of numbers around 1 leave less where they should be 0."""
-    if not rewards:
-        return True
-    size = max(map(abs, rewards))
-    half_spread = max(rewards) / 2 - min(rewards) / 2  # the whole one may overflow
-    return half_spread <= max(EQUAL_REWARDS * size, 1e-12) / 2
-
-
-def batch_advantages(rewards: Sequence[Sequence[float]]) -> list[list[float]]:
-    """The same over all paths of the rollout batch (REINFORCE++)."""
-    flat = iter(group_advantages([reward for group in rewards for reward in group]))
-    return [[next(flat) for _ in group] for group in rewards]
+def all_equal(rewards: Sequence[float]) -> bool:
+    """Whether the rewards of one group are the same number up to rounding, by the rule of `rewards_equal`."""
+    return bool(rewards_equal(torch.tensor(rewards, dtype=torch.float64)).all())
 
 
 def step_advantages(trajectories: Sequence[Trajectory], rewards: Sequence[float], discount: float) -> list[list[float]]:
     """GiGPO (arXiv 2505.10978): per path and step, the discounted return among all steps of the question that started
     from the same anchor state. The reward comes at the end, so the return of step s of n is discount^(n-1-s) R. Steps
     whose anchor occurs once have nothing to be compared with: 0."""
-    members: dict[TokenIds, list[tuple[int, int]]] = defaultdict(list)
-    for j, trajectory in enumerate(trajectories):
+    numbers: dict[TokenIds, int] = {}  # of the anchors
+    anchors, returns = [], []
+    for trajectory, reward in zip(trajectories, rewards, strict=True):
         for step, anchor in enumerate(trajectory.anchors):
-            members[anchor].append((j, step))
-    result = [[0.0] * len(trajectory.anchors) for trajectory in trajectories]
-    for places in members.values():
-        returns = [rewards[j] * discount ** (len(trajectories[j].anchors) - 1 - step) for j, step in places]
-        for (j, step), advantage in zip(places, group_advantages(returns), strict=True):
-            result[j][step] = advantage
-    return result
+            anchors.append(numbers.setdefault(anchor, len(numbers)))
+            returns.append(reward * discount ** (len(trajectory.anchors) - 1 - step))
+    advantages = group_advantages(torch.tensor(returns, dtype=torch.float64), torch.tensor(anchors, dtype=torch.int64))
+    of_step = iter(advantages.tolist())
+    return [[next(of_step) for _ in trajectory.anchors] for trajectory in trajectories]
 
 
 def overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
@@ -143,11 +123,6 @@ def overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
     if buffer == 0:
         return 0.0
     return min(max(length - (max_tokens - buffer), 0) / buffer, 1.0)
-
-
-def _mean_std(values: Sequence[float]) -> tuple[float, float]:
-    mean = math.fsum(values) / len(values)
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
 def _length(trajectory: Trajectory) -> int:

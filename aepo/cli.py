@@ -229,10 +229,13 @@ def main() -> None:
 
 
 def _train(config: Config, resume_step: int | None, overwrite: bool) -> None:
+    from aepo.own_loss import own_loss
     from aepo.run_log import refuse_existing_run, remove_run
 
-    directory = Path(config.run.dir)
-    if resume_step is None:  # before minutes of work on the model
+    directory = Path(config.run.dir)  # what is wrong with it is said before minutes of work on the model
+    if config.policy.loss is not None:
+        own_loss(config.policy.loss)
+    if resume_step is None:
         if overwrite:
             remove_run(directory)
         refuse_existing_run(directory)

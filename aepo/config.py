@@ -9,19 +9,28 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 
 def key(
-    default: Any, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    instead: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Any:
-    """A setting: default, one line of help, and its range low <= value <= high, value > above."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "above": above})
+    """A setting: default, one line of help, and its range low <= value <= high, value > above. `instead` is what to
+    write for well-known names that are no values (in small letters, without separators)."""
+    metadata = {"help": help, "low": low, "high": high, "above": above, "instead": instead}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,9 @@ class RunConfig(Section):
     section: ClassVar[str] = "run"
     dir: str = key("runs/default", "where this run's files go")
     seed: int = key(0, "all random numbers are functions of (seed, step, index)", low=0, high=2**31 - 1)
-    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: cuda where there is one, else cpu")
+    device: Literal["auto", "cpu", "cuda"] = key(
+        "auto", "auto: cuda where there is one, else cpu", instead={"gpu": "A GPU is run.device=cuda"}
+    )
     threads: int = key(0, "CPU threads for torch; 0: leave torch's own choice", low=0)
 
 
@@ -141,6 +152,36 @@ class VLLMConfig(Section):
             )
 
 
+NO_PRESETS = {
+    "ppo": "PPO's clipped loss is that of policy.preset=reinforce++, with the batch's mean in place of a value model; "
+    "policy.advantage=group takes the question's",
+    "drgrpo": "Dr. GRPO's loss is policy.preset=grpo policy.aggregation=constant; its advantage, without std, is in "
+    "aepo_kernels.advantages, but not in this trainer",
+    "rloo": "RLOO's leave-one-out advantage is in aepo_kernels.advantages, but not in this trainer",
+    "reinforce": "policy.preset=reinforce++ is REINFORCE, with the batch's mean as its baseline, where train.epochs=1 "
+    "train.minibatches=1 leave every ratio at 1",
+    **{
+        name: f"{name.upper()}'s loss is one of your own here: policy.loss (docs/own_loss.md)"
+        for name in ("sapo", "gmpo", "trpo", "dpo")
+    },
+}
+OBJECTIVE_KEYS = (
+    "clip",
+    "eps_low",
+    "eps_high",
+    "dual_clip",
+    "ratio_level",
+    "entropy_advantage",
+    "clamp_entropy_factor",
+    "entropy_bonus",
+    "kl_coef",
+    "kl_estimator",
+    "aggregation",
+    "importance_cap",
+)
+"""The settings of section policy that override the preset's objective."""
+
+
 @dataclass(frozen=True)
 class PolicyConfig(Section):
     """Which policy loss and which advantage; the numbers of the presets are in aepo_kernels.objective.PRESETS and
@@ -148,8 +189,14 @@ class PolicyConfig(Section):
 
     section: ClassVar[str] = "policy"
     preset: Literal["aepo", "arpo", "grpo", "dapo", "cispo", "gppo", "gspo", "gigpo", "reinforce++"] = key(
-        "aepo", "the algorithm: its loss and its advantage; every field below overrides one part of it"
+        "aepo",
+        "the algorithm: its loss and its advantage; every field below overrides one part of it",
+        instead=NO_PRESETS,
     )
+    loss: str | None = key(
+        None, "package.module:function, a loss of your own in place of the preset's (docs/own_loss.md); null: none"
+    )
+    reference: bool = key(False, "policy.loss also gets the log-probs of the frozen starting weights")
     clip: Literal["ppo", "aepo", "gppo", "cispo"] | None = key(None, "gradient of clipped tokens; null: the preset's")
     eps_low: float | None = key(None, "ratios below 1 - eps_low are clipped; null: the preset's", low=0, high=1)
     eps_high: float | None = key(None, "ratios above 1 + eps_high are clipped; null: the preset's", low=0)
@@ -180,6 +227,22 @@ class PolicyConfig(Section):
     )
     step_weight: float = key(1.0, "GiGPO: weight of the step advantage", low=0)
     step_discount: float = key(0.95, "GiGPO: discount per step of the return", above=0, high=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss is None:
+            if self.reference:
+                raise ValueError(
+                    "policy.reference = true: expected policy.loss, which gets it (a preset has policy.kl_coef)"
+                )
+            return
+        given = [name for name in OBJECTIVE_KEYS if getattr(self, name) is not None]
+        given += ["entropy_stats"] if self.entropy_stats != "batch" else []
+        if given:
+            raise ValueError(
+                f"policy.{given[0]} = {getattr(self, given[0])!r}: expected not to be set with policy.loss, which "
+                f"would not see it{''.join(f', nor policy.{name}' for name in given[1:])}"
+            )
 
 
 @dataclass(frozen=True)
@@ -325,7 +388,8 @@ def _apply(changes: Sequence[tuple[str, Any, str]]) -> Config:
         try:
             sections[section] = OmegaConf.merge(before, {setting: value})
         except OmegaConfBaseException:
-            raise ValueError(f"{name} = {value!r}{where}: expected {known[name].expected}") from None
+            hint = _value_suggestion(typing.get_type_hints(Config)[section], setting, value)
+            raise ValueError(f"{name} = {value!r}{where}: expected {known[name].expected}{hint}") from None
     made: dict[str, Any] = {section: OmegaConf.to_object(settings) for section, settings in sections.items()}
     return Config(**made)
 
@@ -347,6 +411,25 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
     tail = name.rpartition(".")[2]
     near = [k for k in known if k.rpartition(".")[2] == tail] or difflib.get_close_matches(name, known, 1, 0.5)
     return f": did you mean {' or '.join(repr(k) for k in near)}?" if near else ""
+
+
+def _value_suggestion(section: type[Section], setting: str, value: Any) -> str:
+    """The choice that was meant, or what to write where it is known but none."""
+    hint = typing.get_type_hints(section)[setting]
+    literals = [part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is Literal]
+    choices = {_plain(choice): choice for part in literals for choice in typing.get_args(part)}
+    instead = next(item for item in dataclasses.fields(section) if item.name == setting).metadata["instead"]
+    plain, known = _plain(str(value)), [*choices, *instead]
+    swapped = [one for one in known if sorted(one) == sorted(plain)]  # gpro: difflib would say gspo
+    near = swapped or difflib.get_close_matches(plain, known, 1, 0.6)
+    if not near:
+        return ""
+    return f". {instead[near[0]]}" if near[0] in instead else f": did you mean {choices[near[0]]!r}?"
+
+
+def _plain(name: str) -> str:
+    """Dr. GRPO and dr_grpo are drgrpo, reinforce_plus_plus is reinforce++."""
+    return re.sub(r"[^a-z0-9+]", "", name.lower().replace("plus", "+"))
 
 
 @functools.cache

@@ -15,11 +15,13 @@ from aepo.loss import (
     check_packing,
     loss_denominator,
     microbatch_loss,
+    own_microbatch_loss,
     policy_objective,
     with_old_policy,
     with_reference,
 )
-from aepo.nonfinite import NonFiniteError, describe_tokens, single_trajectories
+from aepo.nonfinite import NonFiniteError, describe_tokens, is_finite, single_trajectories
+from aepo.own_loss import OwnLossError, own_loss
 from aepo.packing import PackedBatch, entropy_statistics, microbatches, pack
 from aepo_kernels import PolicyLoss
 
@@ -28,18 +30,19 @@ EntropyStats = tuple[float, float]
 
 
 class Learner:
-    """Owns the optimizer of `model`, and a frozen copy of `model` as it is now if the objective has a KL term."""
+    """Owns the optimizer of `model`, and a frozen copy of `model` as it is now if the loss has a use for one."""
 
     def __init__(self, model: PreTrainedModel, config: Config, decode: Callable[[Sequence[int]], str]) -> None:
         check_packing(model)
         # Evaluation mode: dropout would make the ratio differ from 1 before any update.
         self.model = model.eval()
-        self.objective = policy_objective(config.policy)
+        self.own_loss = None if config.policy.loss is None else own_loss(config.policy.loss)
+        self.objective = policy_objective(config.policy)  # the preset's: not used beside a loss of the user's own
         self.optimizer = make_optimizer(model, config.optimizer)
         self._config = config
         self._decode = decode
         self._reference = None
-        if self.objective.kl_coef != 0:
+        if config.policy.reference if self.own_loss is not None else self.objective.kl_coef != 0:
             self._reference = copy.deepcopy(model).requires_grad_(False)
 
     def pack(self, samples: Sequence[Sample], questions: int) -> list[Minibatch]:
@@ -66,8 +69,10 @@ class Learner:
         return result
 
     def entropy_stats(self, minibatches: Sequence[Minibatch]) -> EntropyStats | None:
-        """Over the whole rollout batch, so that the loss does not depend on how it is cut; None: not known before."""
-        if self.objective.entropy_advantage == 0 or self._config.policy.entropy_stats == "micro_batch":
+        """Over the whole rollout batch, so that the loss does not depend on how it is cut; None: not used, or not known
+        before."""
+        used = self.own_loss is not None or self.objective.entropy_advantage != 0
+        if not used or self._config.policy.entropy_stats == "micro_batch":
             return None
         return entropy_statistics([batch for minibatch in minibatches for batch in minibatch])
 
@@ -76,12 +81,18 @@ class Learner:
     ) -> tuple[list[dict[str, float]], float]:
         """Gradients of a minibatch, clipped. Returns the metrics of its micro-batches and the norm before clipping.
 
-        NonFiniteError names the tokens if a loss or a gradient is not finite.
+        NonFiniteError names the tokens if a loss or a gradient is not finite; OwnLossError says what is wrong with the
+        user's function.
         """
         self.optimizer.zero_grad()
         metrics = []
         for batch in minibatch:
-            result = self._loss(batch, minibatch, stats)
+            try:
+                result = self._loss(batch, minibatch, stats)
+            except OwnLossError as error:
+                if is_finite(batch):
+                    raise
+                raise NonFiniteError(f"{error}; {self._guilty(batch, question_ids)}") from error  # not its fault
             if not result.loss.isfinite():
                 raise NonFiniteError(f"the loss is {result.loss.item()}; {self._guilty(batch, question_ids)}")
             result.loss.backward()
@@ -122,6 +133,18 @@ class Learner:
     def _loss(self, batch: PackedBatch, minibatch: Minibatch, stats: EntropyStats | None) -> PolicyLoss:
         trained, paths = sum(b.trained_tokens for b in minibatch), sum(len(b.lengths) for b in minibatch)
         rollout = self._config.rollout
+        if self.own_loss is not None:
+            assert stats is not None, "made for every loss of the user's own"
+            return own_microbatch_loss(
+                self.model,
+                batch,
+                self.own_loss,
+                temperature=rollout.temperature,
+                tokens=trained,
+                paths=paths,
+                max_tokens=rollout.max_tokens,
+                entropy_stats=stats,
+            )
         return microbatch_loss(
             self.model,
             batch,
@@ -138,7 +161,10 @@ class Learner:
         """Which trajectories have a gradient that is not finite: found by running them one by one."""
         for single in (single for batch in minibatch for single in single_trajectories(batch)):
             self.optimizer.zero_grad()
-            self._loss(single, minibatch, stats).loss.backward()
+            try:
+                self._loss(single, minibatch, stats).loss.backward()
+            except OwnLossError:  # one that needs several trajectories
+                continue
             if not all(p.grad is None or p.grad.isfinite().all() for p in self.model.parameters()):
                 return self._guilty(single, question_ids)
         return "no single trajectory has such a gradient, only their sum"

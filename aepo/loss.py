@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -17,10 +18,21 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from aepo.config import PolicyConfig
+from aepo.own_loss import SETTING, LossBatch, OwnLoss, OwnLossError, checked_call
 from aepo.packing import PackedBatch
-from aepo_kernels import PolicyLoss, PolicyObjective, logits_policy_loss, logprobs_and_entropy
+from aepo.registry import plain
+from aepo_kernels import (
+    PolicyLoss,
+    PolicyObjective,
+    logits_loss,
+    logits_policy_loss,
+    logprobs_and_entropy,
+    policy_loss,
+)
 
 ATTENTION = "aepo_packed"
+MEASURED_OF_ANY_LOSS = ("ratio_mean", "ratio_max", "approx_kl", "entropy_mean", "entropy_std", "kl", "valid_tokens")
+"""The kernels' metrics that do not depend on how a loss treats its tokens."""
 
 
 def policy_objective(policy: PolicyConfig) -> PolicyObjective:
@@ -88,6 +100,11 @@ def packed_logits(model: PreTrainedModel, batch: PackedBatch, rows: Tensor) -> T
     return output.logits[0]
 
 
+def row_bounds(batch: PackedBatch) -> Tensor:
+    """Of the trajectories among the trained positions alone, int64 [N + 1]."""
+    return torch.nn.functional.pad(batch.mask.cumsum(0), (1, 0))[batch.cu_seqlens]
+
+
 def microbatch_loss(
     model: PreTrainedModel,
     batch: PackedBatch,
@@ -99,7 +116,7 @@ def microbatch_loss(
 ) -> PolicyLoss:
     """Policy loss of one micro-batch; the sum over micro-batches is the loss of the optimiser step."""
     rows = batch.mask.nonzero().squeeze(1)
-    row_bounds = torch.nn.functional.pad(batch.mask.cumsum(0), (1, 0))[batch.cu_seqlens]
+    single_pass = objective.follows_from_each_token(entropy_stats=entropy_stats is not None)
     return logits_policy_loss(
         packed_logits(model, batch, rows),
         batch.labels[rows],
@@ -108,12 +125,80 @@ def microbatch_loss(
         torch.ones_like(rows, dtype=torch.bool),
         objective=objective,
         temperature=temperature,
-        inplace_backward=True,
+        single_pass=single_pass,  # the gradient is written over the logits in the forward, else in the backward
+        inplace_backward=not single_pass,
         ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[rows],
         rollout_logprobs=batch.rollout_logprobs[rows] if objective.importance_cap is not None else None,
-        cu_seqlens=row_bounds if objective.needs_sequences else None,
+        cu_seqlens=row_bounds(batch) if objective.needs_sequences else None,
         entropy_stats=entropy_stats,
         denominator=denominator,
+    )
+
+
+def own_microbatch_loss(
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    function: OwnLoss,
+    *,
+    temperature: float,
+    tokens: int,
+    paths: int,
+    max_tokens: int,
+    entropy_stats: tuple[float, float],
+) -> PolicyLoss:
+    """The loss that `function` makes of one micro-batch; tokens and paths are those of the optimiser step.
+
+    Its own metrics are called policy.<name>. OwnLossError says what the function did wrong; NaN in the logits makes the
+    loss NaN, as everywhere.
+    """
+    rows = batch.mask.nonzero().squeeze(1)
+    mask = torch.ones_like(rows, dtype=torch.bool)
+    given = LossBatch(
+        old_logprobs=batch.old_logprobs[rows],
+        old_entropy=batch.entropies[rows],
+        advantages=batch.advantages[rows],
+        rollout_logprobs=batch.rollout_logprobs[rows],
+        ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[rows],
+        cu_seqlens=row_bounds(batch),
+        tokens=tokens,
+        paths=paths,
+        max_tokens=max_tokens,
+        entropy_stats=entropy_stats,
+        temperature=temperature,
+    )
+    seen: list[Tensor] = []
+
+    def loss_fn(logprobs: Tensor, entropy: Tensor) -> Tensor:
+        seen[:] = logprobs.detach(), entropy.detach()
+        return checked_call(function, logprobs, entropy, given)
+
+    functools.update_wrapper(loss_fn, plain(function))  # errors name the user's function
+    logits = packed_logits(model, batch, rows)
+    try:
+        loss, own = logits_loss(
+            logits, batch.labels[rows], mask, loss_fn, temperature=temperature, inplace_backward=True
+        )
+    except (TypeError, ValueError, RuntimeError) as error:
+        if not seen or isinstance(error, OwnLossError):  # it did not come to the function, or that is its own error
+            raise
+        raise OwnLossError(f"{SETTING}: {error}") from error
+    logprobs, entropy = seen
+    known = policy_loss(
+        logprobs,
+        given.old_logprobs,
+        given.advantages,
+        mask,
+        objective=PolicyObjective(),
+        entropy=entropy,
+        ref_logprobs=given.ref_logprobs,
+    ).metrics
+    return PolicyLoss(
+        loss,
+        {
+            "loss": own.pop("loss"),
+            **{name: known[name] for name in MEASURED_OF_ANY_LOSS if name in known},
+            **{f"policy.{name}": value.to(loss) for name, value in own.items()},
+        },
     )
 
 

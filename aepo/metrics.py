@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from aepo.advantages import rewards_equal
+from aepo.advantages import all_equal
 from aepo.packing import PackedBatch
 from aepo.rollout.tree import branches_per_path, path_nodes
 from aepo.types import Reward, RolloutTree
@@ -56,7 +56,7 @@ def rollout_metrics(trees: Sequence[RolloutTree], rewards: Sequence[Sequence[Rew
         "reward.std": statistics.pstdev(totals),
         **_means("reward", ((name, value) for reward in flat for name, value in reward.components.items())),
         **_success("train.success", trees, rewards),
-        "advantage.zero_groups": _mean([rewards_equal([reward.total for reward in group]) for group in rewards]),
+        "advantage.zero_groups": _mean([all_equal([reward.total for reward in group]) for group in rewards]),
         "rollout.paths": len(flat),
         "rollout.fresh_paths": _mean(fresh),
         "rollout.budget": _mean([tree.budget.fresh_paths for tree in trees if tree.budget]),
@@ -102,15 +102,17 @@ def loss_metrics(steps: Sequence[Sequence[dict[str, float]]]) -> Record:
     """Of all micro-batches of all optimiser steps of a rollout batch, from the kernel's metrics.
 
     The loss is summed within an optimiser step and averaged over them; means are over tokens; the entropy's standard
-    deviation is merged from (count, mean, M2).
+    deviation is merged from (count, mean, M2). What a loss of the user's own measured, policy.<name>, is averaged over
+    the tokens of the micro-batches that have it.
     """
     parts = [part for step in steps for part in step]
     tokens = sum(part["valid_tokens"] for part in parts)
 
     def token_mean(name: str) -> float | None:
-        if not tokens or name not in parts[0]:
+        having = [part for part in parts if name in part]
+        if not tokens or not having:
             return None
-        return sum(part[name] * part["valid_tokens"] for part in parts) / tokens
+        return sum(part[name] * part["valid_tokens"] for part in having) / sum(part["valid_tokens"] for part in having)
 
     mean = token_mean("entropy_mean")
     squares = sum(
@@ -126,6 +128,7 @@ def loss_metrics(steps: Sequence[Sequence[dict[str, float]]]) -> Record:
         "policy.ratio_max": max((part["ratio_max"] for part in parts), default=None),
         "policy.advantage_flips": sum(part.get("advantage_flips", 0) for part in parts),
         "tokens.trained": int(tokens),
+        **{name: token_mean(name) for name in sorted({n for part in parts for n in part if n.startswith("policy.")})},
     }
 
 

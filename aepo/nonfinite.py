@@ -37,6 +37,7 @@ def describe_tokens(
         "log-prob": logprobs,
         "entropy": entropies,
         "old log-prob": batch.old_logprobs,
+        "old entropy": batch.entropies,
         "engine log-prob": batch.rollout_logprobs,
         "ratio": ratio,
         "advantage": batch.advantages,
@@ -53,6 +54,12 @@ def describe_tokens(
     lines = [_line(batch, position, numbers, question_ids, decode) for position in guilty[:SHOWN]]
     more = f"\n  and {len(guilty) - SHOWN} more" if len(guilty) > SHOWN else ""
     return f"{heading}:\n" + "\n".join(lines) + more
+
+
+def is_finite(batch: PackedBatch) -> bool:
+    """Whether every number that a loss gets of the trained tokens is finite."""
+    given = (batch.old_logprobs, batch.rollout_logprobs, batch.entropies, batch.advantages, batch.ref_logprobs)
+    return all(x is None or bool(x[batch.mask].isfinite().all()) for x in given)
 
 
 def single_trajectories(batch: PackedBatch) -> Iterator[PackedBatch]:

@@ -18,9 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aepo.own_loss import CLIPPED, MEASURED
 from aepo.run_reader import Run, read_run
 
 STAGES = ("rollout", "reward", "old_logprobs", "pack", "update", "refresh")
+
+
+# Of reward.* and policy.*: not a component of the reward, not a metric of the user's own loss.
+EXPLAINED = {"reward.mean", "reward.std", *(f"policy.{name}" for name in (*MEASURED, "flipped", *CLIPPED))}
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Chart:
     stacked: bool = False
     smooth: bool = False  # also draw the moving mean
     note: str = ""
+    optional: bool = False  # left out where nothing of it was recorded
 
 
 # Four shelves of the page, in reading order: does it learn, what does the update do, what do the rollouts do, how fast.
@@ -68,6 +74,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
             "Flipped advantages", {"policy.flipped": "sign turned by the entropy factor"}, "%", note="share of tokens"
         ),
         Chart("Gradient norm", {"optimizer.grad_norm": "before clipping"}, smooth=True),
+        Chart("Metrics of policy.loss", {"policy.*": "*"}, low=None, optional=True),
     ),
     "Rollouts and tools": (
         Chart(
@@ -135,7 +142,7 @@ def _page_data(runs: Sequence[Run]) -> Any:
     data = {
         "runs": [{"name": run.name, "series": run.series, "rule": _branch_rule(run)} for run in runs],
         "shelves": [
-            {"title": title, "charts": [_chart_data(chart, runs) for chart in charts]}
+            {"title": title, "charts": [data for chart in charts if (data := _chart_data(chart, runs))["series"]]}
             for title, charts in CHARTS.items()
         ],
         "trees": [{"run": index, **tree} for index, run in enumerate(runs) for tree in run.trees],
@@ -159,8 +166,8 @@ def _chart_data(chart: Chart, runs: Sequence[Run]) -> dict[str, Any]:
         series += [
             {"key": one, "label": label.replace("*", one.removeprefix(stem).replace("_", " "))}
             for one in known
-            if one.startswith(stem) and one not in ("reward.mean", "reward.std")
-        ] or [{"key": key, "label": label}]
+            if one.startswith(stem) and one not in EXPLAINED
+        ] or ([] if chart.optional else [{"key": key, "label": label}])
     look = {name: getattr(chart, name) for name in ("title", "unit", "low", "high", "stacked", "smooth", "note")}
     return look | {"id": chart.title.lower().replace(" ", "-"), "series": series}
 
@@ -234,6 +241,7 @@ def _facts(run: Run) -> Iterator[tuple[str, Any]]:
     model, task = facts.get("model", {}), facts.get("task", {})
     train, rollout = config.get("train", {}), config.get("rollout", {})
     yield "method", config.get("policy", {}).get("preset")
+    yield "loss", config.get("policy", {}).get("loss")
     yield "seed", config.get("run", {}).get("seed")
     if model:
         yield "model", f"{model.get('name')}, {model.get('parameters', 0):,} parameters, V = {model.get('vocab_size')}"

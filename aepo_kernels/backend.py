@@ -1,16 +1,10 @@
 """Which backends exist here, and which one serves a call.
 
 A backend is a place that offers stages, the functions behind the operations, with the same meaning and the same
-positional arguments as the others: `token_stats`, `logits_grad` and `policy_terms` for training, `decode_entropy` and
-`sample_with_entropy` for decode time.
+positional arguments as the others: `token_stats`, `policy_terms`, `logits_grad` and `single_pass` for training,
+`decode_entropy` and `sample_with_entropy` for decode time. BACKENDS has a row for each.
 
-    reference   plain PyTorch, any device and dtype: the specification
-    cpu         the compiled extension, for CPU tensors
-    triton      Triton kernels, for CUDA tensors (for CPU tensors under TRITON_INTERPRET=1, a debugging aid)
-    cuda        CUDA C++ kernels in the compiled extension, for CUDA tensors: CUDA_STAGES alone
-
-Without a request the fastest one that serves the tensor is taken: cuda before triton. An explicit request never falls
-back.
+Without a request the fastest one that serves the tensor is taken. An explicit request never falls back.
 """
 
 from __future__ import annotations
@@ -20,68 +14,85 @@ import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
-CUDA_STAGES = frozenset({"decode_entropy", "sample_with_entropy"})
+from aepo_kernels.objective import METRICS, ObjectiveNumbers
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where stages are found, and whom they serve."""
+
+    find: Callable[[str], Any]
+    """The stage of that name."""
+    missing: Callable[[], str | None] = lambda: None
+    """Why it cannot run in this process at all."""
+    devices: Mapping[str, str | None] | None = None
+    """Types of devices, each with the environment variable that must be 1 there; None: every device."""
+    stages: frozenset[str] | None = None
+    """None: all of them."""
+    float64: bool = True
+    problem: Callable[[torch.device], str | None] = lambda device: None
+    """Why it cannot run on one of its devices."""
+
+
+def _module(package: str) -> Callable[[str], Any]:
+    """Stages that are functions of a package, each in a module of its name."""
+    return lambda name: getattr(importlib.import_module(f"aepo_kernels.{package}.{name}"), name)
+
+
+def _native(name: str) -> Any:
+    return getattr(torch.ops.aepo_native, name)
 
 
 @functools.cache
 def _extension_missing() -> str | None:
     try:
         extension = importlib.import_module("aepo_kernels._C")
-        here, there = (Path(str(file)).resolve().parent for file in (__file__, extension.__file__))
-        if here != there:  # with an editable installation of another checkout, say
-            return f"the compiled extension aepo_kernels._C is not built; that of {there} belongs to another copy"
     except ModuleNotFoundError:
         return "the compiled extension aepo_kernels._C is not built"
-    except (ImportError, OSError) as error:  # built, but for another torch or machine: worth more than silence
-        reason = f"the compiled extension aepo_kernels._C does not load: {error}"
-        warnings.warn(f"{reason}. CPU tensors are served by the slow reference.", stacklevel=3)
-        return reason
+    except (ImportError, OSError) as error:  # built, but for another torch or machine
+        return _unusable(f"the compiled extension aepo_kernels._C does not load: {error}")
+    here, there = (Path(str(file)).resolve().parent for file in (__file__, extension.__file__))
+    if here != there:  # with an editable installation of another checkout, say
+        return f"the compiled extension aepo_kernels._C is not built; that of {there} belongs to another copy"
+    if _contract() != (list(ObjectiveNumbers._fields), list(METRICS)):
+        return _unusable(
+            "the compiled extension aepo_kernels._C is of another version than aepo_kernels: build it again"
+        )
     return None
 
 
-def missing(name: str) -> str | None:
-    """Why a backend cannot run in this process at all, or None if it can. Loads the extension, never Triton."""
-    if name in ("cpu", "cuda"):
-        reason = _extension_missing()
-        if reason is None and name == "cuda" and not torch.ops.aepo_native.cuda_targets():
-            return "the compiled extension was built without CUDA code (no nvcc was found, or AEPO_CUDA=0)"
-        return reason
-    if name == "triton" and importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    return None
-
-
-def unserved(name: str, tensor: Tensor, stage: str = "token_stats") -> str | None:
-    """Why a backend cannot take this tensor for this stage, or None if it can."""
-    device, dtype = tensor.device.type, tensor.dtype
-    if name == "reference":
+def _contract() -> tuple[list[str], list[str]] | None:
+    """The numbers and metrics that the extension was built for; None where it is too old to say."""
+    native = torch.ops.aepo_native
+    if not hasattr(native, "objective_numbers"):
         return None
-    if name == "cpu" and device != "cpu":
-        return f"it serves CPU tensors, these are on {tensor.device}"
-    if name == "triton":
-        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            return "it serves CUDA tensors, these are on the CPU (where Triton runs only under TRITON_INTERPRET=1)"
-        if device not in ("cpu", "cuda"):
-            return f"it serves CUDA tensors, these are on {tensor.device}"
-    if name == "cuda":
-        if stage not in CUDA_STAGES:
-            return "there are no CUDA C++ kernels for this operation; CUDA tensors are served by backend='triton'"
-        if device != "cuda":
-            return f"it serves CUDA tensors, these are on {tensor.device}"
-    if name in ("triton", "cuda") and dtype == torch.float64:
-        return "it has no float64 kernels; use backend='reference', or backend='cpu' for CPU tensors"
-    return missing(name) or (_device_problem(tensor.device) if name == "cuda" else None)
+    return native.objective_numbers(), native.policy_metrics()
+
+
+def _unusable(reason: str) -> str:
+    """Somebody built it, so this is worth more than silence."""
+    warnings.warn(f"{reason}. CPU tensors are served by the slow reference.", stacklevel=4)
+    return reason
+
+
+def _cuda_missing() -> str | None:
+    if reason := _extension_missing():
+        return reason
+    if not torch.ops.aepo_native.cuda_targets():
+        return "the compiled extension was built without CUDA code (no nvcc was found, or AEPO_CUDA=0)"
+    return None
 
 
 @functools.cache
-def _device_problem(device: torch.device) -> str | None:
+def _cuda_problem(device: torch.device) -> str | None:
     """Why the CUDA code of the extension does not run on a device: an old driver, or a GPU it was not built for."""
     with torch.cuda.device(device):
         problem = torch.ops.aepo_native.cuda_problem()
@@ -89,10 +100,57 @@ def _device_problem(device: torch.device) -> str | None:
     return f"the CUDA code of the extension ({targets}) does not run on {device}: {problem}" if problem else None
 
 
+def _triton_missing() -> str | None:
+    return None if importlib.util.find_spec("triton") else "the package triton is not installed"
+
+
+BACKENDS = {
+    # Plain PyTorch, any dtype up to float64: the specification.
+    "reference": Backend(_module("reference")),
+    # The compiled extension.
+    "cpu": Backend(_native, _extension_missing, {"cpu": None}),
+    # On the CPU Triton's interpreter, a debugging aid.
+    "triton": Backend(_module("kernels"), _triton_missing, {"cuda": None, "cpu": "TRITON_INTERPRET"}, float64=False),
+    # CUDA C++ kernels in the compiled extension.
+    "cuda": Backend(
+        _module("cuda"),
+        _cuda_missing,
+        {"cuda": None},
+        stages=frozenset({"decode_entropy", "sample_with_entropy"}),
+        float64=False,
+        problem=_cuda_problem,
+    ),
+}
+FASTEST_FIRST = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+"""By type of device; where none of them serves, the reference does."""
+
+
+def missing(name: str) -> str | None:
+    """Why a backend cannot run in this process at all, or None if it can. Loads the extension, never Triton."""
+    return BACKENDS[name].missing()
+
+
+def unserved(name: str, tensor: Tensor, stage: str = "token_stats") -> str | None:
+    """Why a backend cannot take this tensor for this stage, or None if it can."""
+    backend, device = BACKENDS[name], tensor.device
+    if backend.stages is not None and stage not in backend.stages:
+        return "it has no kernels for this operation; CUDA tensors are served by backend='triton'"
+    if backend.devices is not None:
+        served = next(iter(backend.devices)).upper()
+        if device.type not in backend.devices:
+            return f"it serves {served} tensors, these are on {device}"
+        switch = backend.devices[device.type]
+        if switch and os.environ.get(switch) != "1":
+            return f"it serves {served} tensors, these are on {device} (where it runs only under {switch}=1)"
+    if not backend.float64 and tensor.dtype == torch.float64:
+        return "it has no float64 kernels; use backend='reference', or backend='cpu' for CPU tensors"
+    return backend.missing() or backend.problem(device)
+
+
 def resolve(name: str | None, tensor: Tensor, stage: str = "token_stats") -> str:
     """The name of the backend that serves this call of a stage. ValueError where an explicit request cannot be met."""
     if name is None:
-        fastest_first = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(tensor.device.type, ())
+        fastest_first = FASTEST_FIRST.get(tensor.device.type, ())
         return next((each for each in fastest_first if unserved(each, tensor, stage) is None), "reference")
     if name not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}; got {name!r}")
@@ -104,7 +162,4 @@ def resolve(name: str | None, tensor: Tensor, stage: str = "token_stats") -> str
 
 def stage(backend: str, name: str) -> Any:
     """A stage of a resolved backend, by its name."""
-    if backend == "cpu":
-        return getattr(torch.ops.aepo_native, name)
-    package = {"reference": "reference", "triton": "kernels", "cuda": "cuda"}[backend]
-    return getattr(importlib.import_module(f"aepo_kernels.{package}.{name}"), name)
+    return BACKENDS[backend].find(name)

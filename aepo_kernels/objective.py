@@ -7,14 +7,22 @@ advantage estimate (group, batch, step level) and the rollout are not part of it
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
+import re
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, get_args
 
-CLIPS = ("ppo", "aepo", "gppo", "cispo")
-RATIO_LEVELS = ("token", "sequence")
-KL_ESTIMATORS = ("k1", "k2", "k3")
-AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # known to every type checker; typing has it from Python 3.11 on
+
+PresetName = Literal["aepo", "arpo", "grpo", "dapo", "cispo", "gppo", "gspo", "gigpo", "reinforce++"]
+Clip = Literal["ppo", "aepo", "gppo", "cispo"]
+RatioLevel = Literal["token", "sequence"]
+KLEstimator = Literal["k1", "k2", "k3"]
+Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant"]
+CLIPS, RATIO_LEVELS, KL_ESTIMATORS = get_args(Clip), get_args(RatioLevel), get_args(KLEstimator)
+AGGREGATIONS = get_args(Aggregation)
 
 LARGEST = 1e30
 """Of a finite number in an objective; temperatures, softcaps and denominators lie between its inverse and it. So
@@ -69,34 +77,38 @@ class PolicyObjective:
     """A policy loss. Build it directly or with `PolicyObjective.preset(name, **overrides)`.
 
     Raises ValueError or TypeError, naming the field, for a value that no loss can be made of.
+
+    Attributes:
+        clip: What happens to the gradient beyond the clip bounds: dropped (ppo), kept at the bound above (aepo), kept
+            at both bounds (gppo), or the clipped ratio as a detached weight on A * logprob for every token (cispo).
+        eps_low: Lower bound of the ratio is 1 - eps_low, in [0, 1]; 1 means no lower bound.
+        eps_high: Upper bound of the ratio is 1 + eps_high.
+        dual_clip: c > 1: for A < 0 the loss of a token is at most c |A|, without gradient there. None: no such bound.
+        ratio_level: One ratio per token, or per sequence: exp of the mean log-ratio of its valid tokens (GSPO).
+        entropy_advantage: a: advantages are multiplied by 1 + a (H - mean H) / std H, H detached; by 1 where the
+            entropies are equal up to rounding. 0: off, entropies are not needed.
+        clamp_entropy_factor: Keep that factor at 0 or above, so that no advantage changes its sign.
+        entropy_bonus: The loss of a token has - entropy_bonus * H in it, with gradient.
+        kl_coef: The loss of a token has kl_coef * KL(policy || reference) in it, with the estimator's own gradient.
+        kl_estimator: Of that KL, with d = logprob - ref_logprob: d (k1), d^2 / 2 (k2), or exp(-d) - 1 + d (k3).
+        aggregation: How token losses become one number: token-mean, seq-mean-token-sum, seq-mean-token-mean or
+            constant; see `aepo_kernels.ops.aggregation.token_weights`.
+        importance_cap: Policy term times min(exp(old_logprob - rollout_logprob), cap), detached: corrects for an
+            inference engine whose probabilities differ from the trainer's. None: no correction.
     """
 
-    clip: Literal["ppo", "aepo", "gppo", "cispo"] = "ppo"
-    """What happens to the gradient beyond the clip bounds: dropped (ppo), kept at the bound above (aepo), kept at both
-    bounds (gppo), or the clipped ratio as a detached weight on A * logprob for every token (cispo)."""
+    clip: Clip = "ppo"
     eps_low: float = 0.2
-    """Lower bound of the ratio is 1 - eps_low, in [0, 1]; 1 means no lower bound."""
     eps_high: float = 0.2
-    """Upper bound of the ratio is 1 + eps_high."""
     dual_clip: float | None = None
-    """c > 1: for A < 0 the loss of a token is at most c |A|, without gradient there. None: no such bound."""
-    ratio_level: Literal["token", "sequence"] = "token"
-    """One ratio per token, or per sequence: exp of the mean log-ratio of its valid tokens (GSPO)."""
+    ratio_level: RatioLevel = "token"
     entropy_advantage: float = 0.0
-    """a: advantages are multiplied by 1 + a (H - mean H) / std H, H detached; by 1 where the entropies are equal up to
-    rounding. 0: off, entropies are not needed."""
     clamp_entropy_factor: bool = False
-    """Keep that factor at 0 or above, so that no advantage changes its sign."""
     entropy_bonus: float = 0.0
-    """The loss of a token has - entropy_bonus * H in it, with gradient."""
     kl_coef: float = 0.0
-    """The loss of a token has kl_coef * KL(policy || reference) in it, with the estimator's own gradient."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant"] = "token-mean"
-    """How token losses become one number; see `aepo_kernels.ops.aggregation.token_weights`."""
+    kl_estimator: KLEstimator = "k3"
+    aggregation: Aggregation = "token-mean"
     importance_cap: float | None = None
-    """Policy term times min(exp(old_logprob - rollout_logprob), cap), detached: corrects for an inference engine whose
-    probabilities differ from the trainer's. None: no correction."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -132,18 +144,22 @@ class PolicyObjective:
             raise ValueError(f"{name} must be {expected}; got {value!r}")
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> PolicyObjective:
+    def preset(cls, name: PresetName, **overrides: Unpack[PolicyFields]) -> PolicyObjective:
         """The published objective of that name, with any field overridden.
 
-        Names: aepo, arpo, grpo, dapo, cispo, gppo, gspo, gigpo, reinforce++.
+        Names: aepo, arpo, grpo, dapo, cispo, gppo, gspo, gigpo, reinforce++. Raises ValueError for another one and
+        TypeError for a field that does not exist; both say what is near, or how a method without a preset is written.
         """
-        if name not in PRESETS:
-            raise ValueError(f"objective must be one of {', '.join(PRESETS)}; got {name!r}")
+        if not isinstance(name, str) or name not in PRESETS:
+            raise ValueError(f"objective must be one of {', '.join(PRESETS)}; got {name!r}{_preset_hint(name)}")
         fields = [field.name for field in dataclasses.fields(cls)]
         for key in overrides:
             if key not in fields:
-                raise TypeError(f"PolicyObjective has no field {key!r}; it has {', '.join(fields)}")
-        return cls(**{**PRESETS[name], **overrides})
+                near = _nearest(key, fields)
+                hint = f": did you mean {near!r}? It" if near else "; it"
+                raise TypeError(f"PolicyObjective has no field {key!r}{hint} has {', '.join(fields)}")
+        chosen: dict[str, Any] = {**PRESETS[name], **overrides}
+        return cls(**chosen)
 
     def numbers(self) -> ObjectiveNumbers:
         """This objective in numbers: bounds, and the factors F that the gradient keeps beyond them."""
@@ -171,6 +187,10 @@ class PolicyObjective:
     def needs_sequences(self) -> bool:
         return self.ratio_level == "sequence" or self.aggregation.startswith("seq-")
 
+    def follows_from_each_token(self, *, entropy_stats: bool) -> bool:
+        """Whether a token's gradient needs nothing of other tokens; entropy_stats: they are given."""
+        return self.ratio_level == "token" and (entropy_stats or self.entropy_advantage == 0)
+
     def check_inputs(
         self,
         *,
@@ -180,6 +200,7 @@ class PolicyObjective:
         rollout_logprobs: bool,
         cu_seqlens: bool,
         denominator: bool,
+        weights: bool,
     ) -> None:
         """Raise ValueError where a term is asked for without its input, or an input is given that no term uses.
 
@@ -192,23 +213,46 @@ class PolicyObjective:
             (self.kl_coef != 0, ref_logprobs, "kl_coef != 0 needs ref_logprobs"),
             (self.importance_cap is not None, rollout_logprobs, "importance_cap needs rollout_logprobs"),
             (
-                self.needs_sequences,
+                self.ratio_level == "sequence" or (self.aggregation.startswith("seq-") and not weights),
                 cu_seqlens,
                 "sequence ratios and seq- aggregations need cu_seqlens or [B, L] inputs",
             ),
-            (self.aggregation == "constant", denominator, "aggregation='constant' needs denominator"),
+            (
+                self.aggregation == "constant" and not weights,
+                denominator,
+                "aggregation='constant' needs denominator",
+            ),
         ):
             if asked and not given:
                 raise ValueError(f"objective: {problem}")
         if entropy_stats and self.entropy_advantage == 0:
             raise ValueError("objective: entropy_stats is given, but entropy_advantage is 0 and nothing would use it")
+        if denominator and weights:
+            raise ValueError("objective: denominator is given, but weights say each token's share, and nothing divides")
         if rollout_logprobs and self.importance_cap is None:
             raise ValueError(
                 "objective: rollout_logprobs is given, but importance_cap is None and nothing would use it"
             )
 
 
-PRESETS: dict[str, dict[str, Any]] = {
+class PolicyFields(TypedDict, total=False):
+    """The fields of PolicyObjective, as type checkers see them where they are passed by name."""
+
+    clip: Clip
+    eps_low: float
+    eps_high: float
+    dual_clip: float | None
+    ratio_level: RatioLevel
+    entropy_advantage: float
+    clamp_entropy_factor: bool
+    entropy_bonus: float
+    kl_coef: float
+    kl_estimator: KLEstimator
+    aggregation: Aggregation
+    importance_cap: float | None
+
+
+PRESETS: dict[PresetName, PolicyFields] = {
     # Stop-gradient clip above, entropy-aware advantage; arXiv 2510.14545.
     "aepo": {"clip": "aepo", "dual_clip": 3.0, "entropy_advantage": 0.2},
     # GRPO's loss on branched rollouts, as its authors run it; arXiv 2507.19849.
@@ -228,3 +272,39 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Batch-normalised advantages; arXiv 2501.03262.
     "reinforce++": {},
 }
+
+OWN_LOSS = "has a loss of its own, which is no preset: write it as a function for aepo_kernels.logits_loss"
+NO_PRESETS = {
+    "ppo": "PPO's clipped loss is PolicyObjective()",
+    "drgrpo": "Dr. GRPO is PolicyObjective.preset('grpo', aggregation='constant') with denominator = sequences * "
+    "maximum length, and group_advantages(rewards, groups, scale=False) from aepo_kernels.advantages",
+    "rloo": "RLOO is PolicyObjective(aggregation='seq-mean-token-sum') with leave_one_out_advantages(rewards, groups) "
+    "from aepo_kernels.advantages",
+    "reinforce": "REINFORCE is PolicyObjective() with one update per rollout: every ratio is 1 then, and the gradient "
+    "that of advantage * logprob",
+    "reinforce++baseline": "REINFORCE++ with a baseline is PolicyObjective.preset('reinforce++') with "
+    "batch_advantages(group_advantages(rewards, groups, scale=False)) from aepo_kernels.advantages",
+    "sapo": f"SAPO {OWN_LOSS}",
+    "gmpo": f"GMPO {OWN_LOSS}",
+    "trpo": f"TRPO {OWN_LOSS}",
+    "dpo": f"DPO {OWN_LOSS}",
+}
+"""Well-known names that are no presets, in small letters without separators, and what to write."""
+
+
+def _preset_hint(name: object) -> str:
+    if not isinstance(name, str):
+        return ""
+    plain = re.sub(r"[^a-z0-9+]", "", name.lower().replace("plus", "+"))  # Dr. GRPO, dr_grpo, REINFORCE_plus_plus
+    if plain in NO_PRESETS:
+        return f". {NO_PRESETS[plain]}"
+    near = _nearest(plain, [*PRESETS, *NO_PRESETS])
+    if near is None:
+        return ""
+    return f": did you mean {near!r}?" + (f" {NO_PRESETS[near]}" if near in NO_PRESETS else "")
+
+
+def _nearest(name: str, known: list[str]) -> str | None:
+    """The known name that was meant. Swapped letters go first: to difflib gpro is as near to gspo as to grpo."""
+    same_letters = [one for one in known if sorted(one) == sorted(name)]
+    return next(iter(same_letters or difflib.get_close_matches(name, known, 1, 0.6)), None)

@@ -26,8 +26,11 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from unittest import mock
 
 import torch
+
+from aepo_kernels.objective import ObjectiveNumbers, PolicyObjective
 
 ROWS, VOCAB = 8192, 151_936
 
@@ -38,10 +41,15 @@ class Gpu:
     processors: int
     clock_ghz: float
     memory_tb_per_s: float
+    cache_mib: int  # second level
     exp2_per_clock: int = 16  # per processor; instructions: 4 schedulers x 32 lanes
 
 
-GPUS = {80: Gpu("A100", 108, 1.41, 2.04), 90: Gpu("H100", 132, 1.98, 3.35), 100: Gpu("B200", 148, 1.965, 8.0)}
+GPUS = {
+    80: Gpu("A100", 108, 1.41, 2.04, 40),
+    90: Gpu("H100", 132, 1.98, 3.35, 50),
+    100: Gpu("B200", 148, 1.965, 8.0, 126),
+}
 
 
 @dataclass(frozen=True)
@@ -54,9 +62,11 @@ class Case:
     passes: float = 1  # over the logits: 1 = read, 2 = read and write, 1.5 = read and write at half the width
     max_instructions: float | None = None  # per logit
     max_registers: int = 255
+    min_registers: int = 0
     max_exchanges: int = 0  # barriers and shuffles in the loop: 0 = no lane waits for another
     min_store_bits: int = 128
     max_exp2: float = 1.13  # per logit, with the logarithms that bound the noise of a sampler's words
+    writing: bool | None = None  # of a kernel with two hot loops: whether the one that also writes is meant
     products: int = 0  # with 64 bits, per lane and tile of the hot loop: the random numbers of a sampler
 
 
@@ -67,7 +77,7 @@ class Report:
     capability: int
     registers: int
     stack_bytes: int
-    local_memory_instructions: int  # spills
+    local_memory_instructions: int  # spills, in the hot loop where there is one
     loads: dict[str, int]  # in the hot loop: bits -> number
     stores: dict[str, int]
     instructions: float  # per logit, like exp2
@@ -125,16 +135,38 @@ def _scaled_cast() -> None:
     scaled_cast(sums, _tensor(), torch.empty_like(sums, dtype=BF16))
 
 
-def _policy(sequences: bool = False, detached: bool = False, optional: bool = True) -> None:
+def _policy(sequences: bool = False, optional: bool = True) -> None:
     from aepo_kernels.kernels.policy_terms import policy_terms
 
-    token = _tensor(ROWS)
-    extra = token if optional else None
+    token, none = _tensor(ROWS), (None,) * 4
     cu_seqlens = _tensor(65, dtype=torch.int64) if sequences else None
     policy_terms(
-        token, token, token, token, extra, extra, extra, cu_seqlens, None, 0.8, 1.2, 0.0, 1.2, 3.0, detached,
-        0.2 if optional else 0.0, False, 0.01, 3, 0.01 if optional else 0.0, 2.0,
-    )  # fmt: skip
+        token, token, token, token, *((token,) * 4 if optional else none), cu_seqlens, None, _numbers(optional)
+    )
+
+
+def _single_pass(dtype: torch.dtype, everything: bool = False, odd: bool = False, vocab: int = VOCAB) -> None:
+    from aepo_kernels.kernels import single_pass
+
+    token, labels, logits = _tensor(ROWS), _tensor(ROWS, dtype=torch.int64), _logits(dtype, ROWS, odd)[:, :vocab]
+    extra, numbers = token if everything else None, _numbers(everything)
+    gpu = GPUS[_target()]
+    with mock.patch.object(single_pass, "processors_and_cache", return_value=(gpu.processors, gpu.cache_mib << 20)):
+        single_pass.single_pass(
+            logits, labels, 0.7, -100, token, token, token, extra, extra, extra, _tensor(2), numbers, logits
+        )
+
+
+def _target() -> int:
+    """The compute capability that _Compiler stands for."""
+    import triton
+
+    return int(triton.runtime.driver.active.get_current_device())
+
+
+def _numbers(optional: bool) -> ObjectiveNumbers:
+    some = {"entropy_advantage": 0.2, "kl_coef": 0.01, "entropy_bonus": 0.01, "importance_cap": 2.0}
+    return PolicyObjective(clip="aepo", dual_clip=3.0, **(some if optional else {})).numbers()
 
 
 def _logits(dtype: torch.dtype, rows: int, odd: bool) -> torch.Tensor:
@@ -166,17 +198,37 @@ CASES = [
     Case("grad fp32", functools.partial(_grad, FP32), logit_bytes=4, passes=2, max_instructions=14, max_registers=40),
     Case("grad fp32 to bf16", _narrowing_grad, 4, 1.5, max_instructions=14, max_registers=40, min_store_bits=64),
     Case("grad bf16, no entropy", functools.partial(_grad, BF16, entropy=False), passes=2, max_instructions=11.5),
+    # So many registers that no program more becomes resident than the cache has room for.
+    *(
+        Case(
+            f"single pass {name}, {'write' if writing else 'read'}",
+            functools.partial(_single_pass, dtype, **how),
+            2 if dtype == BF16 else 4,
+            max_instructions=writes if writing else 10,
+            max_registers=64,
+            min_registers=52,
+            writing=writing,
+        )
+        for name, dtype, how, writes in (
+            ("bf16", BF16, {}, 11.5),
+            ("bf16, all", BF16, {"everything": True}, 13.5),
+            ("bf16, odd rows", BF16, {"odd": True}, 11.5),
+            ("bf16, V 32768", BF16, {"vocab": 32768}, 11.5),
+            ("fp32", FP32, {}, 11.5),
+        )
+        for writing in (False, True)
+    ),
     Case("scaled cast fp32 to bf16", _scaled_cast, 4, 1.5, max_instructions=4, max_registers=64),
     # One vote per tile, whether any lane may win (4 barriers).
     Case("sample bf16", functools.partial(_sample, BF16, ROWS), 2, 1, 30, max_registers=192, max_exchanges=20),
     Case("sample fp32", functools.partial(_sample, FP32, 64), 4, 1, 31, max_registers=128, max_exchanges=20),
     Case("policy", _policy, max_registers=104),
     Case("policy, sequences", functools.partial(_policy, sequences=True), max_registers=112),
-    Case("policy, detached", functools.partial(_policy, detached=True, optional=False), max_registers=64),
+    Case("policy, clip alone", functools.partial(_policy, optional=False), max_registers=80),
 ]
 # Those that stream the logits; the others do not, or come back to rows that are in the cache.
-STREAMING = ("token_stats_kernel", "decode_entropy_kernel", "logits_grad_kernel", "scaled_cast_kernel",
-             "sample_parts_kernel", "sample_with_entropy_kernel")  # fmt: skip
+STREAMING = ("token_stats_kernel", "decode_entropy_kernel", "logits_grad_kernel", "single_pass_kernel",
+             "scaled_cast_kernel", "sample_parts_kernel", "sample_with_entropy_kernel")  # fmt: skip
 # The price of an `out` whose rows lie differently on 16-byte boundaries; shown, and the negative control of the check.
 NARROW = Case("grad bf16, odd out", functools.partial(_grad, BF16, odd_out=True), passes=2, max_instructions=13)
 
@@ -252,7 +304,7 @@ def instructions(sass: str) -> tuple[list[str], dict[str, int]]:
     return code, labels
 
 
-def hot_loop(code: list[str], labels: dict[str, int], products: int = 0) -> list[str]:
+def hot_loop(code: list[str], labels: dict[str, int], products: int = 0, writing: bool | None = None) -> list[str]:
     """The shortest loop with a 128-bit global load; without one, the shortest loop with the most global loads.
 
     What a forward branch inside the loop jumps over is left out: the rare case of a tile with a new winner. With
@@ -265,6 +317,8 @@ def hot_loop(code: list[str], labels: dict[str, int], products: int = 0) -> list
             loops.append(_usual_path(code, labels, start, end, products))
     if products:
         loops = [loop for loop in loops if _products(loop) >= products and any("MUFU.EX2" in i for i in loop)]
+    if writing is not None:
+        loops = [loop for loop in loops if any(i.startswith("STG") for i in loop) == writing]
     wide = [loop for loop in loops if any(_is_load(i) and ".128" in i for i in loop)]
     return (
         min(wide, key=len) if wide else max(loops, key=lambda loop: (sum(map(_is_load, loop)), -len(loop)), default=[])
@@ -312,7 +366,7 @@ def inspect(case: Case, kernel: str, capability: int, binary: bytes, sass_dir: s
 def report_of(case: Case, kernel: str, capability: int, usage: str, sass: str, budget: float | None) -> Report:
     """What one kernel's resource usage and SASS say; budget: instructions per logit, None without a hot loop."""
     code, labels = instructions(sass)
-    loop = [] if budget is None else hot_loop(code, labels, case.products)
+    loop = [] if budget is None else hot_loop(code, labels, case.products, case.writing)
     loads = collections.Counter(_bits(i) for i in loop if _is_load(i))
     stores = collections.Counter(_bits(i) for i in loop if i.startswith("STG"))
     logits = max(1, sum(bits * n for bits, n in loads.items()) // (8 * case.logit_bytes))
@@ -327,7 +381,7 @@ def report_of(case: Case, kernel: str, capability: int, usage: str, sass: str, b
         capability=capability,
         registers=_resource(usage, "REG"),
         stack_bytes=_resource(usage, "STACK"),
-        local_memory_instructions=sum(i.startswith(("LDL", "STL")) for i in code),
+        local_memory_instructions=sum(i.startswith(("LDL", "STL")) for i in (loop or code)),
         loads={str(bits): n for bits, n in loads.items()},
         stores={str(bits): n for bits, n in stores.items()},
         instructions=round(per_logit, 2),
@@ -345,11 +399,13 @@ def report_of(case: Case, kernel: str, capability: int, usage: str, sass: str, b
 
 def _problems(r: Report, case: Case, max_instructions: float | None) -> list[str]:
     problems = []
-    # The kernels over tokens may keep a number or two in local memory: there are V times fewer tokens than logits.
-    if (r.local_memory_instructions or r.stack_bytes) and (r.kernel in STREAMING or r.stack_bytes > 16):
+    # Outside the loops over logits a number or two may wait in local memory: there are V times fewer tokens.
+    if (r.local_memory_instructions and r.kernel in STREAMING) or r.stack_bytes > 16:
         problems.append(f"spills: {r.local_memory_instructions} local accesses, {r.stack_bytes} bytes of stack")
     if r.registers > case.max_registers:
         problems.append(f"{r.registers} registers > {case.max_registers}")
+    if r.registers < case.min_registers:
+        problems.append(f"{r.registers} registers < {case.min_registers}")
     if max_instructions is not None:
         if set(r.loads) != {"128"} or any(int(bits) < case.min_store_bits for bits in r.stores):
             problems.append(f"accesses narrower than 128 bits: loads {r.loads}, stores {r.stores}")

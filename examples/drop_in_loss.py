@@ -7,6 +7,7 @@ between the rollout and `optimizer.step()` is what any trainer does.
 import torch
 
 from aepo_kernels import PolicyObjective, logits_policy_loss, selective_log_softmax
+from aepo_kernels.advantages import batch_advantages
 
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Embedding(16, 64), torch.nn.Linear(64, 1000))
@@ -21,7 +22,7 @@ for step in range(20):
         token = logits.softmax(-1).multinomial(1).squeeze(-1)
         old_logprobs = selective_log_softmax(logits, token)
     reward = (token % 10 == prompt % 10).float()
-    advantage = (reward - reward.mean()) / (reward.std() + 1e-6)
+    advantage = batch_advantages(reward)
     mask = torch.ones_like(token)  # 1: the model wrote it, train on it
     for _ in range(2):  # two updates per rollout: the second one has ratios to clip
         logits = model(prompt)

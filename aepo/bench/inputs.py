@@ -101,11 +101,20 @@ def logsumexp_stats(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return x.gather(-1, labels[:, None])[:, 0] - logsumexp, logsumexp - (torch.softmax(x, dim=-1) * x).sum(-1)
 
 
-def aepo_loss(logprobs: Tensor, entropy: Tensor, policy: Policy) -> Tensor:
+EntropyStats = tuple[float, float]
+"""Mean and standard deviation over the tokens that count."""
+
+
+def entropy_stats(entropy: Tensor, policy: Policy) -> EntropyStats:
+    counted = entropy[policy.mask].double()
+    return counted.mean().item(), counted.std().item()
+
+
+def aepo_loss(logprobs: Tensor, entropy: Tensor, policy: Policy, stats: EntropyStats | None = None) -> Tensor:
     """Entropy-aware advantage (0.2), clip that keeps its gradient above (0.2), dual clip (3), mean over the tokens."""
     h, count = entropy.detach(), policy.mask.sum()
-    mean = (h * policy.mask).sum() / count
-    std = (((h - mean) ** 2 * policy.mask).sum() / (count - 1)).sqrt()
+    mean = (h * policy.mask).sum() / count if stats is None else stats[0]
+    std = (((h - mean) ** 2 * policy.mask).sum() / (count - 1)).sqrt() if stats is None else stats[1]
     a = policy.advantages * (1 + 0.2 * (h - mean) / std)
     ratio = (logprobs - policy.old_logprobs).exp()
     upper = 1.2 * ratio / ratio.detach()  # value 1.2, gradient 1.2 d logprob

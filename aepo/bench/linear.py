@@ -20,8 +20,11 @@ from aepo.bench.inputs import (
     GATE_TOKENS,
     GRPO,
     STATS,
+    EntropyStats,
     Policy,
+    aepo_loss,
     eager_stats,
+    entropy_stats,
     gate_rows,
     make_labels,
     make_linear,
@@ -33,14 +36,15 @@ from aepo.bench.policy_loss import OBJECTIVES, loss_error, remembered
 from aepo.bench.rates import fastest_dtype, slow_products
 from aepo.bench.settings import QWEN3, Settings
 from aepo.bench.token_stats import stats_error
-from aepo_kernels import linear_logprobs_and_entropy, linear_policy_loss
+from aepo_kernels import linear_logprobs_and_entropy, linear_loss, linear_policy_loss
 from aepo_kernels.ops.linear import multiply
 
 NOTE = """\
 TFLOP/s counts one product forward and two for the gradients, whatever a provider really multiplies. Eager and compiled
 rows make the logits [T, V] in memory. "recompute" and "keep" are the schedules of linear_policy_loss: four products and
 the least memory, or three, with rows of logits kept; the latter is given mean and standard deviation of the entropy,
-which the AEPO loss needs, as from an earlier pass. "float32 operands": this processor has no fast products in the
+which the AEPO loss needs, as from an earlier pass. "a function": the eager row's few lines of PyTorch, handed to
+linear_loss. "float32 operands": this processor has no fast products in the
 dtype of the table, so hidden states and weight are float32 for all but aepo_kernels, which widens them itself."""
 CPU = [(512, QWEN3)]
 CUDA = [(8192, 131072)]
@@ -55,8 +59,7 @@ class Inputs:
     weight: Tensor
     """[V, D]"""
     policy: Policy
-    entropy_stats: tuple[float, float]
-    """Mean and standard deviation over the tokens that count."""
+    entropy_stats: EntropyStats
 
     @functools.cached_property
     def widened(self) -> Inputs:
@@ -70,8 +73,7 @@ def make_inputs(tokens: int, vocab: int, hidden: int, dtype: torch.dtype, device
     labels = make_labels(tokens, vocab, device)
     logprobs, entropy = linear_logprobs_and_entropy(states, weight, labels)
     policy = make_policy(labels, logprobs)
-    counted = entropy[policy.mask]
-    stats = (counted.mean().item(), counted.std().item())
+    stats = entropy_stats(entropy, policy)
     return Inputs(states.requires_grad_(), weight.requires_grad_(), policy, stats)
 
 
@@ -102,6 +104,21 @@ def ours(computes: str, schedule: Schedule) -> Loss:
     return loss
 
 
+def a_function(schedule: Schedule) -> Loss:
+    """AEPO in a few lines of PyTorch, between the fused operations."""
+
+    def loss(inputs: Inputs) -> Tensor:
+        policy, keeps = inputs.policy, schedule == "keep"
+
+        def loss_fn(logprobs: Tensor, entropy: Tensor) -> Tensor:
+            return aepo_loss(logprobs, entropy, policy, inputs.entropy_stats if keeps else None)
+
+        weights = (inputs.hidden, inputs.weight)
+        return linear_loss(*weights, policy.labels, policy.mask, loss_fn, per_token=keeps, schedule=schedule).loss
+
+    return loss
+
+
 def plain(computes: str, stats: Callable[..., tuple[Tensor, ...]]) -> Loss:
     """A loss in PyTorch on top of (hidden, weight, labels) -> log-prob, and entropy where `computes` needs it."""
 
@@ -116,6 +133,7 @@ def losses(device: str) -> list[tuple[str, str, Loss]]:
     """(name, what it computes, loss) of all providers."""
     rows = [
         *((f"{OURS}, {schedule}", AEPO, ours(AEPO, schedule)) for schedule in SCHEDULES),
+        *((f"{OURS}, a function, {schedule}", AEPO, a_function(schedule)) for schedule in SCHEDULES),
         (BASELINE, AEPO, plain(AEPO, eager_linear)),
         ("torch.compile", AEPO, plain(AEPO, torch.compile(eager_linear, dynamic=False))),
     ]
@@ -126,7 +144,7 @@ def losses(device: str) -> list[tuple[str, str, Loss]]:
         loss = peers.function(peer)
         rows.append((peer.name, peer.computes, lambda x, loss=loss: loss(x.hidden, x.weight, x.policy)))  # type: ignore[misc]
     if any(computes == GRPO for _, computes, _ in rows):  # to compare with
-        rows[2:2] = [(f"{OURS}, {schedule}", GRPO, ours(GRPO, schedule)) for schedule in SCHEDULES]
+        rows[4:4] = [(f"{OURS}, {schedule}", GRPO, ours(GRPO, schedule)) for schedule in SCHEDULES]
     return rows
 
 

@@ -17,8 +17,11 @@ from aepo.bench.inputs import (
     GATE_TOKENS,
     GRPO,
     STATS,
+    EntropyStats,
     Policy,
+    aepo_loss,
     eager_stats,
+    entropy_stats,
     make_labels,
     make_logits,
     make_policy,
@@ -28,10 +31,12 @@ from aepo.bench.inputs import (
     rewrite_ceiling,
 )
 from aepo.bench.settings import LLAMA3, QWEN3, SMOLLM2, Settings
-from aepo_kernels import PolicyObjective, logits_policy_loss, logprobs_and_entropy
+from aepo_kernels import PolicyObjective, logits_loss, logits_policy_loss, logprobs_and_entropy
 
 NOTE = """\
-GB/s counts two reads and one write of the logits. "in place": the gradient is written over the logits. Nearly every
+GB/s counts two reads and one write of the logits. "in place": the gradient is written over the logits. "single pass":
+there too, and in the forward, while each row is in cache; given mean and standard deviation of the entropy, as from an
+earlier pass. "a function": the eager row's few lines of PyTorch, handed to logits_loss, in place. Nearly every
 token counts here; in an agent's batch most do not, and aepo_kernels skips those. Peers without a loss of their own
 supply log-prob (and entropy), with the same few lines of PyTorch as in the eager row on top; "float32": on a float32
 copy of the logits, because the peer's log-probs of 16-bit logits have 16 bits, too coarse for the gate."""
@@ -47,6 +52,7 @@ class Inputs:
     """[T, V], overwritten by in-place providers."""
     pristine: Tensor
     policy: Policy
+    entropy_stats: EntropyStats
 
     def restore(self) -> None:
         with torch.no_grad():
@@ -56,32 +62,47 @@ class Inputs:
 def make_inputs(tokens: int, vocab: int, dtype: torch.dtype, device: str) -> Inputs:
     logits = make_logits(tokens, vocab, dtype, device)
     labels = make_labels(tokens, vocab, device)
-    policy = make_policy(labels, logprobs_and_entropy(logits, labels)[0])
-    return Inputs(logits.clone().requires_grad_(), logits, policy)
+    logprobs, entropy = logprobs_and_entropy(logits, labels)
+    policy = make_policy(labels, logprobs)
+    return Inputs(logits.clone().requires_grad_(), logits, policy, entropy_stats(entropy, policy))
 
 
-Loss = Callable[[Tensor, Policy], Tensor]
+Loss = Callable[[Inputs], Tensor]
 
 
-def ours(computes: str, inplace: bool) -> Loss:
-    def loss(logits: Tensor, policy: Policy) -> Tensor:
+def ours(computes: str, inplace: bool = False, single_pass: bool = False) -> Loss:
+    def loss(inputs: Inputs) -> Tensor:
+        policy = inputs.policy
         return logits_policy_loss(
-            logits,
+            inputs.logits,
             policy.labels,
             policy.old_logprobs,
             policy.advantages,
             policy.mask,
             objective=OBJECTIVES[computes],
             inplace_backward=inplace,
+            single_pass=single_pass,
+            entropy_stats=inputs.entropy_stats if single_pass and computes == AEPO else None,
         ).loss
 
     return loss
 
 
+def a_function(inputs: Inputs) -> Tensor:
+    """AEPO in a few lines of PyTorch, between the fused operations."""
+    policy = inputs.policy
+
+    def loss_fn(logprobs: Tensor, entropy: Tensor) -> Tensor:
+        return aepo_loss(logprobs, entropy, policy)
+
+    return logits_loss(inputs.logits, policy.labels, policy.mask, loss_fn, inplace_backward=True).loss
+
+
 def plain(computes: str, stats: Callable[..., tuple[Tensor, ...]], float32: bool = False) -> Loss:
     """A loss in PyTorch on top of (logits, labels) -> log-prob, and entropy where `computes` needs it."""
 
-    def loss(logits: Tensor, policy: Policy) -> Tensor:
+    def loss(inputs: Inputs) -> Tensor:
+        logits, policy = inputs.logits, inputs.policy
         logprobs, *entropy = stats(logits.float() if float32 else logits, policy.labels)
         return plain_loss(computes, logprobs, entropy[0] if entropy else None, policy)
 
@@ -92,7 +113,9 @@ def losses(device: str, dtype: torch.dtype) -> list[tuple[str, str, Loss]]:
     """(name, what it computes, loss) of all providers."""
     rows = [
         (f"{OURS}, in place", AEPO, ours(AEPO, inplace=True)),
-        (OURS, AEPO, ours(AEPO, inplace=False)),
+        (OURS, AEPO, ours(AEPO)),
+        (f"{OURS}, single pass", AEPO, ours(AEPO, single_pass=True)),
+        (f"{OURS}, a function", AEPO, a_function),
         (BASELINE, AEPO, plain(AEPO, eager_stats)),
         ("torch.compile", AEPO, torch.compile(plain(AEPO, eager_stats), dynamic=False)),
     ]
@@ -102,15 +125,20 @@ def losses(device: str, dtype: torch.dtype) -> list[tuple[str, str, Loss]]:
         name = f"{peer.name}, float32" if float32 else peer.name
         rows.append((name, computes, plain(computes, peers.function(peer), float32)))
     own_losses = peers.available("logits loss", device)
-    rows += [(f"{peer.name}, in place", peer.computes, peers.function(peer)) for peer in own_losses]
+    rows += [(f"{peer.name}, in place", peer.computes, of_peer(peers.function(peer))) for peer in own_losses]
     if any(computes == GRPO for _, computes, _ in rows):  # to compare with
-        rows.insert(2, (f"{OURS}, in place", GRPO, ours(GRPO, inplace=True)))
+        rows.insert(4, (f"{OURS}, in place", GRPO, ours(GRPO, inplace=True)))
     return rows
+
+
+def of_peer(function: Callable[..., Tensor]) -> Loss:
+    """A peer's own loss of (logits, policy)."""
+    return lambda inputs: function(inputs.logits, inputs.policy)
 
 
 def loss_and_grad(loss: Loss) -> Callable[[Inputs], Sequence[Tensor]]:
     def run(inputs: Inputs) -> Sequence[Tensor]:
-        value = loss(inputs.logits, inputs.policy)
+        value = loss(inputs)
         return value.detach(), torch.autograd.grad(value, inputs.logits)[0]
 
     return run

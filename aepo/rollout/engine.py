@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -15,7 +16,7 @@ class GenerationRequest:
 
     token_ids: TokenIds  # the whole prefix, never text: re-tokenising would change it
     max_new_tokens: int
-    temperature: float  # > 0; 0 means greedy
+    temperature: float  # > 0 and finite; 0 means greedy
     seed: int  # unsigned 64 bit
     stop: tuple[str, ...]  # generation ends with the token that completes one of these; that token is kept
     group: str = ""  # requests of one group share a beginning, so their prefix is best computed in one place
@@ -66,7 +67,11 @@ def check_request(index: int, request: GenerationRequest, max_positions: int, vo
     for broken, text in (
         (length == 0, "token_ids is empty"),
         (new < 1, f"max_new_tokens = {new}, expected at least 1"),
-        (not request.temperature >= 0, f"temperature = {request.temperature}, expected >= 0"),
+        (
+            not 0 <= request.temperature < math.inf,
+            f"temperature = {request.temperature}, expected >= 0 and finite",
+        ),
+        (not 0 <= request.seed < 2**64, f"seed = {request.seed}, expected an unsigned 64-bit integer"),
         ("" in request.stop, "an empty stop string"),
         (
             length + new > max_positions,

@@ -43,6 +43,22 @@ def tile_ranges(tile_0, begin, end, TILE: tl.constexpr):
     return edge_first, tl.maximum(whole_end - tile_0, TILE), whole_first, whole_end
 
 
+@triton.jit
+def whole_words(begin, end, VEC: tl.constexpr):
+    """(first, end) of the 16-byte words that lie inside positions [begin, end); first > end where none does."""
+    return tl.multiple_of((begin + VEC - 1) // VEC * VEC, VEC), tl.multiple_of(end // VEC * VEC, VEC)
+
+
+@triton.jit
+def cut_words(begin, end, VEC: tl.constexpr):
+    """(positions [2 VEC], mask) of what [begin, end) holds beside its whole words, in the words that its ends cut."""
+    first, last = whole_words(begin, end, VEC)
+    second = tl.where(last < first, end, last)  # both ends may cut the same word
+    at = tl.arange(0, 2 * VEC)
+    at = tl.where(at < VEC, first - VEC + at, second - VEC + at)
+    return at, (at >= begin) & (at < end)
+
+
 def row_programs(logits: Tensor, tile: int) -> tuple[int, int]:
     """(programs per row, tiles per program) for logits [T, V] processed in tiles of `tile` elements.
 
@@ -66,3 +82,13 @@ def _programs_to_fill(device: torch.device) -> int:
     about 1/n of the time. The interpreter has no multiprocessors; 1 lets its tests see split rows."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     return 4 * 8 * processors
+
+
+def same_alignment(logits: Tensor, out: Tensor) -> bool:
+    """Whether every row of `out` starts as many bytes past a 16-byte boundary as that row of `logits`."""
+    places = [(x.data_ptr(), x.stride(0) * x.element_size()) for x in (logits, out)]
+    if out.dtype == logits.dtype:
+        apart = [x - y for x, y in zip(*places, strict=True)]
+    else:  # a step of one element is not the same number of bytes: all rows must start on a boundary
+        apart = [nbytes for place in places for nbytes in place]
+    return all(nbytes % ACCESS_BYTES == 0 for nbytes in apart)

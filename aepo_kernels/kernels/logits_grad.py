@@ -15,7 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aepo_kernels.kernels.common import ACCESS_BYTES, LN2, LOG2_ZERO, LOG2E, aligned_row, row_programs, tile_ranges
+from aepo_kernels.kernels.common import (
+    ACCESS_BYTES,
+    LN2,
+    LOG2_ZERO,
+    LOG2E,
+    aligned_row,
+    cut_words,
+    row_programs,
+    same_alignment,
+    tile_ranges,
+    whole_words,
+)
 
 NUM_WARPS = 8
 LANES = 32 * NUM_WARPS
@@ -32,6 +43,50 @@ def _gradient(x, at, row, HAS_ENTROPY_GRAD: tl.constexpr):
     else:
         grad = tl.exp2(log2_p) * constant
     return tl.where(at == label_at, grad + label_grad, grad)
+
+
+@triton.jit
+def write_row(
+    x_ptr, dx_ptr, head, tile_0, begin, end, label, vocab_start, vocab, maximum, log_sum, entropy, label_grad,
+    entropy_grad, inv_temperature, HAS_ENTROPY_GRAD: tl.constexpr, VEC: tl.constexpr, TILE: tl.constexpr,
+    EVICTION: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient at the positions [begin, end) of a row, whose logits start at x_ptr + head.
+
+    The two coefficients, of log-prob and entropy, are already divided by the temperature. It goes from the end to the
+    begin, so that behind a sweep in the other direction the caches have what comes first. EVICTION: how long they
+    should keep it, as tl.load's eviction_policy.
+    """
+    first, last = whole_words(begin, end, VEC)
+    edge_first, edge_step, whole_first, whole_end = tile_ranges(tile_0, first, last, TILE)
+    here = (label >= vocab_start) & (label - vocab_start < vocab)
+    label_at = tl.where(here, label - vocab_start + head, -1).to(tl.int32)
+    # An unused row is not read: its "logits" are 0 and so are all its coefficients. NaN != 0, so NaN is never hidden.
+    used = (label_grad != 0) | (entropy_grad != 0)
+    log2_sum = tl.where(used, log_sum, 0.0) * LOG2E
+    constant = tl.where(used, -label_grad - entropy_grad * entropy, 0.0)
+    slope = -entropy_grad * LN2  # log p = log2 p * LN2
+    maximum = tl.where(used, maximum, 0.0)
+    numbers = (maximum, inv_temperature * LOG2E, log2_sum, constant, slope, label_at, label_grad)
+
+    in_tile = tl.arange(0, TILE)
+    used_tile = tl.broadcast_to(used.to(tl.int32), (TILE,)) != 0  # Triton 3.9's interpreter takes no scalar mask
+    for tile in range(edge_first, last, edge_step):
+        at = tile + in_tile
+        whole = (at >= first) & (at < last)
+        x = tl.load(x_ptr + at, mask=whole & used_tile, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+        dx = _gradient(x, at, numbers, HAS_ENTROPY_GRAD)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=whole, eviction_policy=EVICTION)
+    for tile in range(whole_end - TILE, whole_first - TILE, -TILE):
+        at = tile + in_tile
+        x = tl.load(x_ptr + at, mask=used_tile, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+        dx = _gradient(x, at, numbers, HAS_ENTROPY_GRAD)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), eviction_policy=EVICTION)
+    if (first > begin) | (last < end):
+        at, inside = cut_words(begin, end, VEC)
+        x = tl.load(x_ptr + at, mask=inside & (at < tl.where(used, end, begin)), other=0.0).to(tl.float32)
+        dx = _gradient(x, at, numbers, HAS_ENTROPY_GRAD)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["stride", "out_stride", "vocab", "vocab_start", "tiles_per_program", "ignore_index"])
@@ -65,41 +120,22 @@ def logits_grad_kernel(
     tile_0 = part * tiles_per_program * TILE
     begin = tl.maximum(head, tile_0)
     end = tl.minimum(head + vocab, tile_0 + tiles_per_program * TILE)
-    edge_first, edge_step, whole_first, whole_end = tile_ranges(tile_0, begin, end, TILE)
 
     label_grad = tl.full((), 0.0, tl.float32)
-    label_at = -1
+    label = tl.full((), -1, tl.int64)
     if grad_logprobs_ptr is not None:
         label = tl.load(labels_ptr + row)
         label_grad = tl.where(label == ignore_index, 0.0, tl.load(grad_logprobs_ptr + row) * inv_temperature)
-        inside = (label >= vocab_start) & (label - vocab_start < vocab)
-        label_at = tl.where(inside, label - vocab_start + head, -1).to(tl.int32)
     entropy_grad = tl.full((), 0.0, tl.float32)
     entropy = 0.0
     if grad_entropy_ptr is not None:
         entropy_grad = tl.load(grad_entropy_ptr + row) * inv_temperature
         entropy = tl.load(entropy_ptr + row)
-    # An unused row is not read: its "logits" are 0 and so are all its coefficients. NaN != 0, so NaN is never hidden.
-    used = (label_grad != 0) | (entropy_grad != 0)
-    maximum = tl.where(used, tl.load(maximum_ptr + row), 0.0)
-    log2_sum = tl.where(used, tl.load(log_sum_ptr + row), 0.0) * LOG2E
-    constant = tl.where(used, -label_grad - entropy_grad * entropy, 0.0)
-    slope = -entropy_grad * LN2  # log p = log2 p * LN2
-    numbers = (maximum, inv_temperature * LOG2E, log2_sum, constant, slope, label_at, label_grad)
-    read_end = tl.where(used, end, begin)
-
-    in_tile = tl.arange(0, TILE)
-    used_tile = tl.broadcast_to(used.to(tl.int32), (TILE,)) != 0  # Triton 3.9's interpreter takes no scalar mask
-    for tile in range(edge_first, end, edge_step):
-        at = tile + in_tile
-        x = tl.load(x_ptr + at, mask=(at >= begin) & (at < read_end), other=0.0).to(tl.float32)
-        dx = _gradient(x, at, numbers, grad_entropy_ptr is not None)
-        tl.store(dx_ptr + at, dx.to(out_ptr.dtype.element_ty), mask=(at >= begin) & (at < end))
-    for tile in range(whole_first, whole_end, TILE):
-        at = tile + in_tile
-        x = tl.load(x_ptr + at, mask=used_tile, other=0.0).to(tl.float32)
-        dx = _gradient(x, at, numbers, grad_entropy_ptr is not None)
-        tl.store(dx_ptr + at, dx.to(out_ptr.dtype.element_ty))
+    write_row(
+        x_ptr, dx_ptr, head, tile_0, begin, end, label, vocab_start, vocab, tl.load(maximum_ptr + row),
+        tl.load(log_sum_ptr + row), entropy, label_grad, entropy_grad, inv_temperature,
+        grad_entropy_ptr is not None, VEC, TILE, "",
+    )  # fmt: skip
 
 
 def logits_grad(
@@ -123,15 +159,10 @@ def logits_grad(
     rows, vocab = logits.shape
     vec = ACCESS_BYTES // logits.element_size()
     programs, tiles_per_program = row_programs(logits, LANES * vec)
-    places = [(x.data_ptr(), x.stride(0) * x.element_size()) for x in (logits, out)]
-    if out.dtype == logits.dtype:
-        apart = [x - y for x, y in zip(*places, strict=True)]
-    else:  # a step of one element is not the same number of bytes: all rows must start on a boundary
-        apart = [nbytes for place in places for nbytes in place]
     with torch.cuda.device_of(logits):
         logits_grad_kernel[(rows, programs)](
             logits, labels, maximum, log_sum, entropy, grad_logprobs, grad_entropy, out,
             logits.stride(0), out.stride(0), vocab, vocab_start, tiles_per_program, 1 / temperature, ignore_index,
-            SAME_ALIGNMENT=all(nbytes % ACCESS_BYTES == 0 for nbytes in apart),
+            SAME_ALIGNMENT=same_alignment(logits, out),
             VEC=vec, LANES=LANES, num_warps=NUM_WARPS,
         )  # fmt: skip

@@ -172,10 +172,10 @@ def sample_parts_kernel(
     draw = _no_draw()
     for tile in range(edge_first, end, edge_step):
         at = tile + word
-        x0 = load_inside(x_ptr, at, begin, end)
-        x1 = load_inside(x_ptr, at + STEP, begin, end)
-        x2 = load_inside(x_ptr, at + 2 * STEP, begin, end)
-        x3 = load_inside(x_ptr, at + 3 * STEP, begin, end)
+        x0 = load_inside(x_ptr, at, begin, end, "")
+        x1 = load_inside(x_ptr, at + STEP, begin, end, "")
+        x2 = load_inside(x_ptr, at + 2 * STEP, begin, end, "")
+        x3 = load_inside(x_ptr, at + 3 * STEP, begin, end, "")
         state = absorb(state, x0, x1, x2, x3, tile, scale)
         draw = _draw_tile(draw, x0, x1, x2, x3, tile - head, settings, ALIGNED)
     for tile in range(whole_first, whole_end, TILE):
@@ -213,7 +213,7 @@ def _above(x_ptr, head, vocab, threshold, maximum, scale, VEC: tl.constexpr, WOR
     mass, count = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.int32)
     for tile in range(edge_first, end, edge_step):
         for i in tl.static_range(WORDS):
-            x = load_inside(x_ptr, tile + i * STEP + word, head, end)
+            x = load_inside(x_ptr, tile + i * STEP + word, head, end, "")
             mass, count = _add_above(mass, count, x, threshold, maximum, scale)
     for tile in range(whole_first, whole_end, WORDS * STEP):
         for i in tl.static_range(WORDS):
@@ -242,10 +242,10 @@ def _draw_above(
     draw = _no_draw()
     for tile in range(edge_first, end, edge_step):
         at = tile + word
-        x0 = _candidates(load_inside(x_ptr, at, head, end), pivot, floor, maximum, scale)
-        x1 = _candidates(load_inside(x_ptr, at + STEP, head, end), pivot, floor, maximum, scale)
-        x2 = _candidates(load_inside(x_ptr, at + 2 * STEP, head, end), pivot, floor, maximum, scale)
-        x3 = _candidates(load_inside(x_ptr, at + 3 * STEP, head, end), pivot, floor, maximum, scale)
+        x0 = _candidates(load_inside(x_ptr, at, head, end, ""), pivot, floor, maximum, scale)
+        x1 = _candidates(load_inside(x_ptr, at + STEP, head, end, ""), pivot, floor, maximum, scale)
+        x2 = _candidates(load_inside(x_ptr, at + 2 * STEP, head, end, ""), pivot, floor, maximum, scale)
+        x3 = _candidates(load_inside(x_ptr, at + 3 * STEP, head, end, ""), pivot, floor, maximum, scale)
         draw = _draw_tile(draw, x0, x1, x2, x3, tile - head, settings, ALIGNED)
     for tile in range(whole_first, whole_end, WORDS * STEP):
         ptr = x_ptr + tile + word

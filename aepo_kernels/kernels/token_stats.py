@@ -29,8 +29,10 @@ from aepo_kernels.kernels.common import (
     LOG2E,
     MAX_PROGRAMS_PER_ROW,
     aligned_row,
+    cut_words,
     row_programs,
     tile_ranges,
+    whole_words,
 )
 
 # 4 independent 16-byte loads per thread and 8 resident programs (64 registers each) keep 64 KiB in flight in every
@@ -45,13 +47,13 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite float32: no l
 
 
 @triton.jit
-def load_inside(x_ptr, at, begin, end):
+def load_inside(x_ptr, at, begin, end, EVICTION: tl.constexpr):
     """The logits at positions `at` in float32, -inf outside [begin, end).
 
     A select, because -inf as the load's own default for masked elements takes 24 registers more (80, not 56).
     """
     inside = (at >= begin) & (at < end)
-    return tl.where(inside, tl.load(x_ptr + at, mask=inside).to(tl.float32), -float("inf"))
+    return tl.where(inside, tl.load(x_ptr + at, mask=inside, eviction_policy=EVICTION).to(tl.float32), -float("inf"))
 
 
 @triton.jit
@@ -126,7 +128,7 @@ def merge_lanes(state, x_ptr, begin, end, scale, VEC: tl.constexpr, WORDS: tl.co
     holder = tl.argmax(maximum, 0)
     at = tl.sum(tl.where(lane == holder, own_tile, 0), 0) + holder * VEC
     at += tl.arange(0, WORDS)[:, None] * (LANES * VEC) + tl.arange(0, VEC)[None, :]
-    exact = _rest_of(load_inside(x_ptr, at, begin, end), tl.max(maximum, 0), scale)
+    exact = _rest_of(load_inside(x_ptr, at, begin, end, ""), tl.max(maximum, 0), scale)
     rest = others + tl.where(lane == holder, exact, own - 1)
     return merge(maximum, rest, weighted, scale)
 
@@ -173,19 +175,30 @@ def row_result(rest, weighted):
 
 
 @triton.jit
+def row_stats(maximum, rest, weighted):
+    """(maximum, log_sum, entropy) of a whole row as reference.token_stats has them, from its state."""
+    defined, log_sum, entropy = row_result(rest, weighted)
+    return tl.where(defined, maximum, tl.where(rest < 0, -float("inf"), float("nan"))), log_sum, entropy
+
+
+@triton.jit
+def label_logit(logits_ptr, row, stride, label, vocab_start, vocab, ignore_index):
+    """The logit of the row's label, NaN where there is none."""
+    at = label - vocab_start
+    inside = (label >= vocab_start) & (at < vocab) & (label != ignore_index)
+    return tl.load(logits_ptr + row.to(tl.int64) * stride + at, mask=inside, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
 def _store_row(
     row, maximum, rest, weighted, logits_ptr, labels_ptr, logprobs_ptr, entropy_ptr, maximum_ptr, log_sum_ptr,
     stride, vocab, vocab_start, inv_temperature, ignore_index, SKIP_IGNORED: tl.constexpr,
 ):  # fmt: skip
     """Write the row's results from its state."""
-    nan = float("nan")
-    defined, log_sum, entropy = row_result(rest, weighted)
-    maximum = tl.where(defined, maximum, tl.where(rest < 0, -float("inf"), nan))
+    maximum, log_sum, entropy = row_stats(maximum, rest, weighted)
     if labels_ptr is not None:
         label = tl.load(labels_ptr + row)
-        at = label - vocab_start
-        inside = (label >= vocab_start) & (at < vocab) & (label != ignore_index)
-        x = tl.load(logits_ptr + row.to(tl.int64) * stride + at, mask=inside, other=nan).to(tl.float32)
+        x = label_logit(logits_ptr, row, stride, label, vocab_start, vocab, ignore_index)
         logprob = (x - maximum) * inv_temperature - log_sum
         if SKIP_IGNORED:
             maximum = tl.where(label == ignore_index, 0.0, maximum)
@@ -199,36 +212,72 @@ def _store_row(
 
 
 @triton.jit
-def part_state(
+def absorb_part(
     logits_ptr, row, part, stride, vocab, tiles_per_program, scale,
-    VEC: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr,
+    VEC: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """The state (maximum, rest, weighted) of one program's part of a row; scale = log2(e) / temperature."""
+    """(state of each lane, pointer, begin, end) after the whole words of one program's part of a row, [begin, end).
+
+    scale = log2(e) / temperature. EVICTION: how long the caches should keep the logits, as tl.load's eviction_policy.
+    """
     STEP: tl.constexpr = LANES * VEC
     TILE: tl.constexpr = WORDS * STEP
     x_ptr, head = aligned_row(logits_ptr, row, stride, VEC)
     tile_0 = part * tiles_per_program * TILE
     begin = tl.maximum(head, tile_0)
     end = tl.minimum(head + vocab, tile_0 + tiles_per_program * TILE)
-    edge_first, edge_step, whole_first, whole_end = tile_ranges(tile_0, begin, end, TILE)
+    first, last = whole_words(begin, end, VEC)
+    edge_first, edge_step, whole_first, whole_end = tile_ranges(tile_0, first, last, TILE)
 
     word = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
     state = no_logits(LANES)
-    for tile in range(edge_first, end, edge_step):
-        at = tile + word
-        x0 = load_inside(x_ptr, at, begin, end)
-        x1 = load_inside(x_ptr, at + STEP, begin, end)
-        x2 = load_inside(x_ptr, at + 2 * STEP, begin, end)
-        x3 = load_inside(x_ptr, at + 3 * STEP, begin, end)
-        state = absorb(state, x0, x1, x2, x3, tile, scale)
     for tile in range(whole_first, whole_end, TILE):
         ptr = x_ptr + tile + word
-        x0 = tl.load(ptr).to(tl.float32)
-        x1 = tl.load(ptr + STEP).to(tl.float32)
-        x2 = tl.load(ptr + 2 * STEP).to(tl.float32)
-        x3 = tl.load(ptr + 3 * STEP).to(tl.float32)
+        x0 = tl.load(ptr, eviction_policy=EVICTION).to(tl.float32)
+        x1 = tl.load(ptr + STEP, eviction_policy=EVICTION).to(tl.float32)
+        x2 = tl.load(ptr + 2 * STEP, eviction_policy=EVICTION).to(tl.float32)
+        x3 = tl.load(ptr + 3 * STEP, eviction_policy=EVICTION).to(tl.float32)
         state = absorb(state, x0, x1, x2, x3, tile, scale)
-    return merge_lanes(state, x_ptr, begin, end, scale, VEC, WORDS, LANES)
+    for tile in range(edge_first, last, edge_step):
+        at = tile + word
+        x0 = load_inside(x_ptr, at, first, last, EVICTION)
+        x1 = load_inside(x_ptr, at + STEP, first, last, EVICTION)
+        x2 = load_inside(x_ptr, at + 2 * STEP, first, last, EVICTION)
+        x3 = load_inside(x_ptr, at + 3 * STEP, first, last, EVICTION)
+        state = absorb(state, x0, x1, x2, x3, tile, scale)
+    return state, x_ptr, begin, end
+
+
+@triton.jit
+def merge_part(state, x_ptr, begin, end, scale, VEC: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr):
+    """The state (maximum, rest, weighted) of a part from what absorb_part returned: the lanes and the cut words."""
+    first, last = whole_words(begin, end, VEC)
+    maximum, rest, weighted = merge_lanes(state, x_ptr, first, last, scale, VEC, WORDS, LANES)
+    if (first > begin) | (last < end):
+        at, inside = cut_words(begin, end, VEC)
+        x = tl.where(inside, tl.load(x_ptr + at, mask=inside).to(tl.float32), -float("inf"))
+        x = tl.expand_dims(x, 0)
+        cut_maximum = tl.maximum(tl.max(tl.max(x, 1), 0), LOWEST)
+        cut_rest = _rest_of(x, cut_maximum, scale)
+        _, cut_weighted = _sums(x, tl.full((1,), 0.0, tl.float32) + cut_maximum, scale)
+        is_cut = tl.arange(0, 2) == 1
+        maximum, rest, weighted = merge(
+            tl.where(is_cut, cut_maximum, maximum), tl.where(is_cut, cut_rest, rest),
+            tl.where(is_cut, tl.sum(cut_weighted, 0), weighted), scale,
+        )  # fmt: skip
+    return maximum, rest, weighted
+
+
+@triton.jit
+def part_state(
+    logits_ptr, row, part, stride, vocab, tiles_per_program, scale,
+    VEC: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The state (maximum, rest, weighted) of one program's part of a row."""
+    state, x_ptr, begin, end = absorb_part(
+        logits_ptr, row, part, stride, vocab, tiles_per_program, scale, VEC, WORDS, LANES, ""
+    )
+    return merge_part(state, x_ptr, begin, end, scale, VEC, WORDS, LANES)
 
 
 @triton.jit(do_not_specialize=["stride", "vocab", "vocab_start", "tiles_per_program", "ignore_index"])

@@ -1,6 +1,6 @@
 """Checks of arguments, shared by the operations. They read shapes and dtypes only, so torch.compile can trace them;
-those that read values (`check_labels`, `check_mask`, `check_cu_seqlens`) run inside the registered operations, and only
-for CPU tensors, where they cost no synchronisation."""
+those that read values (`check_labels`, `check_mask`, `check_counts`, `check_cu_seqlens`) run inside the registered
+operations, and only for CPU tensors, where they cost no synchronisation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def check_float_tensor(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be bfloat16, float16, float32 or float64; got {x.dtype}")
 
 
-def check_logits(logits: Tensor, *, inplace: bool = False) -> None:
+def check_logits(logits: Tensor, *, inplace: str | None = None) -> None:
+    """`inplace`: the argument that lets the gradient be written over them."""
     check_float_tensor("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be [.., V] with V >= 1; got shape {tuple(logits.shape)}")
@@ -31,10 +32,10 @@ def check_logits(logits: Tensor, *, inplace: bool = False) -> None:
             "They are not copied behind your back: call .contiguous() if a copy is what you want"
         )
     if inplace and isinstance(logits, torch.nn.Parameter):
-        raise ValueError("inplace_backward=True would write the gradient over a parameter; got logits that are one")
+        raise ValueError(f"{inplace}=True would write the gradient over a parameter; got logits that are one")
     if inplace and _overlaps(logits):
         raise ValueError(
-            f"inplace_backward=True needs rows of their own; got expanded or overlapping logits, shape "
+            f"{inplace}=True needs rows of their own; got expanded or overlapping logits, shape "
             f"{tuple(logits.shape)}, strides {logits.stride()}"
         )
 
@@ -81,14 +82,28 @@ def check_divisor(name: str, x: float) -> None:
         raise ValueError(f"{name} must be in [{1 / LARGEST:g}, {LARGEST:g}]; got {x}")
 
 
+def check_mask_tensor(mask: Tensor, shape: torch.Size, device: torch.device) -> None:
+    check_like("mask", mask, "the tokens", shape, device)
+    if mask.is_complex():
+        raise TypeError(f"mask must be bool, integer or floating point with zeros and ones; got {mask.dtype}")
+
+
 def check_mask(mask: Tensor) -> None:
     """A floating-point mask holds zeros and ones alone. Reads values: CPU tensors only."""
     wrong = mask[(mask != 0) & (mask != 1)]
     if len(wrong):
         raise ValueError(
             f"mask must hold 0 and 1 alone where it is floating point; got {wrong[0].item()}. "
-            "Weights of tokens belong into advantages"
+            "A token's weight in the loss is what weights= takes"
         )
+
+
+def check_counts(counts: Tensor) -> None:
+    """Whole numbers >= 0. Reads values: CPU tensors only."""
+    wrong = ~((counts >= 0) & (counts == counts.floor()) & counts.isfinite())
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise ValueError(f"counts must be whole numbers >= 0; got {counts[at].item()} at position {at}")
 
 
 def check_labels(labels: Tensor, skipped: Tensor, vocab: int) -> None:

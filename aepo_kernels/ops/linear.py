@@ -112,6 +112,11 @@ BOUNDS = (1, 4)
 NEAR_THE_TOP = 13
 
 
+# `keep` chooses the scale of the weight's gradient before it knows all coefficients. With float16 operands (CUDA) one
+# may be 2^12 times larger than expected before the gradient becomes inf.
+HEADROOM = 2.0**10
+
+
 class GradientRows(NamedTuple):
     """Rows on their way to the gradient of their logits and through the products behind it.
 
@@ -357,7 +362,7 @@ def statistics_and_gradients(
     labels: Tensor,
     used: Tensor,
     coefficients: Callable[[slice, TokenStats], Coefficients],
-    size: Tensor,
+    size: Tensor | None,
     wanted: Wanted,
 ) -> tuple[TokenStats, Gradients, Tensor]:
     """Statistics of the rows `used` [R] of hidden [T, D] and their gradients in one pass, the `keep` schedule: three
@@ -365,10 +370,10 @@ def statistics_and_gradients(
     returned beside them.
 
     `coefficients` gives those of a slice of the used rows from its statistics. `size` [] is about the largest of their
-    `sizes`; where one is 4 times larger, float16 operands may overflow (CUDA).
+    `sizes` (None: as in the first chunk); where one is 4096 times larger, float16 operands may overflow (CUDA).
     """
     labels, operand = labels[used], hidden[used].to(head.operand_dtype)
-    to_common = scales(operand, size)
+    to_common = None if size is None else scales(operand, size * HEADROOM)
     room = head.room(len(used), len(head.weight), head.acc)
     room_for_gradient = head.room_for_gradient(len(used))
     to_hidden = head.empty(*operand.shape) if wanted.hidden else None
@@ -382,7 +387,12 @@ def statistics_and_gradients(
             parts.append(head.statistics(kept[:, tile], tile, labels[chunk]))
         stats = head.over_ranks(head.merge_tiles(parts, labels[chunk]), labels[chunk])
         given = coefficients(chunk, stats)
-        of_chunk = gradient_rows(operand[chunk], labels[chunk], stats, given, given.sizes(head.temperature), to_common)
+        sizes = given.sizes(head.temperature)
+        if to_common is None:
+            share = Coefficients(head.empty(1).fill_(1 / max(len(used), 1)), None).sizes(head.temperature)
+            size = largest(sizes)
+            to_common = scales(operand, torch.where(size > SMALLEST, size, share.amax()) * HEADROOM)
+        of_chunk = gradient_rows(operand[chunk], labels[chunk], stats, given, sizes, to_common)
         for tile, weight in head.vocabulary():
             sums = Sums(_part(to_hidden, chunk), _part(to_weight, tile), _part(to_bias, tile))
             head.add_gradient(sums, kept[:, tile], room_for_gradient, weight, tile, of_chunk, chunk.start == 0)
@@ -390,11 +400,16 @@ def statistics_and_gradients(
             to_hidden[chunk].mul_(of_chunk.sizes[:, None])
         merged.append(stats)
     stats = TokenStats(*(torch.cat(field) for field in zip(*merged, strict=True)))
+    assert to_common is not None  # there is a chunk even without tokens
     grad_hidden = None if to_hidden is None else _over_ranks(head, to_hidden, hidden, used)
     if to_bias is not None:
         to_bias.mul_(to_common.bias)
     grads = Gradients(*(head.empty(0) if x is None else x for x in (grad_hidden, to_weight, to_bias)))
     return stats, grads, to_common.weight
+
+
+SMALLEST = 2.0**-100
+"""Size of a row without a gradient."""
 
 
 def power_of_two(x: Tensor, shift: int) -> Tensor:
@@ -407,7 +422,7 @@ def power_of_two(x: Tensor, shift: int) -> Tensor:
 
 def largest(sizes: Tensor) -> Tensor:
     """The largest [] of powers of two [R]; the smallest one there is if R = 0."""
-    return torch.cat((sizes, sizes.new_full((1,), 2.0**-100))).amax()
+    return torch.cat((sizes, sizes.new_full((1,), SMALLEST))).amax()
 
 
 def _part(x: Tensor | None, index: Tensor | slice) -> Tensor | None:

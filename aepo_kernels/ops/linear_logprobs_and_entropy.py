@@ -7,6 +7,7 @@ backward).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 torch.library.define(
     "aepo::linear_token_stats",
     "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, str? group, int vocab_start, float temperature, "
-    "float? softcap, int ignore_index, str? backend) "
+    "float? softcap, int ignore_index, bool skip_ignored, str? backend) "
     "-> (Tensor logprobs, Tensor entropy, Tensor maximum, Tensor log_sum)",
 )
 torch.library.define(
@@ -61,6 +62,7 @@ def _linear_token_stats(
     temperature: float,
     softcap: float | None,
     ignore_index: int,
+    skip_ignored: bool,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
     ignored = labels == ignore_index
@@ -68,8 +70,16 @@ def _linear_token_stats(
         check_labels(labels, ignored, len(weight))
     shard = Shard(group, vocab_start)
     head = linear.Head(weight, bias, temperature, softcap, backends.resolve(backend, hidden), shard)
-    stats = linear.statistics(head, *flat_rows(hidden, labels, ignored))
-    return tuple(x.view(labels.shape) for x in stats)
+    flat_hidden, flat_labels = flat_rows(hidden, labels, ignored)
+    if not skip_ignored:
+        return tuple(x.view(labels.shape) for x in linear.statistics(head, flat_hidden, flat_labels))
+    used = (flat_labels != rows.NO_LABEL).nonzero()[:, 0]
+    return of_all_tokens(linear.statistics(head, flat_hidden[used], flat_labels[used]), used, labels.shape)
+
+
+def of_all_tokens(stats: TokenStats, used: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+    """Statistics of the tokens `used` [R] as those of all [..], 0 for the others."""
+    return tuple(x.new_zeros(shape.numel()).index_copy_(0, used, x).view(shape) for x in stats)
 
 
 @torch.library.register_fake("aepo::linear_token_stats")
@@ -117,8 +127,22 @@ def _linear_grad(
 
 
 @torch.library.register_fake("aepo::linear_grad")
-def _linear_grad_fake(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    return fake_gradients(hidden, weight, *others[-7:-4])
+def _linear_grad_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    maximum: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    group: str | None,
+    sequence_parallel: bool,
+    wanted: list[bool],
+    *settings: Any,
+) -> tuple[Tensor, ...]:
+    return fake_gradients(hidden, weight, group, sequence_parallel, wanted)
 
 
 def fake_gradients(
@@ -134,26 +158,32 @@ def fake_gradients(
 
 
 class _LinearTokenStats(torch.autograd.Function):
-    """(hidden, weight, labels, bias, ..) -> (logprobs, entropy), differentiable once in hidden, weight and bias."""
+    """(hidden, weight, bias, labels, ..) -> (logprobs, entropy), differentiable once in the first three."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        labels: Tensor,
         bias: Tensor | None,
+        labels: Tensor,
         shard: Shard,
         sequence_parallel: bool,
-        *settings: Any,
+        temperature: float,
+        softcap: float | None,
+        ignore_index: int,
+        skip_ignored: bool,
+        backend: str | None,
     ) -> tuple[Tensor, Tensor]:
         if sequence_parallel and shard.group is not None:
             hidden = torch.ops.aepo.gather_tokens(hidden, shard.group)
+        settings = (temperature, softcap, ignore_index)
         logprobs, entropy, maximum, log_sum = torch.ops.aepo.linear_token_stats(
-            hidden, weight, labels, bias, *shard, *settings
+            hidden, weight, labels, bias, *shard, *settings, skip_ignored, backend
         )
         ctx.save_for_backward(hidden, weight, labels, bias, maximum, log_sum, entropy)
-        ctx.group, ctx.sequence_parallel, ctx.settings = shard.group, sequence_parallel, settings
+        ctx.group, ctx.sequence_parallel, ctx.settings = shard.group, sequence_parallel, (*settings, backend)
+        ctx.skipped = ignore_index if skip_ignored else None
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
@@ -161,12 +191,21 @@ class _LinearTokenStats(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * (6 + len(ctx.settings))
-        wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+            return (None,) * 11
+        labels = ctx.saved_tensors[2]
+        if ctx.skipped is not None:  # such a token has no part in anything, and its label may be anything
+            grad_logprobs, grad_entropy = (
+                None if x is None else x.masked_fill(labels == ctx.skipped, 0) for x in (grad_logprobs, grad_entropy)
+            )
+        wanted = list(ctx.needs_input_grad[:3])
         where = (ctx.group, ctx.sequence_parallel, wanted)
         grads = torch.ops.aepo.linear_grad(*ctx.saved_tensors, grad_logprobs, grad_entropy, *where, *ctx.settings)
-        hidden, weight, bias = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
-        return hidden, weight, None, bias, None, None, *[None] * len(ctx.settings)
+        return *only(wanted, grads), *[None] * 8
+
+
+def only(wanted: list[bool], gradients: Sequence[Tensor]) -> Iterator[Tensor | None]:
+    """Those that somebody needs."""
+    return (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
 
 
 def check_linear(
@@ -253,5 +292,23 @@ def linear_logprobs_and_entropy(
     check_linear(hidden, weight, labels, bias, softcap, process_group, sequence_parallel)
     check_temperature(temperature)
     labels, ignore_index = local_labels(labels.to(torch.int64), ignore_index, shard)
-    settings = (float(temperature), None if softcap is None else float(softcap), ignore_index, backend)
-    return _LinearTokenStats.apply(hidden, weight, labels, bias, shard, sequence_parallel, *settings)
+    softcap = None if softcap is None else float(softcap)
+    settings = (float(temperature), softcap, ignore_index, False, backend)
+    return _LinearTokenStats.apply(hidden, weight, bias, labels, shard, sequence_parallel, *settings)
+
+
+def linear_loss_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: float,
+    softcap: float | None,
+    shard: Shard,
+    sequence_parallel: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [..] for a loss, from checked arguments: rows labelled rows.NO_LABEL take part in no
+    product, have 0 in both, and get gradient 0."""
+    settings = (temperature, softcap, rows.NO_LABEL, True, backend)
+    return _LinearTokenStats.apply(hidden, weight, bias, labels, shard, sequence_parallel, *settings)

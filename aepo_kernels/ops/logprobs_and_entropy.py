@@ -8,10 +8,12 @@ backend when they run; Triton and the compiled extension are not needed to trace
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.function import once_differentiable
 
 from aepo_kernels import backend as backends
@@ -28,7 +30,8 @@ GRAD_ARGS = (
 )
 torch.library.define(
     "aepo::token_stats",
-    "(Tensor logits, Tensor? labels, float temperature, int ignore_index, str? group, int vocab_start, str? backend) "
+    "(Tensor logits, Tensor? labels, float temperature, int ignore_index, bool skip_ignored, str? group, "
+    "int vocab_start, str? backend) "
     "-> (Tensor logprobs, Tensor entropy, Tensor maximum, Tensor log_sum)",
 )
 torch.library.define("aepo::logits_grad", f"(Tensor logits, {GRAD_ARGS}) -> Tensor")
@@ -41,6 +44,7 @@ def _token_stats(
     labels: Tensor | None,
     temperature: float,
     ignore_index: int,
+    skip_ignored: bool,
     group: str | None,
     vocab_start: int,
     backend: str | None,
@@ -48,7 +52,7 @@ def _token_stats(
     backend = backends.resolve(backend, logits)
     if labels is not None and labels.device.type == "cpu" and group is None:
         check_labels(labels, labels == ignore_index, logits.shape[-1])
-    stats = rows.token_stats(backend, logits, labels, temperature, ignore_index, False)
+    stats = rows.token_stats(backend, logits, labels, temperature, ignore_index, skip_ignored)
     return merge_over_ranks(stats, labels, logits.shape[-1], temperature, Shard(group, vocab_start))
 
 
@@ -95,14 +99,17 @@ class _TokenStats(torch.autograd.Function):
         labels: Tensor | None,
         temperature: float,
         ignore_index: int,
+        skip_ignored: bool,
         shard: Shard,
+        inplace_backward: bool,
         backend: str | None,
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropy, maximum, log_sum = torch.ops.aepo.token_stats(
-            logits, labels, temperature, ignore_index, *shard, backend
+            logits, labels, temperature, ignore_index, skip_ignored, *shard, backend
         )
         ctx.save_for_backward(logits, labels, maximum, log_sum, entropy)
         ctx.settings = (temperature, ignore_index, backend)
+        ctx.skip_ignored, ctx.inplace = skip_ignored, inplace_backward
         ctx.set_materialize_grads(False)  # an output that is not used costs nothing backward
         return logprobs, entropy
 
@@ -112,8 +119,46 @@ class _TokenStats(torch.autograd.Function):
         logits, labels, *stats = ctx.saved_tensors
         if labels is None:
             grad_logprobs = None
-        grad = torch.ops.aepo.logits_grad(logits, labels, *stats, grad_logprobs, grad_entropy, *ctx.settings)
-        return grad, None, None, None, None, None
+        if ctx.skip_ignored and grad_entropy is not None:
+            grad_entropy = grad_entropy.masked_fill(labels == ctx.settings[1], 0)
+        args = (labels, *stats, grad_logprobs, grad_entropy, *ctx.settings)
+        if ctx.inplace:
+            # The graph of a compiler has no version counters, so nobody would notice who else needs the logits. A copy
+            # is right whoever does, and where nobody does the compiler writes it over the logits (inductor of 2.13).
+            grad = logits.clone() if is_traced(logits) else logits.detach()
+            torch.ops.aepo.logits_grad_(grad, *args)
+        else:
+            grad = torch.ops.aepo.logits_grad(logits, *args)
+        return grad, *[None] * 7
+
+
+def is_traced(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() or isinstance(x, FunctionalTensor)
+
+
+def may_overwrite(argument: str) -> bool:
+    """Whether an operation that is allowed to write over the logits may do so here.
+
+    Not while tensors are saved through hooks: then PyTorch checks no versions when they are used again, and who saved
+    the logits before would silently get what was written over them.
+    """
+    if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return True
+    warnings.warn(
+        f"{argument}: saved-tensor hooks are active (activation checkpointing or offloading), under which PyTorch "
+        "cannot tell who else needs the logits; their gradient gets a tensor of its own",
+        stacklevel=3,
+    )
+    return False
+
+
+def loss_statistics(
+    logits: Tensor, labels: Tensor, temperature: float, shard: Shard, inplace_backward: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [..] for a loss, from checked arguments: rows labelled rows.NO_LABEL are not read, have 0
+    in both, and get gradient 0. With `inplace_backward` the gradient is written over the logits."""
+    inplace = inplace_backward and may_overwrite("inplace_backward=True")
+    return _TokenStats.apply(logits, labels, temperature, rows.NO_LABEL, True, shard, inplace, backend)
 
 
 def logprobs_and_entropy(
@@ -153,7 +198,7 @@ def logprobs_and_entropy(
     check_integer("labels", labels)
     shard = shard_of(process_group, vocab_start)
     labels, ignore_index = local_labels(labels.to(torch.int64), ignore_index, shard)
-    return _TokenStats.apply(logits, labels, float(temperature), ignore_index, shard, backend)
+    return _TokenStats.apply(logits, labels, float(temperature), ignore_index, False, shard, False, backend)
 
 
 def selective_log_softmax(
@@ -176,7 +221,7 @@ def selective_log_softmax(
     check_integer("index", index)
     shard = shard_of(process_group, vocab_start)
     index, no_label = local_labels(index.to(torch.int64), rows.NO_LABEL, shard)
-    logprobs, _ = _TokenStats.apply(logits, index, float(temperature), no_label, shard, backend)
+    logprobs, _ = _TokenStats.apply(logits, index, float(temperature), no_label, False, shard, False, backend)
     return logprobs
 
 
@@ -196,5 +241,5 @@ def entropy_from_logits(
     check_logits(logits)
     check_temperature(temperature)
     shard = shard_of(process_group, None if process_group is None else 0)  # without labels the ids do not matter
-    _, entropy = _TokenStats.apply(logits, None, float(temperature), rows.NO_LABEL, shard, backend)
+    _, entropy = _TokenStats.apply(logits, None, float(temperature), rows.NO_LABEL, False, shard, False, backend)
     return entropy

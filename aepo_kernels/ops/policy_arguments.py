@@ -1,26 +1,16 @@
-"""The arguments that the two policy losses share, checked and put in the order of the registered schemas."""
+"""The arguments that the policy losses share, checked."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from aepo_kernels.objective import LARGEST, PolicyObjective
-from aepo_kernels.ops.checks import check_device, check_float_tensor, check_integer, check_like
+from aepo_kernels.ops.call import PolicyCall
+from aepo_kernels.ops.checks import check_device, check_float_tensor, check_integer, check_like, check_mask_tensor
 from aepo_kernels.ops.rows import acc_dtype
-
-# What both policy operations take after their own tensors.
-POLICY_ARGS = (
-    "Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
-    "Tensor? cu_seqlens, Tensor? entropy_stats, Tensor? denominator, str aggregation, bool sequence_ratio, "
-    "float low, float high, float grad_low, float grad_high, float dual_clip, bool detached_ratio, "
-    "float entropy_advantage, bool clamp_factor, float kl_coef, int kl_estimator, float entropy_bonus, "
-    "float importance_cap, str? backend"
-)
-MASK, ENTROPY_BONUS = 2, -3  # positions in these arguments
 
 
 def policy_arguments(
@@ -32,25 +22,29 @@ def policy_arguments(
     mask: Tensor,
     *,
     has_entropy: bool,
+    weights: Tensor | None,
+    counts: Tensor | None,
     ref_logprobs: Tensor | None,
     rollout_logprobs: Tensor | None,
     cu_seqlens: Tensor | None,
     entropy_stats: tuple[float | Tensor, float | Tensor] | None,
     denominator: float | Tensor | None,
     backend: str | None,
-) -> tuple[Any, ...]:
-    """The arguments of a call whose tokens have this shape and lie beside `like`, in the order of POLICY_ARGS."""
+) -> PolicyCall:
+    """The arguments of a call whose tokens have this shape and lie beside `like`."""
     if not isinstance(objective, PolicyObjective):
         raise TypeError(f"objective must be a PolicyObjective, e.g. PolicyObjective.preset('aepo'); got {objective!r}")
     advantages = _per_token(advantages, shape)
     per_token = {"old_logprobs": old_logprobs, "advantages": advantages}
-    optional = {"ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs}
+    optional = {"weights": weights, "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs}
     for name, x in (per_token | {name: x for name, x in optional.items() if x is not None}).items():
         check_like(name, x, "the tokens", shape, like.device)
         check_float_tensor(name, x)
-    check_like("mask", mask, "the tokens", shape, like.device)
-    if mask.is_complex():
-        raise TypeError(f"mask must be bool, integer or floating point with zeros and ones; got {mask.dtype}")
+    check_mask_tensor(mask, shape, like.device)
+    if counts is not None:
+        check_like("counts", counts, "the tokens", shape, like.device)
+        if counts.is_complex() or counts.dtype == torch.bool:
+            raise TypeError(f"counts must hold whole numbers, integer or floating point; got {counts.dtype}")
     if cu_seqlens is not None:
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1:
             raise TypeError("cu_seqlens must be a 1-D integer tensor [N + 1]")
@@ -63,6 +57,7 @@ def policy_arguments(
         rollout_logprobs=rollout_logprobs is not None,
         cu_seqlens=cu_seqlens is not None or len(shape) > 1,
         denominator=denominator is not None,
+        weights=weights is not None,
     )
     stats = None
     if entropy_stats is not None:
@@ -71,9 +66,22 @@ def policy_arguments(
         mean, std = entropy_stats
         stats = torch.stack([_scalar("entropy_stats mean", mean, like), _scalar("entropy_stats std", std, like, 0.0)])
     share = None if denominator is None else _scalar("denominator", denominator, like, math.ulp(0.0))
-    others = (ref_logprobs, rollout_logprobs, cu_seqlens, stats, share)
-    sequence_ratio = objective.ratio_level == "sequence"
-    return (old_logprobs, advantages, mask, *others, objective.aggregation, sequence_ratio, *objective.terms(), backend)
+    return PolicyCall(
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        mask=mask,
+        weights=weights,
+        counts=counts,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        cu_seqlens=cu_seqlens,
+        entropy_stats=stats,
+        denominator=share,
+        aggregation=objective.aggregation,
+        sequence_ratio=objective.ratio_level == "sequence",
+        numbers=list(objective.numbers()),
+        backend=backend,
+    )
 
 
 def _per_token(advantages: Tensor, shape: torch.Size) -> Tensor:

@@ -5,8 +5,6 @@ Registers aepo::policy_loss, which computes the loss and its gradients together;
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,16 +12,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from aepo_kernels import backend as backends
-from aepo_kernels.objective import LARGEST, PolicyObjective
-from aepo_kernels.ops.aggregation import token_weights
-from aepo_kernels.ops.checks import check_cu_seqlens, check_float_tensor, check_like, check_mask
-from aepo_kernels.ops.policy_arguments import ENTROPY_BONUS, POLICY_ARGS, policy_arguments
+from aepo_kernels.objective import METRICS, ObjectiveNumbers, PolicyObjective
+from aepo_kernels.ops.call import POLICY_CALL, PolicyCall
+from aepo_kernels.ops.checks import check_float_tensor, check_like
+from aepo_kernels.ops.policy_arguments import policy_arguments
+from aepo_kernels.ops.policy_tensors import policy_tensors, run_policy_terms
 from aepo_kernels.ops.rows import acc_dtype
-from aepo_kernels.reference.policy_terms import METRICS
 
 torch.library.define(
     "aepo::policy_loss",
-    f"(Tensor logprobs, Tensor? entropy, {POLICY_ARGS}) "
+    f"(Tensor logprobs, Tensor? entropy, {POLICY_CALL}) "
     "-> (Tensor loss, Tensor grad_logprobs, Tensor grad_entropy, Tensor metrics)",
 )
 
@@ -40,145 +38,57 @@ class PolicyLoss(NamedTuple):
     of tokens whose factor is negative); with ref_logprobs kl."""
 
 
-class PolicyTensors(NamedTuple):
-    """What the stage `policy_terms` takes besides log-probs, entropies and the objective's numbers: flat, in the dtype
-    of the accumulation."""
-
-    old_logprobs: Tensor  # [T]
-    advantages: Tensor  # [T]
-    weight: Tensor  # [T]
-    ref_logprobs: Tensor | None  # [T]
-    rollout_logprobs: Tensor | None  # [T]
-    cu_seqlens: Tensor | None  # [N + 1], given = one ratio per sequence
-    entropy_stats: Tensor | None  # [2]
-
-    def of_tokens(self, index: Tensor | slice) -> PolicyTensors:
-        """Those of some tokens, whose ratios must not depend on others."""
-
-        def part(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[index]
-
-        return self._replace(
-            old_logprobs=self.old_logprobs[index],
-            advantages=self.advantages[index],
-            weight=self.weight[index],
-            ref_logprobs=part(self.ref_logprobs),
-            rollout_logprobs=part(self.rollout_logprobs),
-            cu_seqlens=None,
-        )
-
-
-def policy_tensors(
-    shape: torch.Size,
-    acc: torch.dtype,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    ref_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
-    cu_seqlens: Tensor | None,
-    entropy_stats: Tensor | None,
-    denominator: Tensor | None,
-    aggregation: str,
-    sequence_ratio: bool,
-) -> PolicyTensors:
-    """Check what can be checked of the values, and weigh the tokens, which have this shape."""
-
-    def flat(x: Tensor | None) -> Any:
-        return None if x is None else x.reshape(-1).to(acc).contiguous()
-
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.to(torch.int64)
-        if cu_seqlens.device.type == "cpu":
-            check_cu_seqlens(cu_seqlens, shape.numel())
-    elif len(shape) > 1:  # every row of [B, L] is a sequence
-        cu_seqlens = torch.arange(shape[:-1].numel() + 1, device=mask.device) * shape[-1]
-    if denominator is not None:
-        denominator = _in_range("denominator", denominator, 1 / LARGEST, LARGEST)
-    if entropy_stats is not None:
-        mean, std = entropy_stats.unbind()
-        mean = _in_range("entropy_stats mean", mean, -LARGEST, LARGEST)
-        entropy_stats = torch.stack((mean, _in_range("entropy_stats std", std, 0, LARGEST)))
-    weight = token_weights(mask.reshape(-1) != 0, cu_seqlens, aggregation, denominator, acc)
-    if mask.is_floating_point():  # 0.5 is neither: an error where values can be read at no cost, else a NaN loss
-        if mask.device.type == "cpu":
-            check_mask(mask)
-        else:
-            weight = weight.masked_fill((mask.reshape(-1) != 0) & (mask.reshape(-1) != 1), torch.nan)
-    return PolicyTensors(
-        flat(old_logprobs),
-        flat(advantages),
-        weight,
-        flat(ref_logprobs),
-        flat(rollout_logprobs),
-        cu_seqlens if sequence_ratio else None,
-        flat(entropy_stats),
+@torch.library.impl("aepo::policy_loss", "CompositeExplicitAutograd")
+def _policy_loss(logprobs: Tensor, entropy: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], grad_logprobs [..], grad_entropy [..] or [0] without an entropy bonus, metrics [11])."""
+    call, shape = PolicyCall(*args), logprobs.shape
+    loss, grad_logprobs, grad_entropy, metrics = run_policy_terms(
+        backends.resolve(call.backend, logprobs),
+        logprobs.reshape(-1).contiguous(),
+        None if entropy is None else entropy.reshape(-1).to(logprobs.dtype).contiguous(),
+        policy_tensors(shape, logprobs.dtype, call),
+        ObjectiveNumbers(*call.numbers),
     )
-
-
-def run_policy_terms(
-    backend: str, logprobs: Tensor, entropy: Tensor | None, tensors: PolicyTensors, numbers: Sequence[Any]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The stage `policy_terms` for flat log-probs and entropies."""
-    old_logprobs, advantages, weight, *others = tensors
-    return backends.stage(backend, "policy_terms")(
-        logprobs, old_logprobs, advantages, weight, entropy, *others, *numbers
-    )
-
-
-def _in_range(name: str, x: Tensor, low: float, high: float) -> Tensor:
-    """A number [], given as a tensor perhaps. Out of range it raises on the CPU; elsewhere, where reading it would
-    wait, it becomes NaN, so that the loss shows it."""
-    if x.device.type == "cpu":
-        if low > 0 and not 0 < x.item() < math.inf:
-            raise ValueError(f"{name} must be > 0 and finite; got {x.item()}")
-        if not low <= x.item() <= high:
-            raise ValueError(f"{name} must be in [{low:g}, {high:g}]; got {x.item()}")
-        return x
-    return x.where(x == x.clamp(low, high), torch.nan)
-
-
-NUM_TENSORS = 10
-"""Of POLICY_ARGS, those that `policy_tensors` takes; the objective's numbers and the backend follow."""
-
-
-def policy_terms(logprobs: Tensor, entropy: Tensor | None, *policy_args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weigh the tokens and run the stage `policy_terms`: (loss [], grad_logprobs [..], grad_entropy, metrics [11])."""
-    *numbers, backend = policy_args[NUM_TENSORS:]
-    shape = logprobs.shape
-    tensors = policy_tensors(shape, logprobs.dtype, *policy_args[:NUM_TENSORS])
-    flat_entropy = None if entropy is None else entropy.reshape(-1).to(logprobs.dtype).contiguous()
-    flat_logprobs = logprobs.reshape(-1).contiguous()
-    outputs = run_policy_terms(backends.resolve(backend, logprobs), flat_logprobs, flat_entropy, tensors, numbers)
-    loss, grad_logprobs, grad_entropy, metrics = outputs
     return loss, grad_logprobs.view(shape), grad_entropy.view(shape) if grad_entropy.numel() else grad_entropy, metrics
 
 
-torch.library.impl("aepo::policy_loss", "CompositeExplicitAutograd")(policy_terms)
-
-
 @torch.library.register_fake("aepo::policy_loss")
-def policy_terms_fake(logprobs: Tensor, entropy: Tensor | None, *policy_args: Any) -> tuple[Tensor, ...]:
-    grad_entropy = logprobs.new_empty(logprobs.shape if policy_args[ENTROPY_BONUS] != 0 else 0)
+def _policy_loss_fake(logprobs: Tensor, entropy: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    has_bonus = ObjectiveNumbers(*PolicyCall(*args).numbers).entropy_bonus != 0
+    grad_entropy = logprobs.new_empty(logprobs.shape if has_bonus else 0)
     return logprobs.new_empty(()), logprobs.new_empty(logprobs.shape), grad_entropy, logprobs.new_empty(len(METRICS))
 
 
-class _PolicyLoss(torch.autograd.Function):
-    """(logprobs, entropy or None, *policy_args) -> (loss, metrics), differentiable once in the first two."""
+class KnownGradients(torch.autograd.Function):
+    """(logprobs, entropy or None, loss, grad_logprobs, grad_entropy or None) -> loss, whose gradients in the first two
+    are the last two times that of the loss."""
 
     @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, *policy_args: Any) -> tuple[Tensor, Tensor]:
-        loss, grad_logprobs, grad_entropy, metrics = torch.ops.aepo.policy_loss(logprobs, entropy, *policy_args)
+    def forward(
+        ctx: Any,
+        logprobs: Tensor,
+        entropy: Tensor | None,
+        loss: Tensor,
+        grad_logprobs: Tensor,
+        grad_entropy: Tensor | None,
+    ) -> Tensor:
         ctx.save_for_backward(grad_logprobs, grad_entropy)
-        ctx.has_bonus, ctx.others = policy_args[ENTROPY_BONUS] != 0, len(policy_args)
-        ctx.mark_non_differentiable(metrics)
-        return loss, metrics
+        return loss.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_logprobs, grad_entropy = ctx.saved_tensors
-        return grad_loss * grad_logprobs, grad_loss * grad_entropy if ctx.has_bonus else None, *[None] * ctx.others
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (None if x is None else grad_loss * x for x in ctx.saved_tensors)
+        return *gradients, None, None, None
+
+
+def loss_of_call(logprobs: Tensor, entropy: Tensor | None, call: PolicyCall) -> tuple[Tensor, Tensor]:
+    """(loss [], metrics [11]) of log-probs and entropies [..] in the dtype of the accumulation."""
+    with torch.no_grad():
+        loss, grad_logprobs, grad_entropy, metrics = torch.ops.aepo.policy_loss(logprobs, entropy, *call)
+    has_bonus = ObjectiveNumbers(*call.numbers).entropy_bonus != 0
+    loss = KnownGradients.apply(logprobs, entropy, loss, grad_logprobs, grad_entropy if has_bonus else None)
+    return loss, metrics
 
 
 def policy_metrics(
@@ -204,6 +114,8 @@ def policy_loss(
     *,
     objective: PolicyObjective,
     entropy: Tensor | None = None,
+    weights: Tensor | None = None,
+    counts: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -229,6 +141,12 @@ def policy_loss(
     batch too, else each part scales its advantages by its own. A mask without any valid token gives loss 0 with
     gradient 0. NaN on a token that counts gives a NaN loss.
 
+    `weights` [..] floating point say each token's share themselves: loss = sum of weights_t L_t, in place of the
+    objective's aggregation, and no denominator. `counts` [..], whole numbers, say how often a token stands for itself,
+    as one that several trajectories of a tree share does: metrics, entropy statistics, sequence ratios and aggregations
+    are those of the tokens repeated so often, and 0 is a token that does not count. Given together, `weights` are the
+    whole share (nothing multiplies them by the counts), and must be 0 where the counts are.
+
     Raises ValueError or TypeError naming the argument: shapes, dtypes and devices that disagree; a term of the
     objective whose input is missing, or an input that no term uses; on the CPU also bounds that do not fit the tokens.
     """
@@ -236,7 +154,7 @@ def policy_loss(
     if entropy is not None:
         check_like("entropy", entropy, "logprobs", logprobs.shape, logprobs.device)
         check_float_tensor("entropy", entropy)
-    args = policy_arguments(
+    call = policy_arguments(
         logprobs.shape,
         logprobs,
         objective,
@@ -244,6 +162,8 @@ def policy_loss(
         advantages,
         mask,
         has_entropy=entropy is not None,
+        weights=weights,
+        counts=counts,
         ref_logprobs=ref_logprobs,
         rollout_logprobs=rollout_logprobs,
         cu_seqlens=cu_seqlens,
@@ -252,5 +172,5 @@ def policy_loss(
         backend=backend,
     )
     acc = acc_dtype(logprobs.dtype)
-    loss, metrics = _PolicyLoss.apply(logprobs.to(acc), None if entropy is None else entropy.to(acc), *args)
+    loss, metrics = loss_of_call(logprobs.to(acc), None if entropy is None else entropy.to(acc), call)
     return PolicyLoss(loss, policy_metrics(loss, metrics, objective, entropy is not None, ref_logprobs is not None))

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from aepo_kernels import backend as backends
+from aepo_kernels.objective import ObjectiveNumbers
 from aepo_kernels.ops.merge import TokenStats
+from aepo_kernels.ops.policy_tensors import PolicyTensors
 
 NO_LABEL = torch.iinfo(torch.int64).min
 """An ignore_index that no caller's label is by accident: -100 on a token that counts must be an error."""
@@ -56,6 +58,33 @@ def token_stats(
     return TokenStats(logprobs if labels is None else logprobs.view(shape), *(x.view(shape) for x in others))
 
 
+def single_pass(
+    backend: str,
+    logits: Tensor,
+    out: Tensor,
+    labels: Tensor,
+    temperature: float,
+    tensors: PolicyTensors,
+    numbers: ObjectiveNumbers,
+) -> tuple[Tensor, Tensor]:
+    """The stage `single_pass` for logits [.., V]; (logprobs, entropy), both flat. `out` is as in logits_grad."""
+    blocks = row_blocks(logits)
+    stage = backends.stage(backend, "single_pass")
+    ends = torch.tensor([0, *map(len, blocks)]).cumsum(0).tolist()
+    flat_labels, parts = labels.reshape(-1).contiguous(), []
+    for block, target, begin, end in zip(blocks, _targets(logits, out, blocks), ends, ends[1:], strict=False):
+        old, advantages, weight, counts, ref, rollout, _, stats = tensors.of_tokens(slice(begin, end))
+        per_token = (old, advantages, weight, counts, ref, rollout)
+        parts.append(stage(block, flat_labels[begin:end], temperature, NO_LABEL, *per_token, stats, numbers, target))
+    logprobs, entropy = (torch.cat(x) for x in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
+    return logprobs, entropy
+
+
+def _targets(logits: Tensor, out: Tensor, blocks: list[Tensor]) -> Sequence[Tensor]:
+    """Where the gradients of the blocks go: `out`, contiguous and of the logits' shape, or the logits themselves."""
+    return blocks if out is logits else out.view(-1, logits.shape[-1]).split([len(block) for block in blocks])
+
+
 def logits_grad(
     backend: str,
     logits: Tensor,
@@ -71,8 +100,7 @@ def logits_grad(
 ) -> None:
     """The stage `logits_grad` for logits [.., V]; `out` is contiguous and of their shape, or the logits themselves."""
     blocks = row_blocks(logits)
-    targets = blocks if out is logits else out.view(-1, logits.shape[-1]).split([len(block) for block in blocks])
     per_row = [_per_block(x, blocks) for x in (labels, maximum, log_sum, entropy, grad_logprobs, grad_entropy)]
     stage = backends.stage(backend, "logits_grad")
-    for block, target, *rows in zip(blocks, targets, *per_row, strict=True):
+    for block, target, *rows in zip(blocks, _targets(logits, out, blocks), *per_row, strict=True):
         stage(block, *rows, temperature, ignore_index, target)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 from transformers import Qwen3ForCausalLM as Qwen3
 
@@ -71,15 +72,19 @@ def generate(engine: HuggingFaceEngine, *requests: GenerationRequest) -> list[Ge
     return asyncio.run(engine.generate(requests))
 
 
+def own_logits(made_by: PreTrainedModel, asked: GenerationRequest, got: Generation) -> Tensor:
+    """float64 [generated, V] behind each token: of one uncached forward over the whole sequence."""
+    tokens = torch.tensor([asked.token_ids + got.token_ids])
+    with torch.no_grad():
+        return made_by(input_ids=tokens, use_cache=False).logits[0, len(asked.token_ids) - 1 : -1].double()
+
+
 def assert_is_the_models_own(
     made_by: PreTrainedModel, asked: GenerationRequest, got: Generation, tolerance: float = EXACT
 ) -> None:
-    """Log-probs and entropies against one uncached forward over the whole sequence, in float64."""
-    tokens = torch.tensor([asked.token_ids + got.token_ids])
-    with torch.no_grad():
-        logits = made_by(input_ids=tokens, use_cache=False).logits[0, len(asked.token_ids) - 1 : -1].double()
-    logprobs = torch.log_softmax(logits / (asked.temperature or 1.0), dim=-1)
+    """Log-probs and entropies against the model's logits, in float64."""
+    logprobs = torch.log_softmax(own_logits(made_by, asked, got) / (asked.temperature or 1.0), dim=-1)
     entropies = -(logprobs.exp() * logprobs).sum(dim=-1)
-    taken = logprobs.gather(1, tokens[0, len(asked.token_ids) :, None])[:, 0]
+    taken = logprobs.gather(1, torch.tensor(got.token_ids)[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(got.logprobs, dtype=torch.float64), taken, rtol=0, atol=tolerance)
     torch.testing.assert_close(torch.tensor(got.entropies, dtype=torch.float64), entropies, rtol=0, atol=tolerance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from trainer_toys import trajectory
@@ -10,8 +11,7 @@ from trainer_toys import trajectory
 from aepo.advantages import (
     AdvantageSettings,
     advantage_settings,
-    batch_advantages,
-    group_advantages,
+    all_equal,
     make_samples,
     overlong_penalty,
     step_advantages,
@@ -21,57 +21,50 @@ from aepo.config import PolicyConfig
 PROMPT = (1, 2, 3)
 
 
+def path_advantages(groups: list[list[float]], **settings: Any) -> list[list[float]]:
+    """Advantages of paths with these rewards, each path of one written token."""
+    paths = [[trajectory(PROMPT, ((10 + j,), ())) for j in range(len(rewards))] for rewards in groups]
+    result: list[list[float]] = [[] for _ in groups]
+    for sample in make_samples(paths, groups, AdvantageSettings(**settings), 100):
+        result[sample.question].append(sample.advantages[-1])
+    return result
+
+
 def test_group() -> None:
-    # mean 0.25, unbiased variance (0.75^2 + 3 * 0.25^2) / 3 = 0.25
-    assert group_advantages([1.0, 0.0, 0.0, 0.0]) == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-15)
-
-
-@pytest.mark.parametrize("rewards", [[], [0.7], [0.1] * 3, [0.1] * 10, [-1e300] * 4])
-def test_equal_rewards_give_exactly_zero(rewards: list[float]) -> None:
-    # Three times 0.1 sums to 0.30000000000000004: a mean that is off by a bit must not become +-1.
-    assert group_advantages(rewards) == [0.0] * len(rewards)
+    # Rewards 1, 0, 0, 0: mean 0.25, unbiased variance (0.75^2 + 3 * 0.25^2) / 3 = 0.25; 3 alone has no difference.
+    assert path_advantages([[1.0, 0.0, 0.0, 0.0], [3.0], [0.0, 1.0, 0.0, 0.0]]) == [
+        pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-15),
+        [0.0],
+        pytest.approx([-0.5, 1.5, -0.5, -0.5], abs=1e-15),
+    ]
 
 
 @pytest.mark.parametrize(
-    "rewards",
-    [
-        [0.1 + 0.2, 0.3, 0.3, 0.3],
-        [1e-200, 0.0, 0.0],
-        [0.7 - 0.4, 0.3, 0.2 + 0.1],
-        [-(0.1 + 0.2), -0.3],
-        [1e300 * (1 + 2**-52), 1e300],
-        [0.30000001192092896, 0.30000004172325134, 0.3],  # 0.3 in float32, one ulp above it, and in float64
-        [sum([0.1] * 10), 1.0],
-        [0.1 + 0.2 - 0.3, 0.0, 0.0, 0.0],
-        [1.0 - 0.9 - 0.1, 0.0],
-    ],
+    "rewards", [[0.7], [0.1] * 3, [0.1 + 0.2, 0.3, 0.3, 0.3], [-1e300] * 4, [1.0 - 0.9 - 0.1, 0.0]]
 )
 def test_rounding_is_no_difference(rewards: list[float]) -> None:
-    assert group_advantages(rewards) == [0.0] * len(rewards)
-    assert batch_advantages([rewards[:1], rewards[1:]]) == [[0.0], [0.0] * (len(rewards) - 1)]
+    assert all_equal(rewards)
     group = [trajectory(PROMPT, ((10 + j,), ())) for j in range(len(rewards))]
     assert step_advantages(group, rewards, 1.0) == [[0.0]] * len(rewards)
-    for drop, kept in ((True, 0), (False, len(rewards))):
-        samples = make_samples([group], [rewards], AdvantageSettings(drop_equal_groups=drop), 100)
-        assert len(samples) == kept
-        assert not any(any(sample.advantages) for sample in samples)
+    for kind in ("group", "batch", "gigpo"):
+        assert path_advantages([rewards], kind=kind) == [[0.0] * len(rewards)]
+        assert path_advantages([rewards], kind=kind, drop_equal_groups=True) == [[]]
 
 
-@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e200, 1.7e308])
-def test_real_differences_count_whatever_the_size_of_rewards(scale: float) -> None:
-    root = math.sqrt(0.5)
-    assert group_advantages([scale, -scale]) == pytest.approx([root, -root])
-    assert group_advantages([scale, scale * (1 - 1e-6)]) == pytest.approx([root, -root])
+def test_real_differences_are_told_apart() -> None:
+    assert all_equal([])
+    assert not all_equal([1.0, 1.0 - 1e-6])
+    assert not all_equal([1e-11, 0.0])
 
 
 def test_batch() -> None:
     # Rewards 1, 0 | 1, 1, 2: mean 1, unbiased variance 2/4.
     root = math.sqrt(2.0)
-    assert batch_advantages([[1.0, 0.0], [1.0, 1.0, 2.0]]) == [
+    assert path_advantages([[1.0, 0.0], [1.0, 1.0, 2.0]], kind="batch") == [
         pytest.approx([0.0, -root]),
         pytest.approx([0.0, 0.0, root]),
     ]
-    assert batch_advantages([[1.0], [1.0]]) == [[0.0], [0.0]]
+    assert path_advantages([[1.0], [1.0]], kind="batch") == [[0.0], [0.0]]
 
 
 def test_steps_are_grouped_by_equal_anchor_state() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
-from aepo.config import Config, PolicyConfig, TrainConfig, all_keys, load_config, to_yaml
+from aepo.config import NO_PRESETS, Config, PolicyConfig, TrainConfig, all_keys, load_config, to_yaml
+from aepo_kernels.objective import PolicyObjective, PresetName
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -38,6 +41,18 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("policy.temperature=1", "did you mean 'rollout.temperature' or 'eval.temperature'?"),
         ("run=3", "unknown key 'run'"),
         ("policy.preset=aepoo", "policy.preset = 'aepoo': expected one of aepo, arpo, grpo"),
+        ("policy.preset=aepoo", "gigpo, reinforce++: did you mean 'aepo'?"),
+        ("policy.preset=gpro", "did you mean 'grpo'?"),
+        ("policy.preset=AEPO", "did you mean 'aepo'?"),
+        ("policy.preset=reinforce_plus_plus", "did you mean 'reinforce++'?"),
+        ("policy.preset=ppo", "reinforce++. PPO's clipped loss is that of policy.preset=reinforce++"),
+        ("policy.preset=Dr. GRPO", "Dr. GRPO's loss is policy.preset=grpo policy.aggregation=constant"),
+        ("policy.preset=dr_grpo", "Dr. GRPO's loss is policy.preset=grpo policy.aggregation=constant"),
+        ("policy.preset=sapo", "SAPO's loss is one of your own here: policy.loss"),
+        ("policy.aggregation=token_mean", "did you mean 'token-mean'?"),
+        ("rollout.engine=VLLM", "expected one of huggingface, vllm: did you mean 'vllm'?"),
+        ("rollout.branch_alpha=unifrom", "did you mean 'uniform'?"),
+        ("run.device=gpu", "A GPU is run.device=cuda"),
         ("train.steps=1.5", "train.steps = 1.5: expected an integer >= 0"),
         ("train.steps=-1", "train.steps = -1: expected an integer >= 0"),
         ("optimizer.learning_rate=fast", "optimizer.learning_rate = 'fast': expected a number"),
@@ -59,6 +74,21 @@ def test_a_wrong_override_says_what_is_right(override: str, expected: str) -> No
     with pytest.raises(ValueError) as error:  # noqa: PT011, the text is compared below
         load_config(overrides=[override])
     assert expected in str(error.value)
+
+
+def test_what_the_hints_say_to_set_can_be_set() -> None:
+    for name, text in NO_PRESETS.items():
+        settings = re.findall(r"[a-z_]+\.[a-z_]+=[\w+-]+", text)
+        load_config(overrides=settings)
+        assert settings or "not in this trainer" in text or "policy.loss" in text, name
+
+
+def test_the_policy_has_the_choices_of_the_kernels() -> None:
+    """Written twice, because this configuration is read without torch."""
+    fields, settings = typing.get_type_hints(PolicyObjective), typing.get_type_hints(PolicyConfig)
+    assert settings["preset"] == PresetName
+    for name, hint in fields.items():
+        assert settings[name] == hint | None, name
 
 
 def test_old_log_probs_follow_the_engine() -> None:

@@ -19,12 +19,16 @@ from engine_toys import (
     engine,
     generate,
     model,
+    own_logits,
     prompts,
     request,
+    tokenizer,
 )
 from transformers import MistralConfig, MistralForCausalLM
 
 from aepo.rollout.engine import Generation, GenerationRequest
+from aepo.rollout.engines.huggingface import HuggingFaceEngine
+from aepo_kernels.reference.sample_with_entropy import gumbel_noise
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, EXACT), (torch.float32, 2e-5)])
@@ -92,6 +96,24 @@ def test_same_calls_same_bits() -> None:
     assert generate(engine(used), *asked) == generate(engine(used), *asked)
 
 
+def test_tokens_are_those_of_the_reference_rule() -> None:
+    """argmax of z + Gumbel noise of (seed, output position), whatever row a request is in: rows leave at most steps,
+    others move into their places, and every row has its own seed, also beyond 63 bits, and temperature."""
+    used = model()
+    seeds, temperatures = [0, 1, 2**63 - 1, 2**63, 2**64 - 1, 0xE220A8397B1DCDAF], [1.0, 0.6, 0.0, 1.7]
+    asked = [
+        request(tokens, 2 + i % 9, seed=seeds[i % 6], temperature=temperatures[i % 4])
+        for i, tokens in enumerate([*prompts(17, 5, 9, 30), *prompts(12) * 8])
+    ]
+    for one, got in zip(asked, generate(engine(used), *asked), strict=True):
+        positions = torch.arange(len(got.token_ids))
+        signed = one.seed - 2**64 if one.seed >= 2**63 else one.seed
+        score = own_logits(used, one, got) / (one.temperature or 1.0)
+        if one.temperature:
+            score += gumbel_noise(torch.full_like(positions, signed), positions, VOCAB)
+        assert list(got.token_ids) == score.argmax(dim=-1).tolist()
+
+
 def test_tokens_follow_the_models_distribution() -> None:
     """600 draws of the first token at temperature 0.5 against its probabilities."""
     used = model()
@@ -141,6 +163,9 @@ def test_version_is_reported_and_refresh_drops_what_old_weights_computed() -> No
         (request([1], new=0), "max_new_tokens = 0"),
         (request([1], temperature=-1.0), "temperature = -1.0"),
         (request([1], temperature=float("nan")), "temperature = nan"),
+        (request([1], temperature=float("inf")), "temperature = inf, expected >= 0 and finite"),
+        (request([1], seed=-1), "seed = -1, expected an unsigned 64-bit integer"),
+        (request([1], seed=2**64), "seed = 18446744073709551616"),
         (request([1], stop=("",)), "empty stop string"),
         (request([1] * 250, new=7), "250 tokens . 7 new ones, but the model has 256 positions"),
         (request([VOCAB]), "token ids 260..260, expected 0..259"),
@@ -163,6 +188,28 @@ def test_logits_that_are_not_finite_are_reported(value: float) -> None:
         used.lm_head.weight[3] = value
     with pytest.raises(FloatingPointError, match=r"output position 0 of requests\[0\] .weights version 7."):
         generate(engine(used, version=7), request([1, 2]))
+
+
+def test_a_row_that_breaks_on_the_way_is_named_and_goes_on_with_a_token() -> None:
+    """A token that one request writes has an embedding of NaN. Nothing after it is an index below 0: the model would
+    raise another error, and the stop table would take the row for ended, because its last token is end of text."""
+    used, limits = model(), [3, 9, 9, 6]
+    served = HuggingFaceEngine(used, tokenizer(), eos_ids=[UNUSED])
+    asked = [request(*each) for each in zip(prompts(5, 8, 13, 3), limits, range(4), strict=True)]
+    written = [got.token_ids for got in generate(served, *asked)]
+    everything = [token for tokens in [*written, *(one.token_ids for one in asked)] for token in tokens]
+    position, poison = next((i, t) for i, t in enumerate(written[2][1:], 1) if everything.count(t) == 1)
+    assert position < 7
+    with torch.no_grad():
+        used.model.embed_tokens.weight[poison] = torch.nan
+    served.refresh(3)
+    rows = []
+    used.register_forward_pre_hook(lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    with pytest.raises(
+        FloatingPointError, match=rf"output position {position + 1} of requests\[2\] .weights version 3."
+    ):
+        generate(served, *asked)
+    assert rows[-8:] == [sum(new > step for new in limits) for step in range(1, 9)]
 
 
 def test_models_that_do_not_attend_to_the_whole_past_are_refused() -> None:

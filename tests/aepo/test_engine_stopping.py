@@ -1,10 +1,7 @@
-"""Stop strings that span tokens, are one token or lie inside one; and the noise that tokens are drawn with."""
+"""Stop strings that span tokens, are one token or lie inside one."""
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import pytest
 import torch
 from engine_toys import EOS, GLUED, TAG, VOCAB, engine, generate, model, prompts, request, tokenizer
@@ -12,7 +9,6 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from aepo.rollout.engines.huggingface import HuggingFaceEngine
-from aepo.rollout.engines.sampling import draw, uniform_noise
 from aepo.rollout.engines.stopping import IS_EOS, MAY_COMPLETE, StopRules
 
 STOP = ("</search>", "</s>")
@@ -98,45 +94,3 @@ def test_engine_stops_where_its_own_text_completes_a_string(first: int, last: in
 def test_stop_strings_in_the_prefix_do_not_count() -> None:
     got = generate(engine(), request([*byte_tokens("a</s"), TAG], 5, stop=STOP))[0]
     assert len(got.token_ids) == 5
-
-
-def test_noise_is_splitmix64_at_any_index() -> None:
-    """The first outputs for seeds 0 and 1234567, as published with the generator."""
-    published = np.array(
-        [[0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4], [6457827717110365317, 3203168211198807973]], dtype=np.uint64
-    )
-    expected = (published >> np.uint64(12)).astype(np.float64) / 2.0**52
-    assert uniform_noise([0, 1234567], 2).tolist() == expected.tolist()
-    assert torch.equal(uniform_noise([7, 2**64 - 1], 50)[:, :9], uniform_noise([7, 2**64 - 1], 9))
-
-
-def test_noise_is_uniform_and_unrelated_between_seeds_and_positions() -> None:
-    noise = uniform_noise(range(400), 400)
-    assert 0 <= float(noise.min()) <= float(noise.max()) < 1
-    centred = noise - 0.5
-    # Means and lag products of n independent draws: standard errors sqrt(1 / 12 n) and sqrt(1 / 144 n); 4 of them.
-    n = noise.numel()
-    assert abs(float(centred.mean())) < 4 / math.sqrt(12 * n)
-    assert abs(float((centred[1:] * centred[:-1]).mean())) < 4 / math.sqrt(144 * n)
-    assert abs(float((centred[:, 1:] * centred[:, :-1]).mean())) < 4 / math.sqrt(144 * n)
-
-
-def test_draw_inverts_the_distribution_function() -> None:
-    """N evenly spaced uniforms give every token N p times, up to the one at each edge."""
-    logits = torch.tensor([1.0, -torch.inf, 0.0, 2.0, -3.0])
-    uniforms = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    counts = torch.bincount(draw(logits.expand(10_000, 5), uniforms), minlength=5)
-    expected = 10_000 * torch.softmax(logits, dim=0)
-    assert (counts - expected).abs().max() <= 1
-    assert counts[1] == 0
-
-
-def test_draw_reaches_both_ends() -> None:
-    last, top = 1 - 2.0**-52, torch.tensor([[0.0] * 1000 + [-torch.inf]])
-    assert draw(top, torch.tensor([0.0], dtype=torch.float64)).item() == 0
-    assert draw(top, torch.tensor([last], dtype=torch.float64)).item() == 999  # never the token of weight 0,
-    assert draw(top.flip(1), torch.tensor([0.0], dtype=torch.float64)).item() == 1  # at neither end
-    # A token with p = 2e-9 behind 150,000 others: in float32 their sum rounds to 1 and it is never drawn.
-    logits = torch.zeros(1, 150_001)
-    logits[0, -1] = math.log(150_000 * 2e-9)
-    assert draw(logits, torch.tensor([1 - 1e-9], dtype=torch.float64)).item() == 150_000

@@ -10,6 +10,7 @@ import torch
 from trainer_toys import random_samples, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+import aepo.loss
 from aepo.config import PolicyConfig
 from aepo.loss import (
     check_packing,
@@ -22,7 +23,7 @@ from aepo.loss import (
     with_reference,
 )
 from aepo.packing import PackedBatch, entropy_statistics, microbatches, pack
-from aepo_kernels import PolicyObjective
+from aepo_kernels import PolicyLoss, PolicyObjective, logits_policy_loss
 
 PRESETS = ("aepo", "arpo", "grpo", "dapo", "cispo", "gppo", "gspo", "gigpo", "reinforce++")
 
@@ -98,6 +99,40 @@ def test_microbatches_add_up_to_the_full_batch(preset: str, old_logprobs: str) -
     assert several >= 5
     assert cut == pytest.approx(whole, rel=1e-12, abs=1e-13)
     assert (cut_gradient - whole_gradient).abs().max() < 1e-11 * whole_gradient.abs().max()
+
+
+@pytest.mark.parametrize("stats", [(1.5, 0.7), None], ids=["batch", "micro_batch"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_one_pass_over_the_logits_gives_the_numbers_of_two(
+    preset: str, stats: tuple[float, float] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is taken wherever a token's gradient follows from its own row."""
+    model = tiny_model()
+    batch = with_reference(tiny_model(seed=1), pack(random_samples(8), dtype=torch.float64), 0.8)
+    objective = policy_objective(PolicyConfig(preset=preset, kl_coef=0.1, entropy_bonus=0.01))
+    passes: list[bool] = []
+
+    def spy(*args: object, single_pass: bool, inplace_backward: bool, **others: object) -> PolicyLoss:
+        assert single_pass != inplace_backward
+        passes.append(single_pass)
+        return logits_policy_loss(*args, single_pass=single_pass, inplace_backward=inplace_backward, **others)
+
+    def result() -> tuple[torch.Tensor, torch.Tensor]:
+        model.zero_grad()
+        given = stats if objective.entropy_advantage else None
+        loss, metrics = microbatch_loss(model, batch, objective, temperature=0.8, denominator=20, entropy_stats=given)
+        (3 * loss).backward()  # the upstream gradient is not 1
+        return torch.stack([loss.detach(), *metrics.values()]), gradients(model)
+
+    monkeypatch.setattr(aepo.loss, "logits_policy_loss", spy)
+    numbers, gradient = result()
+    assert passes == [preset != "gspo" and (preset != "aepo" or stats is not None)]
+    monkeypatch.setattr(PolicyObjective, "follows_from_each_token", lambda self, entropy_stats: False)
+    two, expected = result()
+    assert passes[1:] == [False]
+    torch.testing.assert_close(numbers, two, rtol=1e-13, atol=0)
+    assert expected.abs().max() > 1e-3
+    assert (gradient - expected).abs().max() < 1e-13 * expected.abs().max()
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant"])

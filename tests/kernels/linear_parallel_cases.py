@@ -9,7 +9,7 @@ import torch
 from ranks import BACKENDS, collectives
 from vocab_parallel_cases import VOCAB, shard
 
-from aepo_kernels import PolicyObjective, linear_logprobs_and_entropy, linear_policy_loss
+from aepo_kernels import PolicyObjective, linear_logprobs_and_entropy, linear_loss, linear_policy_loss
 from aepo_kernels.objective import PRESETS
 from aepo_kernels.ops import linear, rows
 from aepo_kernels.testing import assert_within_budget
@@ -117,6 +117,30 @@ def case_linear_policy_loss(ranks):
                         torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-13)
 
 
+def case_linear_loss_of_a_function(ranks):
+    *whole, labels = make_head(torch.float64)
+    (old, advantages, mask), _ = policy_batch()
+    labels = labels.where(mask, -7)
+
+    def loss_fn(logprobs, entropy):
+        gate = torch.sigmoid(3 * ((logprobs - old).exp() - 1))
+        return -((gate * advantages)[mask].sum() + 0.1 * entropy[mask].square().sum()), {"gate": gate[mask].mean()}
+
+    def run(leaves, **settings):
+        hidden, weight, bias = leaves
+        out = linear_loss(hidden, weight, labels, mask, loss_fn, per_token=True, bias=bias, softcap=7.0, **settings)
+        return out, torch.autograd.grad(0.3 * out.loss, leaves)
+
+    expected, grads = run([x.clone().requires_grad_() for x in whole], schedule="recompute")
+    for settings in [{"schedule": s, "backend": b} for s in ("keep", "recompute") for b in BACKENDS]:
+        for sequence_parallel in (False, True):
+            leaves, group = of_rank(ranks, *whole, sequence_parallel)
+            ours, own = run(leaves, **settings, **group)
+            torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-13)
+            for x, y in zip(own, own_grads(ranks, grads, sequence_parallel), strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-13)
+
+
 def case_linear_in_float16_is_scaled_before_it_is_rounded(ranks):
     """A loss over 200,000 tokens and its loss scale: rounded before it, nearly half of the gradients would be 0."""
     *whole, labels = make_head(torch.float16)
@@ -210,13 +234,14 @@ def case_linear_operations_pass_opcheck_with_a_group(ranks):
     hidden, weight, _, labels = make_head(torch.float32)
     part, group = ranks.part(VOCAB), ranks.group.group_name
     local = labels - part.start
-    settings = (0.8, None, rows.NO_LABEL, None)
-    stats = torch.ops.aepo.linear_token_stats(hidden, weight[part], local, None, group, part.start, *settings)
+    settings = (0.8, None, rows.NO_LABEL)
+    here = (hidden, weight[part], local, None)
+    stats = torch.ops.aepo.linear_token_stats(*here, group, part.start, *settings, False, None)
     coefficients = (*stats[2:], stats[1], stats[0], None)
     for name, *args in (
         ("gather_tokens", hidden, group),
-        ("linear_token_stats", hidden, weight[part], local, None, group, part.start, *settings),
-        ("linear_grad", hidden, weight[part], local, None, *coefficients, group, True, [True, True, False], *settings),
+        ("linear_token_stats", *here, group, part.start, *settings, True, None),
+        ("linear_grad", *here, *coefficients, group, True, [True, True, False], *settings, None),
     ):
         torch.library.opcheck(getattr(torch.ops.aepo, name).default, tuple(args))
 

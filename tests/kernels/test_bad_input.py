@@ -155,7 +155,7 @@ def test_entropy_stats(stats, error, message):
 def test_an_explicit_backend_never_falls_back(monkeypatch):
     with pytest.raises(ValueError, match=f"backend must be None or one of {', '.join(BACKENDS)}; got 'numba'"):
         entropy_from_logits(LOGITS, backend="numba")
-    with pytest.raises(ValueError, match="backend='cuda' cannot serve this call: there are no CUDA C\\+\\+ kernels"):
+    with pytest.raises(ValueError, match="backend='cuda' cannot serve this call: it has no kernels for this operation"):
         entropy_from_logits(LOGITS, backend="cuda")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="backend='triton' cannot serve this call: it serves CUDA tensors"):

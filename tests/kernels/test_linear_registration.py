@@ -5,27 +5,43 @@ import pytest
 import torch
 from linear_oracle import make_problem, policy_batch
 
-from aepo_kernels import PolicyObjective, linear_logprobs_and_entropy, linear_policy_loss
+from aepo_kernels import PolicyObjective, linear_logprobs_and_entropy, linear_loss, linear_policy_loss
+from aepo_kernels.ops.call import PolicyCall
 
 OPS = torch.ops.aepo
 AEPO = PolicyObjective.preset("aepo", entropy_bonus=0.01)
 PROBLEM = make_problem(12, 40, 4, bias=True)
 OLD, ADVANTAGES, MASK = policy_batch(PROBLEM)
 WEIGHT, BIAS = PROBLEM.weight, PROBLEM.bias
-SCALARS = (0.7, 5.0, -100, None)  # temperature, softcap, ignore_index, backend
+SCALARS = (0.7, 5.0, -100)  # temperature, softcap, ignore_index
 
 
 def operations():
     here = (PROBLEM.hidden, WEIGHT, PROBLEM.labels, BIAS)
-    _, entropy, maximum, log_sum = OPS.linear_token_stats(*here, None, 0, *SCALARS)
+    _, entropy, maximum, log_sum = OPS.linear_token_stats(*here, None, 0, *SCALARS, False, None)
     coefficients = torch.randn(2, 12).unbind()
     wanted = [True, True, True]
-    yield "linear_token_stats", (*here, None, 0, *SCALARS)
-    yield "linear_grad", (*here, maximum, log_sum, entropy, *coefficients, None, False, wanted, *SCALARS)
-    policy = (OLD, ADVANTAGES, MASK, None, None, None, torch.tensor([1.0, 0.5]), None)
-    policy += ("token-mean", False, *AEPO.terms(), None)
-    for keep in (True, False):
-        yield f"linear_policy_loss keep={keep}", (*here, None, 0, False, wanted, keep, 0.7, None, *policy)
+    yield "linear_token_stats", (*here, None, 0, *SCALARS, False, None)
+    yield "linear_token_stats of a loss", (*here, None, 0, *SCALARS, True, None)
+    yield "linear_grad", (*here, maximum, log_sum, entropy, *coefficients, None, False, wanted, *SCALARS, None)
+    stats = torch.tensor([1.0, 0.5])
+    call = PolicyCall(
+        OLD,
+        ADVANTAGES,
+        MASK,
+        None,
+        None,
+        None,
+        None,
+        None,
+        stats,
+        None,
+        "token-mean",
+        False,
+        list(AEPO.numbers()),
+        None,
+    )
+    yield "linear_policy_loss", (*here, None, 0, False, wanted, 0.7, None, *call)
     yield "scaled_cast", (WEIGHT, torch.tensor(0.3), torch.bfloat16, None)
 
 
@@ -51,7 +67,19 @@ def loss(schedule):
     return run
 
 
-@pytest.mark.parametrize("function", [stats, loss("keep"), loss("recompute")], ids=["stats", "keep", "recompute"])
+def of_a_function(hidden, weight, bias):
+    n = len(hidden)
+
+    def loss_fn(logprobs, entropy):
+        return -((logprobs - OLD[:n]).exp() * ADVANTAGES[:n] * MASK[:n]).sum() - entropy.sum()
+
+    return linear_loss(hidden, weight, PROBLEM.labels[:n], MASK[:n], loss_fn, per_token=True, bias=bias).loss
+
+
+FUNCTIONS = {"stats": stats, "keep": loss("keep"), "recompute": loss("recompute"), "a function": of_a_function}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_compiles_into_one_graph_for_any_number_of_tokens(function):
     def run(f, tokens):
         leaves = [x.detach().clone().requires_grad_() for x in (PROBLEM.hidden[:tokens], WEIGHT, BIAS)]

@@ -3,13 +3,16 @@ it, and an objective never runs without an input that one of its terms needs."""
 
 import dataclasses
 import math
+import pydoc
+import re
+import typing
 
 import pytest
 import torch
 from policy_oracle import make_batch
 
-from aepo_kernels import PolicyObjective, policy_loss
-from aepo_kernels.objective import PRESETS
+from aepo_kernels import PolicyObjective, advantages, policy_loss
+from aepo_kernels.objective import NO_PRESETS, PRESETS, PolicyFields, PresetName
 
 # What each method's paper sets, written down apart from the code. Where a paper leaves a number to the user, its own
 # experiments' one: CISPO's upper bound.
@@ -50,7 +53,7 @@ def test_presets_are_the_numbers_of_their_papers():
 @pytest.mark.parametrize(
     ("clip", "grad_low", "grad_high"), [("ppo", 0, 0), ("aepo", 0, 1.28), ("gppo", 0.9, 1.28), ("cispo", 0, 0)]
 )
-def test_terms(clip, grad_low, grad_high):
+def test_numbers(clip, grad_low, grad_high):
     objective = PolicyObjective(
         clip=clip, eps_low=0.1, eps_high=0.28, entropy_advantage=0.3, clamp_entropy_factor=True, entropy_bonus=0.01,
         kl_coef=0.04, kl_estimator="k2", importance_cap=2, dual_clip=None if clip == "cispo" else 3,
@@ -61,16 +64,16 @@ def test_terms(clip, grad_low, grad_high):
         "grad_low": grad_low,
         "grad_high": grad_high,
         "dual_clip": math.inf if clip == "cispo" else 3,
-        "detached_ratio": clip == "cispo",
+        "detached_ratio": float(clip == "cispo"),
         "entropy_advantage": 0.3,
-        "clamp_factor": True,
+        "clamp_factor": 1.0,
         "kl_coef": 0.04,
         "kl_estimator": 2,
         "entropy_bonus": 0.01,
         "importance_cap": 2,
     }
-    assert objective.terms()._asdict() == pytest.approx(expected)
-    assert PolicyObjective().terms().importance_cap == math.inf
+    assert objective.numbers()._asdict() == pytest.approx(expected)
+    assert PolicyObjective().numbers().importance_cap == math.inf
 
 
 def test_every_field_can_be_overridden():
@@ -117,12 +120,76 @@ def test_a_bad_field_is_named(field, value, error, message):
 def test_contradictions_and_unknown_names():
     with pytest.raises(ValueError, match="dual_clip has no meaning with clip='cispo'"):
         PolicyObjective.preset("cispo", dual_clip=3.0)
-    with pytest.raises(ValueError, match=r"objective must be one of aepo, .*; got 'ppo2'"):
-        PolicyObjective.preset("ppo2")
-    with pytest.raises(TypeError, match="no field 'eps'; it has clip, eps_low"):
-        PolicyObjective.preset("aepo", eps=0.1)
+    with pytest.raises(TypeError, match="no field 'temperature'; it has clip, eps_low"):
+        PolicyObjective.preset("aepo", temperature=0.1)
+    with pytest.raises(TypeError, match=r"no field 'eps_hi': did you mean 'eps_high'\? It has clip, eps_low"):
+        PolicyObjective.preset("aepo", eps_hi=0.3)
     with pytest.raises(dataclasses.FrozenInstanceError):
         PolicyObjective().eps_low = 0.3
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("AEPO", ": did you mean 'aepo'?"),
+        ("Reinforce_Plus_Plus", ": did you mean 'reinforce++'?"),
+        ("aepoo", ": did you mean 'aepo'?"),
+        ("gpso", ": did you mean 'gspo'?"),
+        ("gpro", ": did you mean 'grpo'?"),
+        ("ppo", ". PPO's clipped loss is PolicyObjective()"),
+        ("ppo2", ": did you mean 'ppo'? PPO's clipped loss is PolicyObjective()"),
+        (
+            "dr_grpo",
+            ". Dr. GRPO is PolicyObjective.preset('grpo', aggregation='constant') with denominator = sequences",
+        ),
+        ("drgrpo", ". Dr. GRPO is"),
+        ("Dr. GRPO", ". Dr. GRPO is"),
+        ("RLOO", ". RLOO is PolicyObjective(aggregation='seq-mean-token-sum') with leave_one_out_advantages("),
+        ("reinforce", ". REINFORCE is PolicyObjective() with one update"),
+        ("reinforce_plus_plus_baseline", ". REINFORCE++ with a baseline is"),
+        (
+            "sapo",
+            ". SAPO has a loss of its own, which is no preset: write it as a function for aepo_kernels.logits_loss",
+        ),
+        ("trpo", ". TRPO has"),
+        ("xyz", ""),
+        (3, ""),
+        (["aepo"], ""),
+    ],
+)
+def test_a_name_that_is_no_preset_says_what_to_write(name, hint):
+    with pytest.raises(ValueError, match="objective must be one of aepo, ") as error:
+        PolicyObjective.preset(name)
+    start = f"objective must be one of {', '.join(PRESETS)}; got {name!r}{hint}"
+    assert str(error.value).startswith(start)
+    assert hint or str(error.value) == start
+
+
+def test_what_the_hints_say_to_write_can_be_written():
+    names = vars(advantages) | {"PolicyObjective": PolicyObjective}
+    names |= {"rewards": torch.rand(8), "groups": torch.arange(8) // 4}
+    calls = [call for text in NO_PRESETS.values() for call in re.findall(r"\b\w[\w.]*\((?:[^()]|\([^()]*\))*\)", text)]
+    assert len(calls) == 8
+    for call in calls:
+        assert eval(call, names) is not None, call
+
+
+def test_help_says_what_every_field_means():
+    text = pydoc.render_doc(PolicyObjective, renderer=pydoc.plaintext).replace(" |  ", "")
+    described = re.search(r"\nAttributes:\n(.*?)\n *\n", text, re.S)[1]
+    entries = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", described, re.M))
+    assert list(entries) == [field.name for field in dataclasses.fields(PolicyObjective)]
+    for name, hint in typing.get_type_hints(PolicyObjective).items():
+        assert len(entries[name].split()) >= 6, name
+        for choice in typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ():
+            assert choice in entries[name], f"{name} does not say what {choice} is"
+
+
+def test_type_checkers_see_the_fields_as_they_are():
+    assert typing.get_type_hints(PolicyFields) == {
+        field.name: typing.get_type_hints(PolicyObjective)[field.name] for field in dataclasses.fields(PolicyObjective)
+    }
+    assert list(typing.get_args(PresetName)) == list(PRESETS)
 
 
 # The published AEPO code computes entropies only for an entropy bonus that is 0: its entropy-aware advantage never ran.

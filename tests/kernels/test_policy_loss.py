@@ -160,7 +160,7 @@ def test_micro_batches_add_up_to_the_whole_batch(aggregation, backend, device):
     assert sum(loss for loss, _ in parts).item() == pytest.approx(whole_loss.item(), abs=20 * eps)
     if aggregation != "constant":  # and the default is the same count, taken from the call
         weights = [
-            token_weights(batch.mask, bounds, aggregation, d, dtype)
+            token_weights(batch.mask, None, bounds, aggregation, d, dtype)
             for d in (None, torch.tensor(float(denominator), device=device))
         ]
         assert torch.equal(*weights)

@@ -11,12 +11,15 @@ from policy_oracle import make_batch
 from aepo_kernels import (
     PolicyObjective,
     entropy_from_logits,
+    logits_loss,
     logits_policy_loss,
     logprobs_and_entropy,
     policy_loss,
     selective_log_softmax,
 )
 from aepo_kernels import backend as backends
+from aepo_kernels.objective import METRICS, ObjectiveNumbers
+from aepo_kernels.ops.call import PolicyCall
 from aepo_kernels.testing import make_labels, make_logits
 
 TOKENS = 51
@@ -27,25 +30,39 @@ AEPO = PolicyObjective.preset("aepo", entropy_bonus=0.01)
 OPS = torch.ops.aepo
 
 
-def policy_args(objective):
-    stats = torch.tensor([1.0, 0.5])
-    level = objective.ratio_level == "sequence"
-    optional = (BATCH.ref_logprobs, None, BATCH.cu_seqlens, stats, torch.tensor(40.0))
-    numbers = (objective.aggregation, level, *objective.terms())
-    return (BATCH.old_logprobs, BATCH.advantages, BATCH.mask, *optional, *numbers, None)
+def policy_call(objective):
+    return PolicyCall(
+        old_logprobs=BATCH.old_logprobs,
+        advantages=BATCH.advantages,
+        mask=BATCH.mask,
+        weights=None,
+        counts=torch.arange(TOKENS) % 3,
+        ref_logprobs=BATCH.ref_logprobs,
+        rollout_logprobs=None,
+        cu_seqlens=BATCH.cu_seqlens,
+        entropy_stats=torch.tensor([1.0, 0.5]),
+        denominator=torch.tensor(40.0),
+        aggregation=objective.aggregation,
+        sequence_ratio=objective.ratio_level == "sequence",
+        numbers=list(objective.numbers()),
+        backend=None,
+    )
 
 
 def operations():
-    stats = OPS.token_stats(LOGITS, LABELS, 0.7, -100, None, 0, None)
+    stats = OPS.token_stats(LOGITS, LABELS, 0.7, -100, False, None, 0, None)
     coefficients = (*stats[2:], stats[1], torch.randn(TOKENS), torch.randn(TOKENS))
-    yield "token_stats", (LOGITS, LABELS, 0.7, -100, None, 0, None)
-    yield "token_stats without labels", (LOGITS, None, 0.7, -100, None, 0, None)
+    yield "token_stats", (LOGITS, LABELS, 0.7, -100, False, None, 0, None)
+    yield "token_stats of a loss", (LOGITS, LABELS, 0.7, -100, True, None, 0, None)
+    yield "token_stats without labels", (LOGITS, None, 0.7, -100, False, None, 0, None)
     yield "logits_grad", (LOGITS, LABELS, *coefficients, 0.7, -100, None)
     yield "logits_grad_", (LOGITS.clone(), LABELS, *coefficients, 0.7, -100, None)
     for name in ("aepo", "gspo"):
         objective = PolicyObjective.preset(name, entropy_bonus=0.01 if name == "aepo" else 0.0)
-        yield f"policy_loss {name}", (BATCH.logprobs, BATCH.entropy, *policy_args(objective))
-        yield f"logits_policy_loss {name}", (LOGITS, LABELS, 0.7, None, 0, *policy_args(objective))
+        yield f"policy_loss {name}", (BATCH.logprobs, BATCH.entropy, *policy_call(objective))
+    yield "single_pass", (LOGITS, LABELS, 0.7, *policy_call(AEPO))
+    yield "single_pass_", (LOGITS.clone(), LABELS, 0.7, *policy_call(AEPO))
+    yield "scale_", (LOGITS.clone(), torch.tensor(0.3), None)
 
 
 @pytest.mark.parametrize("case", [name for name, _ in operations()])
@@ -64,19 +81,33 @@ def through_policy_loss(logits, labels, batch):
     return policy_loss(logits[:, 0], *inputs, objective=AEPO, entropy=logits[:, 1].abs(), denominator=40).loss
 
 
-def fused(logits, labels, batch, temperature=1.0, inplace=False):
+def fused(logits, labels, batch, **options):
     inputs = (batch.old_logprobs, batch.advantages, batch.mask)
-    out = logits_policy_loss(
-        logits * 1, labels, *inputs, objective=AEPO, temperature=temperature, inplace_backward=inplace
-    )
+    out = logits_policy_loss(logits * 1, labels, *inputs, objective=AEPO, entropy_stats=(1.0, 0.5), **options)
     return out.loss + 0 * out.metrics["ratio_mean"]
 
 
 def fused_in_place(logits, labels, batch):
-    return fused(logits, labels, batch, inplace=True)
+    return fused(logits, labels, batch, inplace_backward=True)
 
 
-@pytest.mark.parametrize("function", [through_logits, through_policy_loss, fused, fused_in_place])
+def in_a_single_pass(logits, labels, batch):
+    return 3 * fused(logits, labels, batch, single_pass=True)
+
+
+def of_a_function(logits, labels, batch):
+    def loss_fn(logprobs, entropy):
+        ratio = (logprobs - batch.old_logprobs).exp()
+        return -(ratio * batch.advantages * batch.mask).sum() - entropy.sum(), {"ratio": ratio.mean()}
+
+    out = logits_loss(logits * 1, labels, batch.mask, loss_fn, inplace_backward=True)
+    return out.loss + 0 * out.metrics["ratio"]
+
+
+FUNCTIONS = [through_logits, through_policy_loss, fused, fused_in_place, in_a_single_pass, of_a_function]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_compiles_into_one_graph(function, device):
     labels, batch = LABELS.to(device), BATCH.to(torch.float32, device)
 
@@ -154,3 +185,11 @@ def test_an_extension_of_another_copy_is_not_taken(monkeypatch):
     )
     monkeypatch.undo()
     assert backends._extension_missing.__wrapped__() is None
+
+
+@pytest.mark.parametrize("built", [(["low"], []), (list(ObjectiveNumbers._fields), list(METRICS)[::-1]), None])
+def test_an_extension_built_for_other_numbers_is_not_taken(built, monkeypatch):
+    """It would give the right loss of a wrong objective."""
+    monkeypatch.setattr(backends, "_contract", lambda: built)
+    with pytest.warns(UserWarning, match="another version than aepo_kernels: build it again. CPU tensors are served"):
+        assert "build it again" in backends._extension_missing.__wrapped__()

@@ -12,6 +12,7 @@ from ranks import BACKENDS, Ranks, collectives
 from aepo_kernels import (
     PolicyObjective,
     entropy_from_logits,
+    logits_loss,
     logits_policy_loss,
     logprobs_and_entropy,
     selective_log_softmax,
@@ -171,6 +172,37 @@ def case_logits_policy_loss(ranks):
             torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-14)
             torch.testing.assert_close(part, grad[:, ranks.part(VOCAB)], rtol=1e-12, atol=1e-14)
             assert part[~others["mask"]].eq(0).all()
+
+
+def case_logits_loss_of_a_function(ranks):
+    logits, labels, others = policy_problem(torch.float64)
+    old, advantages, mask = (others[name] for name in ("old_logprobs", "advantages", "mask"))
+
+    def loss_fn(logprobs, entropy):
+        gate = torch.sigmoid(3 * ((logprobs - old).exp() - 1))
+        return -((gate * advantages)[mask].sum() + 0.1 * entropy[mask].square().sum()), {"gate": gate[mask].mean()}
+
+    def run(x, **settings):
+        x = x.detach().clone().requires_grad_()
+        out = logits_loss(x, labels, mask, loss_fn, temperature=0.8, **settings)
+        out.loss.backward()
+        return out, x.grad
+
+    for backend in BACKENDS:
+        whole, grad = run(logits, backend=backend)
+        for inplace in (False, True):
+            ours, part = run(of_rank(ranks, logits), backend=backend, inplace_backward=inplace, **shard(ranks))
+            torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(part, grad[:, ranks.part(VOCAB)], rtol=1e-12, atol=1e-14)
+
+
+def case_a_single_pass_is_refused(ranks):
+    logits, labels, others = policy_problem(torch.float64)
+    del others["ref_logprobs"]
+    with pytest.raises(ValueError, match="needs the whole vocabulary on this rank; got a process_group"):
+        logits_policy_loss(
+            of_rank(ranks, logits), labels, **others, objective=PolicyObjective(), single_pass=True, **shard(ranks)
+        )
 
 
 def case_in_place_gives_the_same_bits_over_the_same_memory(ranks):

@@ -5,7 +5,8 @@ It runs the trainer's own module, so there are no weights to copy. One call gene
 1. Each distinct prefix is computed once, from the longest part of it that an earlier call of this rollout has computed.
 2. All rows decode together, one token per step; rows that have ended leave the batch.
 
-Log-probs and entropies come out of the same logits that the token is drawn from, over the whole vocabulary.
+Token, log-prob and entropy come out of one read of the logits, over the whole vocabulary
+(`aepo_kernels.sample_with_entropy`, its seed the request's and its offset the output position).
 """
 
 from __future__ import annotations

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from aepo.rollout.engine import Generation, GenerationRequest
 from aepo.rollout.engines.kv_cache import BatchCache, Segment
-from aepo.rollout.engines.sampling import draw, uniform_noise
 from aepo.rollout.engines.stopping import StopRules
-from aepo_kernels import logprobs_and_entropy
+from aepo_kernels import sample_with_entropy
 
 Ending = Literal["stop", "eos", "length"]
 
@@ -69,19 +68,17 @@ class Wave:
         self.positions = lengths[:, None]  # [rows, 1], of the next token that goes through the model
         self.next_tokens = torch.empty(0, dtype=torch.int64, device=device)  # [rows], drawn last
         self._owner_index = torch.tensor(self.owners, device=device)
-        new_tokens = max(request.max_new_tokens for request in requests)
-        self._noise = uniform_noise([request.seed for request in ordered], new_tokens).to(device)
-
-        temperatures = torch.tensor([request.temperature for request in ordered], device=device)[:, None]
-        self._greedy = temperatures == 0
-        self._any_greedy = bool(self._greedy.any())
-        self._temperatures = temperatures.masked_fill(self._greedy, 1.0)
-        self._scaled = bool((self._temperatures != 1.0).any())
+        # In the dtypes that a draw takes as they are. Its seeds are signed: the same 64 bits.
+        seeds = torch.tensor([request.seed for request in ordered], dtype=torch.uint64).view(torch.int64)
+        self._seeds = seeds.to(device)
+        temperatures = [request.temperature for request in ordered]
+        self._temperatures = torch.tensor(temperatures, dtype=torch.float64, device=device)
 
         self._rules = rules
         self._table = rules.table(string for request in requests for string in request.stop)
         self._next_limit = min(request.max_new_tokens for request in requests)
         self._endings: dict[int, tuple[int, Ending]] = {}  # request: (tokens written, why)
+        new_tokens = max(request.max_new_tokens for request in requests)
         self._tokens = torch.zeros(len(requests), new_tokens, dtype=torch.int64, device=device)
         precision = torch.promote_types(cache.storage.dtype, torch.float32)
         self._logprobs = torch.zeros(self._tokens.shape, dtype=precision, device=device)
@@ -89,15 +86,13 @@ class Wave:
 
     def draw(self, logits: Tensor) -> None:
         """Write one token per row. logits: [rows, V]."""
-        if self._scaled:
-            logits = logits / self._temperatures
-        tokens = draw(logits, self._noise[:, self.step])
-        if self._any_greedy:
-            tokens = torch.where(self._greedy[:, 0], logits.argmax(dim=-1), tokens)
-        logprobs, entropies = logprobs_and_entropy(logits, tokens)
+        tokens, logprobs, entropies = sample_with_entropy(
+            logits, temperature=self._temperatures, seed=self._seeds, offset=self.step
+        )
+        # A row without a softmax has token -1, no index of anything, and NaN, which results() reports.
+        self.next_tokens = tokens.clamp(min=0)
         at = (self._owner_index, self.step)
-        self._tokens[at], self._logprobs[at], self._entropies[at] = tokens, logprobs, entropies
-        self.next_tokens = tokens
+        self._tokens[at], self._logprobs[at], self._entropies[at] = self.next_tokens, logprobs, entropies
         self.step += 1
 
     def ended_rows(self) -> list[int]:
@@ -130,7 +125,7 @@ class Wave:
         self.cache.move(movers, holes, slice(self.low, self.start + self.step - 1))
         self.owners = [self.owners[row] for row in order]
         index = torch.tensor(order, dtype=torch.int64, device=self.mask.device)
-        for name in ("mask", "positions", "next_tokens", "_owner_index", "_noise", "_greedy", "_temperatures"):
+        for name in ("mask", "positions", "next_tokens", "_owner_index", "_seeds", "_temperatures"):
             setattr(self, name, getattr(self, name)[index])
         if self.owners:
             self.low = self.start - max(len(self._request(row).token_ids) for row in range(left))

@@ -1,0 +1,121 @@
+"""What a setting names in the user's own code: "package.module:Name" becomes the object.
+
+The current directory can be imported from, as with `python -m`. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+import pkgutil
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+SHOWN = 8  # names in an error
+
+
+def resolve(name: str, setting: str) -> Any:
+    """The object called `name`, "package.module:Name" or "package.module:Class.attribute".
+
+    `setting` says who asks, for the errors. ValueError in one line, with what was looked for and what is there: the
+    form is another one, there is no such module or no such name in it, or importing the module fails.
+    """
+    module_name, colon, path = name.partition(":")
+    a_file = "/" in module_name or module_name.endswith(".py")
+    if not colon or a_file or not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
+        hint = "; a module is written with dots and without .py" if a_file else ""
+        raise ValueError(f"{setting} = {name!r}: expected package.module:name, as in my_losses:clipped{hint}")
+    found: Any = _import(module_name, f"{setting} = {name!r}")
+    for attribute in path.split("."):
+        try:
+            found = getattr(found, attribute)
+        except AttributeError:
+            owner = getattr(found, "__name__", type(found).__name__)
+            there = _names(attribute, _own_names(found))
+            raise ValueError(f"{setting} = {name!r}: {owner} has no {attribute!r}; {there}") from None
+    return found
+
+
+def resolve_function(name: str, setting: str, arguments: str) -> Any:
+    """The same, where it must be callable with positional arguments, say "logprobs, entropy, batch"."""
+    found = resolve(name, setting)
+    if not callable(found):
+        kind = type(found).__name__
+        raise ValueError(f"{setting} = {name!r}: expected a function ({arguments}); it is of type {kind}")
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):  # some built-in ones have none
+        return found
+    try:
+        signature.bind(*arguments.split(", "))
+    except TypeError as error:
+        given = f"{plain(found).__qualname__}{signature}"
+        raise ValueError(f"{setting} = {name!r}: expected a function ({arguments}); it is {given}: {error}") from None
+    return found
+
+
+def plain(function: Any) -> Any:
+    """The function behind partial(), decorators and objects that can be called: what messages name."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.unwrap(function if hasattr(function, "__qualname__") else type(function).__call__)
+
+
+def place_of(error: BaseException, function: Any) -> str:
+    """The line of the function's file where the error came from, in words; "" where it has none."""
+    code = getattr(plain(function), "__code__", None)
+    lines = [f for f in traceback.extract_tb(error.__traceback__) if code and f.filename == code.co_filename]
+    return f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
+
+
+def _import(module: str, asked: str) -> ModuleType:
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)  # it stays: the module may import its neighbours later
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):  # something that the module imports
+            raise ValueError(f"{asked}: importing {module} failed: {error}{_place(error)}") from error
+        parent, _, missing = error.name.rpartition(".")
+        where = getattr(sys.modules.get(parent), "__path__", None) if parent else [here]
+        there = _names(missing, (found.name for found in pkgutil.iter_modules(where or [])))
+        place = f"package {parent}" if parent else f"{here} and the installed packages"
+        raise ValueError(f"{asked}: no module {error.name!r} in {place}; {'it' if parent else here} {there}") from None
+    except Exception as error:  # whatever the user's file does
+        problem = f"{type(error).__name__}: {error}"
+        place = "" if isinstance(error, SyntaxError) else _place(error)  # whose text names it
+        raise ValueError(f"{asked}: importing {module} failed: {problem}{place}") from error
+
+
+def _place(error: BaseException) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+    last = frames[-1]
+    return "" if last.filename == __file__ else f" ({Path(last.filename).name}, line {last.lineno})"
+
+
+def _own_names(owner: Any) -> Iterator[str]:
+    """Public names that were defined there; what a module imported is not among them."""
+    home = getattr(owner, "__name__", None)
+    for name, value in getattr(owner, "__dict__", {}).items():
+        imported = isinstance(owner, ModuleType) and (
+            isinstance(value, ModuleType) or getattr(value, "__module__", home) != home
+        )
+        if not name.startswith("_") and not imported:
+            yield name
+
+
+def _names(wanted: str, there: Iterable[str]) -> str:
+    """What is there, the nearest names first."""
+    names = sorted(there)
+    near = difflib.get_close_matches(wanted, names, SHOWN, 0.5)
+    shown = [*near, *(name for name in names if name not in near)]
+    more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
+    return f"has {', '.join(shown[:SHOWN])}{more}" if shown else "has none"

@@ -1,0 +1,44 @@
+"""The arguments that registered operations share, under their names: a schema cannot hold a structure, so they travel
+flat, and are a structure again on the other side."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, get_type_hints
+
+from torch import Tensor
+
+SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    str: "str",
+    str | None: "str?",
+    bool: "bool",
+    list[float]: "float[]",
+}
+
+
+def schema(arguments: type[tuple]) -> str:
+    """The fields of a NamedTuple as they stand in an operation's schema."""
+    return ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(arguments).items())
+
+
+class PolicyCall(NamedTuple):
+    """What every operation with an objective takes after its own tensors; per-token tensors are [..]."""
+
+    old_logprobs: Tensor
+    advantages: Tensor
+    mask: Tensor
+    weights: Tensor | None
+    counts: Tensor | None
+    ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
+    cu_seqlens: Tensor | None
+    entropy_stats: Tensor | None
+    denominator: Tensor | None
+    aggregation: str
+    sequence_ratio: bool
+    numbers: list[float]  # ObjectiveNumbers
+    backend: str | None
+
+
+POLICY_CALL = schema(PolicyCall)

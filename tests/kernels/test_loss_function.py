@@ -1,0 +1,458 @@
+"""Claims about logits_loss and linear_loss: native objectives written as functions give the same loss and gradients in
+float64, on every backend and schedule; published losses of other kinds equal autograd through log_softmax; what is off
+the mask is neither read nor differentiated; and what a function does wrong is an error that names it."""
+
+import itertools
+import re
+
+import pytest
+import torch
+
+from aepo_kernels import PolicyObjective, linear_loss, linear_policy_loss, logits_loss, logits_policy_loss, policy_loss
+from aepo_kernels.ops import linear
+from aepo_kernels.testing import make_labels, make_logits
+
+TOKENS, VOCAB, HIDDEN = 24, 61, 7
+BOUNDS = torch.tensor([0, 5, 6, 15, 24])
+PRESETS = {
+    "aepo": PolicyObjective.preset("aepo"),
+    "gspo": PolicyObjective.preset("gspo"),
+    "bonus and kl": PolicyObjective.preset("aepo", entropy_bonus=0.1, kl_coef=0.2),
+}
+
+
+class Problem:
+    def __init__(self, dtype=torch.float64, seed=0, device="cpu"):
+        g = torch.Generator().manual_seed(seed)
+
+        def noise(*shape):
+            return torch.randn(*shape, generator=g, dtype=torch.float64).to(device)
+
+        self.hidden, self.weight = noise(TOKENS, HIDDEN).to(dtype), noise(VOCAB, HIDDEN).to(dtype)
+        self.logits = self.hidden @ self.weight.T
+        self.labels = make_labels(self.logits, seed)
+        exact = torch.log_softmax(self.logits.double(), -1).gather(-1, self.labels[:, None])[:, 0]
+        acc = torch.float64 if dtype == torch.float64 else torch.float32
+        self.old, self.ref = ((exact + 0.4 * noise(TOKENS)).to(acc) for _ in range(2))
+        self.advantages = noise(TOKENS).to(acc)
+        self.mask = (torch.rand(TOKENS, generator=g) < 0.7).to(device)
+        self.bounds = BOUNDS.to(device)
+
+    def native(self, name, **more):
+        """Keyword arguments of the native losses."""
+        ref = self.ref if PRESETS[name].kl_coef else None
+        return {"objective": PRESETS[name], "cu_seqlens": self.bounds, "ref_logprobs": ref, **more}
+
+    def written(self, name, **more):
+        """The same objective as a function of log-probs and entropy."""
+
+        def loss_fn(logprobs, entropy):
+            inputs = (self.old, self.advantages, self.mask)
+            return policy_loss(logprobs, *inputs, entropy=entropy, **self.native(name, **more))
+
+        return loss_fn
+
+
+def sapo(p):
+    """Sigmoid gates of two temperatures in place of a clip."""
+
+    def loss_fn(logprobs, entropy):
+        ratio = (logprobs - p.old).exp()
+        tau = torch.where(p.advantages > 0, 1.0, 1.05)
+        gate = torch.sigmoid(tau * (ratio - 1)) * 4 / tau
+        return -(gate * p.advantages)[p.mask].sum() / p.mask.sum(), {"gate": gate[p.mask].mean()}
+
+    return loss_fn
+
+
+def trust_region(p):
+    """A token whose ratio has left the divergence bound in the direction of its advantage has no gradient."""
+
+    def loss_fn(logprobs, entropy):
+        ratio = (logprobs - p.old).exp()
+        divergence = (logprobs.detach().exp() - p.old.exp()).abs()
+        away = (ratio - 1) * p.advantages > 0
+        keep = p.mask & ~((divergence > 0.02) & away)
+        return -(ratio * p.advantages * keep).sum() / p.mask.sum() - 0.05 * (entropy * p.mask).sum() / p.mask.sum()
+
+    return loss_fn
+
+
+def ranking(p):
+    """Bradley-Terry over the mean log-probs of the sequences, whose bounds the function captures."""
+
+    def loss_fn(logprobs, entropy):
+        weight = p.mask.to(logprobs.dtype)
+        scores = torch.stack(
+            [
+                (logprobs * weight)[a:b].sum() / weight[a:b].sum().clamp(min=1)
+                for a, b in itertools.pairwise(p.bounds.tolist())
+            ]
+        )
+        return -torch.nn.functional.logsigmoid(scores[:-1] - scores[1:]).mean()
+
+    return loss_fn
+
+
+OTHERS = {"sapo": sapo, "trust region": trust_region, "ranking": ranking}
+
+
+def through_autograd(p, loss_fn, *leaves, temperature=1.0, softcap=None):
+    """Loss and gradients with materialised log_softmax; leaves are (logits,) or (hidden, weight)."""
+    leaves = [x.detach().double().requires_grad_() for x in leaves]
+    z = leaves[0] if len(leaves) == 1 else leaves[0] @ leaves[1].T
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    log_p = torch.log_softmax(z / temperature, -1)
+    logprobs = log_p.gather(-1, p.labels[:, None])[:, 0]
+    result = loss_fn(logprobs, -(log_p.exp() * log_p).sum(-1))
+    loss = result[0] if isinstance(result, tuple) else result
+    return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+
+def assert_equal(got, expected, rtol=1e-12):
+    for x, truth in zip(got, expected, strict=True):
+        scale = truth.abs().max().clamp(min=1e-30)
+        assert (x.double() - truth).abs().max() <= rtol * scale
+
+
+def run_logits(p, call, dtype=torch.float64):
+    x = p.logits.to(dtype).clone().requires_grad_()
+    out = call(x * 1)
+    out.loss.backward()
+    return out.loss.detach(), x.grad
+
+
+def run_linear(p, call):
+    leaves = [x.detach().clone().requires_grad_() for x in (p.hidden, p.weight)]
+    out = call(*leaves)
+    out.loss.backward()
+    return out.loss.detach(), *(x.grad for x in leaves)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_native_objective_written_as_a_function(name, inplace, backend):
+    if backend == "triton":
+        pytest.skip("Triton has no float64 kernels")
+    p = Problem()
+    native = run_logits(
+        p, lambda x: logits_policy_loss(x, p.labels, p.old, p.advantages, p.mask, backend=backend, **p.native(name))
+    )
+    options = {"inplace_backward": inplace, "backend": backend}
+    written = run_logits(p, lambda x: logits_loss(x, p.labels, p.mask, p.written(name), **options))
+    assert_equal(written, native)
+    assert native[1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_loss_equals_autograd(name, backend, device):
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    p = Problem(dtype, device=device)
+    loss_fn = OTHERS[name](p)
+    got = run_logits(p, lambda x: logits_loss(x, p.labels, p.mask, loss_fn, temperature=0.8, backend=backend), dtype)
+    in_double = Problem(torch.float64, device=device)
+    if dtype != torch.float64:
+        in_double.logits, in_double.old, in_double.advantages = p.logits.double(), p.old.double(), p.advantages.double()
+    expected = through_autograd(p, OTHERS[name](in_double), in_double.logits, temperature=0.8)
+    assert_equal(got, expected, rtol=1e-11 if dtype == torch.float64 else 2e-5)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setitem(linear.TILING, "cpu", linear.Tiling(recompute=(5, 16), keep=(5, 16), keep_from=TOKENS))
+
+
+@pytest.mark.parametrize("schedule", ["keep", "recompute"])
+@pytest.mark.parametrize("name", [*PRESETS, "sapo", "trust region"])
+def test_from_hidden_states(name, schedule, small_tiles):
+    p = Problem()
+    options = {"temperature": 0.8, "softcap": 4.0}
+    if name in PRESETS:
+        if schedule == "keep" and name == "gspo":
+            pytest.skip("one ratio per sequence needs whole sequences")
+        stats = {"entropy_stats": (1.0, 0.5)} if name != "gspo" else {}
+        inputs = (p.labels, p.old, p.advantages, p.mask)
+        expected = run_linear(p, lambda h, w: linear_policy_loss(h, w, *inputs, **p.native(name, **stats), **options))
+        loss_fn = p.written(name, **stats)
+    else:
+        loss_fn = OTHERS[name](p)
+        expected = through_autograd(p, loss_fn, p.hidden, p.weight, **options)
+    options |= {"schedule": schedule, "per_token": schedule == "keep"}
+    got = run_linear(p, lambda h, w: linear_loss(h, w, p.labels, p.mask, loss_fn, **options))
+    assert_equal(got, expected, rtol=1e-11)
+
+
+def test_keep_is_taken_by_itself_only_for_a_promise(small_tiles, monkeypatch):
+    p, calls = Problem(), []
+
+    def loss_fn(logprobs, entropy):
+        calls.append((logprobs != 0).sum().item())
+        return (logprobs * p.advantages)[p.mask].sum()
+
+    p.hidden.requires_grad_()
+
+    def count(**options):
+        calls.clear()
+        linear_loss(p.hidden, p.weight, p.labels, p.mask, loss_fn, **options)
+        return list(calls)
+
+    counted = p.mask.sum().item()
+    assert count() == [counted]
+    assert count(per_token=True) == [*(min(5 * (i + 1), counted) for i in range(-(-counted // 5))), counted]
+    assert count(per_token=True, schedule="recompute") == [counted]
+    monkeypatch.setitem(linear.TILING, "cpu", linear.TILING["cpu"]._replace(keep_from=TOKENS + 1))
+    assert count(per_token=True) == [counted]
+    p.hidden.requires_grad_(False)
+    assert count(per_token=True, schedule="keep") == [counted]  # nobody needs a gradient
+
+
+def test_only_needed_gradients_are_made(small_tiles):
+    p = Problem()
+    loss_fn = sapo(p)
+    for schedule in ("keep", "recompute"):
+        out = linear_loss(
+            p.hidden.requires_grad_(), p.weight, p.labels, p.mask, loss_fn, per_token=True, schedule=schedule
+        )
+        assert [x is None for x in torch.autograd.grad(out.loss, (p.hidden,))] == [False]
+        assert out.loss.grad_fn.next_functions  # the weight, which needs none, is no error
+
+
+def test_upstream_gradient_and_metrics(backend):
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    p = Problem(dtype)
+
+    def loss_fn(logprobs, entropy):
+        ratio = (logprobs - p.old).exp()
+        return (ratio * p.advantages)[p.mask].mean(), {"ratio": ratio[p.mask].mean(), "n": 3, "share": 0.5}
+
+    x = p.logits.clone().requires_grad_()
+    out = logits_loss(x, p.labels, p.mask, loss_fn, backend=backend)
+    assert set(out.metrics) == {"loss", "ratio", "n", "share"}
+    assert not any(value.requires_grad or value.shape for value in out.metrics.values())
+    assert out.metrics["loss"] == out.loss
+    assert out.metrics["n"] == 3
+    (once,) = torch.autograd.grad(out.loss, x, retain_graph=True)
+    (thrice,) = torch.autograd.grad(3 * out.loss, x)
+    torch.testing.assert_close(thrice, 3 * once)
+
+
+def test_what_is_masked_has_no_part(backend, device):
+    """NaN logits, labels out of range, and gradients of inf and NaN off the mask."""
+    p = Problem(torch.float32, device=device)
+    logits, labels = p.logits.clone(), p.labels.clone()
+    off = ~p.mask
+    logits[off], labels[off] = torch.nan, 10**6
+    seen = []
+
+    def loss_fn(logprobs, entropy):
+        seen.append((logprobs[off], entropy[off]))
+        return logprobs.sum() + (entropy * 0.1).sum() + (logprobs - logprobs.detach())[off].abs().sqrt().sum()
+
+    x = logits.requires_grad_()
+    logits_loss(x, labels, p.mask, loss_fn, backend=backend).loss.backward()
+    assert all(not part.any() for pair in seen for part in pair)
+    assert not x.grad[off].any()
+    assert x.grad[p.mask].isfinite().all()
+    assert x.grad[p.mask].any(-1).all()
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.float32, torch.float64])
+def test_masks_of_zeros_and_ones(kind, backend):
+    p = Problem(torch.float32)
+    run = lambda mask: run_logits(  # noqa: E731
+        p, lambda x: logits_loss(x, p.labels, mask, trust_region(p), backend=backend), torch.float32
+    )
+    for got, expected in zip(run(p.mask.to(kind)), run(p.mask), strict=True):
+        assert torch.equal(got, expected)
+    if kind.is_floating_point:
+        with pytest.raises(ValueError, match=r"mask must hold 0 and 1 alone where it is floating point; got 0\.5"):
+            run(p.mask.to(kind) * 0.5)
+
+
+@pytest.mark.parametrize("shape", [(2, 12), (2, 3, 4)])
+def test_leading_dimensions_reach_the_function(shape):
+    p = Problem()
+
+    def loss_fn(logprobs, entropy):
+        assert logprobs.shape == entropy.shape == shape
+        return (logprobs * p.advantages.view(shape) * p.mask.view(shape)).sum() - entropy.sum() / 7
+
+    flat = run_logits(
+        p,
+        lambda x: logits_loss(x, p.labels, p.mask, lambda a, b: loss_fn(a.view(shape), b.view(shape))),
+    )
+    labels, mask = p.labels.view(shape), p.mask.view(shape)
+    shaped = run_logits(p, lambda x: logits_loss(x.view(*shape, VOCAB), labels, mask, loss_fn))
+    assert_equal(shaped, flat, 0)
+    hidden = p.hidden.view(*shape, HIDDEN)
+    for schedule in ("keep", "recompute"):
+        out = linear_loss(hidden, p.weight.requires_grad_(), labels, mask, loss_fn, per_token=True, schedule=schedule)
+        torch.testing.assert_close(out.loss.detach(), flat[0])
+
+
+def test_no_tokens():
+    empty = torch.zeros(0)
+    logits = torch.zeros(0, 5, requires_grad=True)
+    out = logits_loss(logits, empty.long(), empty.bool(), lambda logprobs, entropy: logprobs.sum())
+    out.loss.backward()
+    assert out.loss == 0
+    assert logits.grad.shape == (0, 5)
+
+
+def in_place(logprobs, entropy):
+    return logprobs.mul_(2).sum()
+
+
+def in_place_without_grad(logprobs, entropy):
+    with torch.no_grad():
+        entropy.zero_()
+    return logprobs.sum()
+
+
+def in_place_behind_the_counter(logprobs, entropy):
+    logprobs.data.mul_(2)
+    return logprobs.sum()
+
+
+FOREIGN = torch.ones(3, requires_grad=True)
+WRONG = [
+    (lambda a, b: a, ValueError, r"must return a loss of shape \(\), one number; got shape \(24,\)"),
+    (lambda a, b: a.sum()[None], ValueError, r"must return a loss of shape \(\), one number; got shape \(1,\)"),
+    (lambda a, b: None, TypeError, r"must return a loss \[\] or \(loss \[\], \{name: number\}\); got a NoneType"),
+    (lambda a, b: (a.sum(), {}, 1), TypeError, r"must return a loss \[\] or .*; got a tuple"),
+    (lambda a, b: 3.0, TypeError, r"must return a loss \[\] or .*; got a float"),
+    (lambda a, b: (a > 0).sum(), TypeError, r"must return a floating-point loss on cpu; got torch\.int64"),
+    (lambda a, b: (a.sum(), {"x": a}), TypeError, r"metric 'x' must be one number; got shape \(24,\)"),
+    (lambda a, b: (a.sum(), {"x": "y"}), TypeError, r"metric 'x' must be one number; got str"),
+    (lambda a, b: torch.tensor(1.0), ValueError, r"depends on logprobs or entropy; its loss has no gradient"),
+    (lambda a, b: a.detach().sum(), ValueError, r"depends on logprobs or entropy; its loss has no gradient"),
+    (lambda a, b: a.sum() * torch.nan, ValueError, r"must be finite .* are; got a loss of nan$"),
+    (lambda a, b: a.sum() * torch.inf, ValueError, r"must be finite .* are; got a loss of -?inf$"),
+    (lambda a, b: (a - a.detach()).abs().sqrt().sum(), ValueError, r"got gradients that are not finite"),
+    (in_place, RuntimeError, r"must not write over its arguments: a leaf"),
+    (in_place_without_grad, RuntimeError, r"must not write over its arguments; it changed entropy in place"),
+    (in_place_behind_the_counter, RuntimeError, r"must not write over its arguments; it changed logprobs in place"),
+    (
+        lambda a, b: a.sum() + FOREIGN.sum(),
+        ValueError,
+        r"uses another tensor that requires a gradient, of shape \(3,\)",
+    ),
+    (lambda a, b: a.sum() * (2 * FOREIGN)[0], ValueError, r"uses another tensor that requires a gradient"),
+    (lambda a, b: FOREIGN.sum(), ValueError, r"uses another tensor that requires a gradient"),
+]
+
+
+@pytest.mark.parametrize("through", ["logits", "recompute", "keep"])
+@pytest.mark.parametrize(("loss_fn", "error", "message"), WRONG, ids=range(len(WRONG)))
+def test_what_a_function_does_wrong_names_it(loss_fn, error, message, through):
+    p = Problem()
+    match = re.escape(f"loss_fn {loss_fn.__module__}.{loss_fn.__qualname__}") + ".*" + message
+    mask = torch.ones_like(p.mask)
+    call, inputs, options = logits_loss, (p.logits.requires_grad_(),), {}
+    if through != "logits":
+        call, inputs, options = linear_loss, (p.hidden.requires_grad_(), p.weight), {"schedule": through}
+        options["per_token"] = True
+    with pytest.raises(error, match=match):
+        call(*inputs, p.labels, mask, loss_fn, **options)
+
+
+def test_an_error_of_its_own_comes_through():
+    p = Problem()
+
+    def loss_fn(logprobs, entropy):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        logits_loss(p.logits.requires_grad_(), p.labels, p.mask, loss_fn)
+
+
+def test_nothing_counts():
+    p = Problem()
+    none = torch.zeros_like(p.mask)
+    with pytest.raises(ValueError, match="no token counts in this call: divide by at least 1"):
+        logits_loss(p.logits.requires_grad_(), p.labels, none, lambda a, b: (a * none).sum() / none.sum())
+    out = logits_loss(p.logits, p.labels, none, lambda a, b: (a * none).sum() / none.sum().clamp(min=1))
+    out.loss.backward()
+    assert out.loss == 0
+    assert not p.logits.grad.any()
+
+
+def test_nan_in_the_logits_is_not_the_functions_fault(backend):
+    p = Problem(torch.float32)
+    logits = p.logits.clone()
+    logits[p.mask.nonzero()[0]] = torch.nan
+    x = logits.requires_grad_()
+    loss = logits_loss(x, p.labels, p.mask, lambda a, b: a[p.mask].sum(), backend=backend).loss
+    assert loss.isnan()
+
+
+def test_without_gradients_only_the_loss_is_made():
+    p = Problem()
+    with torch.no_grad():
+        out = logits_loss(p.logits.requires_grad_(), p.labels, p.mask, lambda a, b: a[p.mask].sum())
+    assert not out.loss.requires_grad
+    out = logits_loss(p.logits.detach(), p.labels, p.mask, lambda a, b: torch.tensor(1.0))
+    assert out.loss == 1  # nothing to differentiate, so nothing to miss
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "token"),
+    [
+        (lambda a, b: a.softmax(0).square().sum(), None),
+        (lambda a, b: (a * (b - b.mean().detach())).sum(), None),
+        (lambda a, b: a.sum().square(), None),
+    ],
+)
+def test_a_broken_promise_is_noticed(loss_fn, token, small_tiles):
+    p = Problem()
+    with pytest.raises(ValueError, match=r"must act on each token alone, as per_token=True promises: the gradient of"):
+        linear_loss(p.hidden.requires_grad_(), p.weight, p.labels, p.mask, loss_fn, per_token=True, schedule="keep")
+
+
+def test_bad_arguments():
+    p = Problem()
+    logits, hidden = p.logits.requires_grad_(), p.hidden
+    with pytest.raises(TypeError, match=r"loss_fn must be a function \(logprobs, entropy\) -> loss; got int"):
+        logits_loss(logits, p.labels, p.mask, 3)
+    with pytest.raises(ValueError, match=r"mask must have shape \(24,\)"):
+        logits_loss(logits, p.labels, p.mask[1:], sapo(p))
+    with pytest.raises(ValueError, match=r"schedule='keep' needs .*: per_token=True promises that of loss_fn"):
+        linear_loss(hidden, p.weight, p.labels, p.mask, sapo(p), schedule="keep")
+    with pytest.raises(TypeError, match="per_token must be a bool; got str"):
+        linear_loss(hidden, p.weight, p.labels, p.mask, sapo(p), per_token="yes")
+    with pytest.raises(ValueError, match="label 61 at position"):
+        logits_loss(logits, p.labels.masked_fill(p.mask, VOCAB), p.mask, sapo(p))
+
+
+def test_the_gradient_of_16_bit_logits_is_that_of_the_preset(backend, device):
+    """Bit for bit: the function's part is the same float32 numbers."""
+    logits = make_logits(TOKENS, VOCAB, "normal", torch.bfloat16, device=device)
+    p = Problem(torch.float32, device=device)
+    native = logits.clone().requires_grad_()
+    inputs = (p.labels, p.old, p.advantages, p.mask)
+    objective = PolicyObjective.preset("dapo")
+    logits_policy_loss(native, *inputs, objective=objective, backend=backend).loss.backward()
+
+    def loss_fn(logprobs, entropy):
+        return policy_loss(logprobs, *inputs[1:], objective=objective, backend=backend)
+
+    written = logits.clone().requires_grad_()
+    logits_loss(written, p.labels, p.mask, loss_fn, inplace_backward=True, backend=backend).loss.backward()
+    assert torch.equal(written.grad, native.grad)
+    assert written.grad.data_ptr() == written.data_ptr()
+
+
+def test_keep_breaks_a_compiled_graph_and_is_right():
+    p = Problem()
+    loss_fn = sapo(p)
+
+    def run(h, w):
+        return linear_loss(h * 2, w, p.labels, p.mask, loss_fn, per_token=True, schedule="keep").loss * 3
+
+    leaves = [p.hidden.requires_grad_(), p.weight.requires_grad_()]
+    expected = torch.autograd.grad(run(*leaves), leaves)
+    got = torch.autograd.grad(torch.compile(run, backend="aot_eager")(*leaves), leaves)
+    assert_equal(got, expected)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="_keep"):
+        torch.compile(run, backend="aot_eager", fullgraph=True)(*leaves)
