@@ -192,7 +192,7 @@ def test_the_loop_learns_with_it(tmp_path: Path) -> None:
     trainer_for(tmp_path / "run", *settings).train()
     success = [record["train.success"] for record in outcome(tmp_path / "run")[0]]
     assert success[0] < 0.3
-    assert sum(success[-5:]) / 5 > 0.6
+    assert sum(success[-5:]) / 5 > 0.6  # who does not read the question gets 0.5 at most; measured with this seed: 0.75
 
 
 def nothing(logprobs: Tensor, entropy: Tensor, batch: LossBatch) -> None:
