@@ -80,7 +80,8 @@ void logits_grad(const Tensor& logits, const OptionalTensor& labels, const Tenso
     const int64_t t = used[i];
     const RowStats stats = {max_of[t], log_sum_of[t], entropy_of[t]};
     const int64_t at = label == nullptr ? -1 : label_column(label[t], vocab_start, rows.vocab);
-    segment_grad(rows, grads, t, column, n, at, stats, grad_logprob(t), grad_h(t), temperature);
+    segment_grad(rows, grads, t, column, n, at, stats, grad_logprob(t), grad_h(t), temperature,
+                 row_kernels().logits_grad[rows.type]);
   });
 }
 

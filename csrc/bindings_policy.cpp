@@ -2,6 +2,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -92,65 +93,88 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_terms_op(
              entropy_stats, numbers);
 }
 
-// Every row in one visit: statistics, the rule for its token, and the gradient while the row is in its thread's cache.
+// What the statistics of some rows keep for their gradients.
+template <class Real>
+class KeptRows {
+ public:
+  KeptRows(int64_t rows, int64_t vocab)
+      : segments_(num_segments(vocab)),
+        partial_(rows * segments_),
+        values_(new Real[rows * segments_ * (kSegment + kKeptMaxima)]) {}  // not a vector: nothing need be 0
+
+  Kept segment(int64_t row, int64_t column) const {
+    Real* const at = values_.get() + (row * segments_ + column / kSegment) * (kSegment + kKeptMaxima);
+    return {at, at + kSegment};
+  }
+  SegmentStats& stats(int64_t row, int64_t column) { return partial_[row * segments_ + column / kSegment]; }
+  RowStats merged(int64_t row, double temperature) const {
+    return merge_segments(partial_.data() + row * segments_, segments_, temperature);
+  }
+
+ private:
+  const int64_t segments_;
+  std::vector<SegmentStats> partial_;
+  std::unique_ptr<Real[]> values_;
+};
+
+// Every row in one visit: statistics, the rule for its token, and the gradient while row and exponentials are in the
+// thread's cache.
 template <class Real>
 class SinglePass {
  public:
   SinglePass(const Rows& rows, const Rows& grads, const int64_t* label, double temperature,
              const ObjectiveNumbers& numbers, const PolicyInputs<Real>& in, Real* logprobs, Real* entropy)
       : rows_(rows), grads_(grads), label_(label), temperature_(temperature), numbers_(numbers), in_(in),
-        logprobs_(logprobs), entropy_(entropy), segments_(num_segments(rows.vocab)) {}
+        logprobs_(logprobs), entropy_(entropy) {}
 
   // As many whole rows for every thread as there are; what is left, fewer rows than threads, is spread by segments. Both
   // give the same bits.
   void run(const std::vector<int64_t>& used) const {
-    const int64_t count = used.size(), whole = count - count % at::get_num_threads();
-    at::parallel_for(0, whole, std::max<int64_t>(1, kSegment / std::max<int64_t>(1, rows_.vocab)), [&](int64_t begin, int64_t end) {
-      std::vector<SegmentStats> partial(segments_);
+    const int64_t count = used.size(), whole = count - count % at::get_num_threads(), vocab = rows_.vocab;
+    const int64_t grain = std::max<int64_t>(1, kSegment / std::max<int64_t>(1, vocab));
+    at::parallel_for(0, whole, grain, [&](int64_t begin, int64_t end) {
+      KeptRows<Real> kept(1, vocab);
       for (int64_t i = begin; i < end; i++) {
-        const int64_t t = used[i];
-        for (int64_t column = 0; column < rows_.vocab; column += kSegment) {
-          partial[column / kSegment] = stats(t, column, std::min(kSegment, rows_.vocab - column));
-        }
-        const RowGradients row = rule(t, partial.data());
-        for (int64_t column = 0; column < rows_.vocab; column += kSegment) {
-          gradient(t, column, std::min(kSegment, rows_.vocab - column), row);
-        }
+        for (int64_t c = 0; c < vocab; c += kSegment) add(kept, 0, used[i], c, std::min(kSegment, vocab - c));
+        const Coefficients row = rule(used[i], kept.merged(0, temperature_));
+        for (int64_t c = 0; c < vocab; c += kSegment) write(kept, 0, used[i], c, std::min(kSegment, vocab - c), row);
       }
     });
     const int64_t* rest = used.data() + whole;
-    std::vector<SegmentStats> partial((count - whole) * segments_);
-    for_each_segment(count - whole, rows_.vocab, [&](int64_t i, int64_t column, int64_t n) {
-      partial[i * segments_ + column / kSegment] = stats(rest[i], column, n);
-    });
-    std::vector<RowGradients> of_row(count - whole);
-    for (int64_t i = 0; i < count - whole; i++) of_row[i] = rule(rest[i], partial.data() + i * segments_);
-    for_each_segment(count - whole, rows_.vocab,
-                     [&](int64_t i, int64_t column, int64_t n) { gradient(rest[i], column, n, of_row[i]); });
+    KeptRows<Real> kept(count - whole, vocab);
+    std::vector<Coefficients> rows(count - whole);
+    for_each_segment(count - whole, vocab, [&](int64_t i, int64_t c, int64_t n) { add(kept, i, rest[i], c, n); });
+    for (int64_t i = 0; i < count - whole; i++) rows[i] = rule(rest[i], kept.merged(i, temperature_));
+    for_each_segment(count - whole, vocab,
+                     [&](int64_t i, int64_t c, int64_t n) { write(kept, i, rest[i], c, n, rows[i]); });
   }
 
  private:
   // What the gradient of a row needs, rounded to Real where the stages hand it on as tensors.
-  struct RowGradients {
+  struct Coefficients {
     RowStats stats;
     double logprob, entropy;
   };
 
-  SegmentStats stats(int64_t t, int64_t column, int64_t n) const {
-    return row_kernels().token_stats[rows_.type](rows_.at(t, column), n, log2_scale(temperature_));
+  void add(KeptRows<Real>& kept, int64_t i, int64_t t, int64_t column, int64_t n) const {
+    kept.stats(i, column) = row_kernels().kept_stats[rows_.type](rows_.at(t, column), n, log2_scale(temperature_),
+                                                                 kept.segment(i, column));
   }
 
-  RowGradients rule(int64_t t, const SegmentStats* partial) const {
-    const RowStats stats = merge_segments(partial, segments_, temperature_);
+  Coefficients rule(int64_t t, const RowStats& stats) const {
     logprobs_[t] = static_cast<Real>(row_logprob(rows_, t, column_of(t), stats, temperature_));
     entropy_[t] = static_cast<Real>(stats.entropy);
     const TokenGrads<Real> grads = token_grads(numbers_, in_, t);
     return {{stats.max, static_cast<Real>(stats.log_sum), entropy_[t]}, grads.logprob, grads.entropy};
   }
 
-  void gradient(int64_t t, int64_t column, int64_t n, const RowGradients& row) const {
+  void write(const KeptRows<Real>& kept, int64_t i, int64_t t, int64_t column, int64_t n,
+             const Coefficients& row) const {
     if (row.logprob == 0 && row.entropy == 0) return zero_segment(grads_, t, column, n);
-    segment_grad(rows_, grads_, t, column, n, column_of(t), row.stats, row.logprob, row.entropy, temperature_);
+    segment_grad(rows_, grads_, t, column, n, column_of(t), row.stats, row.logprob, row.entropy, temperature_,
+                 [&](const void* x, void* out, int64_t num, const RowGrad& grad) {
+                   row_kernels().kept_grad[rows_.type](x, out, num, grad, kept.segment(i, column));
+                 });
   }
 
   int64_t column_of(int64_t t) const { return label_column(label_[t], 0, rows_.vocab); }
@@ -161,7 +185,6 @@ class SinglePass {
   const ObjectiveNumbers& numbers_;
   const PolicyInputs<Real>& in_;  // its log-probs and entropies are those that are made here
   Real *logprobs_, *entropy_;
-  const int64_t segments_;
 };
 
 template <class Real>

@@ -98,8 +98,8 @@ class Column {
   void* data_;
 };
 
-// The column of a label in rows whose first logit is that of token `vocab_start`, or -1: a label out of range must not be
-// read. The operations above raise for it on the CPU.
+// The column of a label in rows whose first logit is that of token `vocab_start`, or -1: a label out of range must not
+// be read. The operations above raise for it on the CPU.
 inline int64_t label_column(int64_t label, int64_t vocab_start, int64_t vocab) {
   return label >= vocab_start && label - vocab_start < vocab ? label - vocab_start : -1;
 }
@@ -110,13 +110,15 @@ inline double row_logprob(const Rows& rows, int64_t t, int64_t label, const RowS
   return label_logprob(logit, stats, temperature);
 }
 
-// Write the gradient of row t's n logits from `column` on, that of a label among them included. Rows may be grads.
-inline void segment_grad(const Rows& rows, const Rows& grads, int64_t t, int64_t column, int64_t n, int64_t label,
-                         const RowStats& stats, double grad_logprob, double grad_entropy, double temperature) {
+// Write the gradient of row t's n logits from `column` on by `kernel(x, out, n, grad)`, and that of a label among them.
+// Rows may be grads.
+template <class Kernel>
+void segment_grad(const Rows& rows, const Rows& grads, int64_t t, int64_t column, int64_t n, int64_t label,
+                  const RowStats& stats, double grad_logprob, double grad_entropy, double temperature,
+                  const Kernel& kernel) {
   const bool has_label = grad_logprob != 0 && label >= column && label < column + n;
   const double logit = has_label ? load_logit(rows.type, rows.at(t), label) : 0;  // before it is overwritten
-  row_kernels().logits_grad[rows.type](rows.at(t, column), grads.at(t, column), n,
-                                       row_grad(stats, grad_logprob, grad_entropy, temperature));
+  kernel(rows.at(t, column), grads.at(t, column), n, row_grad(stats, grad_logprob, grad_entropy, temperature));
   if (!has_label) return;
   store_logit(rows.type, grads.at(t), label, label_grad(logit, stats, grad_logprob, grad_entropy, temperature));
 }

@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 #include "simd_avx512.h"
 
+#include "kept_grad.h"
 #include "logits_grad.h"
 #include "sample_passes.h"
 #include "token_stats.h"
@@ -19,6 +20,10 @@ const RowKernels kAvx512 = {
      draw_float64},
     {avx512::above<avx512::Simd, BFloat16>, avx512::above<avx512::Simd, Float16>, avx512::above<avx512::Simd, float>,
      above_float64},
+    {avx512::kept_stats<avx512::Simd, BFloat16>, avx512::kept_stats<avx512::Simd, Float16>,
+     avx512::kept_stats<avx512::Simd, float>, kept_stats_float64},
+    {avx512::kept_grad<avx512::Simd, BFloat16>, avx512::kept_grad<avx512::Simd, Float16>,
+     avx512::kept_grad<avx512::Simd, float>, kept_grad_float64},
 };
 
 }  // namespace aepo

@@ -1,6 +1,7 @@
 #include "isa.h"
 #include "simd_portable.h"
 
+#include "kept_grad.h"
 #include "logits_grad.h"
 #include "sample_passes.h"
 #include "token_stats.h"
@@ -13,6 +14,14 @@ SegmentStats token_stats_float64(const void* x, int64_t n, double scale) {
 
 void logits_grad_float64(const void* x, void* out, int64_t n, const RowGrad& grad) {
   portable::logits_grad<portable::SimdDouble, double>(x, out, n, grad);
+}
+
+SegmentStats kept_stats_float64(const void* x, int64_t n, double scale, const Kept& kept) {
+  return portable::kept_stats<portable::SimdDouble, double>(x, n, scale, kept);
+}
+
+void kept_grad_float64(const void* x, void* out, int64_t n, const RowGrad& grad, const Kept& kept) {
+  portable::kept_grad<portable::SimdDouble, double>(x, out, n, grad, kept);
 }
 
 void draw_float64(const void* x, int64_t n, int64_t first, const DrawRow& row, Draw& best) {
@@ -33,6 +42,10 @@ const RowKernels kPortable = {
      draw_float64},
     {portable::above<portable::Simd, BFloat16>, portable::above<portable::Simd, Float16>, portable::above<portable::Simd, float>,
      above_float64},
+    {portable::kept_stats<portable::Simd, BFloat16>, portable::kept_stats<portable::Simd, Float16>,
+     portable::kept_stats<portable::Simd, float>, kept_stats_float64},
+    {portable::kept_grad<portable::Simd, BFloat16>, portable::kept_grad<portable::Simd, Float16>,
+     portable::kept_grad<portable::Simd, float>, kept_grad_float64},
 };
 
 }  // namespace aepo

@@ -31,6 +31,7 @@ struct Simd {
   AEPO_INLINE Vec if_greater(Vec a, Vec b, Vec yes, Vec no) {
     return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
   }
+  AEPO_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
   AEPO_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 
   typedef uint64_t Wide __attribute__((vector_size(32)));

@@ -38,6 +38,7 @@ struct Simd {
   AEPO_INLINE Vec if_greater(Vec a, Vec b, Vec yes, Vec no) {
     return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), yes);
   }
+  AEPO_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
   AEPO_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 
   // Integer lanes for random words; the product is that of the lower halves.
@@ -71,10 +72,10 @@ struct Simd {
     b = _mm512_loadu_ps(p + 16);
   }
 
-  // To nearest even, in 16-bit lanes: upper and lower halves of both vectors apart, and 1 more where a lower half is above
-  // 0x8000, or is 0x8000 beside an odd upper one. Inf stays inf, and NaN stays NaN unless its upper bits are all ones,
-  // which row_grad() sees to. Rounding each vector in 32-bit lanes took 10 instructions instead of 7, 12.0 cycles per 16
-  // logits instead of 11.3 for the whole gradient (Zen 4).
+  // To nearest even, in 16-bit lanes: upper and lower halves of both vectors apart, and 1 more where a lower half is
+  // above 0x8000, or is 0x8000 beside an odd upper one. Inf stays inf, and NaN stays NaN unless its upper bits are all
+  // ones, which row_grad() sees to. Rounding each vector in 32-bit lanes took 10 instructions instead of 7, 12.0 cycles
+  // per 16 logits instead of 11.3 for the whole gradient (Zen 4).
   AEPO_INLINE void store2(BFloat16* p, Vec a, Vec b) {
     const __m512i x = _mm512_castps_si512(a), y = _mm512_castps_si512(b), one = _mm512_set1_epi16(1);
     const __m512i upper = _mm512_mask_mov_epi16(_mm512_srli_epi32(x, 16), 0xaaaaaaaa, y);

@@ -59,9 +59,9 @@ AEPO_INLINE void raise_max(Running<Simd>& state, typename Simd::Scalar max) {
 }
 
 // Add the logits x, none above state.max. kNewMax: the maximum was raised to one of them, and one occurrence of it
-// stays out of the sums (others are ordinary terms of value 1).
+// stays out of the sums (others are ordinary terms of value 1). kept: where the exponentials go, or null.
 template <bool kNewMax, class Simd, size_t kVecs>
-AEPO_INLINE void add(Running<Simd>& state, const typename Simd::Vec (&x)[kVecs]) {
+AEPO_INLINE void add(Running<Simd>& state, const typename Simd::Vec (&x)[kVecs], typename Simd::Scalar* kept) {
   using Vec = typename Simd::Vec;
   const Vec scale = Simd::broadcast(state.scale), shift = Simd::broadcast(state.shift);
   const Vec zero = Simd::broadcast(0), one = Simd::broadcast(1), least = Simd::broadcast(Simd::kMinExponent);
@@ -75,7 +75,10 @@ AEPO_INLINE void add(Running<Simd>& state, const typename Simd::Vec (&x)[kVecs])
 #pragma GCC unroll 8
     for (size_t i = 0; i < kTogether; i++) y[i] = Simd::max(least, (x[first + i] - shift) * scale);
 #pragma GCC unroll 8
-    for (size_t i = 0; i < kTogether; i++) e[i] = Simd::exp2(y[i]);
+    for (size_t i = 0; i < kTogether; i++) {
+      e[i] = Simd::exp2(y[i]);
+      if (kept != nullptr) Simd::store(kept + (first + i) * Simd::kWidth, e[i]);
+    }
 #pragma GCC unroll 8
     for (size_t i = 0; i < kTogether; i++) {
       if (kNewMax) {
@@ -92,7 +95,7 @@ AEPO_INLINE void add(Running<Simd>& state, const typename Simd::Vec (&x)[kVecs])
 }
 
 template <class Simd, class T>
-AEPO_INLINE void add_chunk(Running<Simd>& state, const T* logits) {
+AEPO_INLINE void add_chunk(Running<Simd>& state, const T* logits, typename Simd::Scalar* kept) {
   using Vec = typename Simd::Vec;
   Vec x[Simd::kChunk];
 #pragma GCC unroll 8
@@ -102,29 +105,44 @@ AEPO_INLINE void add_chunk(Running<Simd>& state, const T* logits) {
   for (int i = 2; i < Simd::kChunk; i += 2) top = Simd::max(top, Simd::max(x[i], x[i + 1]));
   if (__builtin_expect(Simd::any_greater(top, Simd::broadcast(state.max)), 0)) {
     raise_max(state, lane_max<Simd>(top));
-    add<true>(state, x);
+    add<true>(state, x, kept);
   } else {
-    add<false>(state, x);
+    add<false>(state, x, kept);
   }
 }
 
-template <class Simd, class T>
-AEPO_ISA SegmentStats token_stats(const void* x, int64_t n, double scale) {
+// kKept: exponentials and maxima are kept for kept_grad.h.
+template <bool kKept, class Simd, class T>
+AEPO_INLINE SegmentStats segment_stats(const T* logits, int64_t n, double scale, const Kept& kept) {
+  using Scalar = typename Simd::Scalar;
   constexpr int64_t kChunk = Simd::kChunk * Simd::kWidth;
-  const T* logits = static_cast<const T*>(x);
-  Running<Simd> state{static_cast<typename Simd::Scalar>(scale)};
+  Scalar* exponentials = static_cast<Scalar*>(kept.exponentials);
+  Scalar* maxima = static_cast<Scalar*>(kept.maxima);
+  Running<Simd> state{static_cast<Scalar>(scale)};
   int64_t i = 0;
   for (; i + kChunk <= n; i += kChunk) {
     prefetch_ahead(logits + i, kChunk * sizeof(T));
-    add_chunk(state, logits + i);
+    add_chunk(state, logits + i, kKept ? exponentials + i : nullptr);
+    if (kKept) *maxima++ = state.max;
   }
   if (i < n) {
     T tail[kChunk];
     for (T& logit : tail) logit = minus_infinity<T>();
     std::memcpy(tail, logits + i, (n - i) * sizeof(T));
-    add_chunk(state, tail);
+    add_chunk(state, tail, kKept ? exponentials + i : nullptr);
+    if (kKept) *maxima = state.max;
   }
   return {state.max, lane_sum<Simd>(state.rest), lane_sum<Simd>(state.weighted) * kLn2};
+}
+
+template <class Simd, class T>
+AEPO_ISA SegmentStats token_stats(const void* x, int64_t n, double scale) {
+  return segment_stats<false, Simd>(static_cast<const T*>(x), n, scale, Kept());
+}
+
+template <class Simd, class T>
+AEPO_ISA SegmentStats kept_stats(const void* x, int64_t n, double scale, const Kept& kept) {
+  return segment_stats<true, Simd>(static_cast<const T*>(x), n, scale, kept);
 }
 
 }  // namespace aepo::AEPO_ISA_NAME

@@ -1,11 +1,11 @@
-// The clip rule: what multiplies -A in a token's loss, and in its gradient, given ratio and advantage A. The table of its
-// cases stands in aepo_kernels/reference/clip_rule.py; a rule that needs a new number adds it to the list here.
+// The clip rule: what multiplies -A in a token's loss, and in its gradient, given ratio and advantage A. The table of
+// its cases stands in aepo_kernels/reference/clip_rule.py; a rule that needs a new number adds it to the list here.
 #pragma once
 
 namespace aepo {
 
-// An objective as numbers: the one list of them, in the order of ObjectiveNumbers of aepo_kernels/objective.py, which says
-// what they mean. The flags are 0 or 1.
+// An objective as numbers: the one list of them, in the order of ObjectiveNumbers of aepo_kernels/objective.py, which
+// says what they mean. The flags are 0 or 1.
 #define AEPO_OBJECTIVE_NUMBERS(X) \
   X(low)                          \
   X(high)                         \

@@ -41,6 +41,14 @@ struct RowGrad {
   double slope;    // -grad_entropy ln(2) / temperature
 };
 
+// What one segment's statistics leave for its gradient: the exponentials, in the order and about the maxima at which they
+// were made. Both arrays hold float (double for float64 logits): kSegment of them, and kKeptMaxima.
+struct Kept {
+  void* exponentials;
+  void* maxima;
+};
+constexpr int64_t kKeptMaxima = kSegment / 16;  // the smallest chunk, that of float64
+
 // The kernels for one instruction set, indexed by LogitsType.
 struct RowKernels {
   const char* name;
@@ -52,6 +60,9 @@ struct RowKernels {
   void (*draw[kNumLogitsTypes])(const void* x, int64_t n, int64_t first, const DrawRow& row, Draw& best);
   // Add what lies above `threshold` among n <= kSegment logits, about max; scale = log2_scale(temperature).
   void (*above[kNumLogitsTypes])(const void* x, int64_t n, double threshold, double max, double scale, Above& total);
+  // The same statistics, and the gradient of the same logits from what they keep.
+  SegmentStats (*kept_stats[kNumLogitsTypes])(const void* x, int64_t n, double scale, const Kept& kept);
+  void (*kept_grad[kNumLogitsTypes])(const void* x, void* out, int64_t n, const RowGrad& grad, const Kept& kept);
 };
 
 // The widest of avx512, avx2 and portable that this processor runs, or the one that the environment variable

@@ -1,6 +1,7 @@
-"""Claims about the native single_pass: its log-probs, entropies and gradient have the bits of token_stats, policy_terms
-and logits_grad one after the other, for every dtype and objective, in place or not, however many rows and threads there
-are and wherever a row begins; in float64 they are the reference's; rows that do not count are written and never read.
+"""Claims about the native single_pass: its log-probs and entropies have the bits of token_stats, and its gradient is
+that of policy_terms and logits_grad but for the last digit, for every dtype and objective; it is as near to float64
+truth as any kernel has to be, and in float64 it is the reference's. It has the same bits in place or not, however many
+rows and threads there are and wherever a row begins. Rows that do not count are written and never read.
 """
 
 import math
@@ -12,7 +13,7 @@ import torch
 from aepo_kernels import backend as backends
 from aepo_kernels.objective import PolicyObjective
 from aepo_kernels.reference.single_pass import single_pass as reference
-from aepo_kernels.testing import DTYPES, make_labels, make_logits
+from aepo_kernels.testing import DTYPES, assert_within_budget, eager_token_stats, make_labels, make_logits
 
 pytestmark = pytest.mark.skipif(backends.missing("cpu") is not None, reason="the extension is not built")
 native = torch.ops.aepo_native
@@ -75,28 +76,46 @@ def single_pass(logits, labels, temperature, args, numbers, out):
     return *native.single_pass(logits, labels, temperature, IGNORE, *args, numbers, out), out
 
 
-def assert_same_bits(ours, theirs):
-    for what, mine, other in zip(("logprobs", "entropy", "gradient"), ours, theirs, strict=True):
-        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[mine.element_size()]
-        different = mine.contiguous().view(integer) != other.contiguous().view(integer)
-        different &= ~(mine.isnan() & other.isnan())  # which NaN it is says nothing
-        assert not different.any(), f"{what}: {int(different.sum())} of {different.numel()} differ"
+def same_bits(ours, theirs):
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[ours.element_size()]
+    same = ours.contiguous().view(integer) == theirs.contiguous().view(integer)
+    return bool((same | (ours.isnan() & theirs.isnan())).all())  # which NaN it is says nothing
+
+
+def assert_nearly_equal(ours, theirs):
+    """Where two rounded numbers straddle a tie they are one unit apart. Before that, errors are float32's: 15 is about
+    the largest |log p + H|, and what cancels is as large as the row's largest gradient."""
+    acc = torch.finfo(torch.float64 if ours.dtype == torch.float64 else torch.float32).eps
+    smallest = torch.finfo(ours.dtype).smallest_normal * torch.finfo(ours.dtype).eps
+    ours, theirs, unit = ours.double(), theirs.double(), torch.finfo(ours.dtype).eps
+    largest = theirs.abs().amax(-1, keepdim=True)
+    excess = (ours - theirs).abs() - (theirs.abs() * (unit + 60 * acc) + largest * 15 * acc + smallest)
+    assert (excess <= 0)[theirs.isfinite()].all(), excess.max()
+    assert torch.equal(ours[~theirs.isfinite()].nan_to_num(0.0), theirs[~theirs.isfinite()].nan_to_num(0.0))
+    assert torch.equal(ours.isfinite(), theirs.isfinite())
+    assert torch.equal(ours.eq(0).all(-1), theirs.eq(0).all(-1))
 
 
 def check(logits, labels, objective, *, temperature=0.7, counts=False):
+    """The two forms beside each other; returns what the single pass gives."""
     args = columns(logits, labels, objective, temperature=temperature, counts=counts)
     numbers = objective.numbers()
-    expected = two_pass(logits, labels, temperature, args, numbers, torch.empty_like(logits))
-    assert_same_bits(single_pass(logits, labels, temperature, args, numbers, torch.empty_like(logits)), expected)
+    logprobs, entropy, gradient = two_pass(logits, labels, temperature, args, numbers, torch.empty_like(logits))
+    ours = single_pass(logits, labels, temperature, args, numbers, torch.empty_like(logits))
+    assert same_bits(ours[0], logprobs)
+    assert same_bits(ours[1], entropy)
+    if len(logits):
+        assert_nearly_equal(ours[2], gradient)
     own = logits.clone()
-    assert_same_bits(single_pass(own, labels, temperature, args, numbers, own), expected)
-    return expected
+    for again, before in zip(single_pass(own, labels, temperature, args, numbers, own), ours, strict=True):
+        assert same_bits(again, before)
+    return ours
 
 
 @pytest.mark.parametrize("counts", [False, True], ids=["weights", "counts"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_as_the_two_passes(dtype, name, counts):
+def test_equals_the_two_passes(dtype, name, counts):
     logits = make_logits(19, SEGMENT + 77, "normal", dtype)
     labels = make_labels(logits)
     labels[4] = SEGMENT + 76
@@ -106,6 +125,26 @@ def test_same_bits_as_the_two_passes(dtype, name, counts):
     zero = gradient.eq(0).all(-1)
     assert zero[6]
     assert int((~zero).sum()) > 3
+
+
+@pytest.mark.parametrize("bonus", [0.0, 0.3])
+@pytest.mark.parametrize("regime", ["normal", "peaked", "minus_inf", "ties", "offset", "ascending", "tiny_entropy"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_is_near_to_truth(dtype, regime, bonus):
+    logits = make_logits(3, SEGMENT + 1009, regime, dtype)
+    labels = make_labels(logits)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    logprobs = native.token_stats(logits, labels, 0.7, IGNORE, True)[0]
+    # Ratio 1 and weight 1: the gradients of log-prob and entropy are -advantage and -bonus.
+    advantages, ones, numbers = torch.tensor([1.0, -2.0, 0.5]), torch.ones(3), PolicyObjective(entropy_bonus=bonus)
+    args = [logprobs, advantages.to(acc), ones.to(acc), None, None, None, None]
+    ours = single_pass(logits, labels, 0.7, args, numbers.numbers(), torch.empty_like(logits))
+    grads = -advantages.to(acc), (-bonus * ones).to(acc)
+    truth = eager_token_stats(logits, labels, 0.7, *grads, dtype=torch.float64)
+    eager = eager_token_stats(logits, labels, 0.7, *grads)
+    log_vocab = math.log(logits.shape[1]) + 1
+    for name, scale, actual in zip(truth._fields, (log_vocab, log_vocab, 2 * log_vocab), ours, strict=True):
+        assert_within_budget(name, actual, getattr(truth, name), getattr(eager, name), scale=scale)
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 7, 33, 64, 65, 129, 1000])
@@ -126,12 +165,15 @@ def test_bits_do_not_depend_on_threads(rows):
     logits = make_logits(rows, 2 * SEGMENT + 5, "peaked", torch.bfloat16)
     labels = make_labels(logits)
     threads = torch.get_num_threads()
+    results = []
     try:
         for n in (1, 2, 3, 8):
             torch.set_num_threads(n)
-            check(logits, labels, PolicyObjective(clip="gppo", entropy_bonus=0.1))
+            results.append(check(logits, labels, PolicyObjective(clip="gppo", entropy_bonus=0.1)))
     finally:
         torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(same_bits, other, results[0]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -141,12 +183,12 @@ def test_rows_with_gaps_between_them(dtype):
     labels = make_labels(rows)
     labels[3] = IGNORE
     args = columns(rows, labels, objective)
-    expected = two_pass(rows, labels, 0.7, args, objective.numbers(), torch.empty_like(rows))
+    expected = single_pass(rows, labels, 0.7, args, objective.numbers(), torch.empty_like(rows))
     for start in (0, 1, 3, 22):
         padded = torch.full((5, 1031), math.nan, dtype=dtype)  # NaN beside a row shows any read past its end
         view = padded[:, start : start + 1009]
         view.copy_(rows)
-        assert_same_bits(single_pass(view, labels, 0.7, args, objective.numbers(), view), expected)
+        assert all(map(same_bits, single_pass(view, labels, 0.7, args, objective.numbers(), view), expected))
         assert padded[:, :start].isnan().all()
         assert padded[:, start + 1009 :].isnan().all()
 
@@ -158,11 +200,11 @@ def test_rows_that_do_not_count_become_0_unread(in_place):
     labels = make_labels(logits)
     labels[[0, 3, 8]] = IGNORE
     args = columns(logits, labels, objective)
-    expected = two_pass(logits, labels, 0.7, args, objective.numbers(), torch.empty_like(logits))
+    expected = single_pass(logits, labels, 0.7, args, objective.numbers(), torch.empty_like(logits))
     logits[[0, 3, 8]] = math.nan
     out = logits if in_place else torch.full_like(logits, 7)
     ours = single_pass(logits, labels, 0.7, args, objective.numbers(), out)
-    assert_same_bits(ours, expected)
+    assert all(map(same_bits, ours, expected))
     assert all(x[[0, 3, 8]].eq(0).all() for x in ours)
 
 
@@ -176,13 +218,6 @@ def test_a_row_whose_coefficients_are_0_becomes_0_whatever_it_holds():
     )
     assert logprobs.isnan().tolist() == entropy.isnan().tolist() == [False, True, False]
     assert out[1].eq(0).all()
-
-
-@pytest.mark.parametrize("regime", ["minus_inf", "ties", "tiny_entropy", "offset", "ascending"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_other_logits(dtype, regime):
-    logits = make_logits(5, 2 * SEGMENT + 77, regime, dtype)
-    check(logits, make_labels(logits), PolicyObjective(clip="gppo", entropy_bonus=0.1))
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-3, 3.0, 1e30])
