@@ -64,8 +64,7 @@ def test_the_same_as_two_passes(name, dtype, factor, backend, device):
     two, expected = loss_of(logits, call, factor, backend=backend)
     one, grad = loss_of(logits, call, factor, backend=backend, single_pass=True)
     assert one.metrics.keys() == two.metrics.keys()
-    if backend == "cpu" and factor == 1:
-        assert torch.equal(grad, expected)
+    if backend == "cpu":  # the same sums; a gradient's exponentials stand about another maximum
         assert torch.equal(one.loss, two.loss)
         assert all(torch.equal(value, two.metrics[key]) for key, value in one.metrics.items())
     # A gradient that the backward scales has been rounded once before.
