@@ -89,6 +89,10 @@ def train(
 
         aepo train --config configs/demo.yaml policy.preset=grpo rollout.fresh_paths=8
 
+    A loss of your own, the function `clipped` of my_losses.py in the current directory (docs/own_loss.md):
+
+        aepo train --config configs/demo.yaml policy.loss=my_losses:clipped
+
     After Ctrl-C or an error, with the settings of that run, which may be extended:
 
         aepo train --resume runs/demo train.steps=200

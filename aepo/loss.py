@@ -7,7 +7,6 @@ not see each other: `packed_attention` runs it once per trajectory. The head run
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from aepo.config import PolicyConfig
+from aepo.config import OBJECTIVE_KEYS, PolicyConfig
 from aepo.own_loss import SETTING, LossBatch, OwnLoss, OwnLossError, checked_call
 from aepo.packing import PackedBatch
 from aepo.registry import plain
@@ -37,7 +36,7 @@ MEASURED_OF_ANY_LOSS = ("ratio_mean", "ratio_max", "approx_kl", "entropy_mean", 
 
 def policy_objective(policy: PolicyConfig) -> PolicyObjective:
     """The preset's objective with the configured fields in their place."""
-    chosen = {field.name: getattr(policy, field.name) for field in dataclasses.fields(PolicyObjective)}
+    chosen = {name: getattr(policy, name) for name in OBJECTIVE_KEYS}
     return PolicyObjective.preset(policy.preset, **{name: value for name, value in chosen.items() if value is not None})
 
 

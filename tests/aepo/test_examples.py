@@ -167,7 +167,7 @@ def test_the_page_on_losses_of_ones_own_trains_a_transformers_model(readme, own_
     log_p = model(names["input_ids"], attention_mask=names["attention_mask"]).logits.log_softmax(-1)
     terms = []
     for b, t in names["completion_mask"].nonzero().tolist():
-        logprob, advantage = log_p[b, t - 1, names["input_ids"][b, t]], names["advantages"].flatten()[b].item()
+        logprob, advantage = log_p[b, t - 1, names["input_ids"][b, t]], names["advantages"][b].item()
         tau = 1.0 if advantage > 0 else 1.05
         ratio = (logprob - logprob.detach() + 0.3).exp()
         terms.append(-4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage)

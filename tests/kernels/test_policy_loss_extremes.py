@@ -58,10 +58,9 @@ def test_it_leaves_the_others_alone(clip, dtype, backend, device):
     assert both.tolist() == [grad[0], 0, grad[1]]
 
 
-@pytest.mark.parametrize("clip", CLIPS)
-def test_an_impossible_old_token_is_clipped_where_its_advantage_is_positive(clip, backend, device):
+@pytest.mark.parametrize(("clip", "kept"), [("ppo", 0.0), ("aepo", -2.4), ("gppo", -2.4), ("cispo", -2.4)])
+def test_an_impossible_old_token_is_clipped_where_its_advantage_is_positive(clip, kept, backend, device):
     loss, grad, metrics = run(PolicyObjective(clip=clip), [-1.0], [-INF], [2.0], backend, device)
-    kept = {"ppo": 0.0, "aepo": -2.4, "gppo": -2.4, "cispo": -2.4}[clip]
     assert loss == pytest.approx(2.4 if clip == "cispo" else -2.4)
     assert grad.item() == pytest.approx(kept)
     assert metrics["approx_kl"] == INF

@@ -64,10 +64,10 @@ def test_the_same_as_two_passes(name, dtype, factor, backend, device):
     two, expected = loss_of(logits, call, factor, backend=backend)
     one, grad = loss_of(logits, call, factor, backend=backend, single_pass=True)
     assert one.metrics.keys() == two.metrics.keys()
-    if backend == "cpu" and factor == 1:
+    if backend == "cpu":  # the same sums; a gradient's exponentials stand about another maximum
         assert torch.equal(one.loss, two.loss)
         assert all(torch.equal(value, two.metrics[key]) for key, value in one.metrics.items())
-    # Another order of products, or a gradient that the backward scales, which has been rounded once before.
+    # A gradient that the backward scales has been rounded once before.
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(grad, expected, rtol=3 * eps, atol=3 * eps * expected.abs().max().item())
     torch.testing.assert_close(one.loss, two.loss, rtol=1e-5, atol=1e-6)
