@@ -319,6 +319,7 @@ def peers(scale: Scale) -> Iterator[Part]:
 def sweep(scale: Scale) -> Iterator[Part]:
     yield functools.partial(sweep_token_stats, scale)
     yield functools.partial(sweep_gradient, scale)
+    yield functools.partial(sweep_single_pass, scale)
     yield functools.partial(sweep_waves, scale)
 
 
@@ -363,6 +364,23 @@ def sweep_gradient(scale: Scale) -> Iterator[Problem]:
             "gradient",
         )
         for warps in scale.of((8, 2, 4, 16), (8, 4))
+    ]
+    yield dataclasses.replace(problem, question="sweep", providers=providers)
+
+
+def sweep_single_pass(scale: Scale) -> Iterator[Problem]:
+    """How many rows a multiprocessor has in work, and how many words of each a thread has under way on the way back."""
+    from aepo_kernels.kernels import single_pass as kernel
+
+    (problem,) = policy_loss.problems(scale.settings(*scale.of((8192, QWEN3), (4, 3000))))
+    run = policy_loss.loss_and_grad(policy_loss.ours(AEPO, single_pass=True))
+    providers = [
+        Provider(
+            f"{OURS}, {rows} rows per multiprocessor, {words} words",
+            with_constants(kernel, run, resident_programs=lambda *_, n=rows: n, GRAD_WORDS=words),
+            AEPO,
+        )
+        for rows, words in scale.of([(1, 2), (2, 2), (1, 1)], [(8, 1)])
     ]
     yield dataclasses.replace(problem, question="sweep", providers=providers)
 

@@ -34,12 +34,6 @@ CACHE_SHARE = 0.8  # of the second-level cache that rows may fill; the rest is f
 
 
 @triton.jit
-def _number(ptr, row):
-    """A per-token number, None where it is not given."""
-    return None if ptr is None else tl.load(ptr + row).to(tl.float64)
-
-
-@triton.jit
 def row_coefficients(
     row, logprob, entropy, old_logprobs_ptr, advantages_ptr, weight_ptr, counts_ptr, ref_logprobs_ptr,
     rollout_logprobs_ptr, entropy_stats_ptr, numbers,
@@ -55,9 +49,15 @@ def row_coefficients(
     if entropy_stats_ptr is not None:
         mean, std = tl.load(entropy_stats_ptr).to(tl.float64), tl.load(entropy_stats_ptr + 1).to(tl.float64)
         factor = entropy_factor(numbers, entropy.to(tl.float64), mean, std)
+    ref_logprob = None
+    if ref_logprobs_ptr is not None:
+        ref_logprob = tl.load(ref_logprobs_ptr + row).to(tl.float64)
+    rollout_logprob = None
+    if rollout_logprobs_ptr is not None:
+        rollout_logprob = tl.load(rollout_logprobs_ptr + row).to(tl.float64)
     _, grad, _, kl_slope, _, _, _ = token_terms(
-        numbers, tl.exp(logprob - old_logprob), logprob, old_logprob, _number(ref_logprobs_ptr, row),
-        _number(rollout_logprobs_ptr, row), tl.load(advantages_ptr + row).to(tl.float64), factor,
+        numbers, tl.exp(logprob - old_logprob), logprob, old_logprob, ref_logprob, rollout_logprob,
+        tl.load(advantages_ptr + row).to(tl.float64), factor,
     )  # fmt: skip
     grad = weight * grad
     if numbers.kl_coef != 0:  # else a metric alone, which may be infinite

@@ -16,7 +16,7 @@ OBJECTIVE = PolicyObjective(
     clip="gppo", dual_clip=3.0, entropy_advantage=0.4, kl_coef=0.05, entropy_bonus=0.01, importance_cap=1.5
 )
 NUMBERS = OBJECTIVE.numbers()
-DETACHED = NUMBERS._replace(detached_ratio=1.0, dual_clip=float("inf"))
+DETACHED = NUMBERS._replace(detached_ratio=1.0, dual_clip=float("inf"), grad_low=0.0, grad_high=0.0)
 SEQUENCES = [0, 0, 3, BLOCK - 1, 2 * BLOCK + 700, 2 * BLOCK + 700, 2 * BLOCK + 800]  # lengths 0, 3, < BLOCK, > BLOCK
 
 

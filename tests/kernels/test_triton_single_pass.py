@@ -124,7 +124,7 @@ def usual():
         {"entropy_bonus": -0.3},
         {"dual_clip": 4.0},
         {"importance_cap": float("inf")},
-        {"detached_ratio": 1.0},
+        {"detached_ratio": 1.0, "grad_low": 0.0, "grad_high": 0.0},  # as CISPO has them, who does not use them
     ],
     ids=str,
 )
