@@ -13,6 +13,8 @@ SCHEMA_TYPES = {
     str: "str",
     str | None: "str?",
     bool: "bool",
+    int: "int",
+    float: "float",
     list[float]: "float[]",
 }
 
@@ -41,4 +43,18 @@ class PolicyCall(NamedTuple):
     backend: str | None
 
 
-POLICY_CALL = schema(PolicyCall)
+class GradientCall(NamedTuple):
+    """What the two forms of logits_grad take after the logits; per-token tensors are [..]."""
+
+    labels: Tensor | None
+    maximum: Tensor
+    log_sum: Tensor
+    entropy: Tensor
+    grad_logprobs: Tensor | None
+    grad_entropy: Tensor | None
+    temperature: float
+    ignore_index: int
+    backend: str | None
+
+
+POLICY_CALL, GRADIENT_CALL = schema(PolicyCall), schema(GradientCall)

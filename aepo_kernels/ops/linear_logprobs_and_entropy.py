@@ -192,7 +192,7 @@ class _LinearTokenStats(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 11
-        labels = ctx.saved_tensors[2]
+        _, _, labels, *_ = ctx.saved_tensors
         if ctx.skipped is not None:  # such a token has no part in anything, and its label may be anything
             grad_logprobs, grad_entropy = (
                 None if x is None else x.masked_fill(labels == ctx.skipped, 0) for x in (grad_logprobs, grad_entropy)

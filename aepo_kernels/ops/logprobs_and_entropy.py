@@ -18,24 +18,21 @@ from torch.autograd.function import once_differentiable
 
 from aepo_kernels import backend as backends
 from aepo_kernels.ops import rows
+from aepo_kernels.ops.call import GRADIENT_CALL, GradientCall
 from aepo_kernels.ops.checks import check_integer, check_labels, check_like, check_logits, check_temperature
 from aepo_kernels.ops.vocab_parallel import Shard, local_labels, merge_over_ranks, shard_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-GRAD_ARGS = (
-    "Tensor? labels, Tensor maximum, Tensor log_sum, Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy, "
-    "float temperature, int ignore_index, str? backend"
-)
 torch.library.define(
     "aepo::token_stats",
     "(Tensor logits, Tensor? labels, float temperature, int ignore_index, bool skip_ignored, str? group, "
     "int vocab_start, str? backend) "
     "-> (Tensor logprobs, Tensor entropy, Tensor maximum, Tensor log_sum)",
 )
-torch.library.define("aepo::logits_grad", f"(Tensor logits, {GRAD_ARGS}) -> Tensor")
-torch.library.define("aepo::logits_grad_", f"(Tensor(a!) logits, {GRAD_ARGS}) -> ()")
+torch.library.define("aepo::logits_grad", f"(Tensor logits, {GRADIENT_CALL}) -> Tensor")
+torch.library.define("aepo::logits_grad_", f"(Tensor(a!) logits, {GRADIENT_CALL}) -> ()")
 
 
 @torch.library.impl("aepo::token_stats", "CompositeExplicitAutograd")
@@ -68,8 +65,13 @@ def _token_stats_fake(logits: Tensor, labels: Tensor | None, *settings: Any) -> 
 @torch.library.impl("aepo::logits_grad", "CompositeExplicitAutograd")
 def _logits_grad(logits: Tensor, *args: Any) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    rows.logits_grad(backends.resolve(args[-1], logits), logits, out, *args[:-1])
+    _logits_grad_into(logits, out, GradientCall(*args))
     return out
+
+
+def _logits_grad_into(logits: Tensor, out: Tensor, call: GradientCall) -> None:
+    arguments = call._asdict()
+    rows.logits_grad(backends.resolve(arguments.pop("backend"), logits), logits, out, **arguments)
 
 
 @torch.library.register_fake("aepo::logits_grad")
@@ -79,7 +81,7 @@ def _logits_grad_fake(logits: Tensor, *args: Any) -> Tensor:
 
 @torch.library.impl("aepo::logits_grad_", "CompositeExplicitAutograd")
 def _logits_grad_inplace(logits: Tensor, *args: Any) -> None:
-    rows.logits_grad(backends.resolve(args[-1], logits), logits, logits, *args[:-1])
+    _logits_grad_into(logits, logits, GradientCall(*args))
     # Native code writes behind autograd's back; whoever saved these logits for a backward must get an error.
     torch.autograd.graph.increment_version(logits)
 
@@ -108,7 +110,7 @@ class _TokenStats(torch.autograd.Function):
             logits, labels, temperature, ignore_index, skip_ignored, *shard, backend
         )
         ctx.save_for_backward(logits, labels, maximum, log_sum, entropy)
-        ctx.settings = (temperature, ignore_index, backend)
+        ctx.temperature, ctx.ignore_index, ctx.backend = temperature, ignore_index, backend
         ctx.skip_ignored, ctx.inplace = skip_ignored, inplace_backward
         ctx.set_materialize_grads(False)  # an output that is not used costs nothing backward
         return logprobs, entropy
@@ -116,19 +118,27 @@ class _TokenStats(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, labels, *stats = ctx.saved_tensors
-        if labels is None:
-            grad_logprobs = None
+        logits, labels, maximum, log_sum, entropy = ctx.saved_tensors
         if ctx.skip_ignored and grad_entropy is not None:
-            grad_entropy = grad_entropy.masked_fill(labels == ctx.settings[1], 0)
-        args = (labels, *stats, grad_logprobs, grad_entropy, *ctx.settings)
+            grad_entropy = grad_entropy.masked_fill(labels == ctx.ignore_index, 0)
+        call = GradientCall(
+            labels=labels,
+            maximum=maximum,
+            log_sum=log_sum,
+            entropy=entropy,
+            grad_logprobs=None if labels is None else grad_logprobs,
+            grad_entropy=grad_entropy,
+            temperature=ctx.temperature,
+            ignore_index=ctx.ignore_index,
+            backend=ctx.backend,
+        )
         if ctx.inplace:
             # The graph of a compiler has no version counters, so nobody would notice who else needs the logits. A copy
             # is right whoever does, and where nobody does the compiler writes it over the logits (inductor of 2.13).
             grad = logits.clone() if is_traced(logits) else logits.detach()
-            torch.ops.aepo.logits_grad_(grad, *args)
+            torch.ops.aepo.logits_grad_(grad, *call)
         else:
-            grad = torch.ops.aepo.logits_grad(logits, *args)
+            grad = torch.ops.aepo.logits_grad(logits, *call)
         return grad, *[None] * 7
 
 

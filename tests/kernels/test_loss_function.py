@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from policy_oracle import Batch, policy_oracle
 
 from aepo_kernels import PolicyObjective, linear_loss, linear_policy_loss, logits_loss, logits_policy_loss, policy_loss
 from aepo_kernels.ops import linear
@@ -42,6 +43,18 @@ class Problem:
         """Keyword arguments of the native losses."""
         ref = self.ref if PRESETS[name].kl_coef else None
         return {"objective": PRESETS[name], "cu_seqlens": self.bounds, "ref_logprobs": ref, **more}
+
+    def as_printed(self, name):
+        """The formulas of the papers in plain PyTorch, as a function of log-probs and entropy."""
+
+        def loss_fn(logprobs, entropy):
+            rollout = self.old  # no objective here asks for it
+            return policy_oracle(
+                Batch(logprobs, self.old, self.advantages, self.mask, entropy, self.ref, rollout, self.bounds),
+                PRESETS[name],
+            )
+
+        return loss_fn
 
     def written(self, name, **more):
         """The same objective as a function of log-probs and entropy."""
@@ -142,6 +155,17 @@ def test_a_native_objective_written_as_a_function(name, inplace, backend):
     written = run_logits(p, lambda x: logits_loss(x, p.labels, p.mask, p.written(name), **options))
     assert_equal(written, native)
     assert native[1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_native_objective_as_the_papers_print_it(name, backend):
+    if backend == "triton":
+        pytest.skip("Triton has no float64 kernels")
+    p = Problem()
+    inputs = (p.labels, p.old, p.advantages, p.mask)
+    native = run_logits(p, lambda x: logits_policy_loss(x, *inputs, backend=backend, **p.native(name)))
+    written = run_logits(p, lambda x: logits_loss(x, p.labels, p.mask, p.as_printed(name), backend=backend))
+    assert_equal(written, native)
 
 
 @pytest.mark.parametrize("name", OTHERS)
