@@ -245,6 +245,7 @@ def test_equal_inputs_give_equal_bits():
     ("processors", "cache_mib", "vocab", "programs"),
     [
         (132, 50, 151936, 1),  # H100
+        (132, 50, 98304, 1),  # two would fit, and nothing else
         (132, 50, 65536, 2),
         (132, 50, 32768, 4),
         (132, 50, 1000, 8),
