@@ -149,7 +149,8 @@ def kernels() -> Iterator[Finding]:
     elif "does not load" in (reason := str(backends.missing("cpu"))):
         yield Finding("kernels", "extension", "broken", reason, _REMEDIES["cpu", "cpu"])
     functions = [name for name in aepo_kernels.__all__ if name[0].islower()]
-    operations = [name for name in functions if "backend" in signature(getattr(aepo_kernels, name)).parameters]
+    callables = [name for name in functions if callable(getattr(aepo_kernels, name))]
+    operations = [name for name in callables if "backend" in signature(getattr(aepo_kernels, name)).parameters]
     for device in ["cpu", "cuda"][: 1 + torch.cuda.is_available()]:
         probe = torch.empty(1, 8, device=device)
         defaults = {operation: backends.resolve(None, probe, _stage(operation)) for operation in operations}
@@ -223,7 +224,14 @@ def _run(operation: str, backend: str, device: str, dtype: Any) -> list[Any]:
         first = (logprobs,) if operation == "policy_loss" else (*inputs, labels)
         old_logprobs = logprobs.detach() - 0.1 * advantages
         mask = torch.ones_like(labels)
-        value = function(*first, old_logprobs, advantages, mask, objective=objective, backend=backend).loss
+        if operation in ("logits_loss", "linear_loss"):
+
+            def ratio_times_advantage(logprobs: Any, entropy: Any) -> Any:
+                return -((logprobs - old_logprobs).exp() * advantages + 0.1 * entropy).mean()
+
+            value = function(*inputs, labels, mask, ratio_times_advantage, backend=backend).loss
+        else:
+            value = function(*first, old_logprobs, advantages, mask, objective=objective, backend=backend).loss
     total = sum(part.sum() for part in value) if isinstance(value, tuple) else value.sum()
     (gradient,) = torch.autograd.grad(total, x)
     return [total.detach().double().cpu(), gradient.double().cpu()]
