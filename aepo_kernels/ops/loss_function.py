@@ -149,21 +149,23 @@ def _check_graph(loss_fn: LossFunction, loss: Tensor, leaves: tuple[Tensor, ...]
         raise ValueError(
             f"{name_of(loss_fn)} must return a loss that depends on logprobs or entropy; its loss has no gradient"
         )
-    seen, found, nodes = set(), set(), [loss.grad_fn]
+    nodes: list[Any] = [loss.grad_fn]
+    seen, found = {None}, any(loss is leaf for leaf in leaves)
     while nodes:
         node = nodes.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
-        if (variable := getattr(node, "variable", None)) is None:
+        if node.name() != "torch::autograd::AccumulateGrad":
             nodes += [following for following, _ in node.next_functions]
-        elif not any(variable is leaf for leaf in leaves):
+        elif not any(node.variable is leaf for leaf in leaves):
             raise ValueError(
-                f"{name_of(loss_fn)} uses another tensor that requires a gradient, of shape {tuple(variable.shape)}, "
-                "which would get none: detach what the function captures, and add other terms to what comes back"
+                f"{name_of(loss_fn)} uses another tensor that requires a gradient, of shape "
+                f"{tuple(node.variable.shape)}, which would get none: detach what the function captures, and add other "
+                "terms to what comes back"
             )
         else:
-            found.add(node)
+            found = True
     if not found:
         raise ValueError(
             f"{name_of(loss_fn)} must return a loss that depends on logprobs or entropy; its loss does not"

@@ -314,6 +314,15 @@ def test_leading_dimensions_reach_the_function(shape):
         torch.testing.assert_close(out.loss.detach(), flat[0])
 
 
+def test_a_single_token_without_dimensions():
+    """logits [V], label []: the log-prob itself is a loss."""
+    logits = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    label, mask = torch.tensor(3), torch.tensor(True)
+    logits_loss(logits, label, mask, lambda logprob, entropy: logprob).loss.backward()
+    truth = torch.autograd.functional.jacobian(lambda x: torch.log_softmax(x, -1)[3], logits.detach())
+    torch.testing.assert_close(logits.grad, truth)
+
+
 def test_no_tokens():
     empty = torch.zeros(0)
     logits = torch.zeros(0, 5, requires_grad=True)
