@@ -1,6 +1,6 @@
-"""Claims about inplace_backward: whoever else needs the logits gets an error or the right gradient, never a wrong one;
-eagerly, in a compiled graph, with compiled autograd, and under saved-tensor hooks, which switch PyTorch's version check
-off. Where nobody else needs them, no second tensor of their size exists."""
+"""Claims about inplace_backward and single_pass, which write over the logits: whoever else needs them gets an error or
+the right gradient, never a wrong one; eagerly, in a compiled graph, with compiled autograd, and under saved-tensor
+hooks, which switch PyTorch's version check off. Where nobody else does, no second tensor of their size exists."""
 
 import warnings
 
@@ -10,7 +10,7 @@ from torch._functorch.aot_autograd import aot_function, make_boxed_func
 from torch.utils.checkpoint import checkpoint
 
 from aepo.bench.clock import CpuClock
-from aepo_kernels import PolicyObjective, logits_policy_loss
+from aepo_kernels import PolicyObjective, logits_loss, logits_policy_loss
 from aepo_kernels.testing import make_labels, make_logits
 
 LEAF = make_logits(7, 301, "normal")
@@ -21,39 +21,44 @@ POLICY = (LABELS, OLD, ADVANTAGES, torch.ones(7, dtype=torch.bool))
 OBJECTIVE = PolicyObjective.preset("aepo", entropy_bonus=0.1)
 
 
-def policy_loss_of(logits, policy, inplace):
-    return logits_policy_loss(logits, *policy, objective=OBJECTIVE, inplace_backward=inplace).loss
+MODES = ["inplace_backward", "single_pass"]
+
+
+def policy_loss_of(logits, policy, mode):
+    """mode: the option that allows to write over the logits, or None."""
+    options = {} if mode is None else {mode: True}
+    return logits_policy_loss(logits, *policy, objective=OBJECTIVE, entropy_stats=(1.5, 0.7), **options).loss
 
 
 # Who else needs the logits: their maker, whose derivative is made of its result, or another user of them, which comes
 # before or after the loss.
 def made_by(function):
-    def loss(x, policy, inplace):
-        return policy_loss_of(function(x), policy, inplace)
+    def loss(x, policy, mode):
+        return policy_loss_of(function(x), policy, mode)
 
     return loss
 
 
 def saved_before(auxiliary):
-    def loss(x, policy, inplace):
+    def loss(x, policy, mode):
         logits = 1.5 * x
         other = auxiliary(logits)
-        return policy_loss_of(logits, policy, inplace) + other
+        return policy_loss_of(logits, policy, mode) + other
 
     return loss
 
 
-def saved_after(x, policy, inplace):
+def saved_after(x, policy, mode):
     logits = 1.5 * x
-    loss = policy_loss_of(logits, policy, inplace)
+    loss = policy_loss_of(logits, policy, mode)
     return loss + logits.logsumexp(-1).square().mean()
 
 
-def two_losses(x, policy, inplace):
+def two_losses(x, policy, mode):
     labels, old, advantages, mask = policy
     logits = 1.5 * x
-    first = policy_loss_of(logits, policy, inplace)
-    return first + policy_loss_of(logits, (labels, old + 0.1, advantages, mask), inplace)
+    first = policy_loss_of(logits, policy, mode)
+    return first + policy_loss_of(logits, (labels, old + 0.1, advantages, mask), mode)
 
 
 OTHERS = {
@@ -71,64 +76,69 @@ OTHERS = {
 }
 
 
-def gradient(loss, inplace, policy=POLICY):
+def gradient(loss, mode, policy=POLICY):
     x = LEAF.clone().requires_grad_()
-    loss(x, policy, inplace).backward()
+    loss(x, policy, mode).backward()
     return x.grad
 
 
-def under_hooks(loss):
+def under_hooks(loss, mode):
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-        return gradient(loss, True)
+        return gradient(loss, mode)
 
 
-def checkpointed(loss):
-    return gradient(lambda *args: checkpoint(loss, *args, use_reentrant=False), True)
+def checkpointed(loss, mode):
+    return gradient(lambda *args: checkpoint(loss, *args, use_reentrant=False), mode)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("other", OTHERS)
-def test_eagerly_an_error_says_so(other):
-    if other == "logsumexp after":  # whose backward comes first, while the logits are still there
-        assert torch.equal(gradient(OTHERS[other], True), gradient(OTHERS[other], False))
+def test_eagerly_an_error_says_so(other, mode):
+    if (other, mode) == ("logsumexp after", "inplace_backward"):  # whose backward finds the logits still there
+        assert torch.equal(gradient(OTHERS[other], mode), gradient(OTHERS[other], None))
         return
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        gradient(OTHERS[other], True)
+    with pytest.raises(RuntimeError, match="by an inplace operation"):
+        gradient(OTHERS[other], mode)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("other", OTHERS)
-def test_a_compiled_graph_gives_the_right_gradient(other, compiler):
+def test_a_compiled_graph_gives_the_right_gradient(other, compiler, mode):
     torch.compiler.reset()
     compiled = torch.compile(OTHERS[other], fullgraph=True, backend=compiler)
-    torch.testing.assert_close(gradient(compiled, True), gradient(OTHERS[other], False), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient(compiled, mode), gradient(OTHERS[other], None), rtol=1e-5, atol=1e-6)
 
 
-def test_other_tracers_give_the_right_gradient():
+@pytest.mark.parametrize("mode", MODES)
+def test_other_tracers_give_the_right_gradient(mode):
     def traced(x, *policy):
-        return OTHERS["logsumexp before"](x, policy, True)
+        return OTHERS["logsumexp before"](x, policy, mode)
 
-    expected = gradient(OTHERS["logsumexp before"], False)
+    expected = gradient(OTHERS["logsumexp before"], None)
     x = LEAF.clone().requires_grad_()
     aot_function(traced, lambda graph, inputs: make_boxed_func(graph))(x, *POLICY).backward()
     torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("surroundings", [under_hooks, checkpointed])
 @pytest.mark.parametrize("other", OTHERS)
-def test_hooks_on_saved_tensors_give_the_right_gradient_and_a_warning(other, surroundings):
-    with pytest.warns(UserWarning, match="saved-tensor hooks are active"):
-        found = surroundings(OTHERS[other])
-    assert torch.equal(found, gradient(OTHERS[other], False))
+def test_hooks_on_saved_tensors_give_the_right_gradient_and_a_warning(other, surroundings, mode):
+    with pytest.warns(UserWarning, match=f"{mode}=True: saved-tensor hooks are active"):
+        found = surroundings(OTHERS[other], mode)
+    torch.testing.assert_close(found, gradient(OTHERS[other], None), rtol=1e-6, atol=1e-8)
 
 
-def test_where_nobody_else_needs_them_no_second_tensor_exists():
+@pytest.mark.parametrize("mode", MODES)
+def test_where_nobody_else_needs_them_no_second_tensor_exists(mode):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         x = LEAF.clone().requires_grad_()
         logits = 1.5 * x
         received = []
         logits.register_hook(received.append)
-        policy_loss_of(logits, POLICY, True).backward()
+        policy_loss_of(logits, POLICY, mode).backward()
     assert received[0].data_ptr() == logits.data_ptr()
 
 
@@ -140,16 +150,22 @@ def test_peak_memory_in_tensors_of_logits(compiler):
     weight = torch.randn(8, vocab, generator=g)
     zeros = torch.zeros(tokens)
     policy = (torch.randint(vocab, (tokens,), generator=g), zeros - 10, zeros + 1, zeros == 0)
+    labels, old, advantages, mask = policy
 
-    def peak(inplace):
-        def loss(x):
-            return policy_loss_of(x @ weight, policy, inplace)
+    def of_a_function(x):
+        def loss_fn(logprobs, entropy):
+            return -((logprobs - old).exp() * advantages * mask).sum() - entropy.sum()
 
+        return logits_loss(x @ weight, labels, mask, loss_fn, inplace_backward=True).loss
+
+    def peak(loss):
         torch.compiler.reset()
         run = loss if compiler == "none" else torch.compile(loss, fullgraph=True)
         run(x).backward()
         grown = CpuClock().extra_memory(lambda: run(x).backward())
         return pytest.skip("this system does not tell") if grown is None else grown / (tokens * vocab * 4)
 
-    assert peak(False) == pytest.approx(2, abs=0.3)
-    assert peak(True) == pytest.approx(1, abs=0.3)
+    assert peak(lambda x: policy_loss_of(x @ weight, policy, None)) == pytest.approx(2, abs=0.3)
+    assert peak(lambda x: policy_loss_of(x @ weight, policy, "inplace_backward")) == pytest.approx(1, abs=0.3)
+    assert peak(of_a_function) == pytest.approx(1, abs=0.3)
+    assert peak(lambda x: policy_loss_of(x @ weight, policy, "single_pass")) == pytest.approx(1, abs=0.3)
