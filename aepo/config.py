@@ -162,7 +162,7 @@ NO_PRESETS = {
     "train.minibatches=1 leave every ratio at 1",
     **{
         name: f"{name.upper()}'s loss is one of your own here: policy.loss (docs/own_loss.md)"
-        for name in ("sapo", "gmpo", "trpo", "dpo")
+        for name in ("sapo", "dppo", "gmpo", "trpo", "dpo")
     },
 }
 OBJECTIVE_KEYS = (

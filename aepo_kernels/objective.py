@@ -284,7 +284,8 @@ NO_PRESETS = {
     "that of advantage * logprob",
     "reinforce++baseline": "REINFORCE++ with a baseline is PolicyObjective.preset('reinforce++') with "
     "batch_advantages(group_advantages(rewards, groups, scale=False)) from aepo_kernels.advantages",
-    "sapo": f"SAPO {OWN_LOSS}",
+    "dppo": f"DPPO {OWN_LOSS} (examples/own_losses.py has it)",
+    "sapo": f"SAPO {OWN_LOSS} (examples/own_losses.py has it)",
     "gmpo": f"GMPO {OWN_LOSS}",
     "trpo": f"TRPO {OWN_LOSS}",
     "dpo": f"DPO {OWN_LOSS}",
@@ -296,6 +297,7 @@ def _preset_hint(name: object) -> str:
     if not isinstance(name, str):
         return ""
     plain = re.sub(r"[^a-z0-9+]", "", name.lower().replace("plus", "+"))  # Dr. GRPO, dr_grpo, REINFORCE_plus_plus
+    plain = re.sub(r"pp$", "++", plain)  # reinforce_pp
     if plain in NO_PRESETS:
         return f". {NO_PRESETS[plain]}"
     near = _nearest(plain, [*PRESETS, *NO_PRESETS])

@@ -31,8 +31,10 @@ def check_logits(logits: Tensor, *, inplace: str | None = None) -> None:
             f"logits must have a contiguous last dimension; got strides {logits.stride()}. "
             "They are not copied behind your back: call .contiguous() if a copy is what you want"
         )
-    if inplace and isinstance(logits, torch.nn.Parameter):
-        raise ValueError(f"{inplace}=True would write the gradient over a parameter; got logits that are one")
+    if inplace and any(isinstance(x, torch.nn.Parameter) for x in (logits, logits._base)):
+        raise ValueError(
+            f"{inplace}=True would write the gradient over a parameter; got logits that are one, or a view"
+        )
     if inplace and _overlaps(logits):
         raise ValueError(
             f"{inplace}=True needs rows of their own; got expanded or overlapping logits, shape "

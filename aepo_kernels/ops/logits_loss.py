@@ -45,6 +45,8 @@ def logits_loss(
     both arguments of `loss_fn` are 0, and whatever gradient it has there is dropped. What `loss_fn` does with these
     tokens in its sums is its own matter: multiply by the mask.
 
+    There is no single pass here: the gradient is known when all tokens are.
+
     Raises, naming `loss_fn`: TypeError or ValueError for what is no loss [], for a loss without a gradient in its
     arguments, and for captured tensors that require a gradient (they would get none here: add such terms to the loss
     that comes back); RuntimeError where it writes over its arguments; on the CPU ValueError where loss or gradients are

@@ -88,8 +88,12 @@ def finite(loss_fn: LossFunction, found: TokenLoss, logprobs: Tensor, entropy: T
     inputs = (x.where(counted, 0) for x in (logprobs, entropy))
     if loss.device.type == "cpu" and broken and all(x.isfinite().all() for x in inputs):
         what = "gradients that are not finite" if loss.isfinite() else f"a loss of {loss.item()}"
-        none = "" if counted.any() else "; no token counts in this call: divide by at least 1"
-        raise ValueError(f"{name_of(loss_fn)} must be finite where log-probs and entropies are; got {what}{none}")
+        hint = ""
+        if not counted.any():
+            hint = "; no token counts in this call: divide by at least 1"
+        elif not counted.all():
+            hint = "; what it captures may be anything where the mask is 0: torch.where(mask, .., 0) keeps that out"
+        raise ValueError(f"{name_of(loss_fn)} must be finite where log-probs and entropies are; got {what}{hint}")
     return found._replace(loss=torch.where(broken, torch.nan, loss))
 
 
@@ -123,6 +127,8 @@ def _result(loss_fn: LossFunction, returned: Any, like: Tensor) -> tuple[Tensor,
         )
     detached = {}
     for key, value in metrics.items():
+        if not isinstance(key, str):
+            raise TypeError(f"{name_of(loss_fn)}: names of metrics must be texts; got {key!r}")
         if isinstance(value, Tensor) and value.numel() == 1:
             detached[key] = value.detach().reshape(())
         elif isinstance(value, (bool, int, float)):
