@@ -66,10 +66,10 @@ def logits_policy_loss(
     the upstream gradient is not 1. A token's gradient must follow from its own row: one ratio per token,
     `entropy_stats` given if the advantage is entropy-aware, and the whole vocabulary here; else ValueError. From the
     call on the logits hold their gradient: whoever saved them for a backward gets PyTorch's error about an inplace
-    modification, and a later differentiable use one in its backward. A later look (an argmax, for a log) cannot get one,
-    and finds gradients: look before the call, or into the metrics. `torch.autograd.grad(loss, logits)` and retain_grad()
-    do not find the logits that were. Where nothing requires a gradient, nothing is written. For torch.compile and
-    saved-tensor hooks the same holds as with inplace_backward.
+    modification, and a later differentiable use one in its backward. A later look (an argmax, for a log) cannot get
+    one, and finds gradients: look before the call, or into the metrics. `torch.autograd.grad(loss, logits)` and
+    retain_grad() do not find the logits that were. Where nothing requires a gradient, nothing is written. For
+    torch.compile and saved-tensor hooks the same holds as with inplace_backward.
 
     `process_group` and `vocab_start` shard the vocabulary as in `logprobs_and_entropy`; all that is per token is the
     same on every rank, and so are loss and metrics.

@@ -145,7 +145,8 @@ def policy_loss(
     objective's aggregation, and no denominator. `counts` [..], whole numbers, say how often a token stands for itself,
     as one that several trajectories of a tree share does: metrics, entropy statistics, sequence ratios and aggregations
     are those of the tokens repeated so often, and 0 is a token that does not count. Given together, `weights` are the
-    whole share (nothing multiplies them by the counts), and must be 0 where the counts are.
+    whole share (nothing multiplies them by the counts), and must be 0 where the counts are. A token of a tree whose
+    paths have advantages of both signs is two tokens here, because a clip looks at the sign (docs/kernels.md, "Trees").
 
     Raises ValueError or TypeError naming the argument: shapes, dtypes and devices that disagree; a term of the
     objective whose input is missing, or an input that no term uses; on the CPU also bounds that do not fit the tokens.

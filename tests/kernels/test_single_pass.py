@@ -200,8 +200,10 @@ def test_under_hooks_the_gradient_gets_a_tensor_of_its_own():
 
 def test_parameters_and_overlapping_rows_are_refused():
     logits, call = problem()
-    with pytest.raises(ValueError, match="single_pass=True would write the gradient over a parameter"):
-        logits_policy_loss(torch.nn.Parameter(logits), **call, single_pass=True)
+    table = torch.nn.Parameter(logits)
+    for x in (table, table.view(TOKENS, VOCAB), table[:, :], table[None][0]):
+        with pytest.raises(ValueError, match="single_pass=True would write the gradient over a parameter"):
+            logits_policy_loss(x, **call, single_pass=True)
     with pytest.raises(ValueError, match="single_pass=True needs rows of their own"):
         logits_policy_loss(logits[:1].expand(TOKENS, VOCAB), **call, single_pass=True)
 

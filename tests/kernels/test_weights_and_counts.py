@@ -155,6 +155,49 @@ def test_from_logits_and_hidden_states(given, small_tiles):
         assert out.metrics["valid_tokens"] == expected.metrics["valid_tokens"]
 
 
+@pytest.mark.parametrize("how", ["token-mean", "seq-mean-token-mean"])
+@pytest.mark.parametrize("name", ["grpo", "aepo", "gppo", "dapo", "cispo"])
+def test_a_tree_is_its_paths(name, how):
+    """Three paths share four tokens, two of them the next three, with advantages of both signs, as docs/kernels.md says
+    it."""
+    parts = [torch.arange(4), torch.arange(4, 7), torch.arange(7, 12), torch.arange(12, 17), torch.arange(17, 20)]
+    paths = [torch.cat([parts[i] for i in which]) for which in ((0, 1, 2), (0, 1, 3), (0, 4))]
+    path_advantages = torch.tensor([1.3, -0.9, 0.4], dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    old = -2 * torch.rand(20, generator=g, dtype=torch.float64)
+    logprobs = (old + 0.5 * torch.randn(20, generator=g, dtype=torch.float64)).requires_grad_()
+    entropy = torch.rand(20, generator=g, dtype=torch.float64)
+    o = PolicyObjective.preset(name, aggregation=how)
+
+    every = torch.cat(paths)
+    lengths = torch.tensor([len(path) for path in paths])
+    stats = (entropy[every].mean(), entropy[every].std()) if o.entropy_advantage else None
+    unrolled = policy_loss(
+        logprobs[every], old[every], path_advantages.repeat_interleave(lengths), torch.ones_like(every),
+        objective=o, entropy=entropy[every], entropy_stats=stats,
+        cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+    )  # fmt: skip
+    (expected,) = torch.autograd.grad(unrolled.loss, logprobs)
+
+    share = 1 / (lengths.sum() if how == "token-mean" else len(paths) * lengths).double()
+    advantages, counts = torch.zeros(2, 20, dtype=torch.float64), torch.zeros(2, 20)
+    for path, advantage, weight in zip(paths, path_advantages, share.expand(3), strict=True):
+        row = int(advantage < 0)
+        advantages[row, path] += weight * advantage
+        counts[row, path] += 1
+    tree = policy_loss(
+        logprobs.expand(2, 20).flatten(), old.repeat(2), advantages.flatten(), counts.flatten() > 0,
+        objective=o, entropy=entropy.repeat(2), entropy_stats=stats,
+        weights=(counts > 0).double().flatten(), counts=counts.flatten(),
+        cu_seqlens=torch.tensor([0, 40]),
+    )  # fmt: skip
+    (got,) = torch.autograd.grad(tree.loss, logprobs)
+    torch.testing.assert_close(tree.loss, unrolled.loss, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-15)
+    for key, value in tree.metrics.items():
+        torch.testing.assert_close(value, unrolled.metrics[key], rtol=1e-12, atol=1e-14, msg=lambda m, k=key: k + m)
+
+
 WRONG = [
     ({"counts": -1}, ValueError, r"counts must be whole numbers >= 0; got -1\.0 at position 3"),
     ({"counts": 0.5}, ValueError, r"counts must be whole numbers >= 0; got 0\.5 at position 3"),
