@@ -317,7 +317,7 @@ def test_a_mistake_is_found_before_anything_is_made(tmp_path: Path, function: st
     from aepo.cli import app
 
     run = tmp_path / "run"
-    settings = ["model.cache_dir=" + str(tmp_path / "models"), f"run.dir={run}", HERE + function]
+    settings = [f"model.cache_dir={tmp_path}", f"run.dir={run}", "warm_start.steps=0", "train.steps=0", HERE + function]
     result = CliRunner().invoke(app, ["train", *settings])
     assert result.exit_code == 1
     assert result.output.startswith(f"error: policy.loss: {with_line(message)}")
@@ -366,6 +366,15 @@ def test_the_made_up_batch_is_as_a_real_one(model: torch.dtype, dtype: torch.dty
     assert batch.cu_seqlens.tolist() == [0, 3, 8, 12]
     assert (batch.tokens, batch.paths, batch.max_tokens, batch.temperature) == (12, 3, 77, 0.8)
     assert batch.entropy_stats == pytest.approx((batch.old_entropy.mean().item(), batch.old_entropy.std().item()))
+
+
+def test_the_made_up_engine_differs_from_the_trainer_where_real_ones_do() -> None:
+    def differs(logprobs: Tensor, entropy: Tensor, batch: LossBatch) -> Tensor:
+        assert 0.01 < (batch.rollout_logprobs - batch.old_logprobs).abs().max() < 0.5
+        return logprobs.sum()
+
+    config = load_config(overrides=[HERE + "arpo", "policy.old_logprobs=recompute"])
+    try_own_loss(differs, config, torch.float32, "cpu")
 
 
 def test_trying_a_function_leaves_random_numbers_alone() -> None:
