@@ -233,12 +233,16 @@ def main() -> None:
 
 
 def _train(config: Config, resume_step: int | None, overwrite: bool) -> None:
-    from aepo.own_loss import own_loss
+    from aepo.own_loss import own_loss, try_own_loss
     from aepo.run_log import refuse_existing_run, remove_run
 
     directory = Path(config.run.dir)  # what is wrong with it is said before minutes of work on the model
     if config.policy.loss is not None:
-        own_loss(config.policy.loss)
+        import torch
+
+        function = own_loss(config.policy.loss)
+        dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
+        try_own_loss(function, config, dtype, _device(config))
     if resume_step is None:
         if overwrite:
             remove_run(directory)
@@ -284,12 +288,17 @@ def _load(config: Config) -> tuple[Task, LanguageModel]:
     disable_progress_bar()
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    device = config.run.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     with WarmStartDisplay() as display:
-        language_model = load_model(config.model, config.warm_start, device=device, progress=display.update)
+        language_model = load_model(config.model, config.warm_start, device=_device(config), progress=display.update)
     return FactsTask(config.task.seed), language_model
+
+
+def _device(config: Config) -> str:
+    import torch
+
+    if config.run.device != "auto":
+        return config.run.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _newest_step(run: Path) -> int:

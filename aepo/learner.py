@@ -21,7 +21,7 @@ from aepo.loss import (
     with_reference,
 )
 from aepo.nonfinite import NonFiniteError, describe_tokens, is_finite, single_trajectories
-from aepo.own_loss import OwnLossError, own_loss
+from aepo.own_loss import OwnLossError, own_loss, try_own_loss
 from aepo.packing import PackedBatch, entropy_statistics, microbatches, pack
 from aepo_kernels import PolicyLoss
 
@@ -30,13 +30,19 @@ EntropyStats = tuple[float, float]
 
 
 class Learner:
-    """Owns the optimizer of `model`, and a frozen copy of `model` as it is now if the loss has a use for one."""
+    """Owns the optimizer of `model`, and a frozen copy of `model` as it is now if the loss has a use for one.
+
+    OwnLossError if policy.loss does not work on made-up tokens.
+    """
 
     def __init__(self, model: PreTrainedModel, config: Config, decode: Callable[[Sequence[int]], str]) -> None:
         check_packing(model)
         # Evaluation mode: dropout would make the ratio differ from 1 before any update.
         self.model = model.eval()
+        self._dtype = torch.float64 if model.dtype == torch.float64 else torch.float32  # of log-probs
         self.own_loss = None if config.policy.loss is None else own_loss(config.policy.loss)
+        if self.own_loss is not None:
+            try_own_loss(self.own_loss, config, self._dtype, model.device)
         self.objective = policy_objective(config.policy)  # the preset's: not used beside a loss of the user's own
         self.optimizer = make_optimizer(model, config.optimizer)
         self._config = config
@@ -48,12 +54,11 @@ class Learner:
     def pack(self, samples: Sequence[Sample], questions: int) -> list[Minibatch]:
         """One minibatch per optimiser step of an epoch; whole questions stay together. An empty one is left out."""
         train = self._config.train
-        dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
         parts: list[list[Sample]] = [[] for _ in range(train.minibatches)]
         for sample in samples:
             parts[sample.question * train.minibatches // questions].append(sample)
         return [
-            [pack(micro, self.model.device, dtype) for micro in microbatches(part, train.tokens_per_microbatch)]
+            [pack(micro, self.model.device, self._dtype) for micro in microbatches(part, train.tokens_per_microbatch)]
             for part in parts
             if part
         ]

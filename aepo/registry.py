@@ -24,12 +24,15 @@ def resolve(name: str, setting: str) -> Any:
     """The object called `name`, "package.module:Name" or "package.module:Class.attribute".
 
     `setting` says who asks, for the errors. ValueError in one line, with what was looked for and what is there: the
-    form is another one, there is no such module or no such name in it, or importing the module fails.
+    form is another one, there is no such module or no such name in it, importing the module fails, or another module
+    hides the one in the current directory.
     """
     module_name, colon, path = name.partition(":")
     a_file = "/" in module_name or module_name.endswith(".py")
+    hint = "; a module is written with dots and without .py" if a_file else ""
+    if "-" in module_name:
+        hint += "; a module's name has no dash, the file needs another name"
     if not colon or a_file or not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
-        hint = "; a module is written with dots and without .py" if a_file else ""
         raise ValueError(f"{setting} = {name!r}: expected package.module:name, as in my_losses:clipped{hint}")
     found: Any = _import(module_name, f"{setting} = {name!r}")
     for attribute in path.split("."):
@@ -80,10 +83,11 @@ def _import(module: str, asked: str) -> ModuleType:
         sys.path.insert(0, here)  # it stays: the module may import its neighbours later
     importlib.invalidate_caches()
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):  # something that the module imports
             raise ValueError(f"{asked}: importing {module} failed: {error}{_place(error)}") from error
+        _refuse_hidden(module, asked)
         parent, _, missing = error.name.rpartition(".")
         where = getattr(sys.modules.get(parent), "__path__", None) if parent else [here]
         there = _names(missing, (found.name for found in pkgutil.iter_modules(where or [])))
@@ -93,6 +97,25 @@ def _import(module: str, asked: str) -> ModuleType:
         problem = f"{type(error).__name__}: {error}"
         place = "" if isinstance(error, SyntaxError) else _place(error)  # whose text names it
         raise ValueError(f"{asked}: importing {module} failed: {problem}{place}") from error
+    _refuse_hidden(module, asked)
+    return found
+
+
+def _refuse_hidden(module: str, asked: str) -> None:
+    """ValueError where a file of the current directory has the name, and another one was imported: json.py, say."""
+    top, here = module.partition(".")[0], Path.cwd()
+    file = next((path for path in (here / top / "__init__.py", here / f"{top}.py") if path.is_file()), None)
+    found = sys.modules.get(top)
+    if file is None or found is None:
+        return
+    where = getattr(found, "__file__", None)
+    if where is not None:
+        home = Path(where).parent
+        if (home.parent if hasattr(found, "__path__") else home).resolve() == here.resolve():
+            return
+    raise ValueError(
+        f"{asked}: {top} of {where or 'Python itself'} is found first, and {file} is not used: it needs another name"
+    ) from None
 
 
 def _place(error: BaseException) -> str:
@@ -114,8 +137,13 @@ def _own_names(owner: Any) -> Iterator[str]:
 
 def _names(wanted: str, there: Iterable[str]) -> str:
     """What is there, the nearest names first."""
-    names = sorted(there)
-    near = difflib.get_close_matches(wanted, names, SHOWN, 0.5)
-    shown = [*near, *(name for name in names if name not in near)]
+    shown = nearest_first(wanted, there)
     more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
     return f"has {', '.join(shown[:SHOWN])}{more}" if shown else "has none"
+
+
+def nearest_first(wanted: str, there: Iterable[str]) -> list[str]:
+    """All names that are there: those like `wanted` first, the others in alphabetical order."""
+    names = sorted(there)
+    near = difflib.get_close_matches(wanted, names, SHOWN, 0.5)
+    return [*near, *(name for name in names if name not in near)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,8 @@ from aepo.config import OBJECTIVE_KEYS, PolicyConfig, load_config
 from aepo.learner import Learner
 from aepo.metrics import loss_metrics
 from aepo.nonfinite import NonFiniteError
-from aepo.own_loss import CLIPPED, MEASURED, LossBatch, OwnLossError, own_loss
+from aepo.own_loss import CLIPPED, MEASURED, LossBatch, OwnLossError, own_loss, try_own_loss
 from aepo.packing import entropy_statistics
-from aepo.registry import resolve
 from aepo.report import write_report
 from aepo.run_log import read_records
 from aepo_kernels import PolicyObjective
@@ -211,6 +211,10 @@ def not_finite(logprobs: Tensor, entropy: Tensor, batch: LossBatch) -> Tensor:
     return (logprobs / (batch.tokens - batch.tokens)).sum()
 
 
+def steep(logprobs: Tensor, entropy: Tensor, batch: LossBatch) -> Tensor:
+    return (logprobs - logprobs.detach()).abs().sqrt().sum()
+
+
 def in_place(logprobs: Tensor, entropy: Tensor, batch: LossBatch) -> Tensor:
     logprobs.sub_(batch.old_logprobs)
     return logprobs.sum()
@@ -220,12 +224,24 @@ def typo(logprobs: Tensor, entropy: Tensor, batch: LossBatch) -> Tensor:
     return (batch.advantage * logprobs).sum()
 
 
+def ref(logprobs: Tensor, entropy: Tensor, batch: LossBatch) -> Tensor:
+    return (logprobs - batch.ref_logprobs).sum()
+
+
+def other_none(logprobs: Tensor, entropy: Tensor, batch: LossBatch) -> Tensor:
+    return (logprobs - batch.ref_logprobs + None).sum()
+
+
 def shapes(logprobs: Tensor, entropy: Tensor, batch: LossBatch) -> Tensor:
     return (logprobs * batch.cu_seqlens).sum()
 
 
 def taken(logprobs: Tensor, entropy: Tensor, batch: LossBatch) -> tuple[Tensor, dict[str, float]]:
     return logprobs.sum(), {"kl": 1.0}
+
+
+def spaces(logprobs: Tensor, entropy: Tensor, batch: LossBatch) -> tuple[Tensor, dict[str, float]]:
+    return logprobs.sum(), {"clip rate": 1.0}
 
 
 def vector(logprobs: Tensor, entropy: Tensor, batch: LossBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -250,20 +266,35 @@ class Gate:
         return logprobs.sum()
 
 
+def draws(logprobs: Tensor, entropy: Tensor, batch: LossBatch) -> Tensor:
+    return (logprobs * torch.rand_like(logprobs)).sum() / batch.tokens
+
+
 wider = functools.partial(bounded, bound=0.3)
 gate = Gate()
 NUMBER = 3.0
 
 
-@pytest.mark.parametrize(
+MISTAKES = pytest.mark.parametrize(
     ("function", "message"),
     [
         ("nothing", "loss_fn test_own_loss.nothing must return a loss [] or (loss [], {name: number}); got a NoneType"),
         ("per_token", "loss_fn test_own_loss.per_token must return a loss of shape (), one number; got shape ("),
         ("no_gradient", "loss_fn test_own_loss.no_gradient must return a loss that depends on logprobs or entropy"),
         ("not_finite", "loss_fn test_own_loss.not_finite must be finite where log-probs and entropies are; got a loss"),
+        ("steep", "loss_fn test_own_loss.steep must be finite where log-probs and entropies are; got gradients that"),
         ("in_place", "in_place raised RuntimeError: a leaf Variable that requires grad is being used in an in-place"),
         ("typo", "typo raised AttributeError: 'LossBatch' object has no attribute 'advantage'"),
+        (
+            "ref",
+            "ref raised TypeError: unsupported operand type(s) for -: 'Tensor' and 'NoneType' "
+            "(test_own_loss.py, line {}); batch.ref_logprobs is None without policy.reference=true",
+        ),
+        (
+            "spaces",
+            "spaces: names of metrics must be letters, digits and _ . / -, begin with a letter or _, and not with "
+            "policy., which the trainer writes before them; got 'clip rate'",
+        ),
         ("shapes", "shapes raised RuntimeError: The size of tensor a ("),
         ("taken", "taken: metric 'kl' must have another name, the trainer logs its own policy.kl"),
         ("vector", "loss_fn test_own_loss.vector: metric 'ratios' must be one number; got shape ("),
@@ -272,17 +303,127 @@ NUMBER = 3.0
         ("writes_the_batch", "writes_the_batch raised FrozenInstanceError: cannot assign to field 'tokens'"),
     ],
 )
+
+
+def with_line(message: str) -> str:
+    """The number of the function's first line, for {}."""
+    lines = enumerate(Path(__file__).read_text().splitlines(), 1)
+    start = next((n for n, text in lines if f"def {message.split()[0]}(" in text), 0)
+    return message.replace("{}", str(start + 1))
+
+
+@MISTAKES
+def test_a_mistake_is_found_before_anything_is_made(tmp_path: Path, function: str, message: str) -> None:
+    from aepo.cli import app
+
+    run = tmp_path / "run"
+    settings = [f"model.cache_dir={tmp_path}", f"run.dir={run}", "warm_start.steps=0", "train.steps=0", HERE + function]
+    result = CliRunner().invoke(app, ["train", *settings])
+    assert result.exit_code == 1
+    assert result.output.startswith(f"error: policy.loss: {with_line(message)}")
+    assert result.output.endswith(" (tried on made-up tokens before the start)\n")
+    assert result.output.count("\n") == 1
+    with pytest.raises(OwnLossError) as error:
+        trainer_for(run, HERE + function)
+    assert f"error: {error.value}\n" == result.output
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize(("model", "dtype"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
+def test_the_made_up_batch_is_as_a_real_one(model: torch.dtype, dtype: torch.dtype, reference: bool) -> None:
+    seen: list[tuple[Tensor, Tensor, LossBatch]] = []
+
+    def spy(*given: Any) -> Tensor:
+        seen.append(given)
+        return (given[0] * given[2].advantages).sum() / given[2].tokens
+
+    settings = (f"policy.reference={str(reference).lower()}", "rollout.max_tokens=77", "rollout.temperature=0.8")
+    config = load_config(overrides=[HERE + "arpo", *settings])
+    for _ in range(2):
+        try_own_loss(spy, config, dtype, "cpu")
+    learner = Learner(tiny_model(model), config, str)
+    learner.own_loss = spy
+    (minibatch,) = learner.add_log_probs(learner.pack(random_samples(10), 3))
+    learner.backward(minibatch, learner.entropy_stats([minibatch]), ["q0", "q1", "q2"])
+    (logprobs, entropy, batch), (again, _, _), (_, _, real) = seen
+    assert torch.equal(logprobs, again)
+    assert logprobs.shape == entropy.shape == (12,)
+    assert logprobs.dtype == entropy.dtype == dtype
+    assert (logprobs >= -4).all()
+    assert (logprobs <= -0.05).all()
+    assert (entropy > 0).all()
+    for field in fields(LossBatch):
+        ours, theirs = getattr(batch, field.name), getattr(real, field.name)
+        assert type(ours) is type(theirs), field.name
+        if isinstance(ours, Tensor):
+            assert ours.dtype == theirs.dtype, field.name
+            assert ours.shape == ((4,) if field.name == "cu_seqlens" else (12,)), field.name
+    assert batch.advantages.min() < 0 < batch.advantages.max()
+    assert 0.01 < (logprobs - batch.old_logprobs).abs().max() < 0.5
+    assert batch.old_logprobs.max() < 0 < batch.old_entropy.min()
+    assert batch.rollout_logprobs is batch.old_logprobs
+    assert batch.cu_seqlens.tolist() == [0, 3, 8, 12]
+    assert (batch.tokens, batch.paths, batch.max_tokens, batch.temperature) == (12, 3, 77, 0.8)
+    assert batch.entropy_stats == pytest.approx((batch.old_entropy.mean().item(), batch.old_entropy.std().item()))
+
+
+def test_the_made_up_engine_differs_from_the_trainer_where_real_ones_do() -> None:
+    def differs(logprobs: Tensor, entropy: Tensor, batch: LossBatch) -> Tensor:
+        assert 0.01 < (batch.rollout_logprobs - batch.old_logprobs).abs().max() < 0.5
+        return logprobs.sum()
+
+    config = load_config(overrides=[HERE + "arpo", "policy.old_logprobs=recompute"])
+    try_own_loss(differs, config, torch.float32, "cpu")
+
+
+def test_trying_a_function_leaves_random_numbers_alone() -> None:
+    before = torch.random.get_rng_state()
+    try_own_loss(draws, load_config(overrides=[HERE + "draws"]), torch.float32, "cpu")
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_the_hint_on_a_missing_reference_is_not_given_where_there_is_one() -> None:
+    with pytest.raises(OwnLossError, match=r"line \d+\) \(tried"):
+        learner_for(HERE + "other_none", "policy.reference=true")
+
+
+def test_a_wrong_field_is_answered_with_all_of_them_the_nearest_first() -> None:
+    with pytest.raises(OwnLossError) as error:
+        learner_for(HERE + "typo")
+    assert str(error.value).endswith(
+        "; it has advantages, cu_seqlens, entropy_stats, max_tokens, old_entropy, old_logprobs, paths, ref_logprobs, "
+        "rollout_logprobs, temperature, tokens (tried on made-up tokens before the start)"
+    )
+
+
+@pytest.mark.parametrize("name", ["high", "_x", "is/clip-rate.high_2", "policy", "policy/x", "Kl"])
+def test_names_of_metrics(name: str) -> None:
+    config = load_config(overrides=[HERE + "arpo"])
+    try_own_loss(lambda logprobs, *_: (logprobs.sum(), {name: 1.0}), config, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("name", ["", "a b", "2x", "-x", ".x", "policy.x", "é", "x\n", "a=b", 3])
+def test_what_is_no_name_of_a_metric(name: Any) -> None:
+    config = load_config(overrides=[HERE + "arpo"])
+    with pytest.raises(OwnLossError, match=r"names of metrics must be letters, .*; got ") as error:
+        try_own_loss(lambda logprobs, *_: (logprobs.sum(), {name: 1.0}), config, torch.float32, "cpu")
+    assert repr(name) in str(error.value)
+
+
+@MISTAKES
 def test_what_a_function_does_wrong_ends_the_run_in_one_line(tmp_path: Path, function: str, message: str) -> None:
-    trainer = trainer_for(tmp_path / "run", HERE + function)
+    """A mistake that made-up tokens did not show."""
+    trainer = trainer_for(tmp_path / "run", HERE + "arpo")
+    trainer.learner.own_loss = own_loss(f"test_own_loss:{function}")
     before = weights(trainer)
     with pytest.raises(OwnLossError) as error:
         trainer.train()
-    assert str(error.value).startswith(f"policy.loss: {message}")
+    assert str(error.value).startswith(f"policy.loss: {with_line(message)}")
+    assert "made-up" not in str(error.value)
     assert "\n" not in str(error.value)
     if " raised " in message:
-        lines = enumerate(Path(__file__).read_text().splitlines(), 1)
-        line = next(n for n, text in lines if f"def {message.split()[0]}(" in text)
-        assert f"(test_own_loss.py, line {line + 1})" in str(error.value)
+        assert with_line(f"{message.split()[0]} (test_own_loss.py, line {{}})").partition(" ")[2] in str(error.value)
     status = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (status["status"], status["reason"]) == ("failed", str(error.value))
     assert same(before, weights(trainer))
@@ -326,60 +467,6 @@ def test_the_refused_settings_are_those_of_the_objective() -> None:
     PolicyConfig(loss="a:b", reference=True, advantage="batch", preset="gigpo", step_weight=0.5)
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current directory that nothing can be imported from yet."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(ROOT))])
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
-
-
-def test_the_current_directory_can_be_imported_from(folder: Path) -> None:
-    (folder / "pieces").mkdir()
-    (folder / "pieces" / "mine.py").write_text("import neighbour\nclass A:\n    B = neighbour.VALUE\n")
-    (folder / "neighbour.py").write_text("VALUE = 7\n")
-    assert resolve("pieces.mine:A.B", "a.setting") == 7
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("mine", "a.setting = 'mine': expected package.module:name, as in my_losses:clipped"),
-        ("mine.py:f", "as in my_losses:clipped; a module is written with dots and without .py"),
-        ("pieces/mine:f", "as in my_losses:clipped; a module is written with dots and without .py"),
-        ("mine:", "expected package.module:name"),
-        ("mine:f(3)", "expected package.module:name"),
-        ("mane:clipped", "no module 'mane' in {here} and the installed packages; {here} has mine, broken"),
-        ("pieces.mane:f", "no module 'pieces.mane' in package pieces; it has mine, other"),
-        ("nowhere.at.all:f", "no module 'nowhere' in"),
-        ("mine:cliped", "mine has no 'cliped'; has clipped, Gate, NUMBER"),
-        ("mine:Gate.los", "Gate has no 'los'; has loss"),
-        ("mine:NUMBER.x", "int has no 'x'; has none"),
-        ("broken:f", "importing broken failed: SyntaxError: invalid syntax (broken.py, line 2)"),
-        ("raising:f", "importing raising failed: ZeroDivisionError: division by zero (raising.py, line 2)"),
-        ("lacking:f", "importing lacking failed: No module named 'not_there' (lacking.py, line 1)"),
-    ],
-)
-def test_a_name_that_leads_nowhere_says_what_is_there(folder: Path, name: str, message: str) -> None:
-    source = "import json\nfrom pathlib import Path\nNUMBER = 3\ndef clipped(): ...\n"
-    source += "class Gate:\n    @staticmethod\n    def loss(): ...\n_hidden = 4\n"
-    (folder / "mine.py").write_text(source)
-    (folder / "broken.py").write_text("x = 1\ndef f(:\n")
-    (folder / "raising.py").write_text("\n1 / 0\n")
-    (folder / "lacking.py").write_text("import not_there\n")
-    (folder / "pieces").mkdir()
-    for file in ("__init__.py", "mine.py", "other.py"):
-        (folder / "pieces" / file).write_text("")
-    with pytest.raises(ValueError) as error:  # noqa: PT011, the text is compared below
-        resolve(name, "a.setting")
-    assert message.format(here=folder) in str(error.value)
-    assert str(error.value).startswith(f"a.setting = '{name}': ")
-    assert "\n" not in str(error.value)
-
-
 def test_a_function_must_be_one_and_take_what_it_gets() -> None:
     assert own_loss("test_own_loss:Gate.loss") is Gate.loss
     assert own_loss("test_own_loss:gate") is gate
@@ -392,13 +479,3 @@ def test_a_function_must_be_one_and_take_what_it_gets() -> None:
         with pytest.raises(ValueError) as error:  # noqa: PT011, the text is compared below
             own_loss(f"test_own_loss:{name}")
         assert message in str(error.value)
-
-
-def test_the_command_line_says_it_before_the_model_is_made(folder: Path) -> None:
-    from aepo.cli import app
-
-    result = CliRunner().invoke(app, ["train", "policy.loss=my_losses:clipped", f"run.dir={folder / 'run'}"])
-    assert result.exit_code == 1
-    assert result.output.startswith("error: policy.loss = 'my_losses:clipped': no module 'my_losses' in ")
-    assert result.output.count("\n") == 1
-    assert not (folder / "run").exists()
