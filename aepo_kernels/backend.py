@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -62,19 +63,30 @@ def _extension_missing() -> str | None:
     here, there = (Path(str(file)).resolve().parent for file in (__file__, extension.__file__))
     if here != there:  # with an editable installation of another checkout, say
         return f"the compiled extension aepo_kernels._C is not built; that of {there} belongs to another copy"
-    if _contract() != (list(ObjectiveNumbers._fields), list(METRICS)):
+    if _built_for() != _asked_of_it():
         return _unusable(
             "the compiled extension aepo_kernels._C is of another version than aepo_kernels: build it again"
         )
     return None
 
 
-def _contract() -> tuple[list[str], list[str]] | None:
-    """The numbers and metrics that the extension was built for; None where it is too old to say."""
+TRAINING_STAGES = ("token_stats", "policy_terms", "logits_grad", "single_pass")
+
+
+def _asked_of_it() -> dict[str, list[str]]:
+    """What travels by position: an objective's numbers, the metrics, and the arguments of the stages, by name."""
+    stages = {name: list(inspect.signature(stage("reference", name)).parameters) for name in TRAINING_STAGES}
+    return {"numbers": list(ObjectiveNumbers._fields), "metrics": list(METRICS), **stages}
+
+
+def _built_for() -> dict[str, list[str]] | None:
+    """The same of the extension; None where it is too old to say."""
     native = torch.ops.aepo_native
-    if not hasattr(native, "objective_numbers"):
+    try:
+        stages = {name: [x.name for x in getattr(native, name).default._schema.arguments] for name in TRAINING_STAGES}
+        return {"numbers": native.objective_numbers(), "metrics": native.policy_metrics(), **stages}
+    except AttributeError:
         return None
-    return native.objective_numbers(), native.policy_metrics()
 
 
 def _unusable(reason: str) -> str:

@@ -192,14 +192,15 @@ class _LinearTokenStats(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 11
-        _, _, labels, *_ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: hooks may unpack them only once
+        _, _, labels, *_ = saved
         if ctx.skipped is not None:  # such a token has no part in anything, and its label may be anything
             grad_logprobs, grad_entropy = (
                 None if x is None else x.masked_fill(labels == ctx.skipped, 0) for x in (grad_logprobs, grad_entropy)
             )
         wanted = list(ctx.needs_input_grad[:3])
         where = (ctx.group, ctx.sequence_parallel, wanted)
-        grads = torch.ops.aepo.linear_grad(*ctx.saved_tensors, grad_logprobs, grad_entropy, *where, *ctx.settings)
+        grads = torch.ops.aepo.linear_grad(*saved, grad_logprobs, grad_entropy, *where, *ctx.settings)
         return *only(wanted, grads), *[None] * 8
 
 

@@ -68,12 +68,15 @@ def logits_policy_loss(
     call on the logits hold their gradient: whoever saved them for a backward gets PyTorch's error about an inplace
     modification, and a later differentiable use one in its backward. A later look (an argmax, for a log) cannot get
     one, and finds gradients: look before the call, or into the metrics. `torch.autograd.grad(loss, logits)` and
-    retain_grad() do not find the logits that were. Where nothing requires a gradient, nothing is written. For
+    retain_grad() do not find the logits that were, and of a leaf no later use is noticed. float16 is refused: the
+    gradient is rounded before its loss scale is known. Where nothing requires a gradient, nothing is written. For
     torch.compile and saved-tensor hooks the same holds as with inplace_backward.
 
     `process_group` and `vocab_start` shard the vocabulary as in `logprobs_and_entropy`; all that is per token is the
     same on every rank, and so are loss and metrics.
     """
+    if not isinstance(single_pass, bool):
+        raise TypeError(f"single_pass must be a bool; got {type(single_pass).__name__}")
     check_logits(logits, inplace="single_pass" if single_pass else "inplace_backward" if inplace_backward else None)
     check_temperature(temperature)
     check_like("labels", labels, "logits without the last dimension", logits.shape[:-1], logits.device)
@@ -98,7 +101,7 @@ def logits_policy_loss(
     shard = shard_of(process_group, vocab_start)
     labels, _ = local_labels(labels.to(torch.int64).masked_fill(mask == 0, rows.NO_LABEL), rows.NO_LABEL, shard)
     if single_pass:
-        check_single_pass(objective, entropy_stats is not None, shard)
+        check_single_pass(logits, objective, entropy_stats is not None, shard)
     if single_pass and torch.is_grad_enabled() and logits.requires_grad:
         loss, metrics = single_pass_loss(logits, labels, float(temperature), call)
     else:

@@ -7,6 +7,7 @@ that ran it, and nothing of its graph is kept.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ def loss_of_function(loss_fn: LossFunction, logprobs: Tensor, entropy: Tensor, c
     """The loss of `loss_fn`, differentiable in logprobs and entropy [..]; counted [..] bool."""
     if torch.compiler.is_compiling():  # one graph with the caller's; the values are not looked at
         loss, metrics = _result(loss_fn, loss_fn(logprobs, entropy), logprobs)
-        return PolicyLoss(loss, {"loss": loss.detach(), **metrics})
+        return PolicyLoss(loss, {"loss": loss.detach().clone(), **metrics})
     wanted = torch.is_grad_enabled() and (logprobs.requires_grad or entropy.requires_grad)
     found = finite(loss_fn, differentiate(loss_fn, logprobs, entropy, counted, wanted), logprobs, entropy, counted)
     loss = KnownGradients.apply(logprobs, entropy, found.loss, found.grad_logprobs, found.grad_entropy)
@@ -125,16 +126,20 @@ def _result(loss_fn: LossFunction, returned: Any, like: Tensor) -> tuple[Tensor,
         raise TypeError(
             f"{name_of(loss_fn)} must return a floating-point loss on {like.device}; got {loss.dtype} on {loss.device}"
         )
+    if isinstance(returned, PolicyLoss):  # one of our own losses inside, whose metrics have the loss too
+        metrics = {name: value for name, value in metrics.items() if name != "loss"}
     detached = {}
     for key, value in metrics.items():
         if not isinstance(key, str):
             raise TypeError(f"{name_of(loss_fn)}: names of metrics must be texts; got {key!r}")
-        if isinstance(value, Tensor) and value.numel() == 1:
-            detached[key] = value.detach().reshape(())
-        elif isinstance(value, (bool, int, float)):
+        if key == "loss":
+            raise ValueError(f"{name_of(loss_fn)}: metric 'loss' must have another name, the loss itself is called so")
+        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+            detached[key] = value.detach().clone().reshape(())
+        elif isinstance(value, numbers.Real):
             detached[key] = torch.full((), float(value), dtype=like.dtype, device=like.device)
         else:
-            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name_of(loss_fn)}: metric {key!r} must be one number; got {got}")
     return loss.to(like.dtype), detached
 
@@ -142,7 +147,7 @@ def _result(loss_fn: LossFunction, returned: Any, like: Tensor) -> tuple[Tensor,
 def _check_untouched(loss_fn: LossFunction, leaves: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> None:
     """By versions, and on the CPU by values: `.data` is written without a trace."""
     for name, leaf, before in zip(("logprobs", "entropy"), leaves, given, strict=True):
-        touched = leaf._version != 0
+        touched = not leaf.is_inference() and leaf._version != 0
         if not touched and leaf.device.type == "cpu":
             touched = not torch.equal(leaf.detach().nan_to_num(nan=torch.inf), before.nan_to_num(nan=torch.inf))
         if touched:

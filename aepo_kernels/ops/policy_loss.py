@@ -103,7 +103,7 @@ def policy_metrics(
     if objective.entropy_advantage == 0:
         hidden |= {"advantage_flips"}
     named = {name: value for name, value in zip(METRICS, metrics.unbind(), strict=True) if name not in hidden}
-    return {"loss": loss.detach(), **named}
+    return {"loss": loss.detach().clone(), **named}  # a copy: the caller may scale the loss in place
 
 
 def policy_loss(

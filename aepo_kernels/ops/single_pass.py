@@ -27,7 +27,13 @@ torch.library.define("aepo::single_pass_", f"(Tensor(a!) logits, {ARGUMENTS}) ->
 torch.library.define("aepo::scale_", "(Tensor(a!) x, Tensor factor, str? backend) -> ()")
 
 
-def check_single_pass(objective: PolicyObjective, entropy_stats: bool, shard: Shard) -> None:
+def check_single_pass(logits: Tensor, objective: PolicyObjective, entropy_stats: bool, shard: Shard) -> None:
+    if logits.dtype == torch.float16:
+        # Of 65,536 tokens' mean loss, to be scaled by as much, all of the gradient but the labels' would be 0.
+        raise ValueError(
+            "single_pass=True rounds the gradient before the loss scale is known, which float16 cannot carry; got "
+            "float16 logits: take inplace_backward=True, or bfloat16"
+        )
     if not objective.follows_from_each_token(entropy_stats=entropy_stats):
         raise ValueError(
             "single_pass=True needs coefficients that follow from each token alone: entropy_stats with an "
@@ -110,6 +116,7 @@ class _SinglePass(torch.autograd.Function):
         else:
             loss, metrics, grad = torch.ops.aepo.single_pass(logits, labels, temperature, *args)
         ctx.save_for_backward(grad)
+        ctx.handed_out = False
         ctx.backend, ctx.others = PolicyCall(*args).backend, len(args)
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
@@ -118,6 +125,10 @@ class _SinglePass(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
+        if not torch.compiler.is_compiling():
+            if ctx.handed_out:  # saved-tensor hooks check no versions
+                raise RuntimeError("the gradient of single_pass=True was scaled by an inplace operation and handed out")
+            ctx.handed_out = True
         torch.ops.aepo.scale_(grad, grad_loss, ctx.backend)
         return grad, None, None, None, *[None] * ctx.others
 

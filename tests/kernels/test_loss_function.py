@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from policy_oracle import Batch, policy_oracle
+from torch.utils.checkpoint import checkpoint
 
 from aepo_kernels import PolicyObjective, linear_loss, linear_policy_loss, logits_loss, logits_policy_loss, policy_loss
 from aepo_kernels.ops import linear
@@ -342,6 +343,12 @@ def in_place_without_grad(logprobs, entropy):
     return logprobs.sum()
 
 
+def in_place_and_back(logprobs, entropy):
+    with torch.no_grad():  # the values are what they were
+        logprobs.mul_(1)
+    return logprobs.sum()
+
+
 def in_place_behind_the_counter(logprobs, entropy):
     logprobs.data.mul_(2)
     return logprobs.sum()
@@ -355,7 +362,15 @@ WRONG = [
     (lambda a, b: (a.sum(), {}, 1), TypeError, r"must return a loss \[\] or .*; got a tuple"),
     (lambda a, b: 3.0, TypeError, r"must return a loss \[\] or .*; got a float"),
     (lambda a, b: (a > 0).sum(), TypeError, r"must return a floating-point loss on cpu; got torch\.int64"),
-    (lambda a, b: (a.sum(), {"x": a}), TypeError, r"metric 'x' must be one number; got shape \(24,\)"),
+    (lambda a, b: (a.sum(), {"x": a}), TypeError, r"metric 'x' must be one number; got torch\.float64 \(24,\)"),
+    (lambda a, b: (a.sum(), {3: 1.0}), TypeError, r"names of metrics must be texts; got 3"),
+    (lambda a, b: (a.sum(), {"loss": 1.0}), ValueError, r"metric 'loss' must have another name"),
+    (
+        lambda a, b: (a.sum(), {"x": torch.tensor(1j)}),
+        TypeError,
+        r"metric 'x' must be one number; got torch\.complex64",
+    ),
+    (lambda a, b: [a.sum(), {}], TypeError, r"must return a loss \[\] or .*; got a list"),
     (lambda a, b: (a.sum(), {"x": "y"}), TypeError, r"metric 'x' must be one number; got str"),
     (lambda a, b: torch.tensor(1.0), ValueError, r"depends on logprobs or entropy; its loss has no gradient"),
     (lambda a, b: a.detach().sum(), ValueError, r"depends on logprobs or entropy; its loss has no gradient"),
@@ -364,6 +379,7 @@ WRONG = [
     (lambda a, b: (a - a.detach()).abs().sqrt().sum(), ValueError, r"got gradients that are not finite"),
     (in_place, RuntimeError, r"must not write over its arguments: a leaf"),
     (in_place_without_grad, RuntimeError, r"must not write over its arguments; it changed entropy in place"),
+    (in_place_and_back, RuntimeError, r"must not write over its arguments; it changed logprobs in place"),
     (in_place_behind_the_counter, RuntimeError, r"must not write over its arguments; it changed logprobs in place"),
     (
         lambda a, b: a.sum() + FOREIGN.sum(),
@@ -428,18 +444,119 @@ def test_without_gradients_only_the_loss_is_made():
     assert out.loss == 1  # nothing to differentiate, so nothing to miss
 
 
+def faintly_broken(logprobs, entropy):
+    """Only the first token depends on others, and its gradient is a thousandth of theirs."""
+    first = torch.zeros_like(logprobs)
+    first[0] = 1e-3
+    return (logprobs * (1 - first * 1e3)).sum() + (first * logprobs * entropy.sum().detach()).sum()
+
+
 @pytest.mark.parametrize(
-    ("loss_fn", "token"),
+    "loss_fn",
     [
-        (lambda a, b: a.softmax(0).square().sum(), None),
-        (lambda a, b: (a * (b - b.mean().detach())).sum(), None),
-        (lambda a, b: a.sum().square(), None),
+        lambda a, b: a.softmax(0).square().sum(),
+        lambda a, b: (a * (b - b.mean().detach())).sum(),
+        lambda a, b: a.sum().square(),
+        lambda a, b: (a * (1 + 0.01 * b.mean().detach())).sum(),  # by a percent
+        faintly_broken,
     ],
 )
-def test_a_broken_promise_is_noticed(loss_fn, token, small_tiles):
+def test_a_broken_promise_is_noticed(loss_fn, small_tiles):
     p = Problem()
     with pytest.raises(ValueError, match=r"must act on each token alone, as per_token=True promises: the gradient of"):
         linear_loss(p.hidden.requires_grad_(), p.weight, p.labels, p.mask, loss_fn, per_token=True, schedule="keep")
+
+
+@pytest.mark.parametrize("schedule", ["keep", "recompute"])
+def test_bias(schedule, small_tiles):
+    p = Problem()
+    bias = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3), dtype=torch.float64).requires_grad_()
+    loss_fn = trust_region(p)
+    options = {"bias": bias, "per_token": True, "schedule": schedule, "temperature": 0.8}
+    out = linear_loss(p.hidden, p.weight, p.labels, p.mask, loss_fn, **options)
+    log_p = ((p.hidden @ p.weight.T + bias) / 0.8).log_softmax(-1)
+    expected = loss_fn(log_p.gather(-1, p.labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1))
+    assert_equal(torch.autograd.grad(out.loss, bias), torch.autograd.grad(expected, bias), rtol=1e-11)
+
+
+@pytest.mark.parametrize("label", [-1, VOCAB])
+@pytest.mark.parametrize("schedule", ["keep", "recompute"])
+def test_a_label_out_of_range(schedule, label):
+    p = Problem()
+    labels = p.labels.masked_fill(p.mask, label)
+    hidden, options = p.hidden.requires_grad_(), {"schedule": schedule}
+    with pytest.raises(ValueError, match=f"label {label} at position"):
+        linear_loss(hidden, p.weight, labels, p.mask, sapo(p), per_token=True, **options)
+    dapo = PolicyObjective.preset("dapo")
+    with pytest.raises(ValueError, match=f"label {label} at position"):
+        linear_policy_loss(hidden, p.weight, labels, p.old, p.advantages, p.mask, objective=dapo, **options)
+
+
+def test_a_compiled_call_is_one_graph_also_where_keep_begins(small_tiles):
+    p = Problem()
+    loss_fn = sapo(p)
+
+    def loss(h):
+        return linear_loss(h, p.weight, p.labels, p.mask, loss_fn, per_token=True).loss
+
+    torch._dynamo.reset()
+    hidden = p.hidden.requires_grad_()
+    torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="eager")(hidden), loss(hidden))
+
+
+def test_what_comes_back_has_the_dtype_of_the_sums():
+    p = Problem(torch.float32)
+    logits = p.logits.requires_grad_()
+    assert logits_loss(logits, p.labels, p.mask, lambda a, b: a.sum().double()).loss.dtype == torch.float32
+    assert logits_loss(logits, p.labels, p.mask, lambda a, b: a.sum().bfloat16()).loss.dtype == torch.float32
+    p = Problem()
+    out = logits_loss(p.logits.requires_grad_(), p.labels, p.mask, lambda a, b: (a.sum(), {"tenth": 0.1}))
+    assert out.metrics["tenth"] == 0.1
+    assert out.metrics["tenth"].dtype == torch.float64
+
+
+def test_grad_mode_is_the_callers():
+    p, seen = Problem(), []
+
+    def loss_fn(logprobs, entropy):
+        seen.append((torch.is_grad_enabled(), logprobs.requires_grad))
+        return logprobs.sum()
+
+    logits = p.logits.requires_grad_()
+    with torch.no_grad():
+        logits_loss(logits, p.labels, p.mask, loss_fn)
+    with torch.inference_mode():
+        logits_loss(logits, p.labels, p.mask, loss_fn)
+        linear_loss(p.hidden, p.weight, p.labels, p.mask, loss_fn)
+    logits_loss(logits, p.labels, p.mask, loss_fn)
+    assert seen == [(False, False)] * 3 + [(True, True)]
+
+
+def test_a_graph_of_many_paths_is_walked_once():
+    p = Problem()
+
+    def doubled(logprobs, entropy):
+        y = logprobs.sum()
+        for _ in range(60):  # 2^60 paths
+            y = y / 2 + y / 2
+        return y
+
+    assert logits_loss(p.logits.requires_grad_(), p.labels, p.mask, doubled).loss.isfinite()
+
+
+@pytest.mark.parametrize("schedule", ["keep", "recompute"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_checkpoints(schedule, reentrant, small_tiles):
+    p = Problem()
+    loss_fn = sapo(p)
+
+    def loss(h, w):
+        return linear_loss(h, w, p.labels, p.mask, loss_fn, per_token=True, schedule=schedule).loss
+
+    leaves = [p.hidden.requires_grad_(), p.weight.requires_grad_()]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    checkpoint(loss, *leaves, use_reentrant=reentrant).backward()
+    assert_equal([x.grad for x in leaves], expected)
 
 
 def test_bad_arguments():

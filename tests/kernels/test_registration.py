@@ -18,7 +18,7 @@ from aepo_kernels import (
     selective_log_softmax,
 )
 from aepo_kernels import backend as backends
-from aepo_kernels.objective import METRICS, ObjectiveNumbers
+from aepo_kernels.objective import METRICS
 from aepo_kernels.ops.call import PolicyCall
 from aepo_kernels.testing import make_labels, make_logits
 
@@ -26,6 +26,7 @@ TOKENS = 51
 LOGITS = make_logits(TOKENS, 23)
 LABELS = make_labels(LOGITS)
 BATCH = make_batch().to(torch.float32)
+PPO = PolicyObjective()
 AEPO = PolicyObjective.preset("aepo", entropy_bonus=0.01)
 OPS = torch.ops.aepo
 
@@ -123,22 +124,32 @@ def test_compiles_into_one_graph(function, device):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
 
 
-def loss_of(logits, labels, batch, tokens, denominator):
+def loss_of(logits, labels, batch, tokens, denominator, **options):
     inputs = (batch.old_logprobs[:tokens], batch.advantages[:tokens], batch.mask[:tokens])
-    return logits_policy_loss(logits, labels[:tokens], *inputs, objective=AEPO, denominator=denominator).loss
+    inputs = (labels[:tokens], *inputs)
+    return logits_policy_loss(logits * 1, *inputs, objective=PPO, denominator=denominator, **options).loss
 
 
-def test_another_length_or_denominator_does_not_recompile(device):
+@pytest.mark.parametrize("options", [{}, {"inplace_backward": True}, {"single_pass": True}], ids=str)
+def test_another_length_or_denominator_does_not_recompile(options, device):
     # Both change with every batch. (A new temperature does recompile: it is a constant of the graph.)
     torch._dynamo.reset()
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
     logits, labels, batch = LOGITS.to(device), LABELS.to(device), BATCH.to(torch.float32, device)
+
+    def run(function, tokens, denominator):
+        x = logits[:tokens].clone().requires_grad_()
+        loss = function(x, labels, batch, tokens, denominator, **options)
+        return loss.detach(), *torch.autograd.grad(loss, x)
+
     for tokens in (51, 40):  # the second call makes lengths and numbers dynamic
-        compiled(logits[:tokens], labels, batch, tokens, float(tokens))
+        run(compiled, tokens, float(tokens))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for tokens, denominator in ((30, 33.3), (20, 21.0)):
-            args = (logits[:tokens], labels, batch, tokens, denominator)
-            assert torch.equal(compiled(*args), loss_of(*args))
+            for got, expected in zip(
+                run(compiled, tokens, denominator), run(loss_of, tokens, denominator), strict=True
+            ):
+                torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8)
 
 
 FRESH = {
@@ -187,9 +198,10 @@ def test_an_extension_of_another_copy_is_not_taken(monkeypatch):
     assert backends._extension_missing.__wrapped__() is None
 
 
-@pytest.mark.parametrize("built", [(["low"], []), (list(ObjectiveNumbers._fields), list(METRICS)[::-1]), None])
-def test_an_extension_built_for_other_numbers_is_not_taken(built, monkeypatch):
+@pytest.mark.parametrize("other", [{"numbers": ["low"]}, {"metrics": list(METRICS)[::-1]}, {"single_pass": []}, None])
+def test_an_extension_built_for_other_numbers_is_not_taken(other, monkeypatch):
     """It would give the right loss of a wrong objective."""
-    monkeypatch.setattr(backends, "_contract", lambda: built)
+    assert backends._built_for() == backends._asked_of_it()
+    monkeypatch.setattr(backends, "_built_for", lambda: None if other is None else backends._asked_of_it() | other)
     with pytest.warns(UserWarning, match="another version than aepo_kernels: build it again. CPU tensors are served"):
         assert "build it again" in backends._extension_missing.__wrapped__()

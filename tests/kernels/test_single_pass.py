@@ -53,7 +53,7 @@ FULL = {"entropy_bonus": 0.05, "kl_coef": 0.1, "importance_cap": 2.0}
 
 
 @pytest.mark.parametrize("factor", [1.0, -2.5])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float16], ids=str)
 @pytest.mark.parametrize("name", [*PER_TOKEN, "everything"])
 def test_the_same_as_two_passes(name, dtype, factor, backend, device):
     if backend == "triton" and dtype == torch.float64:
@@ -128,6 +128,35 @@ def test_a_token_must_stand_for_itself(options, message):
             logits_policy_loss(x, **{**call, **options}, single_pass=True)
 
 
+def test_float16_is_refused():
+    """A gradient of the mean of 65,536 tokens, scaled by as much in the backward, would have lost all but its labels."""
+    logits, call = problem(torch.float16)
+    with pytest.raises(
+        ValueError, match="rounds the gradient before the loss scale is known, which float16 cannot carry"
+    ):
+        logits_policy_loss(logits.requires_grad_(), **call, single_pass=True)
+
+
+def test_what_is_no_flag_and_no_label():
+    logits, call = problem()
+    with pytest.raises(TypeError, match="single_pass must be a bool; got str"):
+        logits_policy_loss(logits, **call, single_pass="no")
+    call["labels"] = call["labels"].masked_fill(call["mask"], VOCAB)
+    with pytest.raises(ValueError, match=f"label {VOCAB} at position"):
+        logits_policy_loss(logits.requires_grad_(), **call, single_pass=True)
+
+
+def test_metrics_are_numbers_of_their_own(backend):
+    logits, call = problem()
+    for options in ({}, {"single_pass": True}):
+        out = logits_policy_loss(logits.clone().requires_grad_() * 1, **call, backend=backend, **options)
+        before = {key: value.clone() for key, value in out.metrics.items()}
+        assert not any(value.requires_grad for value in out.metrics.values())
+        loss = out.loss
+        loss /= 4
+        assert all(torch.equal(value, before[key]) for key, value in out.metrics.items())
+
+
 def test_without_a_gradient_nothing_is_written(backend):
     logits, call = problem()
     before = logits.clone()
@@ -196,6 +225,28 @@ def test_under_hooks_the_gradient_gets_a_tensor_of_its_own():
     with pytest.warns(UserWarning, match="single_pass=True: saved-tensor hooks are active"):
         checkpoint(loss, x, use_reentrant=False).backward()
     torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_hooks_and_a_second_backward():
+    """Nobody checks versions there, and the gradient has been scaled in place."""
+    logits, call = problem()
+    x = logits.clone().requires_grad_()
+    with torch.autograd.graph.save_on_cpu(), pytest.warns(UserWarning, match="saved-tensor hooks are active"):
+        loss = logits_policy_loss(x * 1, **call, single_pass=True).loss
+    (3 * loss).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="scaled by an inplace operation and handed out"):
+        loss.backward()
+
+
+def test_under_hooks_the_logits_are_left_alone():
+    logits, call = problem()
+    expected = loss_of(logits, call)[1]
+    x = logits.clone().requires_grad_()
+    with torch.autograd.graph.save_on_cpu(), pytest.warns(UserWarning, match="saved-tensor hooks are active"):
+        z = x * 1
+        loss = logits_policy_loss(z, **call, single_pass=True).loss
+        (loss + 0 * z.sum()).backward()
+    torch.testing.assert_close(x.grad, expected)
 
 
 def test_parameters_and_overlapping_rows_are_refused():

@@ -203,6 +203,7 @@ WRONG = [
     ({"counts": 0.5}, ValueError, r"counts must be whole numbers >= 0; got 0\.5 at position 3"),
     ({"counts": torch.nan}, ValueError, r"counts must be whole numbers >= 0; got nan at position 3"),
     ({"counts": torch.inf}, ValueError, r"counts must be whole numbers >= 0; got inf at position 3"),
+    ({"counts": 0, "weights": -0.5}, ValueError, r"weights must be 0 where counts is 0; got -0\.5 at position 3"),
     ({"counts": 0, "weights": 0.5}, ValueError, r"weights must be 0 where counts is 0; got 0\.5 at position 3"),
     ({"weights": 1.0, "denominator": 3.0}, ValueError, "denominator is given, but weights say each token's share"),
 ]
@@ -236,6 +237,16 @@ def test_wrong_tensors(name, value, error, message):
     b = make_batch().to(torch.float32)
     with pytest.raises(error, match=message):
         policy_loss(b.logprobs, **arguments(b, OBJECTIVES["dapo"]), **{name: value})
+
+
+@pytest.mark.parametrize("how", ["token-mean", "seq-mean-token-mean"])
+def test_nothing_counts(how, backend):
+    b = make_batch().to(torch.float32)
+    call = arguments(b, dataclasses.replace(OBJECTIVES["dapo"], aggregation=how))
+    out, grad, _ = run(b, backend, counts=torch.zeros(b.mask.shape), **call)
+    assert out.loss == 0
+    assert not grad.any()
+    assert out.metrics["valid_tokens"] == 0
 
 
 def test_masked_tokens_may_hold_anything(backend):
