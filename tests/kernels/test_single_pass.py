@@ -129,7 +129,7 @@ def test_a_token_must_stand_for_itself(options, message):
 
 
 def test_float16_is_refused():
-    """A gradient of the mean of 65,536 tokens, scaled by as much in the backward, would have lost all but its labels."""
+    """The gradient of a mean over 65,536 tokens, scaled by as much in the backward, would have lost all but its labels"""
     logits, call = problem(torch.float16)
     with pytest.raises(
         ValueError, match="rounds the gradient before the loss scale is known, which float16 cannot carry"
@@ -242,9 +242,10 @@ def test_under_hooks_the_logits_are_left_alone():
     logits, call = problem()
     expected = loss_of(logits, call)[1]
     x = logits.clone().requires_grad_()
-    with torch.autograd.graph.save_on_cpu(), pytest.warns(UserWarning, match="saved-tensor hooks are active"):
+    with torch.autograd.graph.save_on_cpu():
         z = x * 1
-        loss = logits_policy_loss(z, **call, single_pass=True).loss
+        with pytest.warns(UserWarning, match="saved-tensor hooks are active"):
+            loss = logits_policy_loss(z, **call, single_pass=True).loss
         (loss + 0 * z.sum()).backward()
     torch.testing.assert_close(x.grad, expected)
 
