@@ -129,7 +129,7 @@ def test_a_token_must_stand_for_itself(options, message):
 
 
 def test_float16_is_refused():
-    """The gradient of a mean over 65,536 tokens, scaled by as much in the backward, would have lost all but its labels"""
+    """The gradient of a mean over 65,536 tokens, to be scaled by as much, would have lost all but its labels."""
     logits, call = problem(torch.float16)
     with pytest.raises(
         ValueError, match="rounds the gradient before the loss scale is known, which float16 cannot carry"
