@@ -15,6 +15,8 @@ SCHEMA_TYPES = {
     bool: "bool",
     int: "int",
     float: "float",
+    float | None: "float?",
+    list[bool]: "bool[]",
     list[float]: "float[]",
 }
 
@@ -57,4 +59,23 @@ class GradientCall(NamedTuple):
     backend: str | None
 
 
-POLICY_CALL, GRADIENT_CALL = schema(PolicyCall), schema(GradientCall)
+class LinearGradientCall(NamedTuple):
+    """What linear_grad takes after hidden states and weight; per-token tensors are [..]."""
+
+    labels: Tensor
+    bias: Tensor | None
+    maximum: Tensor
+    log_sum: Tensor
+    entropy: Tensor
+    grad_logprobs: Tensor | None
+    grad_entropy: Tensor | None
+    group: str | None
+    sequence_parallel: bool
+    wanted: list[bool]  # of hidden, weight, bias
+    temperature: float
+    softcap: float | None
+    ignore_index: int
+    backend: str | None
+
+
+POLICY_CALL, GRADIENT_CALL, LINEAR_GRADIENT_CALL = map(schema, (PolicyCall, GradientCall, LinearGradientCall))

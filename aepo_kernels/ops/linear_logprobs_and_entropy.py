@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from aepo_kernels import backend as backends
 from aepo_kernels.ops import linear, rows
+from aepo_kernels.ops.call import LINEAR_GRADIENT_CALL, LinearGradientCall
 from aepo_kernels.ops.checks import (
     check_device,
     check_divisor,
@@ -39,9 +40,7 @@ torch.library.define(
 )
 torch.library.define(
     "aepo::linear_grad",
-    "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor maximum, Tensor log_sum, Tensor entropy, "
-    "Tensor? grad_logprobs, Tensor? grad_entropy, str? group, bool sequence_parallel, bool[] wanted, "
-    "float temperature, float? softcap, int ignore_index, str? backend) "
+    f"(Tensor hidden, Tensor weight, {LINEAR_GRADIENT_CALL}) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
 )
 
@@ -94,55 +93,36 @@ def own_shape(hidden: Tensor, group: str | None, sequence_parallel: bool) -> tup
     return (hidden.shape[0] // group_size(group), *hidden.shape[1:])
 
 
+def in_shape_of(
+    hidden: Tensor, grads: linear.Gradients, group: str | None, sequence_parallel: bool
+) -> linear.Gradients:
+    """The gradients with that of the hidden states in the shape of this rank's ones; an empty one is not wanted."""
+    shape = own_shape(hidden, group, sequence_parallel)
+    return grads._replace(hidden=grads.hidden.view(shape)) if grads.hidden.dim() > 1 else grads
+
+
 @torch.library.impl("aepo::linear_grad", "CompositeExplicitAutograd")
-def _linear_grad(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    maximum: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    group: str | None,
-    sequence_parallel: bool,
-    wanted: list[bool],
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    backend: str | None,
-) -> tuple[Tensor, ...]:
-    shard = Shard(group, 0)  # labels are local: where the part begins does not matter any more
-    backend = backends.resolve(backend, hidden)
-    head = linear.Head(weight, bias, temperature, softcap, backend, shard, sequence_parallel)
-    flat_hidden, flat_labels = flat_rows(hidden, labels, labels == ignore_index)
-    unused = maximum  # a gradient needs no log-probs
-    stats = TokenStats(*(x.reshape(-1) for x in (unused, entropy, maximum, log_sum)))
-    coefficients = linear.Coefficients(*(None if x is None else x.reshape(-1) for x in (grad_logprobs, grad_entropy)))
-    grads = linear.gradients(head, flat_hidden, flat_labels, stats, coefficients, linear.Wanted(*wanted))
-    if wanted[0]:
-        grads = grads._replace(hidden=grads.hidden.view(own_shape(hidden, group, sequence_parallel)))
-    return grads
+def _linear_grad(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    call = LinearGradientCall(*args)
+    shard = Shard(call.group, 0)  # labels are local: where the part begins does not matter any more
+    backend = backends.resolve(call.backend, hidden)
+    head = linear.Head(weight, call.bias, call.temperature, call.softcap, backend, shard, call.sequence_parallel)
+    flat_hidden, flat_labels = flat_rows(hidden, call.labels, call.labels == call.ignore_index)
+
+    def flat(x: Tensor | None) -> Any:
+        return None if x is None else x.reshape(-1)
+
+    unused = call.maximum  # a gradient needs no log-probs
+    stats = TokenStats(*map(flat, (unused, call.entropy, call.maximum, call.log_sum)))
+    coefficients = linear.Coefficients(flat(call.grad_logprobs), flat(call.grad_entropy))
+    grads = linear.gradients(head, flat_hidden, flat_labels, stats, coefficients, linear.Wanted(*call.wanted))
+    return in_shape_of(hidden, grads, call.group, call.sequence_parallel)
 
 
 @torch.library.register_fake("aepo::linear_grad")
-def _linear_grad_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    maximum: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    group: str | None,
-    sequence_parallel: bool,
-    wanted: list[bool],
-    *settings: Any,
-) -> tuple[Tensor, ...]:
-    return fake_gradients(hidden, weight, group, sequence_parallel, wanted)
+def _linear_grad_fake(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    call = LinearGradientCall(*args)
+    return fake_gradients(hidden, weight, call.group, call.sequence_parallel, call.wanted)
 
 
 def fake_gradients(
@@ -177,13 +157,13 @@ class _LinearTokenStats(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         if sequence_parallel and shard.group is not None:
             hidden = torch.ops.aepo.gather_tokens(hidden, shard.group)
-        settings = (temperature, softcap, ignore_index)
         logprobs, entropy, maximum, log_sum = torch.ops.aepo.linear_token_stats(
-            hidden, weight, labels, bias, *shard, *settings, skip_ignored, backend
+            hidden, weight, labels, bias, *shard, temperature, softcap, ignore_index, skip_ignored, backend
         )
         ctx.save_for_backward(hidden, weight, labels, bias, maximum, log_sum, entropy)
-        ctx.group, ctx.sequence_parallel, ctx.settings = shard.group, sequence_parallel, (*settings, backend)
-        ctx.skipped = ignore_index if skip_ignored else None
+        ctx.group, ctx.sequence_parallel, ctx.backend = shard.group, sequence_parallel, backend
+        ctx.temperature, ctx.softcap = temperature, softcap
+        ctx.ignore_index, ctx.skip_ignored = ignore_index, skip_ignored
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
@@ -192,16 +172,30 @@ class _LinearTokenStats(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 11
-        saved = ctx.saved_tensors  # once: hooks may unpack them only once
-        _, _, labels, *_ = saved
-        if ctx.skipped is not None:  # such a token has no part in anything, and its label may be anything
+        hidden, weight, labels, bias, maximum, log_sum, entropy = ctx.saved_tensors
+        if ctx.skip_ignored:  # such a token has no part in anything, and its label may be anything
             grad_logprobs, grad_entropy = (
-                None if x is None else x.masked_fill(labels == ctx.skipped, 0) for x in (grad_logprobs, grad_entropy)
+                None if x is None else x.masked_fill(labels == ctx.ignore_index, 0)
+                for x in (grad_logprobs, grad_entropy)
             )
-        wanted = list(ctx.needs_input_grad[:3])
-        where = (ctx.group, ctx.sequence_parallel, wanted)
-        grads = torch.ops.aepo.linear_grad(*saved, grad_logprobs, grad_entropy, *where, *ctx.settings)
-        return *only(wanted, grads), *[None] * 8
+        call = LinearGradientCall(
+            labels=labels,
+            bias=bias,
+            maximum=maximum,
+            log_sum=log_sum,
+            entropy=entropy,
+            grad_logprobs=grad_logprobs,
+            grad_entropy=grad_entropy,
+            group=ctx.group,
+            sequence_parallel=ctx.sequence_parallel,
+            wanted=list(ctx.needs_input_grad[:3]),
+            temperature=ctx.temperature,
+            softcap=ctx.softcap,
+            ignore_index=ctx.ignore_index,
+            backend=ctx.backend,
+        )
+        grads = torch.ops.aepo.linear_grad(hidden, weight, *call)
+        return *only(call.wanted, grads), *[None] * 8
 
 
 def only(wanted: list[bool], gradients: Sequence[Tensor]) -> Iterator[Tensor | None]:

@@ -11,12 +11,11 @@ from torch import Tensor
 from aepo_kernels import backend as backends
 from aepo_kernels.ops import linear, rows
 from aepo_kernels.ops.checks import check_labels, check_temperature
-from aepo_kernels.ops.linear_logprobs_and_entropy import check_linear, flat_rows, linear_loss_statistics
+from aepo_kernels.ops.linear_logprobs_and_entropy import check_linear, flat_rows, in_shape_of, linear_loss_statistics
 from aepo_kernels.ops.linear_policy_loss import (
     KeptGradients,
     Schedule,
     all_tokens,
-    in_shape_of,
     keeps,
     wanted_gradients,
 )

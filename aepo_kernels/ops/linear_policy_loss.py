@@ -24,10 +24,10 @@ from aepo_kernels.ops.linear_logprobs_and_entropy import (
     check_linear,
     fake_gradients,
     flat_rows,
+    in_shape_of,
     linear_loss_statistics,
     of_all_tokens,
     only,
-    own_shape,
 )
 from aepo_kernels.ops.merge import TokenStats
 from aepo_kernels.ops.policy_arguments import policy_arguments
@@ -102,14 +102,6 @@ def _linear_policy_loss(
     logprobs, entropy, *_ = of_all_tokens(stats, used, torch.Size([labels.numel()]))
     loss, _, _, metrics = run_policy_terms(backend, logprobs, entropy, tensors, numbers)
     return loss, metrics, *in_shape_of(hidden, grads, group, sequence_parallel), scale
-
-
-def in_shape_of(
-    hidden: Tensor, grads: linear.Gradients, group: str | None, sequence_parallel: bool
-) -> linear.Gradients:
-    """The gradients with that of the hidden states in the shape of this rank's ones; an empty one is not wanted."""
-    shape = own_shape(hidden, group, sequence_parallel)
-    return grads._replace(hidden=grads.hidden.view(shape)) if grads.hidden.dim() > 1 else grads
 
 
 @torch.library.register_fake("aepo::linear_policy_loss")
