@@ -1,146 +1,28 @@
 """Claims about logits_loss and linear_loss: native objectives written as functions give the same loss and gradients in
 float64, on every backend and schedule; published losses of other kinds equal autograd through log_softmax; what is off
-the mask is neither read nor differentiated; and what a function does wrong is an error that names it."""
-
-import itertools
-import re
+the mask is neither read nor differentiated. What a function does wrong is in test_loss_function_errors.py."""
 
 import pytest
 import torch
-from policy_oracle import Batch, policy_oracle
+from loss_problem import (
+    HIDDEN,
+    OTHERS,
+    PRESETS,
+    TOKENS,
+    VOCAB,
+    Problem,
+    assert_equal,
+    run_linear,
+    run_logits,
+    sapo,
+    through_autograd,
+    trust_region,
+)
 from torch.utils.checkpoint import checkpoint
 
 from aepo_kernels import PolicyObjective, linear_loss, linear_policy_loss, logits_loss, logits_policy_loss, policy_loss
 from aepo_kernels.ops import linear
-from aepo_kernels.testing import make_labels, make_logits
-
-TOKENS, VOCAB, HIDDEN = 24, 61, 7
-BOUNDS = torch.tensor([0, 5, 6, 15, 24])
-PRESETS = {
-    "aepo": PolicyObjective.preset("aepo"),
-    "gspo": PolicyObjective.preset("gspo"),
-    "bonus and kl": PolicyObjective.preset("aepo", entropy_bonus=0.1, kl_coef=0.2),
-}
-
-
-class Problem:
-    def __init__(self, dtype=torch.float64, seed=0, device="cpu"):
-        g = torch.Generator().manual_seed(seed)
-
-        def noise(*shape):
-            return torch.randn(*shape, generator=g, dtype=torch.float64).to(device)
-
-        self.hidden, self.weight = noise(TOKENS, HIDDEN).to(dtype), noise(VOCAB, HIDDEN).to(dtype)
-        self.logits = self.hidden @ self.weight.T
-        self.labels = make_labels(self.logits, seed)
-        exact = torch.log_softmax(self.logits.double(), -1).gather(-1, self.labels[:, None])[:, 0]
-        acc = torch.float64 if dtype == torch.float64 else torch.float32
-        self.old, self.ref = ((exact + 0.4 * noise(TOKENS)).to(acc) for _ in range(2))
-        self.advantages = noise(TOKENS).to(acc)
-        self.mask = (torch.rand(TOKENS, generator=g) < 0.7).to(device)
-        self.bounds = BOUNDS.to(device)
-
-    def native(self, name, **more):
-        """Keyword arguments of the native losses."""
-        ref = self.ref if PRESETS[name].kl_coef else None
-        return {"objective": PRESETS[name], "cu_seqlens": self.bounds, "ref_logprobs": ref, **more}
-
-    def as_printed(self, name):
-        """The formulas of the papers in plain PyTorch, as a function of log-probs and entropy."""
-
-        def loss_fn(logprobs, entropy):
-            rollout = self.old  # no objective here asks for it
-            return policy_oracle(
-                Batch(logprobs, self.old, self.advantages, self.mask, entropy, self.ref, rollout, self.bounds),
-                PRESETS[name],
-            )
-
-        return loss_fn
-
-    def written(self, name, **more):
-        """The same objective as a function of log-probs and entropy."""
-
-        def loss_fn(logprobs, entropy):
-            inputs = (self.old, self.advantages, self.mask)
-            return policy_loss(logprobs, *inputs, entropy=entropy, **self.native(name, **more))
-
-        return loss_fn
-
-
-def sapo(p):
-    """Sigmoid gates of two temperatures in place of a clip."""
-
-    def loss_fn(logprobs, entropy):
-        ratio = (logprobs - p.old).exp()
-        tau = torch.where(p.advantages > 0, 1.0, 1.05)
-        gate = torch.sigmoid(tau * (ratio - 1)) * 4 / tau
-        return -(gate * p.advantages)[p.mask].sum() / p.mask.sum(), {"gate": gate[p.mask].mean()}
-
-    return loss_fn
-
-
-def trust_region(p):
-    """A token whose ratio has left the divergence bound in the direction of its advantage has no gradient."""
-
-    def loss_fn(logprobs, entropy):
-        ratio = (logprobs - p.old).exp()
-        divergence = (logprobs.detach().exp() - p.old.exp()).abs()
-        away = (ratio - 1) * p.advantages > 0
-        keep = p.mask & ~((divergence > 0.02) & away)
-        return -(ratio * p.advantages * keep).sum() / p.mask.sum() - 0.05 * (entropy * p.mask).sum() / p.mask.sum()
-
-    return loss_fn
-
-
-def ranking(p):
-    """Bradley-Terry over the mean log-probs of the sequences, whose bounds the function captures."""
-
-    def loss_fn(logprobs, entropy):
-        weight = p.mask.to(logprobs.dtype)
-        scores = torch.stack(
-            [
-                (logprobs * weight)[a:b].sum() / weight[a:b].sum().clamp(min=1)
-                for a, b in itertools.pairwise(p.bounds.tolist())
-            ]
-        )
-        return -torch.nn.functional.logsigmoid(scores[:-1] - scores[1:]).mean()
-
-    return loss_fn
-
-
-OTHERS = {"sapo": sapo, "trust region": trust_region, "ranking": ranking}
-
-
-def through_autograd(p, loss_fn, *leaves, temperature=1.0, softcap=None):
-    """Loss and gradients with materialised log_softmax; leaves are (logits,) or (hidden, weight)."""
-    leaves = [x.detach().double().requires_grad_() for x in leaves]
-    z = leaves[0] if len(leaves) == 1 else leaves[0] @ leaves[1].T
-    z = z if softcap is None else softcap * torch.tanh(z / softcap)
-    log_p = torch.log_softmax(z / temperature, -1)
-    logprobs = log_p.gather(-1, p.labels[:, None])[:, 0]
-    result = loss_fn(logprobs, -(log_p.exp() * log_p).sum(-1))
-    loss = result[0] if isinstance(result, tuple) else result
-    return loss.detach(), *torch.autograd.grad(loss, leaves)
-
-
-def assert_equal(got, expected, rtol=1e-12):
-    for x, truth in zip(got, expected, strict=True):
-        scale = truth.abs().max().clamp(min=1e-30)
-        assert (x.double() - truth).abs().max() <= rtol * scale
-
-
-def run_logits(p, call, dtype=torch.float64):
-    x = p.logits.to(dtype).clone().requires_grad_()
-    out = call(x * 1)
-    out.loss.backward()
-    return out.loss.detach(), x.grad
-
-
-def run_linear(p, call):
-    leaves = [x.detach().clone().requires_grad_() for x in (p.hidden, p.weight)]
-    out = call(*leaves)
-    out.loss.backward()
-    return out.loss.detach(), *(x.grad for x in leaves)
+from aepo_kernels.testing import make_logits
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -333,140 +215,6 @@ def test_no_tokens():
     assert logits.grad.shape == (0, 5)
 
 
-def in_place(logprobs, entropy):
-    return logprobs.mul_(2).sum()
-
-
-def in_place_without_grad(logprobs, entropy):
-    with torch.no_grad():
-        entropy.zero_()
-    return logprobs.sum()
-
-
-def in_place_and_back(logprobs, entropy):
-    with torch.no_grad():  # the values are what they were
-        logprobs.mul_(1)
-    return logprobs.sum()
-
-
-def in_place_behind_the_counter(logprobs, entropy):
-    logprobs.data.mul_(2)
-    return logprobs.sum()
-
-
-FOREIGN = torch.ones(3, requires_grad=True)
-WRONG = [
-    (lambda a, b: a, ValueError, r"must return a loss of shape \(\), one number; got shape \(24,\)"),
-    (lambda a, b: a.sum()[None], ValueError, r"must return a loss of shape \(\), one number; got shape \(1,\)"),
-    (lambda a, b: None, TypeError, r"must return a loss \[\] or \(loss \[\], \{name: number\}\); got a NoneType"),
-    (lambda a, b: (a.sum(), {}, 1), TypeError, r"must return a loss \[\] or .*; got a tuple"),
-    (lambda a, b: 3.0, TypeError, r"must return a loss \[\] or .*; got a float"),
-    (lambda a, b: (a > 0).sum(), TypeError, r"must return a floating-point loss on cpu; got torch\.int64"),
-    (lambda a, b: (a.sum(), {"x": a}), TypeError, r"metric 'x' must be one number; got torch\.float64 \(24,\)"),
-    (lambda a, b: (a.sum(), {3: 1.0}), TypeError, r"names of metrics must be texts; got 3"),
-    (lambda a, b: (a.sum(), {"loss": 1.0}), ValueError, r"metric 'loss' must have another name"),
-    (
-        lambda a, b: (a.sum(), {"x": torch.tensor(1j)}),
-        TypeError,
-        r"metric 'x' must be one number; got torch\.complex64",
-    ),
-    (lambda a, b: [a.sum(), {}], TypeError, r"must return a loss \[\] or .*; got a list"),
-    (lambda a, b: (a.sum(), {"x": "y"}), TypeError, r"metric 'x' must be one number; got str"),
-    (lambda a, b: torch.tensor(1.0), ValueError, r"depends on logprobs or entropy; its loss has no gradient"),
-    (lambda a, b: a.detach().sum(), ValueError, r"depends on logprobs or entropy; its loss has no gradient"),
-    (lambda a, b: a.sum() * torch.nan, ValueError, r"must be finite .* are; got a loss of nan$"),
-    (lambda a, b: a.sum() * torch.inf, ValueError, r"must be finite .* are; got a loss of -?inf$"),
-    (lambda a, b: (a - a.detach()).abs().sqrt().sum(), ValueError, r"got gradients that are not finite"),
-    (in_place, RuntimeError, r"must not write over its arguments: a leaf"),
-    (in_place_without_grad, RuntimeError, r"must not write over its arguments; it changed entropy in place"),
-    (in_place_and_back, RuntimeError, r"must not write over its arguments; it changed logprobs in place"),
-    (in_place_behind_the_counter, RuntimeError, r"must not write over its arguments; it changed logprobs in place"),
-    (
-        lambda a, b: a.sum() + FOREIGN.sum(),
-        ValueError,
-        r"uses another tensor that requires a gradient, of shape \(3,\)",
-    ),
-    (lambda a, b: a.sum() * (2 * FOREIGN)[0], ValueError, r"uses another tensor that requires a gradient"),
-    (lambda a, b: FOREIGN.sum(), ValueError, r"uses another tensor that requires a gradient"),
-]
-
-
-@pytest.mark.parametrize("through", ["logits", "recompute", "keep"])
-@pytest.mark.parametrize(("loss_fn", "error", "message"), WRONG, ids=range(len(WRONG)))
-def test_what_a_function_does_wrong_names_it(loss_fn, error, message, through):
-    p = Problem()
-    match = re.escape(f"loss_fn {loss_fn.__module__}.{loss_fn.__qualname__}") + ".*" + message
-    mask = torch.ones_like(p.mask)
-    call, inputs, options = logits_loss, (p.logits.requires_grad_(),), {}
-    if through != "logits":
-        call, inputs, options = linear_loss, (p.hidden.requires_grad_(), p.weight), {"schedule": through}
-        options["per_token"] = True
-    with pytest.raises(error, match=match):
-        call(*inputs, p.labels, mask, loss_fn, **options)
-
-
-def test_an_error_of_its_own_comes_through():
-    p = Problem()
-
-    def loss_fn(logprobs, entropy):
-        raise KeyError("mine")
-
-    with pytest.raises(KeyError, match="mine"):
-        logits_loss(p.logits.requires_grad_(), p.labels, p.mask, loss_fn)
-
-
-def test_nothing_counts():
-    p = Problem()
-    none = torch.zeros_like(p.mask)
-    with pytest.raises(ValueError, match="no token counts in this call: divide by at least 1"):
-        logits_loss(p.logits.requires_grad_(), p.labels, none, lambda a, b: (a * none).sum() / none.sum())
-    out = logits_loss(p.logits, p.labels, none, lambda a, b: (a * none).sum() / none.sum().clamp(min=1))
-    out.loss.backward()
-    assert out.loss == 0
-    assert not p.logits.grad.any()
-
-
-def test_nan_in_the_logits_is_not_the_functions_fault(backend):
-    p = Problem(torch.float32)
-    logits = p.logits.clone()
-    logits[p.mask.nonzero()[0]] = torch.nan
-    x = logits.requires_grad_()
-    loss = logits_loss(x, p.labels, p.mask, lambda a, b: a[p.mask].sum(), backend=backend).loss
-    assert loss.isnan()
-
-
-def test_without_gradients_only_the_loss_is_made():
-    p = Problem()
-    with torch.no_grad():
-        out = logits_loss(p.logits.requires_grad_(), p.labels, p.mask, lambda a, b: a[p.mask].sum())
-    assert not out.loss.requires_grad
-    out = logits_loss(p.logits.detach(), p.labels, p.mask, lambda a, b: torch.tensor(1.0))
-    assert out.loss == 1  # nothing to differentiate, so nothing to miss
-
-
-def faintly_broken(logprobs, entropy):
-    """Only the first token depends on others, and its gradient is a thousandth of theirs."""
-    first = torch.zeros_like(logprobs)
-    first[0] = 1e-3
-    return (logprobs * (1 - first * 1e3)).sum() + (first * logprobs * entropy.sum().detach()).sum()
-
-
-@pytest.mark.parametrize(
-    "loss_fn",
-    [
-        lambda a, b: a.softmax(0).square().sum(),
-        lambda a, b: (a * (b - b.mean().detach())).sum(),
-        lambda a, b: a.sum().square(),
-        lambda a, b: (a * (1 + 0.01 * b.mean().detach())).sum(),  # by a percent
-        faintly_broken,
-    ],
-)
-def test_a_broken_promise_is_noticed(loss_fn, small_tiles):
-    p = Problem()
-    with pytest.raises(ValueError, match=r"must act on each token alone, as per_token=True promises: the gradient of"):
-        linear_loss(p.hidden.requires_grad_(), p.weight, p.labels, p.mask, loss_fn, per_token=True, schedule="keep")
-
-
 @pytest.mark.parametrize("schedule", ["keep", "recompute"])
 def test_bias(schedule, small_tiles):
     p = Problem()
@@ -477,19 +225,6 @@ def test_bias(schedule, small_tiles):
     log_p = ((p.hidden @ p.weight.T + bias) / 0.8).log_softmax(-1)
     expected = loss_fn(log_p.gather(-1, p.labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1))
     assert_equal(torch.autograd.grad(out.loss, bias), torch.autograd.grad(expected, bias), rtol=1e-11)
-
-
-@pytest.mark.parametrize("label", [-1, VOCAB])
-@pytest.mark.parametrize("schedule", ["keep", "recompute"])
-def test_a_label_out_of_range(schedule, label):
-    p = Problem()
-    labels = p.labels.masked_fill(p.mask, label)
-    hidden, options = p.hidden.requires_grad_(), {"schedule": schedule}
-    with pytest.raises(ValueError, match=f"label {label} at position"):
-        linear_loss(hidden, p.weight, labels, p.mask, sapo(p), per_token=True, **options)
-    dapo = PolicyObjective.preset("dapo")
-    with pytest.raises(ValueError, match=f"label {label} at position"):
-        linear_policy_loss(hidden, p.weight, labels, p.old, p.advantages, p.mask, objective=dapo, **options)
 
 
 def test_a_compiled_call_is_one_graph_also_where_keep_begins(small_tiles):
@@ -557,21 +292,6 @@ def test_under_checkpoints(schedule, reentrant, small_tiles):
     expected = torch.autograd.grad(loss(*leaves), leaves)
     checkpoint(loss, *leaves, use_reentrant=reentrant).backward()
     assert_equal([x.grad for x in leaves], expected)
-
-
-def test_bad_arguments():
-    p = Problem()
-    logits, hidden = p.logits.requires_grad_(), p.hidden
-    with pytest.raises(TypeError, match=r"loss_fn must be a function \(logprobs, entropy\) -> loss; got int"):
-        logits_loss(logits, p.labels, p.mask, 3)
-    with pytest.raises(ValueError, match=r"mask must have shape \(24,\)"):
-        logits_loss(logits, p.labels, p.mask[1:], sapo(p))
-    with pytest.raises(ValueError, match=r"schedule='keep' needs .*: per_token=True promises that of loss_fn"):
-        linear_loss(hidden, p.weight, p.labels, p.mask, sapo(p), schedule="keep")
-    with pytest.raises(TypeError, match="per_token must be a bool; got str"):
-        linear_loss(hidden, p.weight, p.labels, p.mask, sapo(p), per_token="yes")
-    with pytest.raises(ValueError, match="label 61 at position"):
-        logits_loss(logits, p.labels.masked_fill(p.mask, VOCAB), p.mask, sapo(p))
 
 
 def test_the_gradient_of_16_bit_logits_is_that_of_the_preset(backend, device):
