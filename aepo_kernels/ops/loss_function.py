@@ -139,7 +139,9 @@ def _result(loss_fn: LossFunction, returned: Any, like: Tensor) -> tuple[Tensor,
         elif isinstance(value, numbers.Real):
             detached[key] = torch.full((), float(value), dtype=like.dtype, device=like.device)
         else:
-            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            got = type(value).__name__
+            if isinstance(value, Tensor):
+                got = str(value.dtype) if value.is_complex() else f"shape {tuple(value.shape)}"
             raise TypeError(f"{name_of(loss_fn)}: metric {key!r} must be one number; got {got}")
     return loss.to(like.dtype), detached
 

@@ -45,7 +45,7 @@ WRONG = [
     (lambda a, b: (a.sum(), {}, 1), TypeError, r"must return a loss \[\] or .*; got a tuple"),
     (lambda a, b: 3.0, TypeError, r"must return a loss \[\] or .*; got a float"),
     (lambda a, b: (a > 0).sum(), TypeError, r"must return a floating-point loss on cpu; got torch\.int64"),
-    (lambda a, b: (a.sum(), {"x": a}), TypeError, r"metric 'x' must be one number; got torch\.float64 \(24,\)"),
+    (lambda a, b: (a.sum(), {"x": a}), TypeError, r"metric 'x' must be one number; got shape \(24,\)"),
     (lambda a, b: (a.sum(), {3: 1.0}), TypeError, r"names of metrics must be texts; got 3"),
     (lambda a, b: (a.sum(), {"loss": 1.0}), ValueError, r"metric 'loss' must have another name"),
     (
