@@ -51,8 +51,8 @@ def loss_of_function(loss_fn: LossFunction, logprobs: Tensor, entropy: Tensor, c
     if torch.compiler.is_compiling():  # one graph with the caller's; the values are not looked at
         loss, metrics = _result(loss_fn, loss_fn(logprobs, entropy), logprobs)
         return PolicyLoss(loss, {"loss": loss.detach().clone(), **metrics})
-    wanted = torch.is_grad_enabled() and (logprobs.requires_grad or entropy.requires_grad)
-    found = finite(loss_fn, differentiate(loss_fn, logprobs, entropy, counted, wanted), logprobs, entropy, counted)
+    found = differentiate(loss_fn, logprobs, entropy, counted, wanted=logprobs.requires_grad)
+    found = finite(loss_fn, found, logprobs, entropy, counted)
     loss = KnownGradients.apply(logprobs, entropy, found.loss, found.grad_logprobs, found.grad_entropy)
     return PolicyLoss(loss, {"loss": found.loss, **found.metrics})
 
@@ -86,8 +86,7 @@ def finite(loss_fn: LossFunction, found: TokenLoss, logprobs: Tensor, entropy: T
     broken = ~loss.isfinite()
     for x in gradients:
         broken = broken if x is None else broken | ~x.isfinite().all()
-    inputs = (x.where(counted, 0) for x in (logprobs, entropy))
-    if loss.device.type == "cpu" and broken and all(x.isfinite().all() for x in inputs):
+    if loss.device.type == "cpu" and broken and all(x.isfinite().all() for x in (logprobs, entropy)):
         what = "gradients that are not finite" if loss.isfinite() else f"a loss of {loss.item()}"
         hint = ""
         if not counted.any():

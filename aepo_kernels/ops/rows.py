@@ -69,13 +69,13 @@ def single_pass(
 ) -> tuple[Tensor, Tensor]:
     """The stage `single_pass` for logits [.., V]; (logprobs, entropy), both flat. `out` is as in logits_grad."""
     blocks = row_blocks(logits)
+    old, advantages, weight, counts, ref, rollout, _, stats = tensors
+    per_row = [_per_block(x, blocks) for x in (labels, old, advantages, weight, counts, ref, rollout)]
     stage = backends.stage(backend, "single_pass")
-    ends = torch.tensor([0, *map(len, blocks)]).cumsum(0).tolist()
-    flat_labels, parts = labels.reshape(-1).contiguous(), []
-    for block, target, begin, end in zip(blocks, _targets(logits, out, blocks), ends, ends[1:], strict=False):
-        old, advantages, weight, counts, ref, rollout, _, stats = tensors.of_tokens(slice(begin, end))
-        per_token = (old, advantages, weight, counts, ref, rollout)
-        parts.append(stage(block, flat_labels[begin:end], temperature, NO_LABEL, *per_token, stats, numbers, target))
+    parts = [
+        stage(block, block_labels, temperature, NO_LABEL, *per_token, stats, numbers, target)
+        for block, target, block_labels, *per_token in zip(blocks, _targets(logits, out, blocks), *per_row, strict=True)
+    ]
     logprobs, entropy = (torch.cat(x) for x in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
     return logprobs, entropy
 

@@ -19,7 +19,7 @@ from aepo_kernels.ops.call import POLICY_CALL, PolicyCall
 from aepo_kernels.ops.checks import check_labels
 from aepo_kernels.ops.logprobs_and_entropy import is_traced, may_overwrite
 from aepo_kernels.ops.policy_tensors import policy_tensors, run_policy_terms
-from aepo_kernels.ops.vocab_parallel import WHOLE, Shard
+from aepo_kernels.ops.vocab_parallel import Shard
 
 ARGUMENTS = f"Tensor labels, float temperature, {POLICY_CALL}"
 torch.library.define("aepo::single_pass", f"(Tensor logits, {ARGUMENTS}) -> (Tensor loss, Tensor metrics, Tensor grad)")
@@ -39,7 +39,7 @@ def check_single_pass(logits: Tensor, objective: PolicyObjective, entropy_stats:
             "single_pass=True needs coefficients that follow from each token alone: entropy_stats with an "
             "entropy-aware advantage, and ratio_level='token'"
         )
-    if shard != WHOLE and shard.group is not None:
+    if shard.group is not None:
         raise ValueError("single_pass=True needs the whole vocabulary on this rank; got a process_group")
 
 
