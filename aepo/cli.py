@@ -15,9 +15,9 @@ from typer.core import TyperGroup
 from aepo.install import DISTRIBUTION, explain_missing
 
 if TYPE_CHECKING:
+    from aepo.agents.protocol import Task
     from aepo.config import Config
-    from aepo.models import LanguageModel
-    from aepo.tasks.protocol import Task
+    from aepo.load import LanguageModel
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -259,10 +259,10 @@ def _evaluate(config: Config, step: int, count: int | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from aepo.agents.tools.toolbox import ToolBox
     from aepo.checkpoint import checkpoint_path, load_weights
     from aepo.engine_factory import make_engine
     from aepo.evaluation import evaluate, evaluation_sampler, heldout_questions
-    from aepo.tools.toolbox import ToolBox
 
     task, language_model = _load(config)
     load_weights(checkpoint_path(Path(config.run.dir) / "checkpoints", step), language_model.model)
@@ -281,9 +281,9 @@ def _load(config: Config) -> tuple[Task, LanguageModel]:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
+    from aepo.agents.tasks.facts.task import FactsTask
     from aepo.display import WarmStartDisplay
-    from aepo.models import load_model
-    from aepo.tasks.facts import FactsTask
+    from aepo.load import load_model
 
     disable_progress_bar()
     if config.run.threads:

@@ -26,10 +26,14 @@ def key(
     high: float | None = None,
     above: float | None = None,
     instead: Mapping[str, str] = types.MappingProxyType({}),
+    expected: str = "",
 ) -> Any:
     """A setting: default, one line of help, and its range low <= value <= high, value > above. `instead` is what to
-    write for well-known names that are no values (in small letters, without separators)."""
-    metadata = {"help": help, "low": low, "high": high, "above": above, "instead": instead}
+    write for well-known names that are no values (in small letters, without separators); `expected` is the type in
+    words where annotations cannot say it."""
+    metadata = {"help": help, "low": low, "high": high, "above": above, "instead": instead, "expected": expected}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -65,9 +69,51 @@ class RunConfig(Section):
 
 @dataclass(frozen=True)
 class TaskConfig(Section):
+    """What is trained on (docs/own_agent.md). Names of the user's own code are package.module:name."""
+
     section: ClassVar[str] = "task"
-    name: Literal["facts"] = key("facts", "which task of aepo.tasks to train on")
+    name: str = key("facts", "facts (the demo), files (your own data), reasoning_gym, or package.module:Class")
     seed: int = key(0, "of the division into training and held-out questions", low=0)
+    options: dict[str, Any] = key({}, "arguments of the task's class, by name")
+    train: Any = key(None, "files: questions", expected="a .jsonl or .parquet file, a `datasets` directory, or a list")
+    heldout: Any = key(
+        None,
+        "files: questions for evaluation; null: a tenth of task.train",
+        expected="as task.train, or a share of it in (0, 1)",
+    )
+    columns: dict[str, str] = key({}, "files: which columns are prompt, answer, id, kind; those not named are guessed")
+    system: str | None = key(None, "the system message, as text or as the path of a text file; null: the task's own")
+    tools: tuple[str, ...] = key(
+        (),
+        "python, search:CORPUS.jsonl, package.module:function or :Class, mcp:COMMAND, mcp+http://.., http://../retrieve",
+    )
+    tool_timeout: float = key(30.0, "seconds a call of your own tools may take", above=0)
+    environment: str | None = key(None, "package.module:Class, a state that calls change (docs/environments.md)")
+    rewards: Any = key(
+        None,
+        "reward functions, weighted; null: the task's own",
+        expected="a list of package.module:function or built-in names, or {name: weight}",
+    )
+    success: float = key(1.0, "a path succeeds where its first reward is at least this")
+
+
+@dataclass(frozen=True)
+class FormatConfig(Section):
+    """How dialogues become tokens, and how calls and answers are written (docs/formats.md)."""
+
+    section: ClassVar[str] = "format"
+    name: str = key(
+        "auto",
+        "chat: the model's own template; tags: <tool>..</tool>, for any model; package.module:Class; auto: chat where "
+        "the template shows tools, else tags",
+    )
+    calls: str = key(
+        "auto",
+        "chat: how calls are written: hermes, qwen3_coder, llama3_json, package.module:Class; auto: found by a round trip",
+    )
+    answer: Literal["auto", "tag", "boxed", "turn"] = key(
+        "auto", "the answer is in <answer>, in \\boxed{}, or the last turn; auto: the first of these that is there"
+    )
 
 
 @dataclass(frozen=True)
@@ -113,6 +159,9 @@ class RolloutConfig(Section):
     branch_gamma: float = key(0.2, "weight of the entropy change since the start of the path, in units of log V")
     branch_penalty: float = key(0.05, "every branch in a row on a path lowers the chance by this part", low=0)
     branch_threshold: float = key(0.5, "tau: a path branches where its chance is above this")
+    branch_rule: str | None = key(
+        None, "package.module:function, a chance of your own in place of that of the paper (docs/rollout.md)"
+    )
     temperature: float = key(1.0, "softmax temperature of sampling and of the loss; 0: greedy (evaluation)", low=0)
     max_tokens: int = key(256, "generated and read tokens of one path after the prompt", low=1)
     max_segment_tokens: int = key(128, "generated tokens between two tool results", low=1)
@@ -220,7 +269,9 @@ class PolicyConfig(Section):
         "auto",
         "old log-probs: as sampled, or by the trainer; auto: recompute where the engine is not the trainer's model",
     )
-    advantage: Literal["group", "batch", "gigpo"] | None = key(None, "how rewards are normalised; null: the preset's")
+    advantage: str | None = key(
+        None, "how rewards are normalised: group, batch, gigpo, or package.module:function; null: the preset's"
+    )
     drop_equal_groups: bool | None = key(None, "leave questions with equal rewards out; null: the preset's")
     overlong_buffer: int | None = key(
         None, "rewards fall by up to 1 over the last so many of rollout.max_tokens; null: the preset's", low=0
@@ -272,6 +323,8 @@ class EvalConfig(Section):
     every: int = key(10, "steps between held-out evaluations; 0: only at the start and the end", low=0)
     questions: int = key(64, "held-out questions per evaluation", low=1)
     temperature: float = key(0.0, "0: greedy", low=0)
+    samples: int = key(1, "answers to each question", low=1)
+    pass_at: tuple[int, ...] = key((1,), "k of pass@k, each at most eval.samples", low=1)
 
 
 @dataclass(frozen=True)
@@ -285,6 +338,7 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     section: ClassVar[str] = "log"
     tensorboard: bool = key(True, "write TensorBoard event files next to metrics.jsonl")
+    wandb: str | None = key(None, "also log to this project of Weights & Biases (WANDB_MODE=offline: to files)")
     trees_every: int = key(10, "steps between saved rollout trees; 0: none", low=0)
     trees: int = key(2, "questions per saved step", low=1)
 
@@ -293,6 +347,7 @@ class LogConfig(Section):
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    format: FormatConfig = field(default_factory=FormatConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -341,10 +396,15 @@ class Key:
 def all_keys() -> list[Key]:
     """Every dotted key, in the order of this file."""
     return [
-        Key(f"{section.name}.{item.name}", item.default, expected, item.metadata["help"])
+        Key(f"{section.name}.{item.name}", default_of(item), expected, item.metadata["help"])
         for section in dataclasses.fields(Config)
         for item, expected in _settings(typing.get_type_hints(Config)[section.name])
     ]
+
+
+def default_of(item: dataclasses.Field) -> Any:
+    """The default of a dataclass field, also where it is made anew for every instance."""
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -385,6 +445,8 @@ def _apply(changes: Sequence[tuple[str, Any, str]]) -> Config:
     for name, value, where in changes:
         section, _, setting = name.partition(".")
         before = sections.get(section, OmegaConf.structured(typing.get_type_hints(Config)[section]))
+        if isinstance(value, str) and typing.get_origin(_hint(section, setting)) is tuple:
+            value = [value]  # one of a list may be written without brackets
         try:
             sections[section] = OmegaConf.merge(before, {setting: value})
         except OmegaConfBaseException:
@@ -392,6 +454,10 @@ def _apply(changes: Sequence[tuple[str, Any, str]]) -> Config:
             raise ValueError(f"{name} = {value!r}{where}: expected {known[name].expected}{hint}") from None
     made: dict[str, Any] = {section: OmegaConf.to_object(settings) for section, settings in sections.items()}
     return Config(**made)
+
+
+def _hint(section: str, setting: str) -> Any:
+    return typing.get_type_hints(typing.get_type_hints(Config)[section])[setting]
 
 
 def _flatten(content: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -439,7 +505,8 @@ def _settings(section: type[Section]) -> list[tuple[dataclasses.Field, str]]:
     for item in dataclasses.fields(section):
         limits = item.metadata
         bounds = " and ".join(f"{sign} {limits[name]}" for name, sign in _SIGNS.items() if limits[name] is not None)
-        settings.append((item, f"{_type_in_words(hints[item.name])} {bounds}".rstrip()))
+        words = limits["expected"] or _type_in_words(hints[item.name])
+        settings.append((item, f"{words} {bounds}".rstrip()))
     return settings
 
 
@@ -455,6 +522,8 @@ def _type_in_words(hint: Any) -> str:
         if ... in arguments:
             return f"a list, each {_type_in_words(arguments[0])}"
         return f"a list of {len(arguments)} numbers"
+    if typing.get_origin(hint) is dict:
+        return "keys with values"
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(_type_in_words(argument) for argument in arguments)
     return _WORDS[hint]

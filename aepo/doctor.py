@@ -239,7 +239,7 @@ def _run(operation: str, backend: str, device: str, dtype: Any) -> list[Any]:
 
 def tools() -> Iterator[Finding]:
     """The Python tool's sandbox: its guarantees hold or there is no Python tool."""
-    from aepo.tools.python import sandbox_problem
+    from aepo.agents.tools.python import sandbox_problem
 
     problem = sandbox_problem()
     promise = "no files, no network, no other process; time, memory and output are limited (tried just now)"
@@ -250,7 +250,7 @@ def tasks_and_models() -> Iterator[Finding]:
     """Questions and policies that can be had here without a download."""
     train_extra = pip_install("train")
     try:
-        from aepo.tasks.facts import FactsTask
+        from aepo.agents.tasks.facts.task import FactsTask
 
         task = FactsTask()
         counts = f"{len(task.train)} training and {len(task.heldout)} held-out questions"

@@ -16,7 +16,7 @@ from aepo.rollout.engines.orphans import OrphanGuard
 from aepo.rollout.engines.vllm import VLLMEngine
 
 if TYPE_CHECKING:
-    from aepo.models import LanguageModel
+    from aepo.load import LanguageModel
 
 
 class PolicyEngine(Engine, Protocol):

@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from aepo.agents.protocol import Task
+from aepo.agents.tools.toolbox import ToolBox
 from aepo.config import Config
 from aepo.metrics import Record, evaluation_metrics
 from aepo.rollout.engine import Engine
 from aepo.rollout.sampler import Sampler
 from aepo.rollout.tree import path_nodes
-from aepo.tasks.protocol import Task
-from aepo.tools.toolbox import ToolBox
 from aepo.types import Question, Reward, RolloutTree
 
 if TYPE_CHECKING:
-    from aepo.models import LanguageModel
+    from aepo.load import LanguageModel
 
 
 def path_rewards(task: Task, language_model: LanguageModel, tree: RolloutTree) -> list[Reward]:

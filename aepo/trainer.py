@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aepo.advantages import Sample, advantage_settings, make_samples
+from aepo.agents.protocol import Task
+from aepo.agents.tools.toolbox import ToolBox
 from aepo.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, save_checkpoint
 from aepo.config import Config, to_yaml
 from aepo.display import Display
@@ -23,12 +25,10 @@ from aepo.metrics import Record, StageClock, loss_metrics, memory_metrics, misma
 from aepo.rollout.sampler import Sampler
 from aepo.rollout.tree import flatten
 from aepo.run_log import RunLog
-from aepo.tasks.protocol import Task
-from aepo.tools.toolbox import ToolBox
 from aepo.types import Question, Reward, RolloutTree
 
 if TYPE_CHECKING:
-    from aepo.models import LanguageModel
+    from aepo.load import LanguageModel
 
 EVALUATION = 1 << 31  # in place of a step number in the seed: every evaluation draws the same random numbers
 

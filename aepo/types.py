@@ -1,6 +1,6 @@
 """What flows between the stages of a training step: one frozen dataclass per edge.
 
-    Question -> sampler -> RolloutTree -> Reward -> advantages -> PackedBatch -> loss
+    Question -> sampler -> RolloutTree -> Response -> Reward -> advantages -> PackedBatch -> loss
 
 A value is made in one stage and never edited later. All entropies and log-probabilities are in nats, under the
 sampling distribution (softmax of logits / temperature over the full vocabulary). This module imports no torch.
@@ -8,30 +8,47 @@ sampling distribution (softmax of logits / temperature over the full vocabulary)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 TokenIds = tuple[int, ...]
 Source = Literal["prompt", "model", "tool"]
+Message = Mapping[str, Any]
+"""One of a dialogue, as chat templates take them: role and content, and what else the role has."""
+ErrorKind = Literal["unknown_tool", "bad_arguments", "unparsed", "raised", "timeout", "empty"]
+FinishReason = Literal["answered", "eos", "length", "tool_limit"]
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One task instance."""
+    """One task instance: a row of data."""
 
     id: str
-    text: str
-    answer: str
-    kind: str  # question family; success is also reported per family
-    entities: tuple[str, ...]  # every entity on the way to the answer: splits share no answer path
+    prompt: str | tuple[Message, ...]  # a text is what the user says
+    answer: Any = None  # what a reward compares with; None: there is none
+    kind: str = ""  # question family; success is also reported per family
+    data: Mapping[str, Any] = field(default_factory=dict)  # the row's other columns, for rewards and environments
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The prompt as a dialogue."""
+        return ({"role": "user", "content": self.prompt},) if isinstance(self.prompt, str) else self.prompt
+
+    @property
+    def text(self) -> str:
+        """What is asked, for people: the last message of the user."""
+        said = [message for message in self.messages if message.get("role") == "user"] or self.messages
+        return str(said[-1].get("content", "")) if said else ""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A request that the model wrote: `<tool>argument</tool>`."""
+    """A request that the model wrote. One that cannot be read has a `problem`, which goes back to the model."""
 
-    tool: str
-    argument: str
+    tool: str  # "" where the name cannot be read
+    arguments: Mapping[str, Any]  # by parameter name, JSON values
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +56,20 @@ class ToolResult:
     """What goes back to the model. A failed call has a short error text for the model and its kind in `error`."""
 
     text: str
-    error: Literal["unknown_tool", "raised", "timeout", "empty"] | None
+    error: ErrorKind | None
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What a `ChatFormat` reads in one segment that the model wrote."""
+
+    text: str  # all of it, with its tags, without the end-of-turn token
+    content: str  # what is said around the calls
+    calls: tuple[ToolCall, ...] = ()  # in the order in which they were written, those that cannot be read included
+    answered: bool = False  # the path ends here, with an answer
+    answer: str | None = None  # as the model wrote it; None: none was found
+    well_formed: bool = True  # nothing but what the format allows
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +77,7 @@ class Node:
     """A run of tokens of one origin; the edge from the parent is "comes right after".
 
     Prompt: the root, id 0. Model: one generated segment, ending at a stop string, end-of-text or a length limit.
-    Tool: one tool result, as the tokens that the model reads.
+    Tool: the results of the calls of one segment, as the tokens that the model reads.
     """
 
     id: int
@@ -59,8 +88,8 @@ class Node:
     entropies: tuple[float, ...] = ()  # per token, model nodes only: entropy of the distribution it was drawn from
     version: int = 0  # weights that sampled the tokens, model nodes only
     finish_reason: Literal["stop", "eos", "length"] | None = None  # model nodes only
-    call: ToolCall | None = None  # tool nodes only
-    result: ToolResult | None = None  # tool nodes only
+    calls: tuple[ToolCall, ...] = ()  # tool nodes only
+    results: tuple[ToolResult, ...] = ()  # tool nodes only, one per call
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +100,8 @@ class Path:
     leaf: int
     parent: int | None  # the path this one branched from; None: sampled fresh from the question
     branch_node: int | None  # the tool node it branched at; None: sampled fresh
-    finish_reason: Literal["answered", "eos", "length", "tool_limit"]
+    finish_reason: FinishReason
+    environment_reward: float | None = None  # what its environment says (get_reward), where there is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +116,7 @@ class BranchDecision:
     consecutive: int  # branch steps in a row on this path just before this one
     probability: float
     branched: bool  # probability > threshold and the question still had room
+    refused: bool = False  # it would have branched, but the environment could not be brought into the same state
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +152,45 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True)
+class Response:
+    """What a reward sees of one path: what the model wrote, its calls, and their results, as the model saw them."""
+
+    text: str  # everything after the prompt, tool results included
+    turns: tuple[Turn, ...]  # one per model segment
+    results: tuple[tuple[ToolResult, ...], ...]  # of turn i; the last turn of a path has none
+    finish_reason: FinishReason
+    token_ids: TokenIds  # everything after the prompt
+    environment_reward: float | None = None
+
+    @property
+    def answer(self) -> str | None:
+        """As the model wrote it; None: it gave none."""
+        return self.turns[-1].answer if self.turns and self.finish_reason == "answered" else None
+
+    @property
+    def well_formed(self) -> bool:
+        """Every turn is what the format allows, and the last one answers."""
+        return self.finish_reason == "answered" and all(turn.well_formed for turn in self.turns)
+
+    @property
+    def calls(self) -> Iterator[tuple[ToolCall, ToolResult]]:
+        """The calls that were run, each with its result."""
+        for turn, results in zip(self.turns, self.results, strict=False):
+            yield from zip(turn.calls, results, strict=True)
+
+
+@dataclass(frozen=True, slots=True)
 class Reward:
     """Score of one path. `total` is what is optimised, the rest is for people."""
 
     total: float
-    components: dict[str, float]
+    components: Mapping[str, float]
     success: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTree:
+    """A tree with the reward of every path."""
+
+    tree: RolloutTree
+    rewards: tuple[Reward, ...]

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from aepo.language_model import LanguageModel
+from aepo.models.language_model import LanguageModel
 from aepo.rollout.seeding import derive_seed, derive_uniform
 from aepo.types import Question, ToolCall, ToolResult
 

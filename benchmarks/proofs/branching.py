@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import torch
 
+from aepo.agents.tasks.facts.task import FactsTask
+from aepo.agents.tools.toolbox import ToolBox
 from aepo.config import ModelConfig, RolloutConfig, WarmStartConfig
 from aepo.evaluation import heldout_questions
-from aepo.language_model import LanguageModel
-from aepo.models import load_model
+from aepo.load import load_model
+from aepo.models.language_model import LanguageModel
 from aepo.rollout.engines.huggingface import HuggingFaceEngine
 from aepo.rollout.sampler import Sampler, Tools
 from aepo.rollout.tree import branches_per_path, path_nodes
-from aepo.tasks.facts import FactsTask
-from aepo.tools.toolbox import ToolBox
 from aepo.types import Question, RolloutTree
 from benchmarks.proofs.agent import Search, questions, random_agent
 from benchmarks.proofs.result import Cell, Progress, Proof, Table, silent

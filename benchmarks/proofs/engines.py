@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from aepo.config import VLLMConfig
-from aepo.language_model import LanguageModel
+from aepo.models.language_model import LanguageModel
 from aepo.rollout.engine import Engine, Generation, GenerationRequest
 from aepo.rollout.engines.vllm import LoopThread, VLLMEngine
 

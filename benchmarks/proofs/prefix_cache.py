@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from aepo.config import RolloutConfig, VLLMConfig
-from aepo.language_model import LanguageModel
+from aepo.models.language_model import LanguageModel
 from aepo.rollout.engines.vllm import VLLMEngine
 from aepo.rollout.sampler import Sampler
 from aepo.types import Question

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from aepo.config import RolloutConfig
-from aepo.language_model import LanguageModel
+from aepo.models.language_model import LanguageModel
 from aepo.rollout.engines.vllm import VLLMEngine
 from aepo.rollout.sampler import Sampler
 from aepo.rollout.tree import path_nodes

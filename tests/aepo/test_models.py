@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from aepo.agents.tasks.facts.geography import documents, real_world
+from aepo.agents.tasks.facts.task import FactsTask
+from aepo.agents.tasks.facts.tiny import TAGS, tiny_model
+from aepo.agents.tasks.facts.warmstart import untrained
 from aepo.config import ModelConfig, WarmStartConfig
-from aepo.language_model import INSTRUCTIONS, LanguageModel
-from aepo.models import load_model
-from aepo.smollm2 import gguf_file
-from aepo.tasks.facts import FactsTask
-from aepo.tasks.geography import documents, real_world
-from aepo.tiny import TAGS, tiny_model
-from aepo.warmstart import untrained
+from aepo.load import load_model
+from aepo.models.language_model import INSTRUCTIONS, LanguageModel
+from aepo.models.smollm2 import gguf_file
 
 UNTRAINED = WarmStartConfig(steps=0)
 

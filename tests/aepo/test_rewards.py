@@ -2,7 +2,7 @@
 
 import pytest
 
-from aepo.rewards import FORMAT_WEIGHT, answer_reward, normalized
+from aepo.agents.tasks.facts.reward import FORMAT_WEIGHT, answer_reward, normalized
 
 CALL = "<search> capital of Poland</search><result> Poland: Warsaw is the capital of Poland.</result>\n"
 

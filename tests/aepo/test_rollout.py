@@ -8,12 +8,12 @@ import pytest
 import torch
 from trainer_toys import Lookup, ToyLanguageModel, ToyTask
 
+from aepo.agents.tools.toolbox import ToolBox
 from aepo.config import RolloutConfig
 from aepo.rollout.branching import mean_entropy
 from aepo.rollout.engines.huggingface import HuggingFaceEngine
 from aepo.rollout.sampler import Sampler
 from aepo.rollout.tree import check_tree, flatten, path_nodes
-from aepo.tools.toolbox import ToolBox
 from aepo.types import RolloutTree
 
 CONFIG = RolloutConfig(paths=6, max_tokens=120, max_segment_tokens=40, max_tool_calls=4, entropy_window=5)

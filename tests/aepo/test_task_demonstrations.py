@@ -3,9 +3,9 @@
 import itertools
 from collections import Counter
 
-from aepo.tasks.demonstrations import CAREFUL, HASTY, demonstrations
-from aepo.tasks.facts import KINDS, make_plan, plans
-from aepo.tasks.geography import real_world
+from aepo.agents.tasks.facts.demonstrations import CAREFUL, HASTY, demonstrations
+from aepo.agents.tasks.facts.geography import real_world
+from aepo.agents.tasks.facts.task import KINDS, make_plan, plans
 
 
 def take(count: int, skill: tuple[float, float, float], seed: str = "0"):

@@ -7,9 +7,9 @@ from contextlib import closing
 
 import pytest
 
-from aepo.tasks.facts import KINDS, PAIRS, FactsTask, Plan, make_plan, plans
-from aepo.tasks.geography import NAMED, documents, real_world
-from aepo.tools.toolbox import ToolBox
+from aepo.agents.tasks.facts.geography import NAMED, documents, real_world
+from aepo.agents.tasks.facts.task import KINDS, PAIRS, FactsTask, Plan, make_plan, plans
+from aepo.agents.tools.toolbox import ToolBox
 
 WORLD = {
     "Oz": {"capital": "Emerald City", "city": "Gillikin", "currency": "Spoon", "population": "8", "area": "16"},

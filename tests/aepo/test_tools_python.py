@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from aepo.tools.protocol import ToolError
-from aepo.tools.python import PythonTool
-from aepo.tools.seccomp import MACHINES
-from aepo.tools.toolbox import ToolBox
+from aepo.agents.protocol import ToolError
+from aepo.agents.tools.python import PythonTool
+from aepo.agents.tools.seccomp import MACHINES
+from aepo.agents.tools.toolbox import ToolBox
 from aepo.types import ToolCall
 
 pytestmark = pytest.mark.skipif(

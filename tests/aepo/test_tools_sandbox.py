@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from aepo.tools import python as python_module
-from aepo.tools.protocol import ToolError
-from aepo.tools.python import PythonTool, SandboxError, sandbox_problem
-from aepo.tools.seccomp import ALLOWED, MACHINES
+from aepo.agents.protocol import ToolError
+from aepo.agents.tools import python as python_module
+from aepo.agents.tools.python import PythonTool, SandboxError, sandbox_problem
+from aepo.agents.tools.seccomp import ALLOWED, MACHINES
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() not in MACHINES,
@@ -245,7 +245,7 @@ class TestLife:
     def test_nothing_survives_the_run(self, how):
         code = (
             "import os, threading, time\n"
-            "from aepo.tools.python import PythonTool\n"
+            "from aepo.agents.tools.python import PythonTool\n"
             "tool = PythonTool(cpu_seconds=60, wall_seconds=60)\n"
             "threading.Thread(target=lambda: tool('while True: pass'), daemon=True).start()\n"
             "pid = tool._zygote.process.pid\n"

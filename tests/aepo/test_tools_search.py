@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aepo.tools.search import NO_RESULTS, SearchTool, words
-from aepo.tools.toolbox import ToolBox
+from aepo.agents.tools.search import NO_RESULTS, SearchTool, words
+from aepo.agents.tools.toolbox import ToolBox
 from aepo.types import ToolCall
 
 DOCUMENTS = [

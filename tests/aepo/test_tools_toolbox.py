@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aepo.tools.protocol import ToolError
-from aepo.tools.toolbox import CUT_MARK, ToolBox
+from aepo.agents.protocol import ToolError
+from aepo.agents.tools.toolbox import CUT_MARK, ToolBox
 from aepo.types import ToolCall, ToolResult
 
 
@@ -187,7 +187,7 @@ class TestHungTool:
     def test_the_process_can_end(self):
         code = (
             "import asyncio, threading\n"
-            "from aepo.tools.toolbox import ToolBox\n"
+            "from aepo.agents.tools.toolbox import ToolBox\n"
             "from aepo.types import ToolCall\n"
             "class Hang:\n"
             "    name, timeout = 'hang', 0.1\n"

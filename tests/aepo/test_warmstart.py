@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from aepo.agents.tasks.facts.demonstrations import HASTY, demonstrations
+from aepo.agents.tasks.facts.warmstart import IGNORED, encode, train, untrained, warm_started
 from aepo.config import WarmStartConfig
-from aepo.language_model import LanguageModel
-from aepo.tasks.demonstrations import HASTY, demonstrations
-from aepo.warmstart import IGNORED, encode, train, untrained, warm_started
+from aepo.models.language_model import LanguageModel
 
 SHORT = WarmStartConfig(steps=40, batch_tokens=512)
 

@@ -16,12 +16,12 @@ import httpx
 import pytest
 import torch
 
+from aepo.agents.tools.toolbox import ToolBox
 from aepo.config import RolloutConfig, VLLMConfig
 from aepo.rollout.engine import GenerationRequest
 from aepo.rollout.engines.vllm import ReplicaGoneError, VLLMEngine
 from aepo.rollout.sampler import RolloutError, Sampler
 from aepo.rollout.tree import path_nodes
-from aepo.tools.toolbox import ToolBox
 from aepo.types import Question, RolloutTree, TokenIds, ToolCall, ToolResult
 from tests.aepo.engine_toys import EOS, TAG, VOCAB, assert_is_the_models_own, prompts, request
 from tests.aepo.engine_toys import engine as transformers_engine

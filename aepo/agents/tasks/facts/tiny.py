@@ -10,7 +10,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from aepo.tasks.geography import MAX_NUMBER
+from aepo.agents.tasks.facts.geography import MAX_NUMBER
 
 TAGS = tuple(f"<{slash}{name}>" for name in ("search", "python", "result", "answer") for slash in ("", "/"))
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"

@@ -17,11 +17,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from aepo.rewards import answer_reward
-from aepo.tasks.geography import MAX_NUMBER, NAMED, World, documents, real_world, sentence
-from aepo.tools.protocol import Tool
-from aepo.tools.python import PythonTool
-from aepo.tools.search import SearchTool
+from aepo.agents.protocol import Tool
+from aepo.agents.tasks.facts.geography import MAX_NUMBER, NAMED, World, documents, real_world, sentence
+from aepo.agents.tasks.facts.reward import answer_reward
+from aepo.agents.tools.python import PythonTool
+from aepo.agents.tools.search import SearchTool
 from aepo.types import Question, Reward
 
 HELDOUT_SHARE = 0.35  # of the countries
@@ -193,7 +193,7 @@ class FactsTask:
         return SearchTool(documents(real_world()), top_k=1), PythonTool()
 
     def reward(self, question: Question, response: str, finish_reason: str) -> Reward:
-        """See `aepo.rewards.answer_reward`."""
+        """See `aepo.agents.tasks.facts.reward.answer_reward`."""
         return answer_reward(question.answer, response, finish_reason)
 
 

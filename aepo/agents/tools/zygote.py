@@ -1,6 +1,6 @@
 """Inside the Python sandbox: a process that waits with the standard library loaded and forks once per call.
 
-`aepo.tools.python` runs this file as a script of a bare interpreter; it imports nothing of this project. For each
+`aepo.agents.tools.python` runs this file as a script of a bare interpreter; it imports nothing of this project. For each
 request it gets one end of a connection and forks. The fork gives up every right for good, and only then reads the
 code from the connection, so the zygote never sees code, and no call sees anything of another one.
 

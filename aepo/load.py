@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from aepo.agents.tasks.facts.warmstart import Progress, warm_started
 from aepo.config import ModelConfig, WarmStartConfig
-from aepo.language_model import LanguageModel
-from aepo.smollm2 import model_directory
-from aepo.warmstart import Progress, warm_started
+from aepo.models.language_model import LanguageModel
+from aepo.models.smollm2 import model_directory
 
 __all__ = ["LanguageModel", "load_model"]
 

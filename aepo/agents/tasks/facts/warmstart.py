@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from aepo.agents.tasks.facts.demonstrations import CAREFUL, HASTY, UNKNOWN, Demonstration, demonstrations
+from aepo.agents.tasks.facts.geography import documents, real_world
+from aepo.agents.tasks.facts.task import KINDS, PAIRS, plans
+from aepo.agents.tasks.facts.tiny import tiny_model, tiny_tokenizer
 from aepo.config import WarmStartConfig
-from aepo.language_model import LanguageModel
-from aepo.tasks.demonstrations import CAREFUL, HASTY, UNKNOWN, Demonstration, demonstrations
-from aepo.tasks.facts import KINDS, PAIRS, plans
-from aepo.tasks.geography import documents, real_world
-from aepo.tiny import tiny_model, tiny_tokenizer
+from aepo.models.language_model import LanguageModel
 
 Progress = Callable[[int, int, float], None]  # steps done, steps in all, loss [nats per token]
 

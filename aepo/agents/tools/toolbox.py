@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from aepo.tools.protocol import Tool, ToolError
+from aepo.agents.protocol import Tool, ToolError
 from aepo.types import ToolCall, ToolResult
 
 ErrorKind = Literal["unknown_tool", "raised", "timeout", "empty"]

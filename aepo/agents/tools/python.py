@@ -24,9 +24,9 @@ import time
 import weakref
 from pathlib import Path
 
-from aepo.tools.protocol import ToolError
-from aepo.tools.seccomp import filter_program
-from aepo.tools.zygote import OK, RAISED, REQUEST, UNCONFINED
+from aepo.agents.protocol import ToolError
+from aepo.agents.tools.seccomp import filter_program
+from aepo.agents.tools.zygote import OK, RAISED, REQUEST, UNCONFINED
 
 START_SECONDS = 60.0  # to load the standard library, on a machine that is busy with other things
 KILL_SECONDS = 2.0  # from the order to kill a call until its connection is closed

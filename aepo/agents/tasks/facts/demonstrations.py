@@ -16,8 +16,8 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from aepo.tasks.facts import KINDS, PAIRS, Plan, Step, make_plan, plans, search
-from aepo.tasks.geography import MAX_NUMBER, NAMED, World, real_world
+from aepo.agents.tasks.facts.geography import MAX_NUMBER, NAMED, World, real_world
+from aepo.agents.tasks.facts.task import KINDS, PAIRS, Plan, Step, make_plan, plans, search
 
 # Chance of the right step: at the first step, at later ones, at the answer. After a tool result, the hasty one most
 # often (0.44) answers with what it has just read: imitating it at temperature 0 is no better than at temperature 1.

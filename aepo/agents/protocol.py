@@ -1,0 +1,145 @@
+"""What a user's own agent is made of: tools, environments, chat formats, rewards, tasks.
+
+A setting names one as "package.module:Name" (`aepo.registry`), so a newcomer's own is one file of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from aepo.types import Message, Question, Response, Reward, TokenIds, ToolCall, ToolResult, Turn
+
+RewardValue = float | Reward | None
+"""What one path gets: a number, a `Reward`, or None, "does not apply"."""
+RewardFunction = Callable[..., Any]
+"""Any signature of docs/rewards.md: ours (question, response), TRL's, verl's; may be async."""
+
+
+class ToolError(Exception):
+    """A call that failed by the model's own fault, for example code that raised: the model reads the message."""
+
+
+class Tool(Protocol):
+    """Called with the arguments that the model wrote, by name; returns the text that the model reads next.
+
+    A call may block, raise, return nothing, or be a coroutine: the `ToolBox` runs calls concurrently, gives up waiting
+    after `timeout` and turns every failure into a short error text. A tool that holds processes or connections has a
+    method `close()`, which the `ToolBox` calls when it is closed itself.
+    """
+
+    name: str
+    timeout: float  # seconds
+    description: str
+    parameters: Mapping[str, Any]  # JSON schema of type "object", as in the `parameters` of an OpenAI function
+
+    def __call__(self, **arguments: Any) -> str | Awaitable[str]: ...
+
+
+class Environment(Protocol):
+    """State that the calls of one path change. The interface is that of TRL's environment classes.
+
+    The class is made anew, without arguments, for every path. Every other public method is a tool, with the schema of
+    its signature and docstring. Optional methods: `get_reward() -> float`, asked when the path has ended; `close()`;
+    and `fork()`, another instance in the same state, which branching uses (docs/environments.md). Without `fork` a
+    branch gets a new instance, reset with the same row, on which the recorded calls are repeated.
+    """
+
+    def reset(self, **row: Any) -> str | None:
+        """Begin with a question's columns; what it returns is added to the question."""
+        ...
+
+
+class Session(Protocol):
+    """What the tool calls of one path run in."""
+
+    observation: str | None  # what the environment's reset returned: it is added to the question
+
+    async def run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
+        """One result per call, in order. Never raises for what a tool does."""
+        ...
+
+    async def branch(self, turns: int) -> Session | None:
+        """Another session in the state after the first `turns` calls of `run`; None: it cannot be reached."""
+        ...
+
+    def forget(self, turns: int) -> None:
+        """Nobody will branch after the first `turns` calls of `run` or earlier any more."""
+        ...
+
+    async def reward(self) -> float | None:
+        """What the environment says about the path that has ended."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class ChatFormat(Protocol):
+    """The one owner of how dialogues become tokens and of what the model's tokens mean.
+
+    Append-only and exact: what the model wrote stays as its ids, and what comes next is tokenised by itself. Text of
+    users and tools never becomes control tokens.
+    """
+
+    name: str
+    eos_ids: tuple[int, ...]  # tokens that end a segment, ascending
+    stop_strings: tuple[str, ...]  # generation also ends with the token that completes one of these
+    vocab_size: int  # of the distributions that tokens are drawn from
+
+    def prompt_tokens(self, messages: Sequence[Message]) -> TokenIds:
+        """What comes before the first generated token."""
+        ...
+
+    def read(self, token_ids: Sequence[int], finish_reason: Literal["stop", "eos", "length"]) -> Turn:
+        """What a segment says. `finish_reason`: why the engine ended it."""
+        ...
+
+    def result_tokens(self, turn: Turn, results: Sequence[ToolResult]) -> TokenIds:
+        """What the model reads after a segment with calls: the rest of its turn, the results (one per call, in order),
+        and the beginning of its next turn."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text, with its tags and control tokens."""
+        ...
+
+
+class Task:
+    """Questions, what the agent may use, and how it is scored. Derive from it, and give at least `train`, `heldout`
+    and one of `reward` and `rewards`.
+
+    `task.name=package.module:Class` makes one, with the arguments of `task.options`.
+    """
+
+    name: str = ""  # "" stands for the name of the class
+    train: Sequence[Question] = ()
+    heldout: Sequence[Question] = ()
+    """Shares no answer path with `train`."""
+    tools: Sequence[Tool | Callable[..., Any]] = ()
+    """Tools, or typed Python functions with a docstring, which become tools."""
+    environment: type[Environment] | None = None
+    system: str | None = None
+    """The system message, where a question brings none."""
+    tool_instructions: str | None = None
+    """What a model is told about its tools where its chat template cannot show them. None: their descriptions."""
+
+    def reward(self, question: Question, response: Response) -> RewardValue | Awaitable[RewardValue]:
+        """Score one path."""
+        raise NotImplementedError(f"{type(self).__name__} has neither reward() nor rewards")
+
+    @property
+    def rewards(self) -> Mapping[RewardFunction, float]:
+        """Reward functions with their weights; the total is the weighted sum."""
+        return {self.reward: 1.0}
+
+    def messages(self, question: Question, *, chat: bool) -> tuple[Message, ...]:
+        """The dialogue that a question begins with. chat: whether the model has a chat template."""
+        begins = question.messages
+        if self.system is None or (begins and begins[0].get("role") == "system"):
+            return begins
+        return ({"role": "system", "content": self.system}, *begins)
+
+
+@runtime_checkable
+class Closable(Protocol):
+    def close(self) -> None: ...

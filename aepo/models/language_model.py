@@ -1,0 +1,40 @@
+"""A language model with its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """model: causal, on its device. tokenizer: a fast one. What its tokens mean is the business of a `ChatFormat`."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def from_directory(cls, path: Path, *, dtype: torch.dtype, device: str | torch.device) -> LanguageModel:
+        """A model directory in the format of transformers. OSError: it is not there, or not one."""
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its types
+        return cls(model.eval(), tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the distributions that tokens are drawn from."""
+        return self.model.config.get_text_config().vocab_size
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text, in ascending order."""
+        found = {self.tokenizer.eos_token_id}
+        generation = getattr(self.model, "generation_config", None)
+        configured = getattr(generation, "eos_token_id", None)
+        found.update(configured if isinstance(configured, list) else [configured])
+        return tuple(sorted(token for token in found if token is not None))
