@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import functools
 import inspect
@@ -39,7 +40,7 @@ class Instances:
 
     def __init__(self, environment: type, toolbox: ToolBox, timeout: float) -> None:
         check_class(environment)
-        self.name = environment.__qualname__
+        self.name = environment.__name__
         self.forks = hasattr(environment, "fork")
         self.methods = {name: FunctionTool(getattr(environment, name), timeout) for name in tool_names(environment)}
         self._class: Callable[[], Any] = environment
@@ -169,6 +170,8 @@ class _Attempt:
     async def _wait(self, awaitable: Awaitable[Any]) -> str:
         try:
             self.value = await awaitable
+        except asyncio.CancelledError:  # by the ToolBox, after the timeout
+            raise
         except BaseException as error:
             self.error = error
             raise
@@ -179,7 +182,7 @@ def check_class(environment: type) -> None:
     """ValueError where it does not have the interface."""
     if not isinstance(environment, type):
         raise ValueError(f"environment: expected a class with reset(**row), got {environment!r}")
-    name = environment.__qualname__
+    name = environment.__name__
     if not inspect.isfunction(getattr(environment, "reset", None)):
         raise ValueError(f"environment {name}: expected a method reset(self, **row), there is none")
     if any(p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL) for p in reset_parameters(environment).values()):
