@@ -13,6 +13,7 @@ from rollout_toys import (
     ANSWER,
     SEARCH,
     Characters,
+    ScriptedAgent,
     ScriptedEngine,
     ScriptedTools,
     question,
@@ -29,7 +30,7 @@ from aepo.types import RolloutTree, ToolResult
 
 def rollout(script, config: RolloutConfig, *, questions: int = 1, seed: int = 0, lockstep: bool = True, tools=None):
     engine = ScriptedEngine(script, lockstep)
-    sampler = Sampler(engine, tools or ScriptedTools(), Characters(), config)
+    sampler = Sampler(engine, ScriptedAgent(tools or ScriptedTools()), config)
     return sampler.rollout([question(f"q{i}") for i in range(questions)], seed), engine
 
 
@@ -174,7 +175,7 @@ def test_limits() -> None:
 def test_a_path_ends_where_the_engines_context_does(positions: int, length: int) -> None:
     """Prompt "q?", then twice 25 tokens written and 3 read: 58 positions. A result that fills them is not read."""
     engine = ScriptedEngine(lambda text, seed: ("1234567" + SEARCH, 1.0, "stop"), max_positions=positions)
-    (tree,) = Sampler(engine, ScriptedTools(), Characters(), settings(paths=1)).rollout([question()], 0)
+    (tree,) = Sampler(engine, ScriptedAgent(ScriptedTools()), settings(paths=1)).rollout([question()], 0)
     assert tree.paths[0].finish_reason == "length"
     assert len(texts(tree)[0]) == length
 
@@ -182,7 +183,7 @@ def test_a_path_ends_where_the_engines_context_does(positions: int, length: int)
 def test_a_prompt_that_fills_the_engines_context_is_named() -> None:
     engine = ScriptedEngine(tools_then(0), max_positions=2)
     with pytest.raises(ValueError, match="question 'q': its prompt has 2 tokens, expected fewer than the engine's 2"):
-        Sampler(engine, ScriptedTools(), Characters(), settings()).rollout([question()], 0)
+        Sampler(engine, ScriptedAgent(ScriptedTools()), settings()).rollout([question()], 0)
 
 
 def test_tool_failures_reach_the_model_and_the_tree() -> None:
