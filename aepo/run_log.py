@@ -33,7 +33,7 @@ from aepo.metrics import Record, finite
 from aepo.saved_trees import tree_entry
 from aepo.types import ScoredTree
 
-FORMAT = 1
+FORMAT = 2  # 1 had no facts of an agent but the name and size of its task
 FILES = (
     "config.yaml",
     "run.json",
@@ -48,14 +48,25 @@ FILES = (
 
 
 class RunLog:
-    """Writes the files above. `facts` are the model's and the task's entries of run.json."""
+    """Writes the files above. `facts` are the model's and the agent's entries of run.json, `changed` how they differ
+    from those that a resumed run was begun with."""
 
-    def __init__(self, directory: Path, config: Config, facts: dict[str, Any], step: int, resumed: bool) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: Config,
+        facts: dict[str, Any],
+        step: int,
+        *,
+        resumed: bool,
+        changed: Sequence[str] = (),
+    ) -> None:
         self.directory = directory
         self._start = time.perf_counter()
         if resumed:
-            self._facts = json.loads((directory / "run.json").read_text())
-            self._facts["resumed"].append({"step": step, "time": _now()})
+            self._facts = read_facts(directory)
+            self._facts["resumed"].append({"step": step, "time": _now(), **({"changed": changed} if changed else {})})
+            self._facts.update(facts)
             self._start -= self._facts["wall_seconds"] or 0.0  # None: it was killed
             self._cut_back(step)
         else:
@@ -131,6 +142,17 @@ class RunLog:
     def _state(self, **changes: Any) -> None:
         self._facts.update(changes)
         _replace(self.directory / "run.json", json.dumps(self._facts, indent=2) + "\n")
+
+
+def read_facts(directory: Path) -> dict[str, Any]:
+    """run.json of a run. ValueError: it is not there, or not readable."""
+    try:
+        facts = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory}: expected a run, whose run.json can be read: {error}") from None
+    if not isinstance(facts, dict):
+        raise ValueError(f"{directory / 'run.json'}: expected an object, got {type(facts).__name__}")
+    return facts
 
 
 def refuse_existing_run(directory: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aepo.advantages import Sample, advantage_settings, make_samples
-from aepo.agents.agent import Agent, agent_facts
+from aepo.agents.agent import Agent, agent_facts, changes
 from aepo.agents.protocol import Task
 from aepo.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, save_checkpoint
 from aepo.config import Config, to_yaml
@@ -25,7 +25,7 @@ from aepo.metrics import Record, StageClock, loss_metrics, memory_metrics, misma
 from aepo.rollout.branching import branch_rule
 from aepo.rollout.sampler import Sampler
 from aepo.rollout.tree import flatten
-from aepo.run_log import RunLog
+from aepo.run_log import RunLog, read_facts
 from aepo.scoring import Scorer
 from aepo.types import Question, ScoredTree
 
@@ -39,13 +39,26 @@ class Trainer:
     """One run. `train` works until the last step, an error or Ctrl-C; what was finished by then is saved.
 
     The language model's weights are trained in place. resume_step: continue from the checkpoint of that step in
-    `config.run.dir`; None: a new run, which must not find another one there.
+    `config.run.dir`; None: a new run, which must not find another one there. ValueError: the run was begun with another
+    agent (task, data, format, tools, rewards), unless `another_agent` says that this is meant: then it is recorded.
     """
 
     def __init__(
-        self, config: Config, agent: Agent, language_model: LanguageModel, *, resume_step: int | None = None
+        self,
+        config: Config,
+        agent: Agent,
+        language_model: LanguageModel,
+        *,
+        resume_step: int | None = None,
+        another_agent: bool = False,
     ) -> None:
         check_sizes(config, agent.task)
+        changed = [] if resume_step is None else changes(read_facts(Path(config.run.dir)), agent_facts(agent))
+        if changed and not another_agent:
+            raise ValueError(
+                f"{config.run.dir}: the run was begun with another agent: {'; '.join(changed)}. Expected the same one, "
+                "or the settings that change it (task.*, format.*) in this command"
+            )
         self.config, self.agent, self.language_model = config, agent, language_model
         self.directory = Path(config.run.dir)
         self.advantage_settings = advantage_settings(config.policy)
@@ -56,7 +69,9 @@ class Trainer:
             self.step = load_checkpoint(path, self.learner.model, self.learner.optimizer)
         self.engine = make_engine(config, language_model, agent.format.eos_ids, self.step)
         try:
-            self.log = RunLog(self.directory, config, self._facts(), self.step, resumed=resume_step is not None)
+            self.log = RunLog(
+                self.directory, config, self._facts(), self.step, resumed=resume_step is not None, changed=changed
+            )
             self._saved = (self.step, self._heldout_success()) if resume_step is not None else None
             self.display = Display(config.train.steps)
             self.interrupt = Interrupt()

@@ -74,13 +74,13 @@ def agent_facts(agent: Agent) -> dict[str, Any]:
     }
 
 
-def differences(recorded: Mapping[str, Any], present: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What of `present` is not as it was recorded, each in a line that says what was and what is."""
+def changes(recorded: Mapping[str, Any], present: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What of `present` (`agent_facts`) is not as it was recorded in run.json, each with what was and what is."""
     found = []
-    for key in {**recorded, **present}:
-        was, now, name = recorded.get(key), present.get(key), f"{prefix}{key}"
+    for key, now in present.items():
+        was, name = recorded.get(key), f"{prefix}{key}"
         if isinstance(was, Mapping) and isinstance(now, Mapping):
-            found += differences(was, now, f"{name}.")
+            found += changes(was, now, f"{name}.")
         elif was != now:
             found.append(f"{name} was {was!r} and is {now!r}")
     return found

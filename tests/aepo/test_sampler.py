@@ -12,7 +12,6 @@ import pytest
 from rollout_toys import (
     ANSWER,
     SEARCH,
-    Characters,
     ScriptedAgent,
     ScriptedEngine,
     ScriptedTools,
@@ -191,10 +190,22 @@ def test_tool_failures_reach_the_model_and_the_tree() -> None:
     tree = one_tree(tools_then(1), settings(paths=1), tools=tools)
     assert "[error: it broke]" in texts(tree)[0]
     node = next(node for node in tree.nodes if node.source == "tool")
-    assert node.result == tools.result
-    assert node.call is not None
-    malformed = one_tree(ENDINGS["closes what it never opened"][0], settings(paths=1, max_tool_calls=1))
-    assert "[error: the closing tag" in texts(malformed)[0]
+    assert node.results == (tools.result,)
+    assert node.calls == tuple(tools.calls)
+
+
+def test_several_calls_of_one_turn_are_one_node_and_count_each() -> None:
+    def script(text: str, seed: int) -> tuple[str, float, str]:
+        return f"{seed:x} " + (SEARCH * 2 if text.count("[") < 4 else ANSWER), 1.0, "stop"
+
+    tree = one_tree(script, settings(paths=2, max_tool_calls=4))
+    assert {len(node.results) for node in tree.nodes if node.source == "tool"} == {2}
+    assert {path.finish_reason for path in tree.paths} == {"answered"}
+    assert texts(tree)[0].count("[r][r]") == 2
+    # A third pair would be the fifth and sixth call.
+    limited = one_tree(script, settings(paths=2, max_tool_calls=3))
+    assert {path.finish_reason for path in limited.paths} == {"tool_limit"}
+    assert [text.count("[r][r]") for text in texts(limited)] == [1, 1]
 
 
 def test_seeds() -> None:

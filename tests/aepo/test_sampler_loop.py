@@ -5,7 +5,17 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from rollout_toys import ANSWER, Characters, ScriptedAgent, ScriptedEngine, ScriptedTools, question, settings, texts, tools_then
+from rollout_toys import (
+    ANSWER,
+    Characters,
+    ScriptedAgent,
+    ScriptedEngine,
+    ScriptedTools,
+    question,
+    settings,
+    texts,
+    tools_then,
+)
 
 from aepo.rollout.engine import GenerationRequest
 from aepo.rollout.sampler import RolloutError, Sampler
