@@ -326,6 +326,16 @@ class EvalConfig(Section):
     samples: int = key(1, "answers to each question", low=1)
     pass_at: tuple[int, ...] = key((1,), "k of pass@k, each at most eval.samples", low=1)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"eval.samples = {self.samples}: expected 1 with eval.temperature = 0, greedy answers are all equal; "
+                "eval.temperature=1 samples them as training does"
+            )
+        if max(self.pass_at, default=0) > self.samples:
+            raise ValueError(f"eval.pass_at = {self.pass_at}: expected each at most eval.samples ({self.samples})")
+
 
 @dataclass(frozen=True)
 class CheckpointConfig(Section):
