@@ -6,13 +6,14 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from aepo.agents.protocol import ChatFormat, RewardFunction
 from aepo.agents.rewards.adapt import GroupReward, RewardError, Value
 from aepo.rollout.tree import path_nodes
 from aepo.types import Node, Question, Response, Reward, RolloutTree, ScoredTree, Turn
 
+_Result = TypeVar("_Result")
 _Column = list["Value | None"]  # what one function says about the paths of a tree
 
 __all__ = ["RewardError", "Scorer", "read_response", "read_responses"]
@@ -58,37 +59,31 @@ class Scorer:
                 reward.check(question)
 
     def begin(self, tree: RolloutTree) -> Coroutine[Any, Any, None] | None:
-        """Await it to run the functions that wait, say for a judge, while other trees still grow; None: there are none.
+        """Await it to run the async functions, say of a judge, while other trees still grow; None: there are none.
 
-        `score` takes what came of it; an error, too, is raised there.
+        `score` takes what came of it. RewardError, once all of them have ended.
         """
-        waiting = {name: reward for name, reward in self._rewards.items() if reward.is_async}
-        return self._run(tree, waiting) if waiting else None
+        return self._wait_for(tree) if self._waiting else None
 
     def score(self, trees: Sequence[RolloutTree]) -> list[ScoredTree]:
         """Every path of every tree, in order. RewardError: a function failed; names the question and the path."""
+        late = [tree for tree in trees if self._waiting and self._begun.get(tree.question.id, (None,))[0] != tree]
+        if late:
+            asyncio.run(_all(map(self._wait_for, late)))
         begun, self._begun = self._begun, {}
-        late = [tree for tree in trees if begun.get(tree.question.id, (None,))[0] != tree]
-        waiting = {name: reward for name, reward in self._rewards.items() if reward.is_async}
-        if waiting and late:
-            asyncio.run(_all(self._run(tree, waiting) for tree in late))
-        begun, self._begun = begun | self._begun, {}
-        return [self._score(tree, begun[tree.question.id][1] if waiting else {}) for tree in trees]
+        return [self._score(tree, begun[tree.question.id][1] if self._waiting else {}) for tree in trees]
 
-    async def _run(self, tree: RolloutTree, waiting: Mapping[str, GroupReward]) -> None:
+    async def _wait_for(self, tree: RolloutTree) -> None:
         responses = read_responses(self._format, tree)
-        work = (reward.concurrently(tree.question, responses) for reward in waiting.values())
-        columns = dict(zip(waiting, await asyncio.gather(*work, return_exceptions=True), strict=True))
-        self._begun[tree.question.id] = (tree, columns)
+        columns = await _all(reward.concurrently(tree.question, responses) for reward in self._waiting.values())
+        self._begun[tree.question.id] = (tree, dict(zip(self._waiting, columns, strict=True)))
 
-    def _score(self, tree: RolloutTree, waited: Mapping[str, _Column | BaseException]) -> ScoredTree:
+    def _score(self, tree: RolloutTree, waited: Mapping[str, _Column]) -> ScoredTree:
         responses = read_responses(self._format, tree)
-        values: dict[str, _Column] = {}
-        for name, reward in self._rewards.items():
-            column = waited[name] if name in waited else reward(tree.question, responses)
-            if isinstance(column, BaseException):
-                raise column
-            values[name] = column
+        values = {
+            name: waited[name] if name in waited else reward(tree.question, responses)
+            for name, reward in self._rewards.items()
+        }
         rewards = []
         for index, response in enumerate(responses):
             applied = {name: value for name, column in values.items() if (value := column[index]) is not None}
@@ -113,8 +108,13 @@ class Scorer:
         return Reward(total, components, success)
 
 
-async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
-    await asyncio.gather(*work)
+async def _all(work: Iterable[Coroutine[Any, Any, _Result]]) -> list[_Result]:
+    """Wait for all, also where one fails, and then raise its error: nothing runs on afterwards."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]
 
 
 def _weight(name: str, weight: Any) -> float:

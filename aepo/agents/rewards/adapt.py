@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from aepo.agents.protocol import RewardFunction
+from aepo.agents.protocol import AgentError, RewardFunction
 from aepo.agents.rewards.arguments import OURS, TRL, VERL, trl_arguments, verl_arguments
 from aepo.registry import place_of, plain
 from aepo.types import Question, Response, Reward
@@ -29,7 +29,7 @@ FORMS = (
 )
 
 
-class RewardError(RuntimeError):
+class RewardError(AgentError):
     """A reward function failed, or did not return what it should; names the function, the question and the path."""
 
 
