@@ -15,8 +15,19 @@ from aepo.config import Config, PolicyConfig
 from aepo.loss import microbatch_loss, policy_objective, with_old_policy
 from aepo.metrics import evaluation_metrics, finite, loss_metrics, mismatch_metrics, rollout_metrics
 from aepo.packing import microbatches, pack
-from aepo.run_log import RunLog, read_records, remove_run, token_texts
-from aepo.types import BranchDecision, BudgetDecision, Node, Question, Reward, RolloutTree, ToolCall, ToolResult
+from aepo.run_log import RunLog, read_records, remove_run
+from aepo.saved_trees import token_texts
+from aepo.types import (
+    BranchDecision,
+    BudgetDecision,
+    Node,
+    Question,
+    Reward,
+    RolloutTree,
+    ScoredTree,
+    ToolCall,
+    ToolResult,
+)
 from aepo.types import Path as TreePath
 
 
@@ -25,13 +36,13 @@ def model_node(id: int, parent: int, tokens: int) -> Node:
 
 
 def tool_node(id: int, parent: int, error: str | None) -> Node:
-    return Node(id, parent, "tool", (9, 9), call=ToolCall("search", "x"), result=ToolResult("y", error, 0.25))
+    return Node(id, parent, "tool", (9, 9), calls=(ToolCall("search", {}),), results=(ToolResult("y", error, 0.25),))
 
 
-def batch() -> tuple[list[RolloutTree], list[list[Reward]]]:
+def batch() -> list[ScoredTree]:
     """Two questions with two paths: the first tree branches at its tool result, the second has two fresh paths."""
     branched = RolloutTree(
-        Question("a", "?", "1", "area", ()),
+        Question("a", "?", "1", "area"),
         (
             Node(0, None, "prompt", (1, 2)),
             model_node(1, 0, 3),
@@ -44,7 +55,7 @@ def batch() -> tuple[list[RolloutTree], list[list[Reward]]]:
         BudgetDecision(1.0, 0.6, 1),
     )
     fresh = RolloutTree(
-        Question("b", "?", "1", "city", ()),
+        Question("b", "?", "1", "city"),
         (
             Node(0, None, "prompt", (1,)),
             model_node(1, 0, 1),
@@ -57,11 +68,11 @@ def batch() -> tuple[list[RolloutTree], list[list[Reward]]]:
         BudgetDecision(2.0, None, 2),
     )
     good, bad = Reward(1.0, {"format": 1.0}, True), Reward(0.0, {"format": 0.5}, False)
-    return [branched, fresh], [[good, bad], [bad, bad]]
+    return [ScoredTree(branched, (good, bad)), ScoredTree(fresh, (bad, bad))]
 
 
 def test_rollout_metrics_by_hand() -> None:
-    record = rollout_metrics(*batch())
+    record = rollout_metrics(batch())
     expected = {
         "reward.mean": 0.25,
         "reward.std": math.sqrt(3) / 4,
@@ -77,6 +88,7 @@ def test_rollout_metrics_by_hand() -> None:
         "rollout.root_entropy": 1.5,
         "rollout.tool_entropy": 0.6,
         "rollout.branch_probability": pytest.approx(0.6),
+        "rollout.refused_branches": 0,
         "rollout.finish.answered": 0.5,
         "rollout.finish.eos": 0.25,
         "rollout.finish.length": 0.25,
@@ -94,8 +106,7 @@ def test_rollout_metrics_by_hand() -> None:
 
 
 def test_evaluation_metrics_by_hand() -> None:
-    trees, rewards = batch()
-    record = evaluation_metrics(trees, rewards)
+    record = evaluation_metrics(batch())
     assert (record["success"], record["success.area"], record["success.city"]) == (0.25, 0.5, 0.0)
     assert (record["questions"], record["tool_calls"], record["tokens"]) == (2, 1.0, 8.0)
 
