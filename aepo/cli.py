@@ -15,8 +15,9 @@ from typer.core import TyperGroup
 from aepo.install import DISTRIBUTION, explain_missing
 
 if TYPE_CHECKING:
+    from aepo.agents.agent import Agent
     from aepo.config import Config
-    from aepo.load import LanguageModel
+    from aepo.models.language_model import LanguageModel
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 

@@ -33,8 +33,9 @@ class PolicyEngine(Engine, Protocol):
 
 
 def make_engine(config: Config, language_model: LanguageModel, eos_ids: Sequence[int], version: int) -> PolicyEngine:
-    """eos_ids: tokens that end a segment. With the weights that the model has now; `close` it. vLLM on this machine reads them from a directory in that of
-    the run, which is gone when this returns.
+    """With the weights that the model has now; `close` it. eos_ids: tokens that end a segment.
+
+    vLLM on this machine reads the weights from a directory in that of the run, which is gone when this returns.
 
     ValueError: vLLM is not installed, or cannot serve this configuration. ConnectionError: an endpoint does not answer.
     """

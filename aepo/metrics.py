@@ -88,20 +88,6 @@ def tool_metrics(trees: Sequence[RolloutTree]) -> Record:
     }
 
 
-def evaluation_metrics(scored: Sequence[ScoredTree]) -> Record:
-    """Of held-out questions with one path each."""
-    trees = [one.tree for one in scored]
-    flat = [reward for one in scored for reward in one.rewards]
-    return {
-        **_success("success", scored),
-        "reward": _mean([reward.total for reward in flat]),
-        **_means("reward", ((name, value) for reward in flat for name, value in reward.components.items())),
-        "questions": len(trees),
-        "tool_calls": tool_metrics(trees)["tools.calls"] / len(trees),
-        "tokens": _generated(trees) / len(trees),
-    }
-
-
 def loss_metrics(steps: Sequence[Sequence[dict[str, float]]]) -> Record:
     """Of all micro-batches of all optimiser steps of a rollout batch, from the kernel's metrics.
 

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 import aepo
+from aepo.answers import AnsweredQuestion, write_answers
 from aepo.config import Config, to_yaml
 from aepo.metrics import Record, finite
 from aepo.saved_trees import tree_entry
@@ -109,12 +110,11 @@ class RunLog:
         record = {"step": step, "vocab_size": vocab_size, "temperature": temperature, "trees": entries}
         _replace(self._trees / f"step_{step:06d}.json", json.dumps(record, default=str))
 
-    def answers(self, step: int, entries: Sequence[dict[str, Any]]) -> None:
-        """Of a held-out evaluation: one entry per question."""
+    def answers(self, step: int, answered: Sequence[AnsweredQuestion]) -> None:
+        """Of a held-out evaluation."""
         folder = self.directory / "answers"
         folder.mkdir(exist_ok=True)
-        lines = (json.dumps(entry, ensure_ascii=False, default=str) + "\n" for entry in entries)
-        _replace(folder / f"step_{step:06d}.jsonl", "".join(lines))
+        write_answers(folder / f"step_{step:06d}.jsonl", step, answered)
 
     def close(self, status: str, reason: str | None = None) -> None:
         """`status`: finished, interrupted or failed; `reason`: the error's text."""

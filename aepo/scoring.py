@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
-from aepo.agents.protocol import ChatFormat, Task
+from aepo.agents.protocol import ChatFormat, RewardFunction
 from aepo.agents.rewards.adapt import GroupReward, RewardError, Value
 from aepo.rollout.tree import path_nodes
-from aepo.types import Node, Response, Reward, RolloutTree, ScoredTree, Turn
+from aepo.types import Node, Question, Response, Reward, RolloutTree, ScoredTree, Turn
 
 _Column = list["Value | None"]  # what one function says about the paths of a tree
 
@@ -30,7 +30,7 @@ def read_response(chat_format: ChatFormat, tree: RolloutTree, path: int) -> Resp
 
 
 class Scorer:
-    """Scores paths with the reward functions of a task.
+    """Scores paths with reward functions, each with its weight. `questions` are tried before the first path.
 
     The total is the weighted sum of those that apply to the path. It succeeds where the first function that applies
     gives at least `success`, or, if that function returned a Reward, where this says so.
@@ -38,19 +38,24 @@ class Scorer:
     ValueError: two functions of one name, a weight of none, or a function that does not fit (`GroupReward`).
     """
 
-    def __init__(self, task: Task, chat_format: ChatFormat, success: float = 1.0) -> None:
+    def __init__(
+        self,
+        weights: Mapping[RewardFunction, float],
+        chat_format: ChatFormat,
+        success: float = 1.0,
+        questions: Sequence[Question] = (),
+    ) -> None:
         self._format = chat_format
         self._success = success
-        weights = task.rewards
         if not weights:
             raise ValueError("task.rewards: expected at least one reward function, got none")
         rewards = [GroupReward(function) for function in weights]
         self._rewards = dict(zip(_unique_names(rewards), rewards, strict=True))
         self._weights = {name: _weight(name, w) for name, w in zip(self._rewards, weights.values(), strict=True)}
         self._begun: dict[str, tuple[RolloutTree, Mapping[str, _Column | BaseException]]] = {}
-        for questions in (task.train, task.heldout):
-            for reward in rewards if len(questions) else ():
-                reward.check(questions[0])
+        for question in questions:
+            for reward in rewards:
+                reward.check(question)
 
     def begin(self, tree: RolloutTree) -> Coroutine[Any, Any, None] | None:
         """Await it to run the functions that wait, say for a judge, while other trees still grow; None: there are none.

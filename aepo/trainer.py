@@ -7,6 +7,7 @@ the optimizer and the number of the step: that is what a checkpoint holds, and w
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,11 +15,19 @@ from typing import TYPE_CHECKING
 from aepo.advantages import Sample, advantage_settings, make_samples
 from aepo.agents.agent import Agent, agent_facts, changes
 from aepo.agents.protocol import Task
+from aepo.answers import AnsweredQuestion
 from aepo.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, save_checkpoint
 from aepo.config import Config, to_yaml
 from aepo.display import Display
 from aepo.engine_factory import make_engine
-from aepo.evaluation import evaluate, evaluation_sampler, heldout_questions
+from aepo.evaluation import (
+    answer_metrics,
+    evaluate,
+    evaluation_rollout,
+    evaluation_seed,
+    heldout_questions,
+    questions_at_once,
+)
 from aepo.interrupt import Interrupt
 from aepo.learner import Learner, Minibatch
 from aepo.metrics import Record, StageClock, loss_metrics, memory_metrics, mismatch_metrics, rollout_metrics
@@ -31,8 +40,6 @@ from aepo.types import Question, ScoredTree
 
 if TYPE_CHECKING:
     from aepo.models.language_model import LanguageModel
-
-EVALUATION = 1 << 31  # in place of a step number in the seed: every evaluation draws the same random numbers
 
 
 class Trainer:
@@ -75,9 +82,10 @@ class Trainer:
             self._saved = (self.step, self._heldout_success()) if resume_step is not None else None
             self.display = Display(config.train.steps)
             self.interrupt = Interrupt()
-            self.scorer = Scorer(agent.rewards, agent.format, config.task.success)
+            firsts = (agent.task.train[0], agent.task.heldout[0])
+            self.scorer = Scorer(agent.rewards, agent.format, config.task.success, firsts)
             self.sampler = Sampler(self.engine, agent, config.rollout, branch_rule(config.rollout))
-            self.evaluator = evaluation_sampler(self.engine, agent, config)
+            self.evaluator = Sampler(self.engine, agent, evaluation_rollout(config))
         except BaseException:  # its processes would stay
             self.engine.close()
             raise
@@ -180,15 +188,31 @@ class Trainer:
         if done or not (self.step in (0, self.config.train.steps) or self._due(self.config.eval.every)):
             return
         self.display.stage("evaluation")
-        questions = heldout_questions(self.agent.task, self.config.eval.questions)
-        seed = stream(self.config.run.seed, EVALUATION)
-        record, answers = evaluate(self.evaluator, self.scorer, questions, seed, self.display.paths)
+        start = time.perf_counter()
+        answered = self._answers()
+        record = {**answer_metrics(answered, self.config.eval.pass_at), "seconds": time.perf_counter() - start}
         best = max((r["success"] for r in self.log.evaluations()), default=-1.0)
-        self.log.answers(self.step, answers)
+        self.log.answers(self.step, answered)
         self.log.evaluation({"step": self.step, **record})
         self.display.evaluation({"step": self.step, **record})
         if record["success"] > best:
             self.save()
+
+    def _answers(self) -> list[AnsweredQuestion]:
+        """To the held-out questions, by the present weights."""
+        questions = heldout_questions(self.agent.task, self.config.eval.questions)
+        seed, at_once = evaluation_seed(self.config.run.seed), questions_at_once(self.config, self.config.eval.samples)
+        return list(
+            evaluate(
+                self.evaluator,
+                self.scorer,
+                self.agent.format,
+                questions,
+                seed,
+                at_once=at_once,
+                progress=self.display.paths,
+            )
+        )
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step > 0 and self.step % every == 0

@@ -13,7 +13,7 @@ from trainer_toys import random_samples, tiny_model
 
 from aepo.config import Config, PolicyConfig
 from aepo.loss import microbatch_loss, policy_objective, with_old_policy
-from aepo.metrics import evaluation_metrics, finite, loss_metrics, mismatch_metrics, rollout_metrics
+from aepo.metrics import finite, loss_metrics, mismatch_metrics, rollout_metrics
 from aepo.packing import microbatches, pack
 from aepo.run_log import RunLog, read_records, remove_run
 from aepo.saved_trees import token_texts
@@ -103,12 +103,6 @@ def test_rollout_metrics_by_hand() -> None:
         "tokens.generated": 3 + 2 + 5 + 1 + 1 + 4,  # the shared first segment once
     }
     assert {key: record[key] for key in expected} == expected
-
-
-def test_evaluation_metrics_by_hand() -> None:
-    record = evaluation_metrics(batch())
-    assert (record["success"], record["success.area"], record["success.city"]) == (0.25, 0.5, 0.0)
-    assert (record["questions"], record["tool_calls"], record["tokens"]) == (2, 1.0, 8.0)
 
 
 def test_merged_micro_batches_have_the_metrics_of_the_whole_batch() -> None:

@@ -21,6 +21,10 @@ def right(question: Question, response: Response) -> float:
     return float(response.answer == question.answer)
 
 
+def scorer_of(task: Task, success: float = 1.0) -> Scorer:
+    return Scorer(task.rewards, CharacterFormat(), success, [*task.train[:1], *task.heldout[:1]])
+
+
 def test_a_response_is_what_the_path_says() -> None:
     tree = tree_of(QUESTION, ["{7}", "hm!{8}"])
     first, second = read_responses(CharacterFormat(), tree)
@@ -43,7 +47,7 @@ def test_shared_nodes_are_read_once() -> None:
 
 def test_one_function() -> None:
     tree = tree_of(QUESTION, ["{7}", "hm!{8}"])
-    [scored] = Scorer(ToyTask(right), CharacterFormat()).score([tree])
+    [scored] = scorer_of(ToyTask(right)).score([tree])
     assert scored.tree is tree
     assert scored.rewards == (
         Reward(1.0, {"format": 1.0, "tool_calls": 1.0, "right": 1.0}, True),
@@ -59,7 +63,7 @@ def test_weights_and_functions_that_do_not_apply() -> None:
         return 1.0 if response.answer == "8" else None
 
     task = ToyTask(weights={only_eight: 1, short: 2.0})
-    [scored] = Scorer(task, CharacterFormat(), success=0.5).score([tree_of(QUESTION, ["{7}", "{8}"])])
+    [scored] = scorer_of(task, success=0.5).score([tree_of(QUESTION, ["{7}", "{8}"])])
     first, second = scored.rewards
     assert (first.total, first.success) == (1.0, True)  # 2 * 0.5; the first function that applies gives 0.5
     assert first.components == {"format": 1.0, "tool_calls": 1.0, "short": 0.5}
@@ -71,7 +75,7 @@ def test_success_is_the_first_functions() -> None:
         return 0.5
 
     task = ToyTask(half, right)
-    [scored] = Scorer(task, CharacterFormat()).score([tree_of(QUESTION, ["{7}"])])
+    [scored] = scorer_of(task).score([tree_of(QUESTION, ["{7}"])])
     assert (scored.rewards[0].total, scored.rewards[0].success) == (1.5, False)
 
 
@@ -80,7 +84,7 @@ def test_a_reward_says_itself_what_success_is() -> None:
         def reward(self, question: Question, response: Response) -> Reward:
             return Reward(0.1, {"correct": 1.0, "format": 0.25}, True)
 
-    [scored] = Scorer(Own(), CharacterFormat()).score([tree_of(QUESTION, ["{7}"])])
+    [scored] = scorer_of(Own()).score([tree_of(QUESTION, ["{7}"])])
     assert scored.rewards == (Reward(0.1, {"format": 0.25, "tool_calls": 1.0, "correct": 1.0}, True),)
 
 
@@ -89,7 +93,7 @@ def test_no_function_applies() -> None:
         return None
 
     with pytest.raises(RewardError, match="question 'q1', path 0: no reward applies; never returned None"):
-        Scorer(ToyTask(never), CharacterFormat()).score([tree_of(QUESTION, ["{7}"])])
+        scorer_of(ToyTask(never)).score([tree_of(QUESTION, ["{7}"])])
 
 
 def test_a_function_that_raises_is_named_with_the_question_and_the_path() -> None:
@@ -97,7 +101,7 @@ def test_a_function_that_raises_is_named_with_the_question_and_the_path() -> Non
         return 1 / (response.answer != "8")
 
     with pytest.raises(RewardError, match=r"reward picky, question 'q1', path 1: ZeroDivisionError.*test_scoring") as e:
-        Scorer(ToyTask(picky), CharacterFormat()).score([tree_of(QUESTION, ["{7}", "{8}"])])
+        scorer_of(ToyTask(picky)).score([tree_of(QUESTION, ["{7}", "{8}"])])
     assert isinstance(e.value.__cause__, ZeroDivisionError)
 
 
@@ -107,7 +111,7 @@ async def judge(question: Question, response: Response) -> float:
 
 
 def test_a_judge_works_while_others_roll_out() -> None:
-    scorer = Scorer(ToyTask(judge, right), CharacterFormat())
+    scorer = scorer_of(ToyTask(judge, right))
     trees = [tree_of(Question(f"q{i}", "?", "7"), ["{7}", "{8}"]) for i in range(4)]
 
     async def rollout() -> None:
@@ -129,7 +133,7 @@ def test_a_judge_works_while_others_roll_out() -> None:
 
 
 def test_what_was_not_begun_is_run_by_score() -> None:
-    scorer = Scorer(ToyTask(judge), CharacterFormat())
+    scorer = scorer_of(ToyTask(judge))
     trees = [tree_of(Question(f"q{i}", "?", "7"), ["{7}", "{8}"]) for i in range(3)]
     work = scorer.begin(trees[0])
     assert work is not None
@@ -140,7 +144,7 @@ def test_what_was_not_begun_is_run_by_score() -> None:
 
 
 def test_a_stale_outcome_is_not_used() -> None:
-    scorer = Scorer(ToyTask(judge), CharacterFormat())
+    scorer = scorer_of(ToyTask(judge))
     work = scorer.begin(tree_of(QUESTION, ["{8}"]))  # of a rollout that failed
     assert work is not None
     asyncio.run(work)
@@ -151,7 +155,7 @@ def test_a_judge_that_fails_is_reported_by_score() -> None:
     async def broken(question: Question, response: Response) -> float:
         raise ConnectionError("no judge")
 
-    scorer, tree = Scorer(ToyTask(broken), CharacterFormat()), tree_of(QUESTION, ["{7}"])
+    scorer, tree = scorer_of(ToyTask(broken)), tree_of(QUESTION, ["{7}"])
     work = scorer.begin(tree)
     assert work is not None
     asyncio.run(work)
@@ -160,7 +164,7 @@ def test_a_judge_that_fails_is_reported_by_score() -> None:
 
 
 def test_functions_that_do_not_wait_begin_nothing() -> None:
-    assert Scorer(ToyTask(right), CharacterFormat()).begin(tree_of(QUESTION, ["{7}"])) is None
+    assert scorer_of(ToyTask(right)).begin(tree_of(QUESTION, ["{7}"])) is None
 
 
 def test_functions_of_one_name() -> None:
@@ -172,16 +176,16 @@ def test_functions_of_one_name() -> None:
 
     same = other()
     with pytest.raises(ValueError, match=r"functions of different names, got 'test_scoring\.right' twice"):
-        Scorer(ToyTask(right, same), CharacterFormat())
+        scorer_of(ToyTask(right, same))
     same.__module__ = "elsewhere"
-    [scored] = Scorer(ToyTask(right, same), CharacterFormat()).score([tree_of(QUESTION, ["{7}"])])
+    [scored] = scorer_of(ToyTask(right, same)).score([tree_of(QUESTION, ["{7}"])])
     assert scored.rewards[0].components.keys() >= {"test_scoring.right", "elsewhere.right"}
 
 
 @pytest.mark.parametrize("weight", [float("nan"), "1", True, None])
 def test_weights_are_numbers(weight: Any) -> None:
     with pytest.raises(ValueError, match=r"task.rewards, right: expected a finite number as its weight"):
-        Scorer(ToyTask(weights={right: weight}), CharacterFormat())
+        scorer_of(ToyTask(weights={right: weight}))
 
 
 def test_a_column_that_is_missing_is_found_before_the_first_step() -> None:
@@ -191,4 +195,4 @@ def test_a_column_that_is_missing_is_found_before_the_first_step() -> None:
     task = ToyTask(of_columns)
     task.train = [QUESTION]
     with pytest.raises(ValueError, match="reward of_columns, question 'q1': its parameter 'solutions' is no column"):
-        Scorer(task, CharacterFormat())
+        scorer_of(task)

@@ -17,6 +17,7 @@ from aepo.learner import Learner, learning_rate
 from aepo.nonfinite import NonFiniteError
 from aepo.run_log import read_records
 from aepo.trainer import Trainer, questions_of_step
+from aepo.types import Question, Response, Reward
 
 MEASURED = ("seconds", "memory.", "tools.seconds")
 
