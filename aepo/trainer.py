@@ -15,19 +15,11 @@ from typing import TYPE_CHECKING
 from aepo.advantages import Sample, advantage_settings, make_samples
 from aepo.agents.agent import Agent, agent_facts, changes
 from aepo.agents.protocol import Task
-from aepo.answers import AnsweredQuestion
 from aepo.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, save_checkpoint
 from aepo.config import Config, to_yaml
 from aepo.display import Display
 from aepo.engine_factory import make_engine
-from aepo.evaluation import (
-    answer_metrics,
-    evaluate,
-    evaluation_rollout,
-    evaluation_seed,
-    heldout_questions,
-    questions_at_once,
-)
+from aepo.evaluation import Evaluator, answer_metrics, heldout_questions
 from aepo.interrupt import Interrupt
 from aepo.learner import Learner, Minibatch
 from aepo.metrics import Record, StageClock, loss_metrics, memory_metrics, mismatch_metrics, rollout_metrics
@@ -85,7 +77,7 @@ class Trainer:
             firsts = (agent.task.train[0], agent.task.heldout[0])
             self.scorer = Scorer(agent.rewards, agent.format, config.task.success, firsts)
             self.sampler = Sampler(self.engine, agent, config.rollout, branch_rule(config.rollout))
-            self.evaluator = Sampler(self.engine, agent, evaluation_rollout(config))
+            self.evaluator = Evaluator(self.engine, agent, self.scorer, config)
         except BaseException:  # its processes would stay
             self.engine.close()
             raise
@@ -189,7 +181,8 @@ class Trainer:
             return
         self.display.stage("evaluation")
         start = time.perf_counter()
-        answered = self._answers()
+        questions = heldout_questions(self.agent.task, self.config.eval.questions)
+        answered = list(self.evaluator.answers(questions, self.display.paths))
         record = {**answer_metrics(answered, self.config.eval.pass_at), "seconds": time.perf_counter() - start}
         best = max((r["success"] for r in self.log.evaluations()), default=-1.0)
         self.log.answers(self.step, answered)
@@ -197,22 +190,6 @@ class Trainer:
         self.display.evaluation({"step": self.step, **record})
         if record["success"] > best:
             self.save()
-
-    def _answers(self) -> list[AnsweredQuestion]:
-        """To the held-out questions, by the present weights."""
-        questions = heldout_questions(self.agent.task, self.config.eval.questions)
-        seed, at_once = evaluation_seed(self.config.run.seed), questions_at_once(self.config, self.config.eval.samples)
-        return list(
-            evaluate(
-                self.evaluator,
-                self.scorer,
-                self.agent.format,
-                questions,
-                seed,
-                at_once=at_once,
-                progress=self.display.paths,
-            )
-        )
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step > 0 and self.step % every == 0
