@@ -61,6 +61,9 @@ class Trainer:
         self.config, self.agent, self.language_model = config, agent, language_model
         self.directory = Path(config.run.dir)
         self.advantage_settings = advantage_settings(config.policy)
+        firsts = (agent.task.train[0], agent.task.heldout[0])
+        self.scorer = Scorer(agent.rewards, agent.format, config.task.success, firsts)
+        rule = branch_rule(config.rollout)
         self.learner = Learner(language_model.model, config, agent.format.decode)
         self.step = 0
         if resume_step is not None:
@@ -74,9 +77,7 @@ class Trainer:
             self._saved = (self.step, self._heldout_success()) if resume_step is not None else None
             self.display = Display(config.train.steps)
             self.interrupt = Interrupt()
-            firsts = (agent.task.train[0], agent.task.heldout[0])
-            self.scorer = Scorer(agent.rewards, agent.format, config.task.success, firsts)
-            self.sampler = Sampler(self.engine, agent, config.rollout, branch_rule(config.rollout))
+            self.sampler = Sampler(self.engine, agent, config.rollout, rule)
             self.evaluator = Evaluator(self.engine, agent, self.scorer, config)
         except BaseException:  # its processes would stay
             self.engine.close()

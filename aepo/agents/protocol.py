@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from aepo.types import Message, Question, Response, Reward, TokenIds, ToolCall, ToolResult, Turn
 
@@ -152,6 +152,13 @@ class Task:
         if self.system is None or (begins and begins[0].get("role") == "system"):
             return begins
         return ({"role": "system", "content": self.system}, *begins)
+
+
+@runtime_checkable
+class Closable(Protocol):
+    """Holds something that ends with it."""
+
+    def close(self) -> None: ...
 
 
 def content_hash(questions: Sequence[Question]) -> str:
