@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import pytest
@@ -217,10 +218,11 @@ def test_a_tool_service_that_is_down_is_told_to_the_model(engine) -> None:
     """Nothing listens on the port. Every call fails, every path goes on with an error text and ends as paths do."""
 
     class Down:
-        name, timeout = "search", 5.0
+        name, timeout, description = "search", 5.0, "Nobody answers."
+        parameters: ClassVar[dict] = {"type": "object", "properties": {"query": {"type": "string"}}}
 
-        def __call__(self, argument: str) -> str:
-            return httpx.get(f"http://127.0.0.1:9/{argument}").text
+        def __call__(self, query: str) -> str:
+            return httpx.get("http://127.0.0.1:9/").text
 
     class DownTools(Tools):
         box = ToolBox([Down()])
