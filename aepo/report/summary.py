@@ -150,7 +150,7 @@ def _rollout_tiles(trees: Sequence[PageTree]) -> Iterator[tuple[str, Tile]]:
 def _facts(run: Run) -> Iterator[tuple[str, Any]]:
     config, facts = run.config, run.facts
     machine, versions = facts.get("machine", {}), facts.get("versions", {})
-    model, task, form = facts.get("model", {}), facts.get("task", {}), facts.get("format")
+    model, task = facts.get("model", {}), facts.get("task", {})
     train, rollout = config.get("train", {}), config.get("rollout", {})
     yield "method", config.get("policy", {}).get("preset")
     yield "loss", config.get("policy", {}).get("loss")
@@ -166,7 +166,8 @@ def _facts(run: Run) -> Iterator[tuple[str, Any]]:
             [task.get("name"), *(f"{count:,} {name} questions" for count, name in counts if count is not None)],
         )
         yield "data", task.get("data")
-    yield "format", form
+    if isinstance(facts.get("format"), Mapping):  # a number in older runs: of the files
+        yield "format", facts["format"]
     yield "tools", facts.get("tools")
     if train and rollout:
         yield "batch", f"{train.get('questions')} questions x {rollout.get('paths')} paths per step"

@@ -100,6 +100,6 @@ class HeldoutBrowser {
     this.listed = matches[heldoutView.filter];
     this.filters.draw((name) => matches[name].length);
     this.save.setAttribute("aria-label", `the ${this.listed.length} listed held-out questions as JSON`);
-    fillList(this.list, this.listed, (entry) => heldoutEntry(entry, this.answers), 100);
+    fillList(this.list, this.listed, (entry) => heldoutEntry(entry, this.answers), 25);
   }
 }

@@ -205,6 +205,7 @@ function drawTree(place, tree, chosen, choose) {
     element("div", { class: "quiet" }, `${tree.question.id} · answer: ${tree.question.answer || "none"}${kind}${solved} · ${tree.paths.filter((path) => path.parent !== null).length} branches`),
     element("div", { class: "quiet" }, budgetText(tree)), entropyScale());
   place.replaceChildren(panel);
-  panel.append(drawOverview(tree, chosen, choose, panel.clientWidth - 2 * parseFloat(getComputedStyle(panel).paddingLeft)));
+  const padding = parseFloat(getComputedStyle(panel).paddingLeft);
+  panel.append(drawOverview(tree, chosen, choose, Math.max(240, panel.clientWidth - 2 * padding))); // 0 where nothing is laid out
   place.append(drawPath(tree, tree.paths[chosen]));
 }
