@@ -15,9 +15,9 @@ from typer.core import TyperGroup
 from aepo.install import DISTRIBUTION, explain_missing
 
 if TYPE_CHECKING:
-    from aepo.agents.protocol import Task
+    from aepo.agents.agent import Agent
     from aepo.config import Config
-    from aepo.load import LanguageModel
+    from aepo.models.language_model import LanguageModel
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -109,7 +109,8 @@ def train(
                 raise ValueError("--resume continues a run with its own settings: expected no --config, no --overwrite")
             settings = load_config(resume / "config.yaml", [*(overrides or ()), f"run.dir={resume}"])
             step = _newest_step(resume) if from_step is None else from_step
-        _train(settings, step, overwrite)
+        another_agent = any(override.startswith(("task.", "format.")) for override in overrides or ())
+        _train(settings, step, overwrite, another_agent)
 
 
 @app.command("eval")
@@ -232,7 +233,7 @@ def main() -> None:
     app()
 
 
-def _train(config: Config, resume_step: int | None, overwrite: bool) -> None:
+def _train(config: Config, resume_step: int | None, overwrite: bool, another_agent: bool) -> None:
     from aepo.own_loss import own_loss, try_own_loss
     from aepo.run_log import refuse_existing_run, remove_run
 
@@ -247,11 +248,12 @@ def _train(config: Config, resume_step: int | None, overwrite: bool) -> None:
         if overwrite:
             remove_run(directory)
         refuse_existing_run(directory)
-    task, language_model = _load(config)
+    agent, language_model = _load(config)
+    with closing(agent):
+        from aepo.trainer import Trainer
 
-    from aepo.trainer import Trainer
-
-    Trainer(config, task, language_model, resume_step=resume_step).train()
+        another = resume_step is not None and another_agent
+        Trainer(config, agent, language_model, resume_step=resume_step, another_agent=another).train()
     typer.echo(f"finished: {directory}. Look at it with: aepo report {directory}")
 
 
@@ -276,21 +278,28 @@ def _evaluate(config: Config, step: int, count: int | None) -> None:
     Console().print(table)
 
 
-def _load(config: Config) -> tuple[Task, LanguageModel]:
-    """The task and the language model, with its warm start, on the configured device."""
+def _load(config: Config) -> tuple[Agent, LanguageModel]:
+    """The language model, with its warm start, on the configured device, and the agent that it plays.
+
+    What is wrong with the data is said before the model is made.
+    """
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from aepo.agents.tasks.facts.task import FactsTask
     from aepo.display import WarmStartDisplay
-    from aepo.load import load_model
+    from aepo.load import load_agent, load_model, load_task
 
     disable_progress_bar()
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+    task = load_task(config.task)
     with WarmStartDisplay() as display:
         language_model = load_model(config.model, config.warm_start, device=_device(config), progress=display.update)
-    return FactsTask(config.task.seed), language_model
+    agent = load_agent(config, language_model, task)
+    typer.echo(f"format: {agent.format.chosen}")
+    for warning in agent.format.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    return agent, language_model
 
 
 def _device(config: Config) -> str:

@@ -5,6 +5,8 @@ A setting names one as "package.module:Name" (`aepo.registry`), so a newcomer's 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -14,6 +16,10 @@ RewardValue = float | Reward | None
 """What one path gets: a number, a `Reward`, or None, "does not apply"."""
 RewardFunction = Callable[..., Any]
 """Any signature of docs/rewards.md: ours (question, response), TRL's, verl's; may be async."""
+
+
+class AgentError(RuntimeError):
+    """The user's own code failed: a reward, an environment, a format, a rule. It says which, where, and how."""
 
 
 class ToolError(Exception):
@@ -82,6 +88,9 @@ class ChatFormat(Protocol):
     """
 
     name: str
+    identity: Mapping[str, Any]  # what a run remembers: name, and what else decides what tokens mean (JSON values)
+    chosen: str  # one line for people: why this format, and these calls
+    warnings: tuple[str, ...]  # what inference will do differently from training with this template
     eos_ids: tuple[int, ...]  # tokens that end a segment, ascending
     stop_strings: tuple[str, ...]  # generation also ends with the token that completes one of these
     vocab_size: int  # of the distributions that tokens are drawn from
@@ -132,6 +141,11 @@ class Task:
         """Reward functions with their weights; the total is the weighted sum."""
         return {self.reward: 1.0}
 
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What a run remembers of the data, and another run of the same task must agree with: JSON values."""
+        return {"train": content_hash(self.train), "heldout": content_hash(self.heldout)}
+
     def messages(self, question: Question, *, chat: bool) -> tuple[Message, ...]:
         """The dialogue that a question begins with. chat: whether the model has a chat template."""
         begins = question.messages
@@ -142,4 +156,14 @@ class Task:
 
 @runtime_checkable
 class Closable(Protocol):
+    """Holds something that ends with it."""
+
     def close(self) -> None: ...
+
+
+def content_hash(questions: Sequence[Question]) -> str:
+    """SHA-256 of ids, prompts and answers."""
+    digest = hashlib.sha256()
+    for question in questions:
+        digest.update(json.dumps([question.id, question.prompt, question.answer], default=str).encode())
+    return digest.hexdigest()
