@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from trainer_toys import ToyLanguageModel, ToyTask
+from trainer_toys import ToyLanguageModel, toy_agent
 from typer.testing import CliRunner, Result
 
 from aepo import cli
@@ -23,7 +23,7 @@ SMALL = ["train.steps=2", "train.questions=4", "rollout.paths=2", "rollout.max_t
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The toy task in place of the real one, whose model takes a warm start of a minute."""
-    monkeypatch.setattr(cli, "_load", lambda config: (ToyTask(), ToyLanguageModel()))
+    monkeypatch.setattr(cli, "_load", lambda config: (toy_agent(), ToyLanguageModel()))
 
 
 def run(*arguments: str | Path) -> Result:
@@ -212,9 +212,9 @@ def test_a_command_line_that_cannot_be_loaded_leads_to_the_doctor() -> None:
 
 PROGRAM = """
 import sys
-from trainer_toys import ToyLanguageModel, ToyTask
+from trainer_toys import ToyLanguageModel, ToyTask, toy_agent
 from aepo import cli
-cli._load = lambda config: (ToyTask(), ToyLanguageModel())
+cli._load = lambda config: (toy_agent(), ToyLanguageModel())
 cli.main()
 """
 
