@@ -135,10 +135,11 @@ def test_python_objects(own):
     ("spec", "problem"),
     [
         ("pythn", "expected python, search:CORPUS.jsonl, package.module:function, "),
-        ("python:3", "no module 'python' in "),
+        ("python:3", "expected python, "),
         ("search", "expected python, search:CORPUS.jsonl, "),
         ("search:nowhere.jsonl", "expected a JSONL file of documents: [Errno 2] No such file or directory"),
-        ("ftp://x/y", "expected package.module:name"),
+        ("ftp://x/y", "expected python, "),
+        ("my/tools.py:double", "expected package.module:name, as in my_losses:clipped; a module is written with dots"),
         ("mcp+ftp://x/y", "expected python, "),
         ("OWN:nothing", "OWN has no 'nothing'; has "),
         ("OWN:no_hint", "tool no_hint (OWN.py:13): parameter 'n' has no type hint"),

@@ -54,7 +54,7 @@ def _named(spec: str, timeout: float, setting: str) -> list[Tool]:
         return mcp_tools(spec, timeout, setting=setting)
     if kind in ("http", "https") and rest.startswith("//"):
         return [_retriever(spec, timeout, setting)]
-    if not colon or "/" in kind or "+" in kind:
+    if not all(part.isidentifier() for part in rest.split(".")):
         raise ValueError(f"{setting} = {spec!r}: expected {FORMS}")
     return _given(resolve(spec, setting), timeout, f"{setting} = {spec!r}")
 
@@ -69,7 +69,7 @@ def _given(item: Any, timeout: float, setting: str) -> list[Tool]:
             return [item]
         if callable(item):
             return [FunctionTool(item, timeout)]
-        found = _methods(item, timeout)
+        found = [] if type(item).__module__ == "builtins" else _methods(item, timeout)
     except ValueError as error:
         raise ValueError(f"{setting}: {error}") from None
     if not found:
