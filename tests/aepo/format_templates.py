@@ -24,7 +24,9 @@ def _base() -> str:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(TEXTS * 4, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        TEXTS * 4, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    )
     return bpe.to_str()
 
 
@@ -147,7 +149,8 @@ QWEN3_CODER = (
             {{- '\\n' if loop.index0 or message.content else '' }}
             {{- '<tool_call>\\n<function=' + call.function.name + '>\\n' }}
             {%- for key, value in call.function.arguments | items %}
-                {%- set shown = value | tojson if value is mapping or (value is sequence and value is not string) else value | string %}
+                {%- set nested = value is mapping or (value is sequence and value is not string) %}
+                {%- set shown = value | tojson if nested else value | string %}
                 {{- '<parameter=' + key + '>\\n' + shown + '\\n</parameter>\\n' }}
             {%- endfor %}
             {{- '</function>\\n</tool_call>' }}
@@ -200,7 +203,7 @@ GEMMA = """\
 {{- bos_token }}
 {%- for message in messages %}
     {%- if message.role == 'system' %}{{- raise_exception('System role not supported') }}{%- endif %}
-    {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{- raise_exception('roles must alternate') }}{%- endif %}
+    {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{- raise_exception('alternate') }}{%- endif %}
     {%- set role = 'model' if message.role == 'assistant' else message.role %}
     {{- '<start_of_turn>' + role + '\\n' + message.content | trim + '<end_of_turn>\\n' }}
 {%- endfor %}
@@ -212,7 +215,7 @@ MISTRAL = """\
 {{- bos_token }}
 {%- for message in messages %}
     {%- if message.role == 'user' %}
-        {%- if tools and loop.index0 == 0 %}{{- '[AVAILABLE_TOOLS]' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{%- endif %}
+        {%- if tools and loop.first %}{{- '[AVAILABLE_TOOLS]' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{%- endif %}
         {{- '[INST]' + message.content + '[/INST]' }}
     {%- elif message.tool_calls %}
         {{- '[TOOL_CALLS][' }}
@@ -229,6 +232,7 @@ MISTRAL = """\
     {%- else %}{{- raise_exception('only user, assistant and tool') }}{%- endif %}
 {%- endfor %}
 """
+MISTRAL_NAMES = ("INST", "TOOL_CALLS", "AVAILABLE_TOOLS", "TOOL_RESULTS")
 
 
 def family(name: str) -> PreTrainedTokenizerFast:
@@ -253,8 +257,7 @@ FAMILIES = {
     ),
     "mistral": lambda: tokenizer(
         MISTRAL,
-        ("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")
-        + ("[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+        ("<s>", "</s>", *(f"[{slash}{name}]" for name in MISTRAL_NAMES for slash in ("", "/"))),
         bos="<s>",
         eos="</s>",
         name="mistral",

@@ -12,7 +12,7 @@ from aepo.agents.formats.calls import find_parser
 from aepo.agents.formats.chat_template import ChatTemplate, ToolSchema
 from aepo.agents.formats.continuation import Continuation
 from aepo.agents.formats.self_test import find_call_parser, rewritten_history
-from aepo.agents.formats.text import TextTokenizer
+from aepo.agents.formats.text import Protect, TextTokenizer
 from aepo.types import Message, TokenIds, ToolResult, Turn
 
 
@@ -73,7 +73,10 @@ class ChatTemplateFormat:
 
     def prompt_tokens(self, messages: Sequence[Message]) -> TokenIds:
         """The dialogue with the tools and the beginning of the model's turn. ValueError: the template refuses it."""
-        return self._text.rendered_tokens(messages, lambda cut: self._template.render(cut, generate=True))
+        return self._text.rendered_tokens(messages, self._render)
+
+    def _render(self, messages: Sequence[Message], protect: Protect) -> str:
+        return self._template.render(messages, generate=True, protect=protect)
 
     def read(self, token_ids: Sequence[int], finish_reason: Literal["stop", "eos", "length"]) -> Turn:
         """Calls, or the answer: a turn that ends without a call has answered. Thinking counts as neither."""

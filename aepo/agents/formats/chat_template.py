@@ -11,13 +11,15 @@ from transformers import PreTrainedTokenizerBase
 from aepo.agents.formats.answers import THINK
 from aepo.agents.formats.calls import Unreadable, load_json
 from aepo.agents.formats.hermes_text import as_text
+from aepo.agents.formats.text import Protect
 from aepo.types import Message, ToolCall
 
 ToolSchema = Mapping[str, Any]
 """{"type": "function", "function": {"name": .., "description": .., "parameters": ..}}"""
 
 # Words that dialogues of our own hold, to be found again in their renderings.
-ASKED, SYSTEM, SAID, THOUGHT, VALUE = "askedprobe", "systemprobe", "saidprobe", "thoughtprobe", "valueprobe"
+WORDS = ("askedprobe", "systemprobe", "saidprobe", "thoughtprobe", "valueprobe", "resultprobe")
+ASKED, SYSTEM, SAID, THOUGHT, VALUE, RESULT = WORDS
 
 
 class TemplateRefused(ValueError):
@@ -37,19 +39,23 @@ class ChatTemplate:
         self._schemas = list(schemas)
         self._hermes = hermes
         self.name = str(tokenizer.name_or_path or type(tokenizer).__name__)
+        if used := [word for word in WORDS if word in repr(schemas)]:
+            raise ValueError(f"tools: expected that no schema holds the word {used[0]!r}, which the format looks for")
         if not tokenizer.chat_template:
             raise ValueError(f"tokenizer {self.name}: expected a chat template, it has none; set format.name=tags")
         self.generation_prompt = self.render([user(ASKED)], generate=True)
         """Of a dialogue that is one question."""
 
-    def render(self, messages: Sequence[Message], *, generate: bool = False) -> str:
-        """generate: with the beginning of the model's next turn. TemplateRefused: the template does not take it."""
+    def render(self, messages: Sequence[Message], *, generate: bool = False, protect: Protect = str) -> str:
+        """generate: with the beginning of the model's next turn. protect: for the texts in the tools' schemas, which
+        may come from a server. TemplateRefused: the template does not take the dialogue."""
         dialogue = [_with_objects(message) for message in messages]
+        schemas = [_protected(schema, protect) for schema in self._schemas]
         if self._hermes:
-            dialogue = as_text(dialogue, self._schemas)
+            dialogue = as_text(dialogue, schemas)
         if dialogue and dialogue[0].get("role") == "system" and not self.has_system_role:
             dialogue = _system_in_front(dialogue)
-        return self._apply(dialogue, generate, tools=not self._hermes)
+        return self._apply(dialogue, generate, () if self._hermes else schemas)
 
     @cached_property
     def has_system_role(self) -> bool:
@@ -63,10 +69,11 @@ class ChatTemplate:
     def shows_tools(self) -> bool:
         """Whether it describes the tools that it is given."""
         try:
-            text = self._apply([user(ASKED)], True, tools=True)
+            text = self._apply([user(ASKED)], True, self._schemas)
+            without = self._apply([user(ASKED)], True)
         except TemplateRefused:
             return False
-        return all(str(schema["function"]["name"]) in text for schema in self._schemas)
+        return text != without and all(str(schema["function"]["name"]) in text for schema in self._schemas)
 
     @cached_property
     def end_of_turn(self) -> int | None:
@@ -82,12 +89,12 @@ class ChatTemplate:
         """Whether the model's turns begin inside <think>, which is then not part of what it writes."""
         return self.generation_prompt.rstrip().endswith(THINK)
 
-    def _apply(self, dialogue: Sequence[Message], generate: bool, *, tools: bool = False) -> str:
+    def _apply(self, dialogue: Sequence[Message], generate: bool, schemas: Sequence[ToolSchema] = ()) -> str:
         given: Any = [dict(message) for message in dialogue]
         try:
             text = self._tokenizer.apply_chat_template(
                 given,
-                tools=[dict(schema) for schema in self._schemas] if tools and self._schemas else None,
+                tools=[dict(schema) for schema in schemas] or None,
                 tokenize=False,
                 add_generation_prompt=generate,
             )
@@ -135,6 +142,15 @@ def _system_in_front(dialogue: Sequence[Message]) -> list[Message]:
                 joined = [{"type": "text", "text": f"{text}\n\n"}, *content]
             return [*others[:place], {**message, "content": joined}, *others[place + 1 :]]
     return [user(system["content"]), *others]
+
+
+def _protected(value: Any, protect: Protect) -> Any:
+    """A schema with its texts protected."""
+    if isinstance(value, str):
+        return protect(value)
+    if isinstance(value, Mapping):
+        return {protect(key): _protected(item, protect) for key, item in value.items()}
+    return [_protected(item, protect) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _with_objects(message: Message) -> Message:

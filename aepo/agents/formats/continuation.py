@@ -5,7 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from aepo.agents.formats.chat_template import ASKED, VALUE, ChatTemplate, TemplateRefused, assistant, tool_result, user
+from aepo.agents.formats.chat_template import (
+    ASKED,
+    RESULT,
+    VALUE,
+    ChatTemplate,
+    TemplateRefused,
+    assistant,
+    tool_result,
+    user,
+)
 from aepo.agents.formats.text import TextTokenizer
 from aepo.types import Message, TokenIds, ToolCall
 
@@ -34,15 +43,15 @@ class Continuation:
             pieces = _filled(self._skeleton(key), [self._text.cut(result) for result in results])
         else:
             answers = [tool_result(n, name, text) for n, (name, text) in enumerate(zip(key, results, strict=True))]
-            pieces = self._text.rendered_pieces(answers, lambda cut: self._render(key, cut))
-        return self._text.encode_pieces(pieces)
+            pieces = self._text.rendered_pieces(answers, lambda cut, _: self._render(key, cut))
+        return self._text.continued(pieces)
 
     def _skeleton(self, names: tuple[str, ...]) -> list[str]:
         """The parts around the results. Most templates copy a result as it is: none is rendered for one then."""
         if names not in self._skeletons:
             if len(self._skeletons) >= MAX_SKELETONS:
                 self._skeletons.clear()
-            slots = [f"resultprobe{n}x" for n in range(len(names))]
+            slots = [f"{RESULT}{n}x" for n in range(len(names))]
             text = self._render(names, [tool_result(n, name, slots[n]) for n, name in enumerate(names)])
             parts = re.split("|".join(slots), text)
             if len(parts) != len(slots) + 1:

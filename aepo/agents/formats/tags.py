@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from aepo.agents.formats.calls import Unreadable, load_json, value_of
 from aepo.agents.formats.chat_template import ChatTemplate, ToolSchema
-from aepo.agents.formats.text import TextTokenizer, content_text
+from aepo.agents.formats.text import Protect, TextTokenizer, content_text
 from aepo.types import Message, TokenIds, ToolCall, ToolResult, Turn
 
 RESERVED_NAMES = ("answer", "result")
@@ -84,9 +84,7 @@ class TagsFormat:
         tool_instructions: str | None = None,
     ) -> None:
         self._tools = {tool.name: tool for tool in map(_tag_tool, schemas)}
-        self._instructions = (
-            instructions(list(self._tools.values())) if tool_instructions is None else tool_instructions
-        )
+        self._instructions = tool_instructions
         self.stop_strings = (*(f"</{name}>" for name in self._tools), ANSWER_END)
         self._tag = re.compile(f"</?(?:{'|'.join(map(re.escape, (*self._tools, *RESERVED_NAMES)))})>")
         self._end = re.compile("|".join(map(re.escape, self.stop_strings)))
@@ -99,7 +97,7 @@ class TagsFormat:
 
     def prompt_tokens(self, messages: Sequence[Message]) -> TokenIds:
         """What comes before the first generated token. ValueError: the chat template refuses the dialogue."""
-        return self._text.rendered_tokens(self._instructed(messages), self._render)
+        return self._text.rendered_tokens(messages, self._render)
 
     def read(self, token_ids: Sequence[int], finish_reason: Literal["stop", "eos", "length"]) -> Turn:
         """The call or the answer that its closing tag ends. What its token holds behind the tag does not matter."""
@@ -107,7 +105,7 @@ class TagsFormat:
         text = self.decode(token_ids[:-1] if has_end else token_ids)
         closing = self._end.search(text) if finish_reason == "stop" else None
         if closing is None:
-            return Turn(text, text, well_formed=False)
+            return Turn(text, text, (_unopened(""),) if finish_reason == "stop" else (), well_formed=False)
         name = closing[0][2:-1]
         before, opening, inside = text[: closing.start()].rpartition(f"<{name}>")
         well_formed = bool(opening) and not self._tag.search(before) and not self._tag.search(inside)
@@ -123,7 +121,7 @@ class TagsFormat:
         first, *others = self._text.cut(result.text)
         pieces = [f"<result> {first}", *others]
         pieces[-1] += "</result>\n"
-        return self._text.encode_pieces(pieces)
+        return self._text.continued(pieces)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._text.decode(token_ids)
@@ -134,29 +132,33 @@ class TagsFormat:
         except Unreadable as error:
             return ToolCall(name, {}, str(error))
 
-    def _instructed(self, messages: Sequence[Message]) -> Sequence[Message]:
-        if not self._instructions:
-            return messages
-        if messages and messages[0].get("role") == "system":
-            system = f"{content_text(messages[0])}\n\n{self._instructions}"
-            return [{**messages[0], "content": system}, *messages[1:]]
-        return [{"role": "system", "content": self._instructions}, *messages]
-
-    def _render(self, messages: Sequence[Message]) -> str:
+    def _render(self, messages: Sequence[Message], protect: Protect) -> str:
+        told = self._instructions
+        if told is None:
+            told = instructions(list(self._tools.values()), protect)
+        if told:
+            messages = _with_system(messages, told)
         if self._template is not None:
             return self._template.render(messages, generate=True)
         return "".join(f"{content_text(message)}\n" for message in messages)
 
 
-def instructions(tools: Sequence[TagTool]) -> str:
-    """What a model is told about tools and the answer."""
+def instructions(tools: Sequence[TagTool], protect: Protect = str) -> str:
+    """What a model is told about tools and the answer. protect: for descriptions, which may come from a server."""
     lines = [
         "You have tools. Call one by writing its tags with what it gets between them, then stop: what it returns "
         "follows between <result> and </result>.",
-        *(f"{tool.usage} {' '.join(tool.description.split())}".rstrip() for tool in tools),
+        *(f"{tool.usage} {protect(' '.join(tool.description.split()))}".rstrip() for tool in tools),
     ]
     answer = "Write your final answer as <answer>your answer</answer>."
     return "\n".join([*lines, answer]) if tools else answer
+
+
+def _with_system(messages: Sequence[Message], told: str) -> Sequence[Message]:
+    """With a text at the end of the system message, or as the system message."""
+    if messages and messages[0].get("role") == "system":
+        return [{**messages[0], "content": f"{content_text(messages[0])}\n\n{told}"}, *messages[1:]]
+    return [{"role": "system", "content": told}, *messages]
 
 
 def _tag_tool(schema: ToolSchema) -> TagTool:

@@ -7,9 +7,10 @@ such a content is cut after its first character, and the parts are encoded by th
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, count
+from itertools import chain
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,12 @@ from aepo.types import Message, TokenIds
 TRUSTED_ROLES = ("system", "developer", "assistant")
 """Whose contents are written by the author of a task or by the model: control tokens stay what they are there."""
 PROBE = 'Text "a": <b>1.5</b>\n\n  {x: [y]} \\ |z| 50% ~Ab'
+
+
+Protect = Callable[[str], str]
+"""Marks the places in a text that a rendering is cut at, so that it stays letters."""
+Render = Callable[[Sequence[Message], Protect], str]
+"""Renders a dialogue whose contents are protected already; other text that is not to be trusted it protects itself."""
 
 
 class TextTokenizer:
@@ -46,39 +53,39 @@ class TextTokenizer:
         self._normalizes = tokenizer.backend_tokenizer.normalizer is not None
         begin = tokenizer.encode("a", add_special_tokens=True)[:1]
         self.bos: TokenIds = tuple(begin) if begin == [tokenizer.bos_token_id] else ()  # where encoding adds it
-        self._check_round_trip()
+        self._anchor, self._anchor_ids = self._find_anchor()
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text, with its control tokens."""
         text = self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return str(text)
 
-    def encode(self, text: str) -> TokenIds:
-        """As the tokenizer makes it: control tokens are found. Nothing is added at the start or the end."""
-        return tuple(self._tokenizer.encode(sound(text), add_special_tokens=False))
-
     def plain_tokens(self, text: str) -> TokenIds:
-        """Tokens that are no control tokens, and decode to the same text."""
-        return self.encode_pieces(self.cut(text))
+        """Tokens that are no control tokens, and go on after other tokens with exactly this text."""
+        return self.continued(self.cut(text))
 
-    def rendered_tokens(self, messages: Sequence[Message], render: Callable[[Sequence[Message]], str]) -> TokenIds:
+    def rendered_tokens(self, messages: Sequence[Message], render: Render) -> TokenIds:
         """Tokens of a dialogue, with the tokenizer's BOS once. Contents of users and tools stay letters, all else is
         as the tokenizer makes it."""
-        ids = self.encode_pieces(self.rendered_pieces(messages, render))
+        first, *others = self.rendered_pieces(messages, render)
+        ids = self._encode(first) + self.continued(others)
         return ids if ids[: len(self.bos)] == self.bos else self.bos + ids
 
-    def rendered_pieces(self, messages: Sequence[Message], render: Callable[[Sequence[Message]], str]) -> list[str]:
-        """The rendered text, cut where a content of users and tools would become a control token."""
-        mark = _unused(messages)
-        cut = [
-            message if message.get("role") in TRUSTED_ROLES else _with_texts(message, lambda t: mark.join(self.cut(t)))
-            for message in messages
-        ]
-        return render(cut).split(mark)
+    def rendered_pieces(self, messages: Sequence[Message], render: Render) -> list[str]:
+        """The rendered text, cut where what users and tools say would become a control token."""
+        # Letters and digits, which templates leave alone; a text cannot hold the hash of all texts.
+        mark = f"cut{hashlib.sha256(repr(messages).encode()).hexdigest()[:16]}x"
 
-    def encode_pieces(self, pieces: Iterable[str]) -> TokenIds:
-        """Each encoded by itself."""
-        return tuple(chain.from_iterable(self.encode(piece) for piece in pieces))
+        def protect(text: str) -> str:
+            return mark.join(self.cut(text))
+
+        trusted = [message.get("role") in TRUSTED_ROLES for message in messages]
+        cut = [m if trust else _with_texts(m, protect) for m, trust in zip(messages, trusted, strict=True)]
+        return render(cut, protect).split(mark)
+
+    def continued(self, pieces: Iterable[str]) -> TokenIds:
+        """Each piece encoded by itself, as what goes on after other tokens."""
+        return tuple(chain.from_iterable(map(self._continued, pieces)))
 
     def cut(self, text: str) -> list[str]:
         """Its parts, none of which holds a control token; a text that has none is one part."""
@@ -93,15 +100,44 @@ class TextTokenizer:
         if not self._normalizes:
             return pieces
         # What a normalizer makes of a text may be a control token: full-width signs, capital letters.
-        fine = [self._control_ids.isdisjoint(self.encode(piece)) for piece in pieces]
+        fine = [self._control_ids.isdisjoint(self._encode(piece)) for piece in pieces]
         return list(chain.from_iterable([piece] if ok else piece for piece, ok in zip(pieces, fine, strict=True)))
 
-    def _check_round_trip(self) -> None:
-        for probe in (PROBE, *sorted(self._control)[:8]):
-            found = self.decode(self.plain_tokens(probe))
-            if found != probe:
+    def _encode(self, text: str) -> TokenIds:
+        return tuple(self._tokenizer.encode(sound(text), add_special_tokens=False))
+
+    def _continued(self, text: str) -> TokenIds:
+        if not text:
+            return ()
+        ids, size = self._encode(self._anchor + text), len(self._anchor_ids)
+        if ids[:size] != self._anchor_ids:
+            raise ValueError(
+                f"tokenizer {self.name}: {text[:40]!r} is encoded together with {self._anchor!r} before it"
+            )
+        return ids[size:]
+
+    def _find_anchor(self) -> tuple[str, TokenIds]:
+        """What a text is encoded behind, and its tokens: nothing for most tokenizers.
+
+        Those of the kind of Llama 2 put a space in front of a text, but not behind a control token or a line break.
+        """
+        problems = []
+        for anchor in dict.fromkeys(("", self._tokenizer.eos_token or "", "\n")):
+            self._anchor, self._anchor_ids = anchor, self._encode(anchor)
+            try:
+                self._check_survival()
+                return anchor, self._anchor_ids
+            except ValueError as error:
+                problems.append(error)
+        raise problems[0]
+
+    def _check_survival(self) -> None:
+        before = self._encode("a")
+        for probe in (PROBE, " x", "\n", *sorted(self._control)[:8]):
+            found = self.decode(before + self.plain_tokens(probe))
+            if found != f"a{probe}":
                 raise ValueError(
-                    f"tokenizer {self.name}: expected that a text survives encoding and decoding, {probe!r} "
+                    f"tokenizer {self.name}: expected that a text survives encoding and decoding, {probe!r} behind 'a' "
                     f"became {found!r}"
                 )
 
@@ -136,16 +172,10 @@ def _with_texts(message: Message, change: Callable[[str], str]) -> Message:
         return message
     if isinstance(content, str):
         return {**message, "content": change(content)}
-    return {**message, "content": [{**part, "text": change(_part_text(part))} for part in content]}
+    return {**message, "content": [{"type": "text", "text": change(_part_text(part))} for part in content]}
 
 
 def _part_text(part: Any) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     raise ValueError(f"a message's content: expected a text or parts of type text, got {part!r:.80}")
-
-
-def _unused(messages: Sequence[Message]) -> str:
-    """A mark of letters and digits, which templates leave alone, and which is nowhere in the messages."""
-    everything = repr(messages)
-    return next(mark for mark in (f"cutmark{n}x" for n in count()) if mark not in everything)
