@@ -35,6 +35,11 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=WIDE)
 
 
+def say(console: Console, text: str) -> None:
+    """A line as it is: not wrapped, and brackets in it are no markup."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
 @contextmanager
 def progress_display(console: Console) -> Iterator[Callable[[int, int], None]]:
     """To be called with the finished paths and all of them: a bar on a terminal, elsewhere a line per tenth."""

@@ -23,7 +23,7 @@ from aepo.config import Config
 from aepo.engine_factory import make_engine
 from aepo.estimates import Interval
 from aepo.evaluation import Evaluator, answer_intervals, answer_metrics, questions_at_once, scored_rollouts, spread
-from aepo.evaluation_display import evaluation_tables, progress_display, rollout_table, wide_console
+from aepo.evaluation_display import evaluation_tables, progress_display, rollout_table, say, wide_console
 from aepo.metrics import Record, finite, rollout_metrics
 from aepo.models.language_model import LanguageModel
 from aepo.rollout.branching import branch_rule
@@ -57,10 +57,10 @@ def loaded(subject: Subject, console: Console) -> Iterator[Player]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(closing(agent))
         for name, was in subject.changed.items():
-            console.print(f"set here: {name} = {config_value(config, name)!r} (the run: {was!r})", markup=False)
+            say(console, f"set here: {name} = {config_value(config, name)!r} (the run: {was!r})")
         if subject.run is not None and subject.step is not None:
             for difference in _differences(subject, subject.run, agent):
-                console.print(f"not as in the run: {difference}", markup=False)
+                say(console, f"not as in the run: {difference}")
             load_weights(checkpoint_path(subject.run / "checkpoints", subject.step), language_model.model)
         else:  # where vLLM gets the weights from
             directory = stack.enter_context(tempfile.TemporaryDirectory())
@@ -75,8 +75,9 @@ def run_evaluation(subject: Subject, every: bool, answers: Path | None, json_out
     for path in (answers, json_out):
         if isinstance(path, Path):
             _refuse_missing_folder(path)
-    console, start = wide_console(), time.perf_counter()
+    console = wide_console()
     with loaded(subject, console) as player:
+        start = time.perf_counter()
         heldout = _questions(player.agent, heldout=True)
         questions = spread(heldout, None if every else player.config.eval.questions)
         evaluator = Evaluator(player.engine, player.agent, player.scorer(questions), player.config)
@@ -118,9 +119,9 @@ def run_rollout(subject: Subject, count: int, heldout: bool, out: Path) -> None:
             if scored:
                 page = _write_rollouts(out, subject, player, scored)
                 part = f" of {len(questions)}, the others were not finished" * (len(scored) < len(questions))
-                console.print(f"{subject}: {len(scored)} questions{part}", markup=False)
+                say(console, f"{subject}: {len(scored)} questions{part}")
                 console.print(rollout_table(rollout_metrics(scored)))
-                console.print(f"wrote {out}; look at {page}", markup=False)
+                say(console, f"wrote {out}; look at {page}")
 
 
 def _differences(subject: Subject, run: Path, agent: Agent) -> list[str]:
@@ -170,15 +171,16 @@ def _print_evaluation(
     count, asked, settings = len(answered), record["questions.asked"], subject.config.eval
     part = f" of {asked}, the others were not finished" * (count < asked)
     each = "1 answer" if settings.samples == 1 else f"{settings.samples} answers"
-    console.print(
+    say(
+        console,
         f"{subject}: {count} questions{part}, {each} each at temperature {settings.temperature:g}, "
         f"{record['seconds']:.1f} s",
-        markup=False,
     )
     for table in evaluation_tables(record, intervals, answered):
         console.print(table)
-    console.print(
-        "95 %: of the mean over resampled questions; -: equal everywhere, or one question, which says nothing"
+    say(
+        console,
+        "95 %: of the mean over resampled questions; -: equal everywhere, or one question, which says nothing",
     )
 
 

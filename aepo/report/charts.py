@@ -21,7 +21,8 @@ EXPLAINED = {"reward.mean", "reward.std", *(f"policy.{name}" for name in (*MEASU
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart: `keys` maps a metric to its label; a key that ends in "*" stands for every metric that starts so."""
+    """One chart: `keys` maps a metric to its label; a key that ends in "*" stands for every metric that starts so.
+    What is before "*" and no dot ends at the next dot: "eval.pass@*" is not eval.pass@4.capital."""
 
     title: str
     keys: dict[str, str]
@@ -39,6 +40,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
     "Learning": (
         Chart("Held-out success", {"eval.success": "success"}, "%", note="step 0: before the first step"),
         Chart("Held-out success by kind", {"eval.success.*": "*"}, "%"),
+        Chart("Held-out pass@k", {"eval.pass@*": "k = *"}, "%", optional=True),
         Chart("Reward", {"reward.mean": "mean over all paths"}, smooth=True, note="in training"),
         Chart("Reward components", {"reward.*": "*"}, smooth=True),
         Chart("Training success by kind", {"train.success.*": "*"}, "%", smooth=True),
@@ -114,7 +116,7 @@ def _chart(chart: Chart, runs: Sequence[Run]) -> dict[str, Any]:
         series += [
             {"key": one, "label": label.replace("*", one.removeprefix(stem).replace("_", " "))}
             for one in known
-            if one.startswith(stem) and one not in EXPLAINED
+            if one.startswith(stem) and one not in EXPLAINED and (stem.endswith(".") or "." not in one[len(stem) :])
         ] or ([] if chart.optional else [{"key": key, "label": label}])
     look = {name: getattr(chart, name) for name in ("title", "unit", "low", "high", "stacked", "smooth", "note")}
     return look | {"id": chart.title.lower().replace(" ", "-"), "series": series}
