@@ -7,22 +7,28 @@ entropy-aware factor is not here: the loss kernel applies it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
+from aepo.agents.protocol import AgentError
 from aepo.config import PolicyConfig
+from aepo.registry import place_of, resolve_function
 from aepo.types import TokenIds, Trajectory
 from aepo_kernels.advantages import batch_advantages, group_advantages, rewards_equal
+
+Kind = Literal["group", "batch", "gigpo"]
 
 
 @dataclass(frozen=True, slots=True)
 class AdvantageSettings:
     """How rewards become advantages: the part of a preset that is not a loss."""
 
-    kind: Literal["group", "batch", "gigpo"] = "group"
+    kind: Kind = "group"
+    own: Callable[[Tensor, Tensor], Tensor] | None = None  # rewards [N], questions [N] -> advantages [N]
     drop_equal_groups: bool = False
     overlong_buffer: int = 0
     step_weight: float = 1.0
@@ -49,9 +55,17 @@ class Sample:
 
 
 def advantage_settings(policy: PolicyConfig) -> AdvantageSettings:
-    """The preset's settings with the configured fields in their place."""
+    """The preset's settings with the configured fields in their place. ValueError: policy.advantage names nothing."""
+    own = None
+    if policy.advantage is not None and ":" in policy.advantage:
+        own = resolve_function(policy.advantage, "policy.advantage", "rewards, questions")
+    elif policy.advantage not in (None, *get_args(Kind)):
+        raise ValueError(
+            f"policy.advantage = {policy.advantage!r}: expected {', '.join(get_args(Kind))} or package.module:function"
+        )
     chosen = {
-        "kind": policy.advantage,
+        "own": own,
+        "kind": policy.advantage if own is None else None,
         "drop_equal_groups": policy.drop_equal_groups,
         "overlong_buffer": policy.overlong_buffer,
     }
@@ -84,7 +98,7 @@ def make_samples(
                 raise ValueError(f"reward of question {q}, path {j} is {reward}: expected a finite number")
     flat = torch.tensor([reward for group in shaped for reward in group], dtype=torch.float64)
     questions = torch.tensor([q for q, group in enumerate(shaped) for _ in group], dtype=torch.int64)
-    per_path = batch_advantages(flat) if settings.kind == "batch" else group_advantages(flat, questions)
+    per_path = _per_path(flat, questions, settings)
     per_question = [part.tolist() for part in per_path.split([len(group) for group in groups])]
     samples = []
     for q, group in enumerate(groups):
@@ -96,6 +110,27 @@ def make_samples(
             advantages = tuple(per_question[q][j] + bonus[step] if step >= 0 else 0.0 for step in trajectory.steps)
             samples.append(Sample(q, j, trajectory, advantages))
     return samples
+
+
+def _per_path(rewards: Tensor, questions: Tensor, settings: AdvantageSettings) -> Tensor:
+    """Advantages [N] of rewards [N], float64."""
+    if settings.own is None:
+        return batch_advantages(rewards) if settings.kind == "batch" else group_advantages(rewards, questions)
+    name = getattr(settings.own, "__qualname__", repr(settings.own))
+    try:
+        found = torch.as_tensor(settings.own(rewards.clone(), questions.clone()), dtype=torch.float64).detach()
+    except Exception as error:
+        raise AgentError(
+            f"policy.advantage: {name} failed: {type(error).__name__}: {error}{place_of(error, settings.own)}"
+        ) from error
+    if found.shape != rewards.shape:
+        raise AgentError(f"policy.advantage: {name} returned shape {list(found.shape)}, expected {list(rewards.shape)}")
+    if not found.isfinite().all():
+        index = int((~found.isfinite()).nonzero()[0])
+        raise AgentError(
+            f"policy.advantage: {name} returned {found[index].item()} for path {index}: expected finite ones"
+        )
+    return found
 
 
 def all_equal(rewards: Sequence[float]) -> bool:

@@ -109,7 +109,7 @@ class FormatConfig(Section):
     )
     calls: str = key(
         "auto",
-        "chat: how calls are written: hermes, qwen3_coder, llama3_json, package.module:Class; auto: found by a round trip",
+        "chat: how calls are written: hermes, qwen3_coder, llama3_json, or package.module:Class; auto: by a round trip",
     )
     answer: Literal["auto", "tag", "boxed", "turn"] = key(
         "auto", "the answer is in <answer>, in \\boxed{}, or the last turn; auto: the first of these that is there"
@@ -204,9 +204,9 @@ class VLLMConfig(Section):
 NO_PRESETS = {
     "ppo": "PPO's clipped loss is that of policy.preset=reinforce++, with the batch's mean in place of a value model; "
     "policy.advantage=group takes the question's",
-    "drgrpo": "Dr. GRPO's loss is policy.preset=grpo policy.aggregation=constant; its advantage, without std, is in "
-    "aepo_kernels.advantages, but not in this trainer",
-    "rloo": "RLOO's leave-one-out advantage is in aepo_kernels.advantages, but not in this trainer",
+    "drgrpo": "Dr. GRPO's loss is policy.preset=grpo policy.aggregation=constant; its advantage, without std, is a "
+    "function of one line for policy.advantage: aepo_kernels.advantages.group_advantages with scale=False",
+    "rloo": "RLOO's leave-one-out advantage is policy.advantage=aepo_kernels.advantages:leave_one_out_advantages",
     "reinforce": "policy.preset=reinforce++ is REINFORCE, with the batch's mean as its baseline, where train.epochs=1 "
     "train.minibatches=1 leave every ratio at 1",
     **{
@@ -325,6 +325,16 @@ class EvalConfig(Section):
     temperature: float = key(0.0, "0: greedy", low=0)
     samples: int = key(1, "answers to each question", low=1)
     pass_at: tuple[int, ...] = key((1,), "k of pass@k, each at most eval.samples", low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"eval.samples = {self.samples}: expected 1 with eval.temperature = 0, greedy answers are all equal; "
+                "eval.temperature=1 samples them as training does"
+            )
+        if max(self.pass_at, default=0) > self.samples:
+            raise ValueError(f"eval.pass_at = {self.pass_at}: expected each at most eval.samples ({self.samples})")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,7 +17,7 @@ from aepo.rollout.engines.orphans import OrphanGuard
 from aepo.rollout.engines.vllm import VLLMEngine
 
 if TYPE_CHECKING:
-    from aepo.load import LanguageModel
+    from aepo.models.language_model import LanguageModel
 
 
 class PolicyEngine(Engine, Protocol):
@@ -31,13 +32,14 @@ class PolicyEngine(Engine, Protocol):
         ...
 
 
-def make_engine(config: Config, language_model: LanguageModel, version: int) -> PolicyEngine:
-    """With the weights that the model has now; `close` it. vLLM on this machine reads them from a directory in that of
-    the run, which is gone when this returns.
+def make_engine(config: Config, language_model: LanguageModel, eos_ids: Sequence[int], version: int) -> PolicyEngine:
+    """With the weights that the model has now; `close` it. eos_ids: tokens that end a segment.
+
+    vLLM on this machine reads the weights from a directory in that of the run, which is gone when this returns.
 
     ValueError: vLLM is not installed, or cannot serve this configuration. ConnectionError: an endpoint does not answer.
     """
-    model, tokenizer, eos_ids = language_model.model, language_model.tokenizer, language_model.eos_ids
+    model, tokenizer = language_model.model, language_model.tokenizer
     if config.rollout.engine == "huggingface":
         return HuggingFaceEngine(model, tokenizer, eos_ids, version=version)
     vocab_size, settings = language_model.vocab_size, config.vllm

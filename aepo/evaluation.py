@@ -1,56 +1,140 @@
-"""Scoring paths, and success on held-out questions."""
+"""Answers of the present weights to questions, and what they say: success, pass@k, intervals, tool calls, tokens.
+
+An evaluation is a rollout in which every path starts from the question, so it needs nothing but a sampler and a scorer.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import get_args
 
-from aepo.agents.protocol import Task
-from aepo.agents.tools.toolbox import ToolBox
+from aepo.agents.agent import Agent
+from aepo.answers import AnsweredQuestion, read_answers
 from aepo.config import Config
-from aepo.metrics import Record, evaluation_metrics
+from aepo.estimates import Interval, interval, pass_at_k
+from aepo.metrics import Record
 from aepo.rollout.engine import Engine
-from aepo.rollout.sampler import Sampler
-from aepo.rollout.tree import path_nodes
-from aepo.types import Question, Reward, RolloutTree
-
-if TYPE_CHECKING:
-    from aepo.load import LanguageModel
+from aepo.rollout.sampler import Progress, Sampler
+from aepo.scoring import Scorer
+from aepo.types import FinishReason, Question, ScoredTree
 
 
-def path_rewards(task: Task, language_model: LanguageModel, tree: RolloutTree) -> list[Reward]:
-    """The reward of every path, from its text after the prompt."""
-    rewards = []
-    for path in tree.paths:
-        response = [token for node in path_nodes(tree, path.id)[1:] for token in node.token_ids]
-        rewards.append(task.reward(tree.question, language_model.decode(response), path.finish_reason))
-    return rewards
+def spread(questions: Sequence[Question], count: int | None = None) -> list[Question]:
+    """`count` of them (or all, if there are fewer), evenly spread over the list, always the same. None: all."""
+    total = len(questions)
+    count = total if count is None else min(count, total)
+    return [questions[i * total // count] for i in range(count)]
 
 
-def heldout_questions(task: Task, count: int) -> list[Question]:
-    """`count` of them (or all, if there are fewer), evenly spread over the list, always the same."""
-    total = len(task.heldout)
-    return [task.heldout[i * total // min(count, total)] for i in range(min(count, total))]
+class Evaluator:
+    """Answers to questions with the weights that the engine has: `eval.samples` paths each, all from the question."""
+
+    def __init__(self, engine: Engine, agent: Agent, scorer: Scorer, config: Config) -> None:
+        samples = config.eval.samples
+        rollout = replace(config.rollout, paths=samples, fresh_paths=samples, temperature=config.eval.temperature)
+        self._sampler = Sampler(engine, agent, rollout)
+        self._scorer = scorer
+        self._format = agent.format
+        self._at_once = questions_at_once(config, samples)
+        # Every evaluation of a run draws the same random numbers, and none those of a training step.
+        self._seed = (config.run.seed << 32) + (1 << 31)
+
+    def answers(self, questions: Sequence[Question], progress: Progress | None = None) -> Iterator[AnsweredQuestion]:
+        """In order. Of a tree that has answered, nothing is kept of what only training needs: tokens, log-probs."""
+        trees = scored_rollouts(
+            self._sampler, self._scorer, questions, self._seed, at_once=self._at_once, progress=progress
+        )
+        return (read_answers(scored, self._format) for scored in trees)
 
 
-def evaluation_sampler(engine: Engine, toolbox: ToolBox, language_model: LanguageModel, config: Config) -> Sampler:
-    """One path per question, at the temperature of evaluations."""
-    single = replace(config.rollout, paths=1, fresh_paths=1, temperature=config.eval.temperature)
-    return Sampler(engine, toolbox, language_model, single)
+def questions_at_once(config: Config, paths: int) -> int:
+    """How many questions with so many paths fit where a training batch fits, or keep vLLM busy."""
+    at_once = config.train.questions * config.rollout.paths
+    if config.rollout.engine == "vllm":
+        at_once = max(at_once, 4 * config.vllm.max_num_seqs * config.vllm.replicas)
+    return max(at_once // paths, 1)
 
 
-def evaluate(
-    task: Task,
-    language_model: LanguageModel,
+def scored_rollouts(
     sampler: Sampler,
+    scorer: Scorer,
     questions: Sequence[Question],
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> Record:
-    """Metrics of one path per question, with the time they took."""
-    start = time.perf_counter()
-    trees = sampler.rollout(questions, seed, progress=progress)
-    rewards = [path_rewards(task, language_model, tree) for tree in trees]
-    return {**evaluation_metrics(trees, rewards), "seconds": time.perf_counter() - start}
+    *,
+    at_once: int,
+    progress: Progress | None = None,
+) -> Iterator[ScoredTree]:
+    """A tree with rewards per question, in order, `at_once` questions at a time: what was yielded is finished,
+    whatever happens afterwards. The random numbers of a question do not depend on those it is sampled with."""
+    for first in range(0, len(questions), at_once):
+        part = questions[first : first + at_once]
+
+        def report(finished: int, total: int, first: int = first, count: int = len(part)) -> None:
+            if progress is not None:
+                paths = total // count
+                progress(first * paths + finished, len(questions) * paths)
+
+        trees = sampler.rollout(part, seed, progress=report, judge=scorer.begin)
+        yield from scorer.score(trees)
+
+
+def answer_metrics(answered: Sequence[AnsweredQuestion], pass_at: Sequence[int] = ()) -> Record:
+    """Means over all answers, and by the kind of question. pass@k where there are several samples: of one it is the
+    success."""
+    samples = [sample for item in answered for sample in item.samples]
+    components = defaultdict(list)
+    for sample in samples:
+        for name, value in sample.components.items():
+            components[name].append(value)
+    finished = Counter(sample.finish_reason for sample in samples)
+    return {
+        **{name: _mean(values) for name, values in question_values(answered, pass_at).items()},
+        **{f"reward.{name}": _mean(components[name]) for name in sorted(components)},
+        "questions": len(answered),
+        "samples": len(samples) / len(answered),
+        "tool_calls": _mean([sample.tool_calls for sample in samples]),
+        "tool_failures": _mean([sample.tool_failures for sample in samples]),
+        "tokens": _mean([sample.tokens for sample in samples]),
+        **{f"finish.{reason}": finished[reason] / len(samples) for reason in get_args(FinishReason)},
+    }
+
+
+def answer_intervals(
+    answered: Sequence[AnsweredQuestion], pass_at: Sequence[int], seed: int
+) -> dict[str, Interval | None]:
+    """Of those metrics that depend on the choice of questions; None: resampling cannot tell."""
+    return {name: interval(values, seed) for name, values in question_values(answered, pass_at).items()}
+
+
+def question_values(answered: Sequence[AnsweredQuestion], pass_at: Sequence[int]) -> dict[str, list[float]]:
+    """One number per question of each metric that has an interval; also of the questions of each kind with a name."""
+    groups = {"": answered, **{f".{kind}": group for kind, group in by_kind(answered).items()}}
+    values = {f"success{name}": [_share(item) for item in group] for name, group in groups.items()}
+    for k in pass_at if len(answered[0].samples) > 1 else ():
+        values |= {f"pass@{k}{name}": [_pass_at(item, k) for item in group] for name, group in groups.items()}
+    return {**values, "reward": [_mean([sample.reward for sample in item.samples]) for item in answered]}
+
+
+def by_kind(answered: Sequence[AnsweredQuestion]) -> dict[str, list[AnsweredQuestion]]:
+    """The questions of each kind that has a name, in the order of the names."""
+    kinds = sorted({item.question.kind for item in answered} - {""})
+    return {kind: [item for item in answered if item.question.kind == kind] for kind in kinds}
+
+
+def _share(item: AnsweredQuestion) -> float:
+    return _successes(item) / len(item.samples)
+
+
+def _pass_at(item: AnsweredQuestion, k: int) -> float:
+    return pass_at_k(len(item.samples), _successes(item), k)
+
+
+def _successes(item: AnsweredQuestion) -> int:
+    return sum(sample.success for sample in item.samples)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

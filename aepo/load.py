@@ -1,17 +1,24 @@
-"""The policies that can be trained here: the tiny model, SmolLM2, and any model directory."""
+"""What a configuration names becomes objects: the model, the task, and the agent that a run trains."""
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import torch
 
+from aepo.agents.agent import Agent
+from aepo.agents.formats.make import make_format
+from aepo.agents.protocol import Task
+from aepo.agents.rewards.make import make_rewards
 from aepo.agents.tasks.facts.warmstart import Progress, warm_started
-from aepo.config import ModelConfig, WarmStartConfig
+from aepo.agents.tools.environment import EnvironmentTools
+from aepo.agents.tools.make import make_tools
+from aepo.agents.tools.toolbox import ToolBox
+from aepo.config import Config, ModelConfig, TaskConfig, WarmStartConfig
 from aepo.models.language_model import LanguageModel
 from aepo.models.smollm2 import model_directory
-
-__all__ = ["LanguageModel", "load_model"]
+from aepo.registry import resolve
 
 
 def load_model(
@@ -36,3 +43,79 @@ def load_model(
             f"model.name = {config.name!r}: expected tiny, smollm2-135m-instruct, or a directory with a config.json"
         )
     return LanguageModel.from_directory(directory, dtype=dtype, device=device)
+
+
+def load_task(settings: TaskConfig) -> Task:
+    """The task by its name, with its data. ValueError, in one line: there is none, or its data cannot be used."""
+    if ":" in settings.name:
+        task = _own_task(settings)
+    elif settings.name == "facts":
+        from aepo.agents.tasks.facts.task import FactsTask
+
+        task = FactsTask(settings.seed)
+    elif settings.name == "files":
+        from aepo.agents.tasks.files import FilesTask
+
+        task = FilesTask(settings.train, settings.heldout, settings.columns, seed=settings.seed)
+    elif settings.name == "reasoning_gym":
+        from aepo.agents.tasks.reasoning_gym import ReasoningGymTask
+
+        task = ReasoningGymTask(**{"seed": settings.seed, **settings.options})
+    else:
+        raise ValueError(
+            f"task.name = {settings.name!r}: expected facts, files, reasoning_gym, or package.module:Class"
+        )
+    if settings.system is not None:
+        task.system = _text_or_file(settings.system)
+    return task
+
+
+def load_agent(config: Config, language_model: LanguageModel, task: Task | None = None) -> Agent:
+    """Task, tools, environment, format and rewards of a configuration, for a model; `close` it.
+
+    task: in place of the one that the configuration names. ValueError, in one line, for whatever cannot be used.
+    """
+    settings = config.task
+    task = load_task(settings) if task is None else task
+    rewards = task.rewards if settings.rewards is None else make_rewards(settings.rewards)
+    own = make_tools(task.tools, timeout=settings.tool_timeout, setting=f"the tools of task {task.name}")
+    toolbox = ToolBox([*own, *make_tools(settings.tools, timeout=settings.tool_timeout)])
+    try:
+        cls = task.environment if settings.environment is None else resolve(settings.environment, "task.environment")
+        environment = None if cls is None else EnvironmentTools(cls, toolbox, settings.tool_timeout)
+        schemas = (environment or toolbox).schemas
+        return Agent(
+            task=task,
+            format=make_format(config.format, language_model, schemas, tool_instructions=task.tool_instructions),
+            toolbox=toolbox,
+            environment=environment,
+            rewards=rewards,
+            chat=language_model.tokenizer.chat_template is not None,
+        )
+    except BaseException:
+        toolbox.close()
+        raise
+
+
+def _own_task(settings: TaskConfig) -> Task:
+    cls = resolve(settings.name, "task.name")
+    if not (isinstance(cls, type) and issubclass(cls, Task)):
+        raise ValueError(f"task.name = {settings.name!r}: expected a class derived from aepo.agents.protocol.Task")
+    try:
+        inspect.signature(cls).bind(**settings.options)
+    except TypeError as error:
+        signature = f"{cls.__name__}{inspect.signature(cls)}"
+        raise ValueError(f"task.options = {settings.options!r}: expected arguments of {signature}: {error}") from None
+    try:
+        return cls(**settings.options)
+    except Exception as error:  # whatever the user's code does
+        raise ValueError(f"task.name = {settings.name!r}: making it failed: {type(error).__name__}: {error}") from error
+
+
+def _text_or_file(text: str) -> str:
+    """A path of a text file stands for what is in it."""
+    path = Path(text).expanduser()
+    try:
+        return path.read_text(encoding="utf-8") if "\n" not in text and path.is_file() else text
+    except OSError as error:
+        raise ValueError(f"task.system = {text!r}: the file cannot be read: {error}") from None

@@ -15,18 +15,18 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from aepo.advantages import all_equal
 from aepo.packing import PackedBatch
 from aepo.rollout.tree import branches_per_path, path_nodes
-from aepo.types import Reward, RolloutTree
+from aepo.types import ErrorKind, FinishReason, RolloutTree, ScoredTree
 
 Record = dict[str, Any]  # dotted key -> number, None, or (rollout.branches_per_path) a list of numbers
-FINISH_REASONS = ("answered", "eos", "length", "tool_limit")
-TOOL_FAILURES = ("unknown_tool", "raised", "timeout", "empty")
+FINISH_REASONS = get_args(FinishReason)
+TOOL_FAILURES = get_args(ErrorKind)
 KERNEL_METRICS = {
     "clip_fraction_high": "policy.clip_high",
     "clip_fraction_low": "policy.clip_low",
@@ -38,9 +38,10 @@ KERNEL_METRICS = {
 }
 
 
-def rollout_metrics(trees: Sequence[RolloutTree], rewards: Sequence[Sequence[Reward]]) -> Record:
-    """Of a rollout batch; `rewards[q][j]` belongs to path j of question q."""
-    flat = [reward for group in rewards for reward in group]
+def rollout_metrics(scored: Sequence[ScoredTree]) -> Record:
+    """Of a rollout batch."""
+    trees = [one.tree for one in scored]
+    flat = [reward for one in scored for reward in one.rewards]
     totals = [reward.total for reward in flat]
     branches = Counter(count for tree in trees for count in branches_per_path(tree))
     finished: Counter[str] = Counter(path.finish_reason for tree in trees for path in tree.paths)
@@ -55,8 +56,8 @@ def rollout_metrics(trees: Sequence[RolloutTree], rewards: Sequence[Sequence[Rew
         "reward.mean": _mean(totals),
         "reward.std": statistics.pstdev(totals),
         **_means("reward", ((name, value) for reward in flat for name, value in reward.components.items())),
-        **_success("train.success", trees, rewards),
-        "advantage.zero_groups": _mean([all_equal([reward.total for reward in group]) for group in rewards]),
+        **_success("train.success", scored),
+        "advantage.zero_groups": _mean([all_equal([reward.total for reward in one.rewards]) for one in scored]),
         "rollout.paths": len(flat),
         "rollout.fresh_paths": _mean(fresh),
         "rollout.budget": _mean([tree.budget.fresh_paths for tree in trees if tree.budget]),
@@ -64,6 +65,7 @@ def rollout_metrics(trees: Sequence[RolloutTree], rewards: Sequence[Sequence[Rew
         "rollout.root_entropy": _mean([tree.budget.root_entropy for tree in trees if tree.budget]),
         "rollout.tool_entropy": _mean([entropy for entropy in tool_entropies if entropy is not None]),
         "rollout.branch_probability": _mean([d.probability for tree in trees for d in tree.decisions]),
+        "rollout.refused_branches": sum(d.refused for tree in trees for d in tree.decisions),
         **{f"rollout.finish.{reason}": finished[reason] / len(flat) for reason in FINISH_REASONS},
         **tool_metrics(trees),
         "rollout.path_tokens": _mean(path_tokens),
@@ -73,28 +75,16 @@ def rollout_metrics(trees: Sequence[RolloutTree], rewards: Sequence[Sequence[Rew
 
 def tool_metrics(trees: Sequence[RolloutTree]) -> Record:
     """Calls and failures. A result that several paths share is one call."""
-    nodes = [node for tree in trees for node in tree.nodes if node.source == "tool"]
-    failures: Counter[str] = Counter(node.result.error for node in nodes if node.result and node.result.error)
-    calls = Counter(node.call.tool for node in nodes if node.call)
+    nodes = [node for tree in trees for node in tree.nodes]
+    results = [result for node in nodes for result in node.results]
+    failures: Counter[str] = Counter(result.error for result in results if result.error)
+    calls = Counter(call.tool for node in nodes for call in node.calls if call.tool)
     return {
-        "tools.calls": len(nodes),
+        "tools.calls": len(results),
         **{f"tools.calls.{tool}": calls[tool] for tool in sorted(calls)},
         "tools.failures": failures.total(),
         **{f"tools.failures.{kind}": failures[kind] for kind in TOOL_FAILURES},
-        "tools.seconds": sum(node.result.seconds for node in nodes if node.result),
-    }
-
-
-def evaluation_metrics(trees: Sequence[RolloutTree], rewards: Sequence[Sequence[Reward]]) -> Record:
-    """Of held-out questions with one path each."""
-    flat = [reward for group in rewards for reward in group]
-    return {
-        **_success("success", trees, rewards),
-        "reward": _mean([reward.total for reward in flat]),
-        **_means("reward", ((name, value) for reward in flat for name, value in reward.components.items())),
-        "questions": len(trees),
-        "tool_calls": tool_metrics(trees)["tools.calls"] / len(trees),
-        "tokens": _generated(trees) / len(trees),
+        "tools.seconds": sum(result.seconds for result in results),
     }
 
 
@@ -188,12 +178,13 @@ def _generated(trees: Sequence[RolloutTree]) -> int:
     return sum(len(node.token_ids) for tree in trees for node in tree.nodes if node.source == "model")
 
 
-def _success(prefix: str, trees: Sequence[RolloutTree], rewards: Sequence[Sequence[Reward]]) -> Record:
-    kinds = _means(
-        prefix,
-        ((tree.question.kind, reward.success) for tree, group in zip(trees, rewards, strict=True) for reward in group),
-    )
-    return {prefix: _mean([reward.success for group in rewards for reward in group]), **kinds}
+def _success(prefix: str, scored: Sequence[ScoredTree]) -> Record:
+    """Of all paths, and of those of each kind of question that has a name."""
+    kinds = ((one.tree.question.kind, reward.success) for one in scored for reward in one.rewards)
+    return {
+        prefix: _mean([reward.success for one in scored for reward in one.rewards]),
+        **_means(prefix, ((kind, success) for kind, success in kinds if kind)),
+    }
 
 
 def _means(prefix: str, pairs: Iterable[tuple[str, float]]) -> Record:

@@ -5,14 +5,14 @@
     metrics.jsonl  one record per step; step n = after n rollout batches
     evals.jsonl    one record per held-out evaluation; step 0 = before the first step
     trees/         step_000010.json: rollout trees of a step with rewards, advantages and the text of every token
-    tensorboard/   the same numbers as event files
+    answers/       step_000010.jsonl: every answer of a held-out evaluation, one question per line
+    tensorboard/   the same numbers as event files; wandb/ those of log.wandb
 
 A resumed run first cuts all of them back to the step it starts from, so they read like those of one run.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -21,6 +21,7 @@ import platform
 import shutil
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,32 +29,49 @@ from typing import Any
 import torch
 
 import aepo
+from aepo.answers import AnsweredQuestion, write_answers
+from aepo.boards import Boards, require_boards
 from aepo.config import Config, to_yaml
 from aepo.metrics import Record, finite
-from aepo.types import Reward, RolloutTree
+from aepo.saved_trees import tree_entry
+from aepo.types import ScoredTree
 
-FORMAT = 1
+FORMAT = 2  # 1 had no facts of an agent but the name and size of its task
 FILES = (
     "config.yaml",
     "run.json",
     "metrics.jsonl",
     "evals.jsonl",
     "trees",
+    "answers",
     "tensorboard",
+    "wandb",
     "checkpoints",
     "report.html",
 )
 
 
 class RunLog:
-    """Writes the files above. `facts` are the model's and the task's entries of run.json."""
+    """Writes the files above. `facts` are the model's and the agent's entries of run.json, `changed` how they differ
+    from those that a resumed run was begun with."""
 
-    def __init__(self, directory: Path, config: Config, facts: dict[str, Any], step: int, resumed: bool) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: Config,
+        facts: dict[str, Any],
+        step: int,
+        *,
+        resumed: bool,
+        changed: Sequence[str] = (),
+    ) -> None:
+        require_boards(config)
         self.directory = directory
         self._start = time.perf_counter()
         if resumed:
-            self._facts = json.loads((directory / "run.json").read_text())
-            self._facts["resumed"].append({"step": step, "time": _now()})
+            self._facts = read_facts(directory)
+            self._facts["resumed"].append({"step": step, "time": _now(), **({"changed": changed} if changed else {})})
+            self._facts.update(facts)
             self._start -= self._facts["wall_seconds"] or 0.0  # None: it was killed
             self._cut_back(step)
         else:
@@ -63,12 +81,10 @@ class RunLog:
         self._trees = directory / "trees"
         self._trees.mkdir(exist_ok=True)
         _replace(directory / "config.yaml", to_yaml(config))
+        if config.log.wandb is not None:
+            self._facts.setdefault("wandb_id", uuid.uuid4().hex[:8])
         self._state(status="running", finished=None, reason=None, wall_seconds=None)
-        self._board = None
-        if config.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        self._boards = Boards(config, directory, step, self._facts["wandb_id"] if config.log.wandb else None)
 
     def step(self, record: Record) -> None:
         self._append("metrics.jsonl", record, prefix="")
@@ -82,8 +98,7 @@ class RunLog:
     def trees(
         self,
         step: int,
-        trees: Sequence[RolloutTree],
-        rewards: Sequence[Sequence[Reward]],
+        scored: Sequence[ScoredTree],
         advantages: Sequence[Sequence[float]],
         *,
         vocab_size: int,
@@ -91,43 +106,50 @@ class RunLog:
         decode: Callable[[Sequence[int]], str],
     ) -> None:
         entries = [
-            {
-                "tree": dataclasses.asdict(tree),
-                "rewards": [dataclasses.asdict(reward) for reward in path_rewards],
-                "advantages": list(path_advantages),
-                "texts": [token_texts(node.token_ids, decode) for node in tree.nodes],
-            }
-            for tree, path_rewards, path_advantages in zip(trees, rewards, advantages, strict=True)
+            {**tree_entry(one, decode), "advantages": list(path_advantages)}
+            for one, path_advantages in zip(scored, advantages, strict=True)
         ]
         record = {"step": step, "vocab_size": vocab_size, "temperature": temperature, "trees": entries}
-        _replace(self._trees / f"step_{step:06d}.json", json.dumps(record))
+        _replace(self._trees / f"step_{step:06d}.json", json.dumps(record, default=str))
+
+    def answers(self, step: int, answered: Sequence[AnsweredQuestion]) -> None:
+        """Of a held-out evaluation."""
+        folder = self.directory / "answers"
+        folder.mkdir(exist_ok=True)
+        write_answers(folder / f"step_{step:06d}.jsonl", step, answered)
 
     def close(self, status: str, reason: str | None = None) -> None:
         """`status`: finished, interrupted or failed; `reason`: the error's text."""
         self._state(status=status, finished=_now(), reason=reason, wall_seconds=time.perf_counter() - self._start)
-        if self._board is not None:
-            self._board.close()
+        self._boards.close(finished=status == "finished")
 
     def _append(self, name: str, record: Record, prefix: str) -> None:
         with (self.directory / name).open("a") as file:
             file.write(json.dumps(finite(record), allow_nan=False) + "\n")
-        if self._board is not None:
-            for key, value in record.items():
-                if isinstance(value, (int, float)) and key != "step":
-                    self._board.add_scalar((prefix + key).replace(".", "/", 1), value, record["step"])
-            self._board.flush()
+        self._boards.write(record, prefix, record["step"])
 
     def _cut_back(self, step: int) -> None:
         for name in ("metrics.jsonl", "evals.jsonl"):
             kept = [record for record in read_records(self.directory / name) if record["step"] <= step]
             _replace(self.directory / name, "".join(json.dumps(record) + "\n" for record in kept))
-        for path in (self.directory / "trees").glob("step_*.json"):
+        for path in [*self.directory.glob("trees/step_*.json"), *self.directory.glob("answers/step_*.jsonl")]:
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
 
     def _state(self, **changes: Any) -> None:
         self._facts.update(changes)
         _replace(self.directory / "run.json", json.dumps(self._facts, indent=2) + "\n")
+
+
+def read_facts(directory: Path) -> dict[str, Any]:
+    """run.json of a run. ValueError: it is not there, or not readable."""
+    try:
+        facts = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory}: expected a run, whose run.json can be read: {error}") from None
+    if not isinstance(facts, dict):
+        raise ValueError(f"{directory / 'run.json'}: expected an object, got {type(facts).__name__}")
+    return facts
 
 
 def refuse_existing_run(directory: Path) -> None:
@@ -160,19 +182,6 @@ def read_records(path: Path) -> list[Record]:
             if number < len(lines):
                 raise ValueError(f"{path}, line {number}: not JSON") from None
     return records
-
-
-def token_texts(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
-    """One piece of text per token; joined they are the decoded text. A character whose bytes are spread over several
-    tokens stands at the last of them."""
-    pieces, done = [], ""
-    for end in range(1, len(token_ids) + 1):
-        text = decode(token_ids[:end])
-        if text.endswith("\ufffd") and end < len(token_ids):
-            text = done
-        pieces.append(text[len(done) :])
-        done = text
-    return pieces
 
 
 def machine_facts() -> dict[str, Any]:

@@ -7,60 +7,78 @@ the optimizer and the number of the step: that is what a checkpoint holds, and w
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aepo.advantages import Sample, advantage_settings, make_samples
+from aepo.agents.agent import Agent, agent_facts, changes
 from aepo.agents.protocol import Task
-from aepo.agents.tools.toolbox import ToolBox
 from aepo.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, save_checkpoint
 from aepo.config import Config, to_yaml
 from aepo.display import Display
 from aepo.engine_factory import make_engine
-from aepo.evaluation import evaluate, evaluation_sampler, heldout_questions, path_rewards
+from aepo.evaluation import Evaluator, answer_metrics, spread
 from aepo.interrupt import Interrupt
 from aepo.learner import Learner, Minibatch
 from aepo.metrics import Record, StageClock, loss_metrics, memory_metrics, mismatch_metrics, rollout_metrics
+from aepo.rollout.branching import branch_rule
 from aepo.rollout.sampler import Sampler
 from aepo.rollout.tree import flatten
-from aepo.run_log import RunLog
-from aepo.types import Question, Reward, RolloutTree
+from aepo.run_log import RunLog, read_facts
+from aepo.scoring import Scorer
+from aepo.types import Question, ScoredTree
 
 if TYPE_CHECKING:
-    from aepo.load import LanguageModel
-
-EVALUATION = 1 << 31  # in place of a step number in the seed: every evaluation draws the same random numbers
+    from aepo.models.language_model import LanguageModel
 
 
 class Trainer:
     """One run. `train` works until the last step, an error or Ctrl-C; what was finished by then is saved.
 
     The language model's weights are trained in place. resume_step: continue from the checkpoint of that step in
-    `config.run.dir`; None: a new run, which must not find another one there.
+    `config.run.dir`; None: a new run, which must not find another one there. ValueError: the run was begun with another
+    agent (task, data, format, tools, rewards), unless `another_agent` says that this is meant: then it is recorded.
     """
 
     def __init__(
-        self, config: Config, task: Task, language_model: LanguageModel, *, resume_step: int | None = None
+        self,
+        config: Config,
+        agent: Agent,
+        language_model: LanguageModel,
+        *,
+        resume_step: int | None = None,
+        another_agent: bool = False,
     ) -> None:
-        check_sizes(config, task)
-        self.config, self.task, self.language_model = config, task, language_model
+        check_sizes(config, agent.task)
+        changed = [] if resume_step is None else changes(read_facts(Path(config.run.dir)), agent_facts(agent))
+        if changed and not another_agent:
+            raise ValueError(
+                f"{config.run.dir}: the run was begun with another agent: {'; '.join(changed)}. Expected the same one, "
+                "or the settings that change it (task.*, format.*) in this command"
+            )
+        self.config, self.agent, self.language_model = config, agent, language_model
         self.directory = Path(config.run.dir)
-        self.learner = Learner(language_model.model, config, language_model.decode)
+        self.advantage_settings = advantage_settings(config.policy)
+        firsts = (agent.task.train[0], agent.task.heldout[0])
+        self.scorer = Scorer(agent.rewards, agent.format, config.task.success, firsts)
+        rule = branch_rule(config.rollout)
+        self.learner = Learner(language_model.model, config, agent.format.decode)
         self.step = 0
         if resume_step is not None:
             path = checkpoint_path(self.directory / "checkpoints", resume_step)
             self.step = load_checkpoint(path, self.learner.model, self.learner.optimizer)
-        self.engine = make_engine(config, language_model, self.step)
+        self.engine = make_engine(config, language_model, agent.format.eos_ids, self.step)
         try:
-            self.log = RunLog(self.directory, config, self._facts(), self.step, resumed=resume_step is not None)
+            self.log = RunLog(
+                self.directory, config, self._facts(), self.step, resumed=resume_step is not None, changed=changed
+            )
             self._saved = (self.step, self._heldout_success()) if resume_step is not None else None
             self.display = Display(config.train.steps)
             self.interrupt = Interrupt()
-            self.advantage_settings = advantage_settings(config.policy)
-            self.toolbox = ToolBox(task.tools)
-            self.sampler = Sampler(self.engine, self.toolbox, language_model, config.rollout)
-            self.evaluator = evaluation_sampler(self.engine, self.toolbox, language_model, config)
+            self.sampler = Sampler(self.engine, agent, config.rollout, rule)
+            self.evaluator = Evaluator(self.engine, agent, self.scorer, config)
         except BaseException:  # its processes would stay
             self.engine.close()
             raise
@@ -88,20 +106,21 @@ class Trainer:
                 self.log.close("finished")
             finally:
                 self.interrupt.hold()  # processes that were started for this run end with it
-                self.toolbox.close()
+                self.agent.close()
                 self.engine.close()
 
     def train_step(self) -> None:
         """One rollout batch, and the optimiser steps on it."""
         step, clock = self.step + 1, StageClock(self.display.stage)
-        questions = questions_of_step(self.task.train, self.config.run.seed, step, self.config.train.questions)
+        questions = questions_of_step(self.agent.task.train, self.config.run.seed, step, self.config.train.questions)
         with clock("rollout"):
-            trees = self.sampler.rollout(questions, stream(self.config.run.seed, step), progress=self.display.paths)
+            seed = stream(self.config.run.seed, step)
+            trees = self.sampler.rollout(questions, seed, progress=self.display.paths, judge=self.scorer.begin)
         with clock("reward"):
-            rewards = [path_rewards(self.task, self.language_model, tree) for tree in trees]
+            scored = self.scorer.score(trees)
         with clock("pack"):
             paths = [[flatten(tree, path.id) for path in tree.paths] for tree in trees]
-            totals = [[reward.total for reward in group] for group in rewards]
+            totals = [[reward.total for reward in one.rewards] for one in scored]
             samples = make_samples(paths, totals, self.advantage_settings, self.config.rollout.max_tokens)
             minibatches = self.learner.pack(samples, len(questions))
         with clock("old_logprobs"):
@@ -114,7 +133,7 @@ class Trainer:
             with clock("refresh"):
                 self.engine.refresh(step)
         finally:  # the weights are those of this step, also if they did not reach the engine
-            self._record(clock, trees, rewards, samples, minibatches, losses)
+            self._record(clock, scored, samples, minibatches, losses)
         self.interrupt.release()
 
     def update(self, step: int, minibatches: Sequence[Minibatch], question_ids: Sequence[str]) -> Record:
@@ -162,12 +181,12 @@ class Trainer:
         if done or not (self.step in (0, self.config.train.steps) or self._due(self.config.eval.every)):
             return
         self.display.stage("evaluation")
-        questions, seed = (
-            heldout_questions(self.task, self.config.eval.questions),
-            stream(self.config.run.seed, EVALUATION),
-        )
-        record = evaluate(self.task, self.language_model, self.evaluator, questions, seed, self.display.paths)
+        start = time.perf_counter()
+        questions = spread(self.agent.task.heldout, self.config.eval.questions)
+        answered = list(self.evaluator.answers(questions, self.display.paths))
+        record = {**answer_metrics(answered, self.config.eval.pass_at), "seconds": time.perf_counter() - start}
         best = max((r["success"] for r in self.log.evaluations()), default=-1.0)
+        self.log.answers(self.step, answered)
         self.log.evaluation({"step": self.step, **record})
         self.display.evaluation({"step": self.step, **record})
         if record["success"] > best:
@@ -190,14 +209,13 @@ class Trainer:
     def _record(
         self,
         clock: StageClock,
-        trees: Sequence[RolloutTree],
-        rewards: Sequence[Sequence[Reward]],
+        scored: Sequence[ScoredTree],
         samples: Sequence[Sample],
         minibatches: Sequence[Minibatch],
         losses: Record,
     ) -> None:
         batches = [batch for minibatch in minibatches for batch in minibatch]
-        rollout = rollout_metrics(trees, rewards)
+        rollout = rollout_metrics(scored)
         record = {
             "step": self.step,
             **rollout,
@@ -210,22 +228,19 @@ class Trainer:
         self.log.step(record)
         self.display.step(record)
         if self.step == 1 or self._due(self.config.log.trees_every):
-            self._save_trees(trees, rewards, samples)
+            self._save_trees(scored, samples)
 
-    def _save_trees(
-        self, trees: Sequence[RolloutTree], rewards: Sequence[Sequence[Reward]], samples: Sequence[Sample]
-    ) -> None:
+    def _save_trees(self, scored: Sequence[ScoredTree], samples: Sequence[Sample]) -> None:
         """The first questions of the batch. A path's advantage is that of its first token; 0 if it was left out."""
-        count = self.config.log.trees
+        kept = scored[: self.config.log.trees]
         firsts = {(s.question, s.path): s.advantages[s.trajectory.generated.index(True)] for s in samples}
         self.log.trees(
             self.step,
-            trees[:count],
-            rewards[:count],
-            [[firsts.get((q, path.id), 0.0) for path in tree.paths] for q, tree in enumerate(trees[:count])],
+            kept,
+            [[firsts.get((q, path.id), 0.0) for path in one.tree.paths] for q, one in enumerate(kept)],
             vocab_size=self.language_model.vocab_size,
             temperature=self.config.rollout.temperature,
-            decode=self.language_model.decode,
+            decode=self.agent.format.decode,
         )
 
     def _facts(self) -> Record:
@@ -236,11 +251,7 @@ class Trainer:
                 "parameters": parameters,
                 "vocab_size": self.language_model.vocab_size,
             },
-            "task": {
-                "name": self.task.name,
-                "train_questions": len(self.task.train),
-                "heldout_questions": len(self.task.heldout),
-            },
+            **agent_facts(self.agent),
         }
 
 

@@ -5,6 +5,8 @@ A setting names one as "package.module:Name" (`aepo.registry`), so a newcomer's 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -16,12 +18,17 @@ RewardFunction = Callable[..., Any]
 """Any signature of docs/rewards.md: ours (question, response), TRL's, verl's; may be async."""
 
 
+class AgentError(RuntimeError):
+    """The user's own code failed: a reward, an environment, a format, a rule. It says which, where, and how."""
+
+
 class ToolError(Exception):
     """A call that failed by the model's own fault, for example code that raised: the model reads the message."""
 
 
 class Tool(Protocol):
-    """Called with the arguments that the model wrote, by name; returns the text that the model reads next.
+    """Called with the arguments that the model wrote, by name, after they were checked against `parameters`; returns
+    the text that the model reads next, or what has a JSON form (docs/tools.md).
 
     A call may block, raise, return nothing, or be a coroutine: the `ToolBox` runs calls concurrently, gives up waiting
     after `timeout` and turns every failure into a short error text. A tool that holds processes or connections has a
@@ -33,7 +40,7 @@ class Tool(Protocol):
     description: str
     parameters: Mapping[str, Any]  # JSON schema of type "object", as in the `parameters` of an OpenAI function
 
-    def __call__(self, **arguments: Any) -> str | Awaitable[str]: ...
+    def __call__(self, *args: Any, **arguments: Any) -> Any: ...  # to a type checker: any parameters
 
 
 class Environment(Protocol):
@@ -82,6 +89,9 @@ class ChatFormat(Protocol):
     """
 
     name: str
+    identity: Mapping[str, Any]  # what a run remembers: name, and what else decides what tokens mean (JSON values)
+    chosen: str  # one line for people: why this format, and these calls
+    warnings: tuple[str, ...]  # what inference will do differently from training with this template
     eos_ids: tuple[int, ...]  # tokens that end a segment, ascending
     stop_strings: tuple[str, ...]  # generation also ends with the token that completes one of these
     vocab_size: int  # of the distributions that tokens are drawn from
@@ -132,6 +142,11 @@ class Task:
         """Reward functions with their weights; the total is the weighted sum."""
         return {self.reward: 1.0}
 
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What a run remembers of the data, and another run of the same task must agree with: JSON values."""
+        return {"train": content_hash(self.train), "heldout": content_hash(self.heldout)}
+
     def messages(self, question: Question, *, chat: bool) -> tuple[Message, ...]:
         """The dialogue that a question begins with. chat: whether the model has a chat template."""
         begins = question.messages
@@ -142,4 +157,14 @@ class Task:
 
 @runtime_checkable
 class Closable(Protocol):
+    """Holds something that ends with it."""
+
     def close(self) -> None: ...
+
+
+def content_hash(questions: Sequence[Question]) -> str:
+    """SHA-256 of ids, prompts and answers."""
+    digest = hashlib.sha256()
+    for question in questions:
+        digest.update(json.dumps([question.id, question.prompt, question.answer], default=str).encode())
+    return digest.hexdigest()

@@ -7,9 +7,12 @@ is all paths fresh: settings of `RolloutConfig`, not other code. Entropies are i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from aepo.agents.protocol import AgentError
 from aepo.config import RolloutConfig
+from aepo.registry import place_of, resolve_function
 from aepo.types import BranchDecision, BudgetDecision
 
 
@@ -32,39 +35,75 @@ def decide_budget(root_entropy: float, tool_entropies: Sequence[float], config: 
     return BudgetDecision(root_entropy=root_entropy, tool_entropy=tool_entropy, fresh_paths=fresh_paths)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BranchPoint:
+    """A place where a path may branch: what the rule is asked about. Entropies and log-probs are in nats."""
+
+    entropies: tuple[float, ...]
+    """Of the tokens of the segment after the tool results."""
+    logprobs: tuple[float, ...]
+    """Of the same tokens."""
+    initial_entropy: float
+    """Mean over the first tokens of the path."""
+    log_vocabulary: float
+    """log V: the entropy of a uniform distribution."""
+    uniform: float
+    """Drawn from [0, 1) for this place."""
+    consecutive: int
+    """Places of this path just before this one that branched, without a gap."""
+    room: int
+    """Paths that the question may still get."""
+    step: int
+    """Tool turns of the path up to here."""
+
+
+BranchRule = Callable[[BranchPoint], float]
+"""A chance; a path branches where it is above `rollout.branch_threshold`."""
+
+
+def branch_rule(config: RolloutConfig) -> BranchRule | None:
+    """The rule of the user's own, `rollout.branch_rule`. ValueError: there is no such function."""
+    if config.branch_rule is None:
+        return None
+    return resolve_function(config.branch_rule, "rollout.branch_rule", "point")
+
+
 def decide_branch(
-    *,
-    path: int,
-    node: int,
-    entropy: float,
-    initial_entropy: float,
-    log_vocabulary: float,
-    uniform: float,
-    consecutive: int,
-    room: int,
-    config: RolloutConfig,
+    path: int, node: int, point: BranchPoint, config: RolloutConfig, rule: BranchRule | None = None
 ) -> BranchDecision:
     """The branch rule at tool node `node`: P = (alpha + gamma dH) (1 - penalty(l)), branch where P > tau.
 
-    `entropy` is that of the segment after the tool result, `initial_entropy` that of the path's first segment,
-    dH = (entropy - initial_entropy) / log V. `uniform` in [0, 1) is alpha where the configuration draws it. l =
-    `consecutive` counts the steps of this path just before this one that branched, without a gap. `room` is how
-    many paths the question may still get.
+    dH = (entropy after the tool - initial entropy) / log V, alpha a constant or the place's uniform draw, l the places
+    in a row that branched. A `rule` gives P in place of this formula. AgentError: it raised, or gave no finite number.
     """
-    delta = (entropy - initial_entropy) / log_vocabulary
-    alpha = uniform if config.branch_alpha == "uniform" else float(config.branch_alpha)
-    penalty = min(config.branch_penalty * consecutive, 1.0)
-    probability = (alpha + config.branch_gamma * delta) * (1.0 - penalty)
+    entropy = mean_entropy(point.entropies, config.entropy_window)
+    delta = (entropy - point.initial_entropy) / point.log_vocabulary
+    alpha = point.uniform if config.branch_alpha == "uniform" else float(config.branch_alpha)
+    penalty = min(config.branch_penalty * point.consecutive, 1.0)
+    probability = (alpha + config.branch_gamma * delta) * (1.0 - penalty) if rule is None else _chance(rule, point)
     return BranchDecision(
         path=path,
         node=node,
         entropy=entropy,
         delta=delta,
         alpha=alpha,
-        consecutive=consecutive,
+        consecutive=point.consecutive,
         probability=probability,
-        branched=probability > config.branch_threshold and room > 0,
+        branched=probability > config.branch_threshold and point.room > 0,
     )
+
+
+def _chance(rule: BranchRule, point: BranchPoint) -> float:
+    name = getattr(rule, "__qualname__", repr(rule))
+    try:
+        chance = rule(point)
+        number = float(chance)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}{place_of(error, rule)}"
+        raise AgentError(f"rollout.branch_rule: {name} failed: {problem}") from error
+    if not math.isfinite(number):
+        raise AgentError(f"rollout.branch_rule: {name} returned {chance!r}: expected a finite number")
+    return number
 
 
 def _sigmoid(x: float) -> float:

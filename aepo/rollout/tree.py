@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from aepo.rollout.engine import Generation
@@ -42,9 +42,19 @@ class TreeBuilder:
             )
         )
 
-    def add_tool_result(self, parent: int, token_ids: TokenIds, call: ToolCall | None, result: ToolResult) -> int:
+    def add_results(
+        self, parent: int, token_ids: TokenIds, calls: Sequence[ToolCall], results: Sequence[ToolResult]
+    ) -> int:
+        """What the calls of segment `parent` gave, as the tokens that the model reads."""
         return self._add(
-            Node(id=len(self.nodes), parent=parent, source="tool", token_ids=token_ids, call=call, result=result)
+            Node(
+                id=len(self.nodes),
+                parent=parent,
+                source="tool",
+                token_ids=token_ids,
+                calls=tuple(calls),
+                results=tuple(results),
+            )
         )
 
     def tokens_to(self, node: int) -> TokenIds:
@@ -54,6 +64,10 @@ class TreeBuilder:
     def length_to(self, node: int) -> int:
         """Tokens from the root to the end of `node`."""
         return self._lengths[node]
+
+    def calls_to(self, node: int) -> int:
+        """Tool results from the root to the end of `node`."""
+        return sum(len(n.results) for n in _lineage(self.nodes, node))
 
     def build(
         self, paths: Iterable[Path], decisions: Iterable[BranchDecision], budget: BudgetDecision | None
@@ -151,6 +165,7 @@ def _check_nodes(nodes: tuple[Node, ...]) -> None:
             follows = "model" if node.source == "tool" else "prompt or tool"
             assert node.parent is not None
             _require(nodes[node.parent].source in follows, f"{name} ({node.source}) must follow a {follows} node")
+        _require(len(node.calls) == len(node.results), f"{name}: {len(node.calls)} calls, {len(node.results)} results")
         expected = len(node.token_ids) if node.source == "model" else 0
         _require(
             len(node.logprobs) == len(node.entropies) == expected,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from aepo.config import RolloutConfig
-from aepo.rollout.branching import decide_branch, mean_entropy
+from aepo.rollout.branching import BranchPoint, decide_branch, mean_entropy
 from aepo.vllm.records import EntropyRecords
 
 # Names of a query, and the settings (with their defaults and ranges) that they stand for.
@@ -68,10 +68,9 @@ def decide(
         if len(entropies[key]) < needed[key] or (initial is not None and not entropies[initial]):
             decisions[key] = None
             continue
-        decision = decide_branch(
-            path=0,
-            node=0,
-            entropy=mean_entropy(entropies[key], rule.entropy_window),
+        point = BranchPoint(
+            entropies=tuple(entropies[key]),
+            logprobs=(),
             initial_entropy=(
                 query["initial_entropy"] if initial is None else mean_entropy(entropies[initial], rule.entropy_window)
             ),
@@ -79,8 +78,9 @@ def decide(
             uniform=math.nan,  # not read: alpha is a number
             consecutive=query.get("consecutive", 0),
             room=1,
-            config=rule,
+            step=0,
         )
+        decision = decide_branch(0, 0, point, rule)
         decisions[key] = {
             "entropy": decision.entropy,
             "delta": decision.delta,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from aepo.config import RolloutConfig
 from aepo.rollout.engine import Generation, GenerationRequest
 from aepo.rollout.tree import path_nodes
-from aepo.types import Question, RolloutTree, TokenIds, ToolCall, ToolResult
+from aepo.types import Question, RolloutTree, TokenIds, ToolCall, ToolResult, Turn
 
 SEARCH, ANSWER = "<search>x</search>", "<answer>y</answer>"
 
@@ -17,37 +17,58 @@ Script = Callable[[str, int], tuple[str, float, str]]
 
 
 def question(name: str = "q") -> Question:
-    return Question(id=name, text=name, answer="y", kind="toy", entities=())
+    return Question(id=name, prompt=name, answer="y", kind="toy")
 
 
 class Characters:
+    """A format whose tokens are characters, with one call or the answer at the end of a segment."""
+
     vocab_size = 128
+    stop_strings = ("</search>", "</answer>")
 
     def prompt_tokens(self, question_text: str) -> TokenIds:
         return tuple(map(ord, f"{question_text}?"))
 
-    def tool_result_tokens(self, result_text: str) -> TokenIds:
-        return tuple(map(ord, f"[{result_text}]"))
+    def read(self, token_ids: Sequence[int], finish_reason: str) -> Turn:
+        text = self.decode(token_ids)
+        answered = ANSWER in text
+        calls = (ToolCall("search", {"query": "x"}),) * text.count(SEARCH)
+        if "</search>" in text and not calls:
+            calls = (ToolCall("", {}, "the closing tag has no opening tag before it"),)
+        return Turn(text, text, () if answered else calls, answered, "y" if answered else None)
+
+    def result_tokens(self, turn: Turn, results: Sequence[ToolResult]) -> TokenIds:
+        return tuple(map(ord, "".join(f"[{result.text}]" for result in results)))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(map(chr, token_ids))
 
 
 class ScriptedTools:
-    stop_strings = ("</search>",)
+    """The session of all paths."""
+
+    observation = None
 
     def __init__(self, result: ToolResult | None = None, seconds: float = 0.0) -> None:
         self.result = result or ToolResult("r", None, 0.0)
         self.seconds = seconds
         self.calls: list[ToolCall] = []
 
-    def parse(self, text: str) -> ToolCall | None:
-        return ToolCall("search", "x") if SEARCH in text else None
-
     async def run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
         self.calls += calls
         await asyncio.sleep(self.seconds)
         return [self.result for _ in calls]
+
+
+class ScriptedAgent:
+    """Questions are texts, and all paths share one session."""
+
+    def __init__(self, tools: object, text_format: object | None = None) -> None:
+        self.stateless = tools
+        self.format = text_format or Characters()
+
+    def prompt_tokens(self, question: Question, observation: str | None) -> TokenIds:
+        return self.format.prompt_tokens(question.text)
 
 
 class ScriptedEngine:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
+from aepo.agents.protocol import AgentError
 from aepo.config import RolloutConfig
-from aepo.rollout.branching import decide_branch, decide_budget, mean_entropy
+from aepo.rollout.branching import BranchPoint, branch_rule, decide_branch, decide_budget, mean_entropy
 from aepo.rollout.seeding import derive_seed, derive_uniform
 
 
@@ -38,16 +40,19 @@ def test_budget_without_a_tool_call_is_all_fresh() -> None:
 
 
 def decide(uniform: float = 0.9, consecutive: int = 0, room: int = 1, entropy: float = 2.0, **changes: float):
-    return decide_branch(
-        path=3,
-        node=7,
-        entropy=entropy,
+    return decide_branch(3, 7, point(uniform, consecutive, room, entropy), RolloutConfig(branch_gamma=0.2, **changes))
+
+
+def point(uniform: float = 0.9, consecutive: int = 0, room: int = 1, entropy: float = 2.0) -> BranchPoint:
+    return BranchPoint(
+        entropies=(entropy, entropy),
+        logprobs=(-0.5, -1.5),
         initial_entropy=1.0,
         log_vocabulary=4.0,
         uniform=uniform,
         consecutive=consecutive,
         room=room,
-        config=RolloutConfig(branch_gamma=0.2, **changes),
+        step=2,
     )
 
 
@@ -81,6 +86,33 @@ def test_branches_above_the_threshold_and_only_with_room() -> None:
     full = decide(branch_alpha=0.9, room=0)
     assert full.probability > 0.5
     assert not full.branched
+
+
+def surprise(point: BranchPoint) -> float:
+    """A rule of one's own: the mean negative log-prob."""
+    return -math.fsum(point.logprobs) / len(point.logprobs)
+
+
+def test_a_rule_of_ones_own_takes_the_place_of_the_formula() -> None:
+    rule = branch_rule(RolloutConfig(branch_rule="test_branching:surprise"))
+    decision = decide_branch(3, 7, point(), RolloutConfig(branch_threshold=0.9), rule)
+    assert (decision.probability, decision.branched, decision.entropy) == (1.0, True, 2.0)
+    assert not decide_branch(3, 7, point(), RolloutConfig(branch_threshold=1.0), rule).branched
+    assert not decide_branch(3, 7, point(room=0), RolloutConfig(branch_threshold=0.9), rule).branched
+    assert branch_rule(RolloutConfig()) is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (lambda point: math.nan, "returned nan: expected a finite number"),
+        (lambda point: None, "failed: TypeError"),
+        (lambda point: point.entropy, "AttributeError: 'BranchPoint' object has no attribute 'entropy'"),
+    ],
+)
+def test_a_rule_that_fails_is_named(rule, text: str) -> None:
+    with pytest.raises(AgentError, match="rollout.branch_rule: .*" + re.escape(text)):
+        decide_branch(3, 7, point(), RolloutConfig(), rule)
 
 
 def test_mean_entropy_is_a_mean_over_the_window() -> None:

@@ -13,10 +13,21 @@ from trainer_toys import random_samples, tiny_model
 
 from aepo.config import Config, PolicyConfig
 from aepo.loss import microbatch_loss, policy_objective, with_old_policy
-from aepo.metrics import evaluation_metrics, finite, loss_metrics, mismatch_metrics, rollout_metrics
+from aepo.metrics import finite, loss_metrics, mismatch_metrics, rollout_metrics
 from aepo.packing import microbatches, pack
-from aepo.run_log import RunLog, read_records, remove_run, token_texts
-from aepo.types import BranchDecision, BudgetDecision, Node, Question, Reward, RolloutTree, ToolCall, ToolResult
+from aepo.run_log import RunLog, read_records, remove_run
+from aepo.saved_trees import token_texts
+from aepo.types import (
+    BranchDecision,
+    BudgetDecision,
+    Node,
+    Question,
+    Reward,
+    RolloutTree,
+    ScoredTree,
+    ToolCall,
+    ToolResult,
+)
 from aepo.types import Path as TreePath
 
 
@@ -25,13 +36,13 @@ def model_node(id: int, parent: int, tokens: int) -> Node:
 
 
 def tool_node(id: int, parent: int, error: str | None) -> Node:
-    return Node(id, parent, "tool", (9, 9), call=ToolCall("search", "x"), result=ToolResult("y", error, 0.25))
+    return Node(id, parent, "tool", (9, 9), calls=(ToolCall("search", {}),), results=(ToolResult("y", error, 0.25),))
 
 
-def batch() -> tuple[list[RolloutTree], list[list[Reward]]]:
+def batch() -> list[ScoredTree]:
     """Two questions with two paths: the first tree branches at its tool result, the second has two fresh paths."""
     branched = RolloutTree(
-        Question("a", "?", "1", "area", ()),
+        Question("a", "?", "1", "area"),
         (
             Node(0, None, "prompt", (1, 2)),
             model_node(1, 0, 3),
@@ -44,7 +55,7 @@ def batch() -> tuple[list[RolloutTree], list[list[Reward]]]:
         BudgetDecision(1.0, 0.6, 1),
     )
     fresh = RolloutTree(
-        Question("b", "?", "1", "city", ()),
+        Question("b", "?", "1", "city"),
         (
             Node(0, None, "prompt", (1,)),
             model_node(1, 0, 1),
@@ -57,11 +68,11 @@ def batch() -> tuple[list[RolloutTree], list[list[Reward]]]:
         BudgetDecision(2.0, None, 2),
     )
     good, bad = Reward(1.0, {"format": 1.0}, True), Reward(0.0, {"format": 0.5}, False)
-    return [branched, fresh], [[good, bad], [bad, bad]]
+    return [ScoredTree(branched, (good, bad)), ScoredTree(fresh, (bad, bad))]
 
 
 def test_rollout_metrics_by_hand() -> None:
-    record = rollout_metrics(*batch())
+    record = rollout_metrics(batch())
     expected = {
         "reward.mean": 0.25,
         "reward.std": math.sqrt(3) / 4,
@@ -77,6 +88,7 @@ def test_rollout_metrics_by_hand() -> None:
         "rollout.root_entropy": 1.5,
         "rollout.tool_entropy": 0.6,
         "rollout.branch_probability": pytest.approx(0.6),
+        "rollout.refused_branches": 0,
         "rollout.finish.answered": 0.5,
         "rollout.finish.eos": 0.25,
         "rollout.finish.length": 0.25,
@@ -91,13 +103,6 @@ def test_rollout_metrics_by_hand() -> None:
         "tokens.generated": 3 + 2 + 5 + 1 + 1 + 4,  # the shared first segment once
     }
     assert {key: record[key] for key in expected} == expected
-
-
-def test_evaluation_metrics_by_hand() -> None:
-    trees, rewards = batch()
-    record = evaluation_metrics(trees, rewards)
-    assert (record["success"], record["success.area"], record["success.city"]) == (0.25, 0.5, 0.0)
-    assert (record["questions"], record["tool_calls"], record["tokens"]) == (2, 1.0, 8.0)
 
 
 def test_merged_micro_batches_have_the_metrics_of_the_whole_batch() -> None:
@@ -161,7 +166,7 @@ def test_a_resumed_log_is_cut_back(tmp_path: Path, config: Config) -> None:
     for step in (1, 2, 3):
         log.step({"step": step, "policy.loss": math.nan, "rollout.branches_per_path": [step]})
         log.evaluation({"step": step, "success": step / 10})
-        log.trees(step, [], [], [], vocab_size=5, temperature=1.0, decode=str)
+        log.trees(step, [], [], vocab_size=5, temperature=1.0, decode=str)
     log.close("failed", "power cut")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "policy.lo')  # the line that was being written

@@ -6,9 +6,8 @@ import math
 
 import pytest
 import torch
-from trainer_toys import Lookup, ToyLanguageModel, ToyTask
+from trainer_toys import ToyLanguageModel, ToyTask, toy_agent
 
-from aepo.agents.tools.toolbox import ToolBox
 from aepo.config import RolloutConfig
 from aepo.rollout.branching import mean_entropy
 from aepo.rollout.engines.huggingface import HuggingFaceEngine
@@ -25,9 +24,8 @@ def toy() -> ToyLanguageModel:
 
 
 def rollout(toy: ToyLanguageModel, questions: slice = slice(None), seed: int = 0) -> list[RolloutTree]:
-    toolbox = ToolBox([Lookup()])
     engine = HuggingFaceEngine(toy.model, toy.tokenizer, eos_ids=())  # random text ends soon enough
-    return Sampler(engine, toolbox, toy, CONFIG).rollout(ToyTask().train[questions], seed)
+    return Sampler(engine, toy_agent(ToyTask()), CONFIG).rollout(ToyTask().train[questions], seed)
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +37,8 @@ def test_trees_are_complete_and_the_model_used_its_tool(trees: list[RolloutTree]
     for tree in trees:
         check_tree(tree, 6)
     nodes = [node for tree in trees for node in tree.nodes if node.source == "tool"]
-    assert any(node.result is not None and node.result.error is None for node in nodes)
-    assert any(node.result is not None and node.result.error is not None for node in nodes)
+    assert any(result.error is None for node in nodes for result in node.results)
+    assert any(result.error is not None for node in nodes for result in node.results)
     assert any(path.parent is not None for tree in trees for path in tree.paths)
     assert {tree.budget is not None for tree in trees} == {True}
 

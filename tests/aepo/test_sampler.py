@@ -12,7 +12,7 @@ import pytest
 from rollout_toys import (
     ANSWER,
     SEARCH,
-    Characters,
+    ScriptedAgent,
     ScriptedEngine,
     ScriptedTools,
     question,
@@ -29,7 +29,7 @@ from aepo.types import RolloutTree, ToolResult
 
 def rollout(script, config: RolloutConfig, *, questions: int = 1, seed: int = 0, lockstep: bool = True, tools=None):
     engine = ScriptedEngine(script, lockstep)
-    sampler = Sampler(engine, tools or ScriptedTools(), Characters(), config)
+    sampler = Sampler(engine, ScriptedAgent(tools or ScriptedTools()), config)
     return sampler.rollout([question(f"q{i}") for i in range(questions)], seed), engine
 
 
@@ -174,7 +174,7 @@ def test_limits() -> None:
 def test_a_path_ends_where_the_engines_context_does(positions: int, length: int) -> None:
     """Prompt "q?", then twice 25 tokens written and 3 read: 58 positions. A result that fills them is not read."""
     engine = ScriptedEngine(lambda text, seed: ("1234567" + SEARCH, 1.0, "stop"), max_positions=positions)
-    (tree,) = Sampler(engine, ScriptedTools(), Characters(), settings(paths=1)).rollout([question()], 0)
+    (tree,) = Sampler(engine, ScriptedAgent(ScriptedTools()), settings(paths=1)).rollout([question()], 0)
     assert tree.paths[0].finish_reason == "length"
     assert len(texts(tree)[0]) == length
 
@@ -182,7 +182,7 @@ def test_a_path_ends_where_the_engines_context_does(positions: int, length: int)
 def test_a_prompt_that_fills_the_engines_context_is_named() -> None:
     engine = ScriptedEngine(tools_then(0), max_positions=2)
     with pytest.raises(ValueError, match="question 'q': its prompt has 2 tokens, expected fewer than the engine's 2"):
-        Sampler(engine, ScriptedTools(), Characters(), settings()).rollout([question()], 0)
+        Sampler(engine, ScriptedAgent(ScriptedTools()), settings()).rollout([question()], 0)
 
 
 def test_tool_failures_reach_the_model_and_the_tree() -> None:
@@ -190,10 +190,22 @@ def test_tool_failures_reach_the_model_and_the_tree() -> None:
     tree = one_tree(tools_then(1), settings(paths=1), tools=tools)
     assert "[error: it broke]" in texts(tree)[0]
     node = next(node for node in tree.nodes if node.source == "tool")
-    assert node.result == tools.result
-    assert node.call is not None
-    malformed = one_tree(ENDINGS["closes what it never opened"][0], settings(paths=1, max_tool_calls=1))
-    assert "[error: the closing tag" in texts(malformed)[0]
+    assert node.results == (tools.result,)
+    assert node.calls == tuple(tools.calls)
+
+
+def test_several_calls_of_one_turn_are_one_node_and_count_each() -> None:
+    def script(text: str, seed: int) -> tuple[str, float, str]:
+        return f"{seed:x} " + (SEARCH * 2 if text.count("[") < 4 else ANSWER), 1.0, "stop"
+
+    tree = one_tree(script, settings(paths=2, max_tool_calls=4))
+    assert {len(node.results) for node in tree.nodes if node.source == "tool"} == {2}
+    assert {path.finish_reason for path in tree.paths} == {"answered"}
+    assert texts(tree)[0].count("[r][r]") == 2
+    # A third pair would be the fifth and sixth call.
+    limited = one_tree(script, settings(paths=2, max_tool_calls=3))
+    assert {path.finish_reason for path in limited.paths} == {"tool_limit"}
+    assert [text.count("[r][r]") for text in texts(limited)] == [1, 1]
 
 
 def test_seeds() -> None:

@@ -5,7 +5,17 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from rollout_toys import ANSWER, Characters, ScriptedEngine, ScriptedTools, question, settings, texts, tools_then
+from rollout_toys import (
+    ANSWER,
+    Characters,
+    ScriptedAgent,
+    ScriptedEngine,
+    ScriptedTools,
+    question,
+    settings,
+    texts,
+    tools_then,
+)
 
 from aepo.rollout.engine import GenerationRequest
 from aepo.rollout.sampler import RolloutError, Sampler
@@ -20,14 +30,14 @@ def questions(count: int) -> list:
 
 def test_lockstep_engine_gets_all_paths_of_a_step_in_one_call() -> None:
     engine = ScriptedEngine(tools_then(2))
-    Sampler(engine, ScriptedTools(seconds=0.01), Characters(), GRPO).rollout(questions(4), 0)
+    Sampler(engine, ScriptedAgent(ScriptedTools(seconds=0.01)), GRPO).rollout(questions(4), 0)
     assert [len(wave) for wave in engine.waves] == [12, 12, 12]
     assert engine.releases == 1
 
 
 def test_branches_join_the_next_call() -> None:
     engine = ScriptedEngine(tools_then(2))
-    Sampler(engine, ScriptedTools(), Characters(), settings(paths=2)).rollout(questions(2), 0)
+    Sampler(engine, ScriptedAgent(ScriptedTools()), settings(paths=2)).rollout(questions(2), 0)
     # Alone; after the first result; the same path again with its new sibling; the sibling's last segment.
     assert [len(wave) for wave in engine.waves] == [2, 2, 4, 2]
 
@@ -40,7 +50,7 @@ def test_other_engines_get_paths_one_by_one_and_no_path_waits_for_anothers_tool(
 
     engine = ScriptedEngine(tools_then(3), lockstep=False)
     finished: list[int] = []
-    sampler = Sampler(engine, SlowForOne(), Characters(), settings(paths=1))
+    sampler = Sampler(engine, ScriptedAgent(SlowForOne()), settings(paths=1))
     trees = sampler.rollout(questions(4), 0, progress=lambda done, total: finished.append(done))
     assert {len(wave) for wave in engine.waves} == {1}
     # The first call takes 0.3 s; its path made its remaining requests when all others had ended.
@@ -53,7 +63,7 @@ def test_other_engines_get_paths_one_by_one_and_no_path_waits_for_anothers_tool(
 
 def test_progress_counts_finished_paths() -> None:
     calls: list[tuple[int, int]] = []
-    sampler = Sampler(ScriptedEngine(tools_then(1)), ScriptedTools(), Characters(), GRPO)
+    sampler = Sampler(ScriptedEngine(tools_then(1)), ScriptedAgent(ScriptedTools()), GRPO)
     sampler.rollout(questions(2), 0, progress=lambda *counts: calls.append(counts))
     assert calls[-1] == (6, 6)
     assert calls == sorted(calls)
@@ -76,7 +86,7 @@ def test_a_failing_engine_loses_no_finished_tree(lockstep: bool) -> None:
         return (f"{seed:x} {ANSWER}", 1.0, "stop") if text.startswith("q0") else tools_then(2)(text, seed)
 
     engine = Breaks(script, lockstep)
-    sampler = Sampler(engine, ScriptedTools(seconds=0.05), Characters(), settings(paths=1))
+    sampler = Sampler(engine, ScriptedAgent(ScriptedTools(seconds=0.05)), settings(paths=1))
     with pytest.raises(RolloutError, match=r"no room for the cache .*1 of 2 trees were complete") as caught:
         sampler.rollout(questions(2), 0)
     assert [tree.question.id for tree in caught.value.trees] == ["q0"]
@@ -93,7 +103,7 @@ def test_finished_paths_of_a_tree_that_broke_are_kept() -> None:
                 raise ConnectionError("engine gone")
             return await super().generate(requests)
 
-    sampler = Sampler(BreaksLater(tools_then(2)), ScriptedTools(), Characters(), settings(paths=3, fresh_paths=None))
+    sampler = Sampler(BreaksLater(tools_then(2)), ScriptedAgent(ScriptedTools()), settings(paths=3, fresh_paths=None))
     with pytest.raises(RolloutError, match=r"gone .0 of 1 trees were complete, and 1 paths of the others") as caught:
         sampler.rollout(questions(1), 0)
     assert caught.value.trees == []
@@ -104,7 +114,7 @@ def test_finished_paths_of_a_tree_that_broke_are_kept() -> None:
 
 def test_nothing_is_carried_from_batch_to_batch() -> None:
     """Also not after a failure: the published code kept path state on the engine and crashed after some steps."""
-    sampler = Sampler(Breaks(tools_then(2)), ScriptedTools(), Characters(), GRPO)
+    sampler = Sampler(Breaks(tools_then(2)), ScriptedAgent(ScriptedTools()), GRPO)
     first = sampler.rollout([question("q0")], 0)
     with pytest.raises(RolloutError):
         sampler.rollout([question("q1")], 0)
@@ -117,7 +127,7 @@ def test_cancelling_stops_the_tools_and_releases_the_engine() -> None:
 
     async def cancelled() -> None:
         rollout = asyncio.ensure_future(
-            Sampler(engine, tools, Characters(), GRPO).rollout_async(questions(1), 0),
+            Sampler(engine, ScriptedAgent(tools), GRPO).rollout_async(questions(1), 0),
         )
         await asyncio.sleep(0.05)
         rollout.cancel()
@@ -131,7 +141,7 @@ def test_cancelling_stops_the_tools_and_releases_the_engine() -> None:
 
 
 def test_the_same_question_twice_is_refused() -> None:
-    sampler = Sampler(ScriptedEngine(tools_then(1)), ScriptedTools(), Characters(), GRPO)
+    sampler = Sampler(ScriptedEngine(tools_then(1)), ScriptedAgent(ScriptedTools()), GRPO)
     with pytest.raises(ValueError, match="different ids"):
         sampler.rollout([question("q0"), question("q0")], 0)
     assert sampler.rollout([], 0) == []
@@ -140,7 +150,7 @@ def test_the_same_question_twice_is_refused() -> None:
 def test_requests_carry_prefix_limits_and_stop_strings() -> None:
     engine = ScriptedEngine(tools_then(1))
     config = settings(paths=1, max_tokens=100, max_segment_tokens=70, temperature=0.7)
-    tree = Sampler(engine, ScriptedTools(ToolResult("r", None, 0.0)), Characters(), config).rollout(questions(1), 5)[0]
+    tree = Sampler(engine, ScriptedAgent(ScriptedTools(ToolResult("r", None, 0.0))), config).rollout(questions(1), 5)[0]
     first, second = (wave[0] for wave in engine.waves)
     assert isinstance(first, GenerationRequest)
     assert Characters().decode(first.token_ids) == "q0?"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer_toys import ToyLanguageModel, ToyTask
+from trainer_toys import ToyLanguageModel, ToyTask, toy_agent
 
 from aepo.checkpoint import CheckpointError, list_checkpoints
 from aepo.config import Config, load_config
@@ -17,6 +17,7 @@ from aepo.learner import Learner, learning_rate
 from aepo.nonfinite import NonFiniteError
 from aepo.run_log import read_records
 from aepo.trainer import Trainer, questions_of_step
+from aepo.types import Question, Response, Reward
 
 MEASURED = ("seconds", "memory.", "tools.seconds")
 
@@ -28,7 +29,7 @@ def config_for(directory: Path, *overrides: str) -> Config:
 
 
 def trainer_for(directory: Path, *overrides: str, resume_step: int | None = None) -> Trainer:
-    return Trainer(config_for(directory, *overrides), ToyTask(), ToyLanguageModel(), resume_step=resume_step)
+    return Trainer(config_for(directory, *overrides), toy_agent(), ToyLanguageModel(), resume_step=resume_step)
 
 
 def outcome(directory: Path) -> tuple[list[dict], list[dict]]:
@@ -146,7 +147,7 @@ def test_ctrl_c_between_two_optimiser_steps_undoes_the_first(tmp_path: Path) -> 
 
 def test_an_interrupted_evaluation_is_made_up_for(tmp_path: Path, whole: Path) -> None:
     trainer = trainer_for(tmp_path / "run", "train.steps=4")
-    InterruptIn(trainer.evaluator, "rollout", nth=2)  # the one after step 2
+    InterruptIn(trainer.evaluator, "answers", nth=2)  # the one after step 2
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].step == 2
@@ -194,11 +195,13 @@ def test_a_non_finite_step_changes_nothing_and_names_the_tokens(tmp_path: Path, 
 
 def test_a_step_without_any_signal_changes_no_weight(tmp_path: Path) -> None:
     class SameForAll(ToyTask):
-        def reward(self, *args: object) -> object:
-            return type(super().reward(self.train[0], "", "eos"))(1.0, {}, True)
+        def reward(self, question: Question, response: Response) -> Reward:
+            return Reward(1.0, {}, True)
 
     trainer = Trainer(
-        config_for(tmp_path / "run", "policy.preset=dapo", "policy.overlong_buffer=0"), SameForAll(), ToyLanguageModel()
+        config_for(tmp_path / "run", "policy.preset=dapo", "policy.overlong_buffer=0"),
+        toy_agent(SameForAll()),
+        ToyLanguageModel(),
     )
     before = weights(trainer)
     trainer.train()
@@ -220,7 +223,7 @@ def test_trees_are_saved_with_the_text_of_every_token(tmp_path: Path) -> None:
     assert (record["vocab_size"], record["temperature"]) == (19, 1.0)
     assert len(entry["rewards"]) == len(entry["advantages"]) == len(entry["tree"]["paths"]) == 4
     for node, texts in zip(entry["tree"]["nodes"], entry["texts"], strict=True):
-        assert "".join(texts) == trainer.language_model.decode(node["token_ids"])
+        assert "".join(texts) == trainer.agent.format.decode(node["token_ids"])
         assert len(texts) == len(node["token_ids"])
 
 

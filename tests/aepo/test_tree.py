@@ -21,7 +21,7 @@ def small_tree() -> RolloutTree:
     """Path 0: prompt, (11 12), tool (21), (13). Path 1 branched at the tool: (14 15). Path 2: fresh, (16)."""
     builder = TreeBuilder(question(), prompt=(1, 2, 3))
     first = builder.add_generation(0, generation(11, 12))
-    tool = builder.add_tool_result(first, (21,), ToolCall("search", "x"), ToolResult("r", None, 0.1))
+    tool = builder.add_results(first, (21,), [ToolCall("search", {"query": "x"})], [ToolResult("r", None, 0.1)])
     leaves = [builder.add_generation(tool, generation(13)), builder.add_generation(tool, generation(14, 15))]
     leaves.append(builder.add_generation(0, generation(16)))
     paths = [
@@ -35,7 +35,7 @@ def small_tree() -> RolloutTree:
 def test_builder_reads_back_prefixes() -> None:
     builder = TreeBuilder(question(), prompt=(1, 2, 3))
     first = builder.add_generation(0, generation(11, 12))
-    tool = builder.add_tool_result(first, (21,), None, ToolResult("r", None, 0.0))
+    tool = builder.add_results(first, (21,), [ToolCall("", {}, "no call")], [ToolResult("r", None, 0.0)])
     assert builder.tokens_to(tool) == (1, 2, 3, 11, 12, 21)
     assert builder.length_to(tool) == 6
     assert builder.length_to(0) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,10 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from aepo.advantages import Sample
-from aepo.types import Question, Reward, Trajectory
+from aepo.agents.agent import Agent
+from aepo.agents.protocol import Task
+from aepo.agents.tools.toolbox import ToolBox
+from aepo.types import Message, Question, Response, Reward, ToolCall, ToolResult, Trajectory, Turn
 
 VOCAB = 50
 
@@ -103,11 +107,32 @@ class ToyLanguageModel:
         self.eos_ids = (1,)
         self.vocab_size = len(WORDS)
 
-    def prompt_tokens(self, question_text: str) -> tuple[int, ...]:
-        return self._encode(f"? {' '.join(question_text)} ?")
 
-    def tool_result_tokens(self, result_text: str) -> tuple[int, ...]:
-        digits = [c for c in result_text if c.isdigit()] or ["?"]
+class ToyFormat:
+    """A format of one's own: the words above."""
+
+    name = "toy"
+    identity = {"name": "toy"}  # noqa: RUF012
+    chosen = "toy"
+    warnings = ()
+    eos_ids = (1,)
+    stop_strings = ("</search>", "</answer>")
+    vocab_size = len(WORDS)
+
+    def prompt_tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        return self._encode(f"? {' '.join(messages[-1]['content'])} ?")
+
+    def read(self, token_ids: Sequence[int], finish_reason: str) -> Turn:
+        text = self.decode(token_ids)
+        calls = re.findall("<search>((?:(?!<search>).)*)</search>", text)
+        if "</answer>" in text:
+            return Turn(text, text, answered=True, answer=text)
+        if calls:
+            return Turn(text, text, (ToolCall("search", {"query": calls[-1]}),))
+        return Turn(text, text, (ToolCall("", {}, "no opening tag"),) if "</search>" in text else ())
+
+    def result_tokens(self, turn: Turn, results: Sequence[ToolResult]) -> tuple[int, ...]:
+        digits = [c for c in results[0].text if c.isdigit()] or ["?"]
         return self._encode(f"<result> {' '.join(digits)} </result>")
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -122,14 +147,16 @@ class Lookup:
 
     name = "search"
     timeout = 5.0
+    description = "Looks a digit up."
+    parameters = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}  # noqa: RUF012
 
-    def __call__(self, argument: str) -> str:
-        if "9" in argument:
+    def __call__(self, query: str) -> str:
+        if "9" in query:
             raise ValueError("nothing about 9")
-        return f"{len(argument)}"
+        return f"{len(query)}"
 
 
-class ToyTask:
+class ToyTask(Task):
     """A contextual bandit: the first digit that the model writes must be that of the question's kind."""
 
     name = "toy"
@@ -138,12 +165,17 @@ class ToyTask:
     def __init__(self, train: int = 8, heldout: int = 4) -> None:
         def question(i: int) -> Question:
             kind, answer = ("even", "7") if i % 2 == 0 else ("odd", "2")
-            return Question(id=f"q{i}", text=f"{i}", answer=answer, kind=kind, entities=())
+            return Question(id=f"q{i}", prompt=f"{i}", answer=answer, kind=kind)
 
         self.train = [question(i) for i in range(train)]
         self.heldout = [question(i % train + 100 * i) for i in range(heldout)]  # same last digits, longer numbers
 
-    def reward(self, question: Question, response: str, finish_reason: str) -> Reward:
-        digits = [c for c in response if c.isdigit()]
+    def reward(self, question: Question, response: Response) -> Reward:
+        digits = [c for c in response.text if c.isdigit()]
         success = bool(digits) and digits[0] == question.answer
         return Reward(float(success) + 0.1 * bool(digits), {"digit": float(bool(digits))}, success)
+
+
+def toy_agent(task: Task | None = None) -> Agent:
+    task = task or ToyTask()
+    return Agent(task, ToyFormat(), ToolBox(task.tools), None, task.rewards, chat=False)

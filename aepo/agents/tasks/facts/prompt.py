@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from aepo.types import Message
+
 # For models with a chat template: what they are told, and two dialogues about places that are in no task. With the same
 # examples inside the system message, SmolLM2-135M-Instruct called no tool for any of 16 questions.
 INSTRUCTIONS = (
@@ -29,3 +31,11 @@ EXAMPLES = (
         "<answer>42</answer>",
     ),
 )
+
+
+def opening() -> tuple[Message, ...]:
+    """The dialogue before the question."""
+    dialogue: list[Message] = [{"role": "system", "content": INSTRUCTIONS}]
+    for question, walk in EXAMPLES:
+        dialogue += [{"role": "user", "content": question}, {"role": "assistant", "content": walk}]
+    return tuple(dialogue)

@@ -17,12 +17,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from aepo.agents.protocol import Tool
+from aepo.agents.protocol import Task, Tool
 from aepo.agents.tasks.facts.geography import MAX_NUMBER, NAMED, World, documents, real_world, sentence
+from aepo.agents.tasks.facts.prompt import opening
 from aepo.agents.tasks.facts.reward import answer_reward
 from aepo.agents.tools.python import PythonTool
 from aepo.agents.tools.search import SearchTool
-from aepo.types import Question, Reward
+from aepo.types import Message, Question, Response, Reward
 
 HELDOUT_SHARE = 0.35  # of the countries
 MAX_TRAIN = 120  # questions of one kind
@@ -172,13 +173,14 @@ def choose_plans(world: World, countries: Sequence[str], most: int, seed: str) -
     return chosen
 
 
-class FactsTask:
-    """Questions over the real world; `Task`. seed: of the division into training and held-out questions.
+class FactsTask(Task):
+    """Questions over the real world. seed: of the division into training and held-out questions.
 
     The tools are made on first use (the Python tool starts a process); the `ToolBox` that is given them closes them.
     """
 
     name = "facts"
+    tool_instructions = ""  # INSTRUCTIONS say it all
 
     def __init__(self, seed: int = 0) -> None:
         world = real_world()
@@ -192,10 +194,14 @@ class FactsTask:
     def tools(self) -> Sequence[Tool]:
         return SearchTool(documents(real_world()), top_k=1), PythonTool()
 
-    def reward(self, question: Question, response: str, finish_reason: str) -> Reward:
+    def reward(self, question: Question, response: Response) -> Reward:
         """See `aepo.agents.tasks.facts.reward.answer_reward`."""
-        return answer_reward(question.answer, response, finish_reason)
+        return answer_reward(question, response)
+
+    def messages(self, question: Question, *, chat: bool) -> tuple[Message, ...]:
+        """A pretrained model is told about the tools and shown two dialogues; the tiny one knows what to do."""
+        return (*opening(), *question.messages) if chat else question.messages
 
 
 def _question(plan: Plan) -> Question:
-    return Question(f"{plan.kind}: {' > '.join(plan.entities)}", plan.text, plan.answer, plan.kind, plan.entities)
+    return Question(f"{plan.kind}: {' > '.join(plan.entities)}", plan.text, plan.answer, plan.kind)

@@ -105,14 +105,19 @@ def _batches(
 
 def encode(language_model: LanguageModel, demonstration: Demonstration) -> tuple[list[int], list[int]]:
     """Tokens of a whole demonstration, and labels: the token where the demonstrator wrote it, IGNORED elsewhere."""
-    tokens = list(language_model.prompt_tokens(demonstration.question))
+
+    def written(text: str) -> list[int]:
+        return language_model.tokenizer.encode(text, add_special_tokens=False)
+
+    text_format = tags(language_model)
+    tokens = list(text_format.prompt_tokens([{"role": "user", "content": demonstration.question}]))
     labels = [IGNORED] * len(tokens)
     for step in demonstration.steps:
-        call = language_model.encode(f"<{step.tool}> {step.argument}</{step.tool}>")
-        result = language_model.tool_result_tokens(step.result)
+        call = written(f"<{step.tool}> {step.argument}</{step.tool}>")
+        result = text_format.result_tokens(Turn("", ""), [ToolResult(step.result, None, 0.0)])
         tokens += [*call, *result]
         labels += [*call, *[IGNORED] * len(result)]
-    answer = language_model.encode(f"<answer> {demonstration.answer}</answer>")
+    answer = written(f"<answer> {demonstration.answer}</answer>")
     return [*tokens, *answer], [*labels, *answer]
 
 

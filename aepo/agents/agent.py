@@ -1,0 +1,86 @@
+"""Everything of the user's that a run needs, in one value: task, format, tools, environment, rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aepo.agents.protocol import ChatFormat, RewardFunction, Session, Task
+from aepo.registry import plain
+from aepo.types import Message, Question, TokenIds
+
+if TYPE_CHECKING:
+    from aepo.agents.tools.environment import EnvironmentTools
+    from aepo.agents.tools.toolbox import ToolBox
+
+
+@dataclass(frozen=True)
+class Agent:
+    """rewards: functions with their weights. chat: whether the model has a chat template."""
+
+    task: Task
+    format: ChatFormat
+    toolbox: ToolBox
+    environment: EnvironmentTools | None
+    rewards: Mapping[RewardFunction, float]
+    chat: bool
+
+    @property
+    def stateless(self) -> Session | None:
+        """The session that all paths share; None: each has an environment of its own."""
+        return self.toolbox.session if self.environment is None else None
+
+    async def open(self, question: Question) -> Session:
+        """A session for a path that starts from the question."""
+        assert self.environment is not None
+        return await self.environment.open(question)
+
+    def prompt_tokens(self, question: Question, observation: str | None = None) -> TokenIds:
+        """What the model reads first. observation: what the environment's reset returned."""
+        messages = self.task.messages(question, chat=self.chat)
+        return self.format.prompt_tokens(messages if observation is None else _with(messages, observation))
+
+    def close(self) -> None:
+        """End what the tools hold. May be called twice."""
+        self.toolbox.close()
+
+
+def _with(messages: tuple[Message, ...], observation: str) -> tuple[Message, ...]:
+    """What an environment says at the start stands at the end of the last message, as in TRL."""
+    *before, last = messages
+    content: Any = last.get("content") or ""
+    if isinstance(content, str):
+        content = f"{content}\n{observation}" if content else observation
+    else:
+        content = [*content, {"type": "text", "text": observation}]
+    return (*before, {**last, "content": content})
+
+
+def agent_facts(agent: Agent) -> dict[str, Any]:
+    """What a run remembers of its agent (run.json), and what a later one of the same run must agree with."""
+    environment = agent.environment
+    return {
+        "task": {
+            "name": agent.task.name,
+            "train_questions": len(agent.task.train),
+            "heldout_questions": len(agent.task.heldout),
+            "data": dict(agent.task.identity),
+        },
+        "format": dict(agent.format.identity),
+        "tools": [schema["function"]["name"] for schema in (environment or agent.toolbox).schemas],
+        "environment": None if environment is None else environment.name,
+        "rewards": {plain(function).__qualname__: weight for function, weight in agent.rewards.items()},
+    }
+
+
+def changes(recorded: Mapping[str, Any], present: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What of `present` (`agent_facts`) is not as it was recorded in run.json, each with what was and what is."""
+    found = []
+    for key, now in present.items():
+        was, name = recorded.get(key), f"{prefix}{key}"
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            found += changes(was, now, f"{name}.")
+        elif was != now:
+            found.append(f"{name} was {was!r} and is {now!r}")
+    return found

@@ -1,0 +1,159 @@
+"""From trees to rewards: what each path says, and what the task's reward functions make of it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from aepo.agents.protocol import ChatFormat, RewardFunction
+from aepo.agents.rewards.adapt import GroupReward, RewardError, Value
+from aepo.rollout.tree import path_nodes
+from aepo.types import Node, Question, Response, Reward, RolloutTree, ScoredTree, Turn
+
+_Result = TypeVar("_Result")
+_Column = list["Value | None"]  # what one function says about the paths of a tree
+
+__all__ = ["RewardError", "Scorer", "read_response", "read_responses"]
+
+
+def read_responses(chat_format: ChatFormat, tree: RolloutTree) -> tuple[Response, ...]:
+    """One per path; a node that several paths share is read once."""
+    turns, texts = _read(chat_format, tree.nodes)
+    return tuple(_response(tree, path.id, turns, texts) for path in tree.paths)
+
+
+def read_response(chat_format: ChatFormat, tree: RolloutTree, path: int) -> Response:
+    """What a reward sees of one path."""
+    return _response(tree, path, *_read(chat_format, path_nodes(tree, path)))
+
+
+class Scorer:
+    """Scores paths with reward functions, each with its weight. `questions` are tried before the first path.
+
+    The total is the weighted sum of those that apply to the path. It succeeds where the first function that applies
+    gives at least `success`, or, if that function returned a Reward, where this says so.
+
+    ValueError: two functions of one name, a weight of none, or a function that does not fit (`GroupReward`).
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[RewardFunction, float],
+        chat_format: ChatFormat,
+        success: float = 1.0,
+        questions: Sequence[Question] = (),
+    ) -> None:
+        self._format = chat_format
+        self._success = success
+        if not weights:
+            raise ValueError("task.rewards: expected at least one reward function, got none")
+        rewards = [GroupReward(function) for function in weights]
+        self._rewards = dict(zip(_unique_names(rewards), rewards, strict=True))
+        self._weights = {name: _weight(name, w) for name, w in zip(self._rewards, weights.values(), strict=True)}
+        self._waiting = {name: reward for name, reward in self._rewards.items() if reward.is_async}
+        self._begun: dict[str, tuple[RolloutTree, dict[str, _Column]]] = {}
+        for question in questions:
+            for reward in rewards:
+                reward.check(question)
+
+    def begin(self, tree: RolloutTree) -> Coroutine[Any, Any, None] | None:
+        """Await it to run the async functions, say of a judge, while other trees still grow; None: there are none.
+
+        `score` takes what came of it. RewardError, once all of them have ended.
+        """
+        return self._wait_for(tree) if self._waiting else None
+
+    def score(self, trees: Sequence[RolloutTree]) -> list[ScoredTree]:
+        """Every path of every tree, in order. RewardError: a function failed; names the question and the path."""
+        late = [tree for tree in trees if self._waiting and self._begun.get(tree.question.id, (None,))[0] != tree]
+        if late:
+            asyncio.run(_all(map(self._wait_for, late)))
+        begun, self._begun = self._begun, {}
+        return [self._score(tree, begun[tree.question.id][1] if self._waiting else {}) for tree in trees]
+
+    async def _wait_for(self, tree: RolloutTree) -> None:
+        responses = read_responses(self._format, tree)
+        columns = await _all(reward.concurrently(tree.question, responses) for reward in self._waiting.values())
+        self._begun[tree.question.id] = (tree, dict(zip(self._waiting, columns, strict=True)))
+
+    def _score(self, tree: RolloutTree, waited: Mapping[str, _Column]) -> ScoredTree:
+        responses = read_responses(self._format, tree)
+        values = {
+            name: waited[name] if name in waited else reward(tree.question, responses)
+            for name, reward in self._rewards.items()
+        }
+        rewards = []
+        for index, response in enumerate(responses):
+            applied = {name: value for name, column in values.items() if (value := column[index]) is not None}
+            if not applied:
+                raise RewardError(
+                    f"question {tree.question.id!r}, path {index}: no reward applies; {', '.join(values)} returned "
+                    "None, expected a number from at least one"
+                )
+            rewards.append(self._reward(response, applied))
+        return ScoredTree(tree, tuple(rewards))
+
+    def _reward(self, response: Response, values: Mapping[str, Value]) -> Reward:
+        components = {"format": float(response.well_formed), "tool_calls": float(sum(1 for _ in response.calls))}
+        several = len(self._rewards) > 1
+        for name, value in values.items():
+            if several or value.success is None:  # the only Reward there is says all by its own components
+                components[name] = value.total
+            components |= {f"{name}.{key}" if several else key: number for key, number in value.components.items()}
+        first = next(iter(values.values()))
+        success = first.total >= self._success if first.success is None else first.success
+        total = sum(self._weights[name] * value.total for name, value in values.items())
+        return Reward(total, components, success)
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, _Result]]) -> list[_Result]:
+    """Wait for all, also where one fails, and then raise its error: nothing runs on afterwards."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]
+
+
+def _weight(name: str, weight: Any) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise ValueError(f"task.rewards, {name}: expected a finite number as its weight, got {weight!r}")
+    return float(weight)
+
+
+def _unique_names(rewards: Sequence[GroupReward]) -> list[str]:
+    """Their own; those that two functions share are led by the module."""
+    counts = Counter(reward.name for reward in rewards)
+    names = [reward.name if counts[reward.name] == 1 else f"{reward.module}.{reward.name}" for reward in rewards]
+    if doubled := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"task.rewards: expected functions of different names, got {doubled[0]!r} twice")
+    return names
+
+
+def _read(chat_format: ChatFormat, nodes: Sequence[Node]) -> tuple[dict[int, Turn], dict[int, str]]:
+    """Turns and texts by node. The prompt is left out."""
+    turns: dict[int, Turn] = {}
+    texts: dict[int, str] = {}
+    for node in nodes:
+        if node.source == "model":
+            assert node.finish_reason is not None
+            turns[node.id] = chat_format.read(node.token_ids, node.finish_reason)
+            texts[node.id] = turns[node.id].text
+        elif node.source == "tool":
+            texts[node.id] = chat_format.decode(node.token_ids)
+    return turns, texts
+
+
+def _response(tree: RolloutTree, path: int, turns: Mapping[int, Turn], texts: Mapping[int, str]) -> Response:
+    nodes = path_nodes(tree, path)[1:]
+    return Response(
+        text="".join(texts[node.id] for node in nodes),
+        turns=tuple(turns[node.id] for node in nodes if node.source == "model"),
+        results=tuple(node.results for node in nodes if node.source == "tool"),
+        finish_reason=tree.paths[path].finish_reason,
+        token_ids=tuple(token for node in nodes for token in node.token_ids),
+        environment_reward=tree.paths[path].environment_reward,
+    )

@@ -1,0 +1,198 @@
+"""From hand-made trees to responses and rewards."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from scoring_toys import CharacterFormat, ToyTask, tokens, tree_of
+
+from aepo.agents.protocol import RewardValue, Task
+from aepo.scoring import RewardError, Scorer, read_response, read_responses
+from aepo.types import Question, Response, Reward
+
+QUESTION = Question("q1", "?", "7", "sums", {"solution": "7"})
+
+
+def right(question: Question, response: Response) -> float:
+    return float(response.answer == question.answer)
+
+
+def scorer_of(task: Task, success: float = 1.0) -> Scorer:
+    return Scorer(task.rewards, CharacterFormat(), success, [*task.train[:1], *task.heldout[:1]])
+
+
+def test_a_response_is_what_the_path_says() -> None:
+    tree = tree_of(QUESTION, ["{7}", "hm!{8}"])
+    first, second = read_responses(CharacterFormat(), tree)
+    assert first.text == "so[find x](found){7}"  # without the end-of-turn token
+    assert first.token_ids == tokens("so[find x](found){7}\0")
+    assert [turn.content for turn in first.turns] == ["so", "{7}"]
+    assert [(call.tool, dict(call.arguments), result.text) for call, result in first.calls] == [
+        ("find", {"q": "x"}, "found")
+    ]
+    assert (first.answer, first.well_formed) == ("7", True)
+    assert (second.answer, second.well_formed) == ("8", False)
+    assert read_response(CharacterFormat(), tree, 1) == second
+
+
+def test_shared_nodes_are_read_once() -> None:
+    chat_format = CharacterFormat()
+    read_responses(chat_format, tree_of(QUESTION, ["{7}", "{8}", "{9}"]))
+    assert chat_format.reads == 4
+
+
+def test_one_function() -> None:
+    tree = tree_of(QUESTION, ["{7}", "hm!{8}"])
+    [scored] = scorer_of(ToyTask(right)).score([tree])
+    assert scored.tree is tree
+    assert scored.rewards == (
+        Reward(1.0, {"format": 1.0, "tool_calls": 1.0, "right": 1.0}, True),
+        Reward(0.0, {"format": 0.0, "tool_calls": 1.0, "right": 0.0}, False),
+    )
+
+
+def test_weights_and_functions_that_do_not_apply() -> None:
+    def short(question: Question, response: Response) -> float | None:
+        return None if response.answer == "8" else 0.5
+
+    def only_eight(question: Question, response: Response) -> float | None:
+        return 1.0 if response.answer == "8" else None
+
+    task = ToyTask(weights={only_eight: 1, short: 2.0})
+    [scored] = scorer_of(task, success=0.5).score([tree_of(QUESTION, ["{7}", "{8}"])])
+    first, second = scored.rewards
+    assert (first.total, first.success) == (1.0, True)  # 2 * 0.5; the first function that applies gives 0.5
+    assert first.components == {"format": 1.0, "tool_calls": 1.0, "short": 0.5}
+    assert (second.total, second.success) == (1.0, True)
+
+
+def test_success_is_the_first_functions() -> None:
+    def half(question: Question, response: Response) -> float:
+        return 0.5
+
+    task = ToyTask(half, right)
+    [scored] = scorer_of(task).score([tree_of(QUESTION, ["{7}"])])
+    assert (scored.rewards[0].total, scored.rewards[0].success) == (1.5, False)
+
+
+def test_a_reward_says_itself_what_success_is() -> None:
+    class Own(Task):
+        def reward(self, question: Question, response: Response) -> Reward:
+            return Reward(0.1, {"correct": 1.0, "format": 0.25}, True)
+
+    [scored] = scorer_of(Own()).score([tree_of(QUESTION, ["{7}"])])
+    assert scored.rewards == (Reward(0.1, {"format": 0.25, "tool_calls": 1.0, "correct": 1.0}, True),)
+
+
+def test_no_function_applies() -> None:
+    def never(question: Question, response: Response) -> None:
+        return None
+
+    with pytest.raises(RewardError, match="question 'q1', path 0: no reward applies; never returned None"):
+        scorer_of(ToyTask(never)).score([tree_of(QUESTION, ["{7}"])])
+
+
+def test_a_function_that_raises_is_named_with_the_question_and_the_path() -> None:
+    def picky(question: Question, response: Response) -> float:
+        return 1 / (response.answer != "8")
+
+    with pytest.raises(RewardError, match=r"reward picky, question 'q1', path 1: ZeroDivisionError.*test_scoring") as e:
+        scorer_of(ToyTask(picky)).score([tree_of(QUESTION, ["{7}", "{8}"])])
+    assert isinstance(e.value.__cause__, ZeroDivisionError)
+
+
+async def judge(question: Question, response: Response) -> float:
+    await asyncio.sleep(0.2)
+    return float(response.answer == "7")
+
+
+def test_a_judge_works_while_others_roll_out() -> None:
+    scorer = scorer_of(ToyTask(judge, right))
+    trees = [tree_of(Question(f"q{i}", "?", "7"), ["{7}", "{8}"]) for i in range(4)]
+
+    async def rollout() -> None:
+        begun = []
+        for tree in trees:
+            work = scorer.begin(tree)
+            assert work is not None
+            begun.append(asyncio.ensure_future(work))
+        await asyncio.sleep(0.25)  # the rest of the rollout
+        await asyncio.gather(*begun)
+
+    start = time.perf_counter()
+    asyncio.run(rollout())
+    assert time.perf_counter() - start < 0.6  # 8 paths of 0.2 s
+    start = time.perf_counter()
+    scored = scorer.score(trees)
+    assert time.perf_counter() - start < 0.1
+    assert [[reward.total for reward in tree.rewards] for tree in scored] == [[2.0, 0.0]] * 4
+
+
+def test_what_was_not_begun_is_run_by_score() -> None:
+    scorer = scorer_of(ToyTask(judge))
+    trees = [tree_of(Question(f"q{i}", "?", "7"), ["{7}", "{8}"]) for i in range(3)]
+    work = scorer.begin(trees[0])
+    assert work is not None
+    asyncio.run(work)
+    start = time.perf_counter()
+    assert [tree.rewards[0].total for tree in scorer.score(trees)] == [1.0] * 3
+    assert time.perf_counter() - start < 0.5  # the others at once
+
+
+def test_a_stale_outcome_is_not_used() -> None:
+    scorer = scorer_of(ToyTask(judge))
+    work = scorer.begin(tree_of(QUESTION, ["{8}"]))  # of a rollout that failed
+    assert work is not None
+    asyncio.run(work)
+    assert scorer.score([tree_of(QUESTION, ["{7}"])])[0].rewards[0].total == 1.0
+
+
+def test_a_judge_that_fails() -> None:
+    async def broken(question: Question, response: Response) -> float:
+        raise ConnectionError("no judge")
+
+    scorer, tree = scorer_of(ToyTask(broken)), tree_of(QUESTION, ["{7}"])
+    work = scorer.begin(tree)
+    assert work is not None
+    for attempt in (lambda: asyncio.run(work), lambda: scorer.score([tree])):
+        with pytest.raises(RewardError, match="reward broken, question 'q1', path 0: ConnectionError: no judge"):
+            attempt()
+
+
+def test_functions_that_do_not_wait_begin_nothing() -> None:
+    assert scorer_of(ToyTask(right)).begin(tree_of(QUESTION, ["{7}"])) is None
+
+
+def test_functions_of_one_name() -> None:
+    def other() -> Callable[..., RewardValue]:
+        def right(question: Question, response: Response) -> float:
+            return 2.0
+
+        return right
+
+    same = other()
+    with pytest.raises(ValueError, match=r"functions of different names, got 'test_scoring\.right' twice"):
+        scorer_of(ToyTask(right, same))
+    same.__module__ = "elsewhere"
+    [scored] = scorer_of(ToyTask(right, same)).score([tree_of(QUESTION, ["{7}"])])
+    assert scored.rewards[0].components.keys() >= {"test_scoring.right", "elsewhere.right"}
+
+
+@pytest.mark.parametrize("weight", [float("nan"), "1", True, None])
+def test_weights_are_numbers(weight: Any) -> None:
+    with pytest.raises(ValueError, match=r"task.rewards, right: expected a finite number as its weight"):
+        scorer_of(ToyTask(weights={right: weight}))
+
+
+def test_a_column_that_is_missing_is_found_before_the_first_step() -> None:
+    def of_columns(completions: list[str], solutions: list[str]) -> list[float]:
+        return [0.0 for _ in completions]
+
+    task = ToyTask(of_columns)
+    task.train = [QUESTION]
+    with pytest.raises(ValueError, match="reward of_columns, question 'q1': its parameter 'solutions' is no column"):
+        scorer_of(task)
