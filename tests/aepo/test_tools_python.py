@@ -179,8 +179,14 @@ class TestLimits:
         "code", ["bytearray(2**31)", "x = []\nwhile True: x.append(bytearray(10**6))", "'a' * 10**12"]
     )
     def test_memory(self, tool, code):
-        with pytest.raises(ToolError, match=r"^MemoryError"):
+        with pytest.raises(ToolError, match=r"^MemoryError\n$"):
             tool(code=code)
+
+    def test_memory_for_the_code(self):
+        tool = PythonTool(memory_mib=64)
+        with pytest.raises(ToolError, match=r"^MemoryError\n$"):
+            tool(code="#" * 60_000_000)
+        tool.close()
 
     @pytest.mark.parametrize(
         "code",
