@@ -45,7 +45,10 @@ class Own(Task):
 BARE = tokenizer(None, CHATML, eos="<|im_end|>", name="bare")
 
 
-def make(toy, tools=(Search(),), task=None, **settings):
+SEARCH = (Search(),)
+
+
+def make(toy, tools=SEARCH, task=None, **settings):
     return make_format(FormatConfig(**settings), Model(toy), tools, task=task or Task())
 
 
@@ -111,12 +114,12 @@ def test_a_format_of_ones_own(tmp_path, monkeypatch) -> None:
         "from aepo.agents.formats.tags import TagsFormat\nfrom aepo.agents.formats.make import tool_schemas\n\n\n"
         "class Loud(TagsFormat):\n    def __init__(self, settings, language_model, tools, *, task):\n"
         "        super().__init__(language_model.tokenizer, language_model.vocab_size, language_model.eos_ids,\n"
-        "                         tool_schemas(tools), tool_instructions=f'{settings.answer} {type(task).__name__}')\n\n\n"
+        "                         tool_schemas(tools), tool_instructions=settings.answer + type(task).__name__)\n\n\n"
         "class Half:\n    name = 'half'\n\n    def __init__(self, settings, language_model, tools, *, task): pass\n"
     )
     monkeypatch.chdir(tmp_path)
     made = make(BARE, name="own_format_here:Loud")
     assert made.chosen == "format own_format_here:Loud: format.name"
-    assert made.decode(made.prompt_tokens([{"role": "user", "content": "Q"}])) == "auto Task\nQ\n"
+    assert made.decode(made.prompt_tokens([{"role": "user", "content": "Q"}])) == "autoTask\nQ\n"
     with pytest.raises(ValueError, match="expected a ChatFormat, Half has no eos_ids, stop_strings, vocab_size"):
         make(BARE, name="own_format_here:Half")
