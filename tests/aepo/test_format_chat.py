@@ -342,7 +342,7 @@ UNENDING = QWEN.replace("<|im_end|>", "").replace("<|im_start|>", "\n")
         (lambda: tokenizer(None, CHATML, name="bare"), {}, "tokenizer bare: expected a chat template, it has none"),
         (lambda: tokenizer(UNENDING, name="endless"), {}, "the chat template of endless ends no turn with a token"),
         (lambda: tokenizer(FORGETS_RESULTS, CHATML, eos="<|im_end|>"), {}, "does not show results of tools"),
-        (lambda: tokenizer("{{ raise_exception('no\nway') }}", CHATML, name="no"), {}, "template of no refuses a dialogue"),
+        (lambda: tokenizer("{{ raise_exception('no\nway') }}", CHATML, name="no"), {}, "of no refuses a dialogue"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_at_the_start_in_one_line(toy, settings, message: str) -> None:
