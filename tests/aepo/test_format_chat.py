@@ -265,6 +265,14 @@ def test_the_end_of_turn_ends_segments_too() -> None:
     assert read(chat, toy, "4<end_of_turn>").text == "4"
 
 
+def test_a_turn_that_ends_with_the_models_own_token_needs_no_other() -> None:
+    toy = tokenizer(
+        QWEN.replace("'<|im_end|>\\n'", "'<|endoftext|><|im_end|>\\n'"), CHATML, HERMES_TAGS, eos="<|im_end|>"
+    )
+    chat = ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS)
+    assert chat.eos_ids == (toy.eos_token_id,)
+
+
 def test_the_system_text_goes_in_front_where_there_is_no_such_role() -> None:
     chat = make("gemma", ())
     begin = [{"role": "system", "content": "Be <bos> brief."}, user("Why <bos>?")]
