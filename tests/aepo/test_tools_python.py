@@ -105,6 +105,7 @@ class TestAnswers:
             ("  x = 1\n  y = (", "SyntaxError: '(' was never closed"),
             ("  x = 1\n   y = 2", "IndentationError: unexpected indent"),
             ("  if 1:\n      3\n  y = 2\nelse:\n    b", "IndentationError: unindent does not match any outer"),
+            ("  if 1:\n      3\n  y = 2\nprint(4)", "IndentationError: unindent does not match any outer"),
             ("import sys\nprint(1)\nsys.exit('message')", "1\nmessage"),
             ("import sys\nsys.exit(3)", "exit status 3"),
             ("import os\nos._exit(4)", "exit status 4"),
