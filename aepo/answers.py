@@ -14,7 +14,7 @@ from pathlib import Path
 
 from aepo.agents.protocol import ChatFormat
 from aepo.rollout.tree import path_nodes
-from aepo.scoring import read_response
+from aepo.scoring import read_responses
 from aepo.types import FinishReason, Question, ScoredTree
 
 
@@ -42,8 +42,8 @@ class AnsweredQuestion:
 def read_answers(scored: ScoredTree, chat_format: ChatFormat) -> AnsweredQuestion:
     """Every path as an answer; what paths share counts for each of them."""
     tree, samples = scored.tree, []
-    for path, reward in zip(tree.paths, scored.rewards, strict=True):
-        nodes, response = path_nodes(tree, path.id), read_response(chat_format, tree, path.id)
+    for path, reward, response in zip(tree.paths, scored.rewards, read_responses(chat_format, tree), strict=True):
+        nodes = path_nodes(tree, path.id)
         results = [result for node in nodes for result in node.results]
         samples.append(
             Answer(

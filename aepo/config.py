@@ -204,9 +204,9 @@ class VLLMConfig(Section):
 NO_PRESETS = {
     "ppo": "PPO's clipped loss is that of policy.preset=reinforce++, with the batch's mean in place of a value model; "
     "policy.advantage=group takes the question's",
-    "drgrpo": "Dr. GRPO's loss is policy.preset=grpo policy.aggregation=constant; its advantage, without std, is in "
-    "aepo_kernels.advantages, but not in this trainer",
-    "rloo": "RLOO's leave-one-out advantage is in aepo_kernels.advantages, but not in this trainer",
+    "drgrpo": "Dr. GRPO's loss is policy.preset=grpo policy.aggregation=constant; its advantage, without std, is a "
+    "function of one line for policy.advantage: aepo_kernels.advantages.group_advantages with scale=False",
+    "rloo": "RLOO's leave-one-out advantage is policy.advantage=aepo_kernels.advantages:leave_one_out_advantages",
     "reinforce": "policy.preset=reinforce++ is REINFORCE, with the batch's mean as its baseline, where train.epochs=1 "
     "train.minibatches=1 leave every ratio at 1",
     **{

@@ -7,38 +7,47 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import get_args
 
-from aepo.agents.protocol import ChatFormat, Task
+from aepo.agents.agent import Agent
 from aepo.answers import AnsweredQuestion, read_answers
-from aepo.config import Config, RolloutConfig
+from aepo.config import Config
 from aepo.estimates import Interval, interval, pass_at_k
 from aepo.metrics import Record
-from aepo.rollout.sampler import Sampler
+from aepo.rollout.engine import Engine
+from aepo.rollout.sampler import Progress, Sampler
 from aepo.scoring import Scorer
 from aepo.types import FinishReason, Question, ScoredTree
 
-Progress = Callable[[int, int], None]  # finished paths, all paths
 
-
-def heldout_questions(task: Task, count: int | None = None) -> list[Question]:
+def spread(questions: Sequence[Question], count: int | None = None) -> list[Question]:
     """`count` of them (or all, if there are fewer), evenly spread over the list, always the same. None: all."""
-    total = len(task.heldout)
+    total = len(questions)
     count = total if count is None else min(count, total)
-    return [task.heldout[i * total // count] for i in range(count)]
+    return [questions[i * total // count] for i in range(count)]
 
 
-def evaluation_rollout(config: Config) -> RolloutConfig:
-    """`eval.samples` paths per question at the temperature of evaluations; each starts from the question."""
-    samples = config.eval.samples
-    return replace(config.rollout, paths=samples, fresh_paths=samples, temperature=config.eval.temperature)
+class Evaluator:
+    """Answers to questions with the weights that the engine has: `eval.samples` paths each, all from the question."""
 
+    def __init__(self, engine: Engine, agent: Agent, scorer: Scorer, config: Config) -> None:
+        samples = config.eval.samples
+        rollout = replace(config.rollout, paths=samples, fresh_paths=samples, temperature=config.eval.temperature)
+        self._sampler = Sampler(engine, agent, rollout)
+        self._scorer = scorer
+        self._format = agent.format
+        self._at_once = questions_at_once(config, samples)
+        # Every evaluation of a run draws the same random numbers, and none those of a training step.
+        self._seed = (config.run.seed << 32) + (1 << 31)
 
-def evaluation_seed(seed: int) -> int:
-    """Every evaluation of a run draws the same random numbers, and none those of a training step."""
-    return (seed << 32) + (1 << 31)
+    def answers(self, questions: Sequence[Question], progress: Progress | None = None) -> Iterator[AnsweredQuestion]:
+        """In order. Of a tree that has answered, nothing is kept of what only training needs: tokens, log-probs."""
+        trees = scored_rollouts(
+            self._sampler, self._scorer, questions, self._seed, at_once=self._at_once, progress=progress
+        )
+        return (read_answers(scored, self._format) for scored in trees)
 
 
 def questions_at_once(config: Config, paths: int) -> int:
@@ -59,7 +68,7 @@ def scored_rollouts(
     progress: Progress | None = None,
 ) -> Iterator[ScoredTree]:
     """A tree with rewards per question, in order, `at_once` questions at a time: what was yielded is finished,
-    whatever happens afterwards. A question's tree does not depend on those it is sampled with."""
+    whatever happens afterwards. The random numbers of a question do not depend on those it is sampled with."""
     for first in range(0, len(questions), at_once):
         part = questions[first : first + at_once]
 
@@ -70,21 +79,6 @@ def scored_rollouts(
 
         trees = sampler.rollout(part, seed, progress=report, judge=scorer.begin)
         yield from scorer.score(trees)
-
-
-def evaluate(
-    sampler: Sampler,
-    scorer: Scorer,
-    chat_format: ChatFormat,
-    questions: Sequence[Question],
-    seed: int,
-    *,
-    at_once: int,
-    progress: Progress | None = None,
-) -> Iterator[AnsweredQuestion]:
-    """As `scored_rollouts`, without what only training needs of a tree: tokens and their log-probs."""
-    for scored in scored_rollouts(sampler, scorer, questions, seed, at_once=at_once, progress=progress):
-        yield read_answers(scored, chat_format)
 
 
 def answer_metrics(answered: Sequence[AnsweredQuestion], pass_at: Sequence[int] = ()) -> Record:

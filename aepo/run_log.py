@@ -6,7 +6,7 @@
     evals.jsonl    one record per held-out evaluation; step 0 = before the first step
     trees/         step_000010.json: rollout trees of a step with rewards, advantages and the text of every token
     answers/       step_000010.jsonl: every answer of a held-out evaluation, one question per line
-    tensorboard/   the same numbers as event files
+    tensorboard/   the same numbers as event files; wandb/ those of log.wandb
 
 A resumed run first cuts all of them back to the step it starts from, so they read like those of one run.
 """
@@ -21,6 +21,7 @@ import platform
 import shutil
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import torch
 
 import aepo
 from aepo.answers import AnsweredQuestion, write_answers
+from aepo.boards import Boards, require_boards
 from aepo.config import Config, to_yaml
 from aepo.metrics import Record, finite
 from aepo.saved_trees import tree_entry
@@ -43,6 +45,7 @@ FILES = (
     "trees",
     "answers",
     "tensorboard",
+    "wandb",
     "checkpoints",
     "report.html",
 )
@@ -62,6 +65,7 @@ class RunLog:
         resumed: bool,
         changed: Sequence[str] = (),
     ) -> None:
+        require_boards(config)
         self.directory = directory
         self._start = time.perf_counter()
         if resumed:
@@ -77,12 +81,10 @@ class RunLog:
         self._trees = directory / "trees"
         self._trees.mkdir(exist_ok=True)
         _replace(directory / "config.yaml", to_yaml(config))
+        if config.log.wandb is not None:
+            self._facts.setdefault("wandb_id", uuid.uuid4().hex[:8])
         self._state(status="running", finished=None, reason=None, wall_seconds=None)
-        self._board = None
-        if config.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        self._boards = Boards(config, directory, step, self._facts["wandb_id"] if config.log.wandb else None)
 
     def step(self, record: Record) -> None:
         self._append("metrics.jsonl", record, prefix="")
@@ -119,17 +121,12 @@ class RunLog:
     def close(self, status: str, reason: str | None = None) -> None:
         """`status`: finished, interrupted or failed; `reason`: the error's text."""
         self._state(status=status, finished=_now(), reason=reason, wall_seconds=time.perf_counter() - self._start)
-        if self._board is not None:
-            self._board.close()
+        self._boards.close(finished=status == "finished")
 
     def _append(self, name: str, record: Record, prefix: str) -> None:
         with (self.directory / name).open("a") as file:
             file.write(json.dumps(finite(record), allow_nan=False) + "\n")
-        if self._board is not None:
-            for key, value in record.items():
-                if isinstance(value, (int, float)) and key != "step":
-                    self._board.add_scalar((prefix + key).replace(".", "/", 1), value, record["step"])
-            self._board.flush()
+        self._boards.write(record, prefix, record["step"])
 
     def _cut_back(self, step: int) -> None:
         for name in ("metrics.jsonl", "evals.jsonl"):

@@ -15,19 +15,11 @@ from typing import TYPE_CHECKING
 from aepo.advantages import Sample, advantage_settings, make_samples
 from aepo.agents.agent import Agent, agent_facts, changes
 from aepo.agents.protocol import Task
-from aepo.answers import AnsweredQuestion
 from aepo.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, save_checkpoint
 from aepo.config import Config, to_yaml
 from aepo.display import Display
 from aepo.engine_factory import make_engine
-from aepo.evaluation import (
-    answer_metrics,
-    evaluate,
-    evaluation_rollout,
-    evaluation_seed,
-    heldout_questions,
-    questions_at_once,
-)
+from aepo.evaluation import Evaluator, answer_metrics, spread
 from aepo.interrupt import Interrupt
 from aepo.learner import Learner, Minibatch
 from aepo.metrics import Record, StageClock, loss_metrics, memory_metrics, mismatch_metrics, rollout_metrics
@@ -69,6 +61,9 @@ class Trainer:
         self.config, self.agent, self.language_model = config, agent, language_model
         self.directory = Path(config.run.dir)
         self.advantage_settings = advantage_settings(config.policy)
+        firsts = (agent.task.train[0], agent.task.heldout[0])
+        self.scorer = Scorer(agent.rewards, agent.format, config.task.success, firsts)
+        rule = branch_rule(config.rollout)
         self.learner = Learner(language_model.model, config, agent.format.decode)
         self.step = 0
         if resume_step is not None:
@@ -82,10 +77,8 @@ class Trainer:
             self._saved = (self.step, self._heldout_success()) if resume_step is not None else None
             self.display = Display(config.train.steps)
             self.interrupt = Interrupt()
-            firsts = (agent.task.train[0], agent.task.heldout[0])
-            self.scorer = Scorer(agent.rewards, agent.format, config.task.success, firsts)
-            self.sampler = Sampler(self.engine, agent, config.rollout, branch_rule(config.rollout))
-            self.evaluator = Sampler(self.engine, agent, evaluation_rollout(config))
+            self.sampler = Sampler(self.engine, agent, config.rollout, rule)
+            self.evaluator = Evaluator(self.engine, agent, self.scorer, config)
         except BaseException:  # its processes would stay
             self.engine.close()
             raise
@@ -189,7 +182,8 @@ class Trainer:
             return
         self.display.stage("evaluation")
         start = time.perf_counter()
-        answered = self._answers()
+        questions = spread(self.agent.task.heldout, self.config.eval.questions)
+        answered = list(self.evaluator.answers(questions, self.display.paths))
         record = {**answer_metrics(answered, self.config.eval.pass_at), "seconds": time.perf_counter() - start}
         best = max((r["success"] for r in self.log.evaluations()), default=-1.0)
         self.log.answers(self.step, answered)
@@ -197,22 +191,6 @@ class Trainer:
         self.display.evaluation({"step": self.step, **record})
         if record["success"] > best:
             self.save()
-
-    def _answers(self) -> list[AnsweredQuestion]:
-        """To the held-out questions, by the present weights."""
-        questions = heldout_questions(self.agent.task, self.config.eval.questions)
-        seed, at_once = evaluation_seed(self.config.run.seed), questions_at_once(self.config, self.config.eval.samples)
-        return list(
-            evaluate(
-                self.evaluator,
-                self.scorer,
-                self.agent.format,
-                questions,
-                seed,
-                at_once=at_once,
-                progress=self.display.paths,
-            )
-        )
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step > 0 and self.step % every == 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from aepo.types import Message, Question, Response, Reward, TokenIds, ToolCall, ToolResult, Turn
 
@@ -27,7 +27,8 @@ class ToolError(Exception):
 
 
 class Tool(Protocol):
-    """Called with the arguments that the model wrote, by name; returns the text that the model reads next.
+    """Called with the arguments that the model wrote, by name, after they were checked against `parameters`; returns
+    the text that the model reads next, or what has a JSON form (docs/tools.md).
 
     A call may block, raise, return nothing, or be a coroutine: the `ToolBox` runs calls concurrently, gives up waiting
     after `timeout` and turns every failure into a short error text. A tool that holds processes or connections has a
@@ -39,7 +40,7 @@ class Tool(Protocol):
     description: str
     parameters: Mapping[str, Any]  # JSON schema of type "object", as in the `parameters` of an OpenAI function
 
-    def __call__(self, **arguments: Any) -> str | Awaitable[str]: ...
+    def __call__(self, *args: Any, **arguments: Any) -> Any: ...  # to a type checker: any parameters
 
 
 class Environment(Protocol):
@@ -152,6 +153,13 @@ class Task:
         if self.system is None or (begins and begins[0].get("role") == "system"):
             return begins
         return ({"role": "system", "content": self.system}, *begins)
+
+
+@runtime_checkable
+class Closable(Protocol):
+    """Holds something that ends with it."""
+
+    def close(self) -> None: ...
 
 
 def content_hash(questions: Sequence[Question]) -> str:

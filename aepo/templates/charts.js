@@ -2,33 +2,9 @@
 // Small multiples over the optimisation step. The legend is the read-out: it shows the value at the step under the
 // pointer in every chart at once, and the last value otherwise.
 
-const DATA = JSON.parse(document.getElementById("data").textContent);
 const WIDTH = 420, HEIGHT = 200, LEFT = 48, RIGHT = 10, TOP = 8, BOTTOM = 22; // of one chart, in viewBox units
 const readers = new Map(); // figure -> the function that shows its values at a step
 const readAll = (step) => readers.forEach((show) => show(step));
-
-function element(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
-
-function shape(tag, attributes = {}, ...children) {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
-
-function formatted(value, unit) {
-  if (value === null || value === undefined) return "missing";
-  if (unit === "%") return `${+(100 * value).toPrecision(Math.abs(value) < 0.1 ? 2 : 3)}%`;
-  if (unit === "s") return `${formatted(value)} s`;
-  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6)) return value.toExponential(1);
-  if (Math.abs(value) >= 1000) return Math.round(value).toLocaleString("en");
-  return String(+value.toPrecision(3));
-}
 
 // Round numbers that cover [low, high]: steps of 1, 2 or 5 times a power of ten.
 function ticks(low, high, count) {
@@ -39,19 +15,13 @@ function ticks(low, high, count) {
   return Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, i) => (first + i) * step);
 }
 
-function centredMean(values, window) {
-  return values.map((_, i) => {
-    const near = values.slice(Math.max(0, i - window), i + window + 1).filter((value) => value !== null);
-    return near.length ? near.reduce((a, b) => a + b) / near.length : null;
-  });
-}
-
 // The lines of a chart: every metric of a single run, or one metric of several runs.
 function chartLines(spec, series) {
   const alone = DATA.runs.length === 1;
   return DATA.runs.flatMap((run, r) => series.filter(({ key }) => run.series[key]).map(({ key, label }) => {
     const look = alone ? spec.series.findIndex((one) => one.key === key) : r;
-    return { ...run.series[key], name: alone ? label : run.name, color: `var(--series-${look % 8})`, dash: look < 8 ? "" : "6 3" };
+    const { steps, values, line } = run.series[key];
+    return { key, steps, raw: values, values: (spec.smooth && line) || values, name: alone ? label : run.name, color: `var(--series-${look % 8})`, dash: look < 8 ? "" : "6 3" };
   }));
 }
 
@@ -88,12 +58,10 @@ function linePath(steps, values, x, y) {
   }).join("");
 }
 
-function drawLines(svg, lines, smooth, x, y) {
+function drawLines(svg, lines, x, y) {
   for (const line of lines) {
-    const window = smooth ? Math.floor(line.steps.length / 20) : 0; // thin: every step; bold: mean over a tenth of the run
-    if (window) svg.append(shape("path", { class: "raw", d: linePath(line.steps, line.values, x, y), stroke: line.color }));
-    const values = window ? centredMean(line.values, window) : line.values;
-    svg.append(shape("path", { class: "line", d: linePath(line.steps, values, x, y), stroke: line.color, "stroke-dasharray": line.dash }));
+    if (line.raw !== line.values) svg.append(shape("path", { class: "raw", d: linePath(line.steps, line.raw, x, y), stroke: line.color }));
+    svg.append(shape("path", { class: "line", d: linePath(line.steps, line.values, x, y), stroke: line.color, "stroke-dasharray": line.dash }));
     if (line.steps.length <= 24) line.steps.forEach((step, i) => {
       if (line.values[i] !== null) svg.append(shape("circle", { cx: x(step), cy: y(line.values[i]), r: 2.5, fill: line.color }));
     });
@@ -117,7 +85,7 @@ function drawChart(figure, spec, series, stacked) {
   if (!lines.length) return missing(`not recorded (${series.map((one) => one.key).join(", ")})`);
   const allSteps = lines.flatMap((line) => line.steps);
   const totals = stacked ? lines[0].steps.map((_, i) => lines.reduce((sum, line) => sum + (line.values[i] ?? 0), 0)) : [];
-  const allValues = stacked ? totals : lines.flatMap((line) => line.values).filter((value) => value !== null);
+  const allValues = stacked ? totals : lines.flatMap((line) => [...line.raw, ...line.values]).filter((value) => value !== null);
   const xRange = [Math.min(...allSteps), Math.max(...allSteps)];
   if (xRange[0] === xRange[1]) xRange[1] += 1;
   const yRange = [Math.min(spec.low ?? Infinity, ...allValues), Math.max(spec.high ?? -Infinity, ...allValues)];
@@ -128,10 +96,10 @@ function drawChart(figure, spec, series, stacked) {
   const x = (step) => LEFT + (step - xRange[0]) / (xRange[1] - xRange[0]) * (WIDTH - LEFT - RIGHT);
   const y = (value) => HEIGHT - BOTTOM - (value - yRange[0]) / (yRange[1] - yRange[0]) * (HEIGHT - TOP - BOTTOM);
 
-  const svg = shape("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": spec.title });
+  const svg = shape("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, tabindex: 0, role: "img", "aria-label": `${spec.title}: ← and → read it step by step, Enter shows the rollouts` });
   drawAxes(svg, xRange, yRange, x, y, spec.unit);
   if (stacked) drawStack(svg, lines, x, y);
-  else drawLines(svg, lines, spec.smooth, x, y);
+  else drawLines(svg, lines, x, y);
   const cross = shape("path", { class: "cross", visibility: "hidden" });
   svg.append(cross);
   const { list, show } = legend(lines, spec.unit);
@@ -148,27 +116,49 @@ function drawChart(figure, spec, series, stacked) {
     cross.setAttribute("visibility", step === null ? "hidden" : "visible");
     if (step !== null) cross.setAttribute("d", `M${x(step)} ${TOP}V${HEIGHT - BOTTOM}`);
   });
-  svg.addEventListener("pointermove", (event) => readAll(stepAt(event)));
-  svg.addEventListener("pointerleave", () => readAll(null));
-  svg.addEventListener("click", (event) => document.dispatchEvent(new CustomEvent("step", { detail: stepAt(event) })));
+  let at = null; // the step that is read
+  const read = (step) => { at = step; readAll(step); };
+  const open = () => document.dispatchEvent(new CustomEvent("step", { detail: at ?? steps.at(-1) }));
+  svg.addEventListener("pointermove", (event) => read(stepAt(event)));
+  svg.addEventListener("pointerleave", () => read(null));
+  svg.addEventListener("click", (event) => { read(stepAt(event)); open(); });
+  svg.addEventListener("blur", () => read(null));
+  svg.addEventListener("keydown", (event) => {
+    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!by && event.key !== "Enter") return;
+    event.preventDefault();
+    if (!by) return open();
+    const next = (at === null ? steps.length : steps.indexOf(at)) + by;
+    read(steps[Math.max(0, Math.min(steps.length - 1, next))]);
+  });
+  return { svg, lines };
 }
+
+// Several runs and several metrics: one metric at a time, so that a colour means a run in every chart.
+const chosenMetrics = new Map(); // chart -> metric
 
 function chartFigure(spec) {
   const caption = element("figcaption", {}, `${spec.title} `, element("small", {}, spec.note));
   const figure = element("figure", { class: "chart", id: spec.id }, caption);
-  if (DATA.runs.length === 1 || spec.series.length === 1) {
-    drawChart(figure, spec, spec.series, spec.stacked && DATA.runs.length === 1);
-    return figure;
+  const single = DATA.runs.length === 1 || spec.series.length === 1;
+  const draw = () => {
+    const series = single ? spec.series : spec.series.filter(({ key }) => key === (chosenMetrics.get(spec.id) ?? spec.series[0].key));
+    figure.replaceChildren(caption);
+    const drawn = drawChart(figure, spec, series, spec.stacked && DATA.runs.length === 1);
+    if (drawn) figure.append(exportButtons(spec, drawn));
+  };
+  if (!single) {
+    const menu = element("select", { "aria-label": `metric of ${spec.title}` });
+    fillMenu(menu, spec.series.map(({ key, label }) => [key, label]), chosenMetrics.get(spec.id) ?? spec.series[0].key);
+    menu.addEventListener("change", () => { chosenMetrics.set(spec.id, menu.value); draw(); });
+    caption.append(menu);
   }
-  // Several runs and several metrics: one metric at a time, so that a colour means a run in every chart.
-  const menu = element("select", { "aria-label": "metric" }, ...spec.series.map(({ label }, i) => element("option", { value: i }, label)));
-  const draw = () => { figure.replaceChildren(caption); drawChart(figure, spec, [spec.series[menu.value]], false); };
-  menu.addEventListener("change", draw);
-  caption.append(menu);
   draw();
   return figure;
 }
 
-for (const { title, charts } of DATA.shelves) {
-  document.getElementById("charts").append(element("h3", {}, title), element("div", { class: "shelf" }, ...charts.map(chartFigure)));
+function drawCharts() {
+  readers.clear();
+  document.getElementById("charts")?.replaceChildren(...DATA.shelves.flatMap(({ title, charts }) =>
+    [element("h3", {}, title), element("div", { class: "shelf" }, ...charts.map(chartFigure))]));
 }

@@ -3,34 +3,19 @@
 // below them the chosen path in full, every token on the colour of its entropy.
 
 const ENTROPY_STEPS = [0.05, 0.2, 0.5, 1, 1.5, 2.5]; // nats; fixed, so that two reports can be compared
-const ROW = 26, LABEL = 104, SCORE = 150, PROMPT = 34; // pixels: row height, columns left and right, the prompt's block
-const tooltip = document.getElementById("tooltip");
-
+const LABEL = 104, SCORE = 150, PROMPT = 34; // pixels: columns left and right, the prompt's block
+const NARROW = 600; // below it the columns stand above the tokens
 const level = (entropy) => ENTROPY_STEPS.filter((bound) => entropy >= bound).length;
 const nats = (value) => (value === null || value === undefined ? "missing" : `${formatted(value)} nats`);
 const signed = (value) => (value === null || value === undefined ? "missing" : `${value < 0 ? "−" : "+"}${+Math.abs(value).toPrecision(2)}`);
-
-function withTip(node, text) {
-  node.dataset.tip = text;
-  return node;
-}
-
-document.addEventListener("pointermove", (event) => {
-  const target = event.target.closest?.("[data-tip]");
-  tooltip.hidden = !target;
-  if (!target) return;
-  tooltip.textContent = target.dataset.tip;
-  const { width, height } = tooltip.getBoundingClientRect();
-  tooltip.style.left = `${Math.max(4, Math.min(event.clientX + 12, innerWidth - width - 4))}px`;
-  tooltip.style.top = `${event.clientY + 16 + height > innerHeight ? event.clientY - height - 12 : event.clientY + 16}px`;
-});
 
 function decisionText(tree, decision) {
   const born = tree.paths.filter((path) => path.parent === decision.path && path.branch_node === decision.node).map((path) => `path ${path.id}`);
   const rule = DATA.runs[tree.run].rule;
   const penalty = rule.branch_penalty === undefined ? "missing" : formatted(Math.min(1, rule.branch_penalty * decision.consecutive));
   const room = !decision.branched && decision.probability > rule.branch_threshold ? " (no path left to give)" : "";
-  const outcome = decision.branched ? `branched${born.length ? ` into ${born.join(" and ")}` : ""}` : `did not branch${room}`;
+  const refused = decision.refused ? " (the environment could not be brought into the same state)" : room;
+  const outcome = decision.branched ? `branched${born.length ? ` into ${born.join(" and ")}` : ""}` : `did not branch${refused}`;
   return `path ${decision.path} ${outcome} · P ${formatted(decision.probability)}, threshold ${formatted(rule.branch_threshold)}`
     + ` · alpha ${formatted(decision.alpha)} · entropy ${nats(decision.entropy)}, ${signed(decision.delta)} ln V since the start`
     + ` · penalty ${penalty} (${decision.consecutive} branches in a row before)`;
@@ -63,84 +48,108 @@ function layout(tree) {
   return { rows, start, end, length: Math.max(1, ...chains.map((chain) => end(chain.at(-1)))) };
 }
 
+// Where the parts of a row stand: on wide screens label, tokens and score side by side, else tokens below the others.
+function measures(width) {
+  return width >= NARROW ? { row: 26, text: 17, bar: 6, from: LABEL, to: width - SCORE } : { row: 44, text: 15, bar: 24, from: 6, to: width - 8 };
+}
+
+const BAR = 14; // height of the tokens
+
 function drawModelNode(row, node, x, y) {
   const { entropies } = node;
   const bins = Math.min(entropies.length, Math.max(1, Math.floor((x(entropies.length) - x(0)) / 3)));
   for (let bin = 0; bin < bins; bin++) {
     const from = Math.floor(bin * entropies.length / bins), to = Math.floor((bin + 1) * entropies.length / bins);
     const peak = Math.max(...entropies.slice(from, to)); // one uncertain token among sure ones must stay visible
-    row.append(withTip(shape("rect", { class: `fill-${level(peak)}`, x: x(from), y: y + 6, width: x(to) - x(from) + 0.3, height: ROW - 12 }),
+    row.append(withTip(shape("rect", { class: `fill-${level(peak)}`, x: x(from), y, width: x(to) - x(from) + 0.3, height: BAR }),
       `${node.texts.slice(from, to).join("")}\nentropy up to ${nats(peak)}`));
   }
 }
 
+const failures = (node) => (node.results ?? []).filter(({ error }) => error);
+
+function callText({ tool, arguments: given, problem }) {
+  if (problem) return `${tool || "a call"} that cannot be read: ${problem}`;
+  return `${tool}(${Object.entries(given).map(([name, value]) => `${name && `${name}=`}${JSON.stringify(value)}`).join(", ")})`;
+}
+
+function resultText(result) {
+  return !result ? "result missing" : result.error ? `failed: ${result.error}` : result.text;
+}
+
 function drawToolNode(row, node, x, y) {
-  const failed = node.result?.error;
-  const title = `${node.call?.tool ?? "tool"}(${node.call?.argument ?? ""})\n${failed ? `failed: ${failed}` : node.result?.text ?? "result missing"}`;
-  const width = Math.max(3, x(node.texts.length) - x(0) - 2), name = node.call?.tool ?? "";
-  row.append(withTip(shape("rect", { class: `tool ${failed ? "failed" : ""}`, x: x(0) + 1, y: y + 4, rx: 3, width, height: ROW - 8 }), title));
-  if (width > 8 * name.length + 16) row.append(shape("text", { class: "name", x: x(0) + 7, y: y + 17 }, name));
+  const tip = node.calls.map((call, i) => `${callText(call)}\n${resultText(node.results[i])}`).join("\n\n") || node.results.map(resultText).join("\n");
+  const name = [...new Set(node.calls.map(({ tool }) => tool))].join(", ") + (node.calls.length > 1 ? ` ×${node.calls.length}` : "");
+  const width = Math.max(3, x(node.texts.length) - x(0) - 2);
+  row.append(withTip(shape("rect", { class: `tool ${failures(node).length ? "failed" : ""}`, x: x(0) + 1, y: y - 2, rx: 3, width, height: BAR + 4 }), tip));
+  if (width > 8 * name.length + 16) row.append(shape("text", { class: "name", x: x(0) + 7, y: y + 11 }, name));
 }
 
 function drawOverview(tree, chosen, choose, width) {
   const { rows, start, end, length } = layout(tree);
-  const scale = (width - LABEL - SCORE - PROMPT - 8) / length;
-  const x = (token) => LABEL + PROMPT + 4 + token * scale;
-  const height = rows.length * ROW + 22;
+  const at = measures(width);
+  const scale = (at.to - at.from - PROMPT - 8) / length;
+  const x = (token) => at.from + PROMPT + 4 + token * scale;
+  const height = rows.length * at.row + 22;
   const svg = shape("svg", { class: "tree", viewBox: `0 0 ${width} ${height}`, height, role: "group", "aria-label": "paths" });
-  const top = new Map(rows.map(({ path }, i) => [path.id, i * ROW]));
+  const top = new Map(rows.map(({ path }, i) => [path.id, i * at.row]));
+  const middle = (id) => top.get(id) + at.bar + BAR / 2;
   const links = shape("g"), marks = shape("g");
   for (const { path, own } of rows) {
-    const y = top.get(path.id);
-    const row = shape("g", { class: `row ${path.id === chosen ? "chosen" : ""}`, tabindex: 0, role: "button", "aria-label": `path ${path.id}` });
-    row.append(shape("rect", { class: "hit", x: 0.5, y: y + 0.5, width: width - 1, height: ROW - 1, rx: 5 }));
-    row.append(shape("text", { x: 8, y: y + 17 }, `path ${path.id}`));
-    if (path.parent === null) row.append(withTip(shape("rect", { class: "prompt", x: LABEL, y: y + 6, width: PROMPT, height: ROW - 12, rx: 2 }), "sampled from the question"));
+    const y = top.get(path.id), bar = y + at.bar;
+    const row = shape("g", { class: `row ${path.id === chosen ? "chosen" : ""}`, tabindex: 0, role: "button", "aria-label": `path ${path.id}`, "data-path": path.id });
+    row.append(shape("rect", { class: "hit", x: 0.5, y: y + 0.5, width: width - 1, height: at.row - 1, rx: 5 }));
+    row.append(shape("text", { x: 8, y: y + at.text }, `path ${path.id}`));
+    if (path.parent === null) row.append(withTip(shape("rect", { class: "prompt", x: at.from, y: bar, width: PROMPT, height: BAR, rx: 2 }), "sampled from the question"));
     else {
-      row.append(shape("text", { x: 58, y: y + 17, class: "quiet" }, `from ${path.parent}`));
+      row.append(shape("text", { x: 58, y: y + at.text, class: "quiet" }, `from ${path.parent}`));
       const bend = x(end(path.branch_node));
-      links.append(shape("path", { class: "link", d: `M${bend} ${top.get(path.parent) + ROW / 2}V${y + ROW / 2 - 4}q0 4 4 4H${bend + 5}` }));
+      links.append(shape("path", { class: "link", d: `M${bend} ${middle(path.parent)}V${middle(path.id) - 4}q0 4 4 4H${bend + 5}` }));
     }
     for (const id of own) {
-      const node = tree.nodes[id], at = (token) => x(start.get(id) + token);
-      if (node.source === "model") drawModelNode(row, node, at, y);
-      if (node.source === "tool") drawToolNode(row, node, at, y);
+      const node = tree.nodes[id], place = (token) => x(start.get(id) + token);
+      if (node.source === "model") drawModelNode(row, node, place, bar);
+      if (node.source === "tool") drawToolNode(row, node, place, bar);
     }
-    drawScore(row, tree, path, width - SCORE + 10, y + 17);
+    drawScore(row, tree, path, width - SCORE + 10, y + at.text);
     row.addEventListener("click", () => choose(path.id));
     row.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); choose(path.id); } });
     svg.append(row);
   }
   for (const decision of tree.decisions) {
-    const cx = x(end(decision.node)), cy = top.get(decision.path) + ROW / 2;
+    const cx = x(end(decision.node)), cy = middle(decision.path);
     const mark = decision.branched ? shape("path", { class: "branched", d: `M${cx} ${cy - 6}l6 6l-6 6l-6-6Z` })
       : shape("circle", { class: "kept", cx, cy, r: 3.5 });
     marks.append(withTip(mark, decisionText(tree, decision)));
   }
   svg.append(links, marks);
-  for (const token of ticks(0, length, 6)) {
+  for (const token of ticks(0, length, width < NARROW ? 3 : 6)) {
     svg.append(shape("text", { class: "quiet", x: x(token), y: height - 5, "text-anchor": "middle" }, token === 0 ? "0 tokens" : String(token)));
   }
+  moveByKeys(svg, ".row");
   return svg;
 }
+
+const componentsText = ({ components }) => Object.entries(components ?? {}).map(([name, value]) => `${name} ${formatted(value)}`).join(", ");
 
 function drawScore(row, tree, path, x, y) {
   const reward = tree.rewards?.[path.id];
   if (!reward) { row.append(shape("text", { x, y, class: "quiet" }, "reward missing")); return; }
   const advantage = tree.advantages?.[path.id];
   row.append(withTip(shape("text", { x, y, class: reward.success ? "good" : "bad" }, `${reward.success ? "✓" : "✗"} ${formatted(reward.total)}`),
-    `reward ${formatted(reward.total)}\n${Object.entries(reward.components).map(([name, value]) => `${name}: ${formatted(value)}`).join("\n")}`));
+    `reward ${formatted(reward.total)}\n${componentsText(reward)}`));
   row.append(shape("text", { x: x + 56, y, class: "quiet" }, advantage === undefined ? path.finish_reason : `A ${signed(advantage)}`));
 }
 
-function nodeBlock(tree, node) {
-  const failed = node.result?.error;
-  const block = element("div", { class: `node ${node.source} ${failed ? "failed" : ""}` });
+function nodeBlock(node) {
+  const block = element("div", { class: `node ${node.source} ${failures(node).length ? "failed" : ""}` });
   const text = element("pre", { class: "text" });
-  if (node.source === "tool") {
-    const seconds = node.result ? ` · ${formatted(1000 * node.result.seconds)} ms` : "";
-    block.append(element("div", { class: failed ? "who bad" : "who" }, `tool: ${node.call?.tool ?? "unknown"}${seconds}${failed ? ` · failed: ${failed}` : ""}`));
-  } else block.append(element("div", { class: "who" }, node.source === "prompt" ? "prompt" : "model"));
+  if (node.source !== "tool") block.append(element("div", { class: "who" }, node.source));
+  else for (let i = 0; i < Math.max(1, node.results.length); i++) {
+    const call = node.calls[i], result = node.results[i];
+    const outcome = result ? ` · ${formatted(1000 * result.seconds)} ms${result.error ? ` · failed: ${result.error}` : ""}` : "";
+    block.append(element("div", { class: result?.error ? "who bad" : "who" }, `tool: ${call ? callText(call) : "unknown"}${outcome}`));
+  }
   if (node.source !== "model") text.textContent = node.texts.join("");
   else node.texts.forEach((piece, i) => {
     const entropy = node.entropies[i], logprob = node.logprobs[i];
@@ -154,12 +163,13 @@ function nodeBlock(tree, node) {
 function drawPath(tree, path) {
   const panel = element("div", { class: "panel" });
   const reward = tree.rewards?.[path.id];
+  const world = path.environment_reward === undefined || path.environment_reward === null ? "" : ` · the environment says ${formatted(path.environment_reward)}`;
   panel.append(element("div", {}, element("strong", {}, `Path ${path.id}`), ` · ${path.finish_reason}`,
-    reward ? ` · reward ${formatted(reward.total)} (${Object.entries(reward.components).map(([name, value]) => `${name} ${formatted(value)}`).join(", ")})` : ""));
+    reward ? ` · reward ${formatted(reward.total)} (${componentsText(reward)})` : "", world));
   const ancestry = new Set(); // the paths whose decisions stand on this one
   for (let id = path.id; id !== null; id = tree.paths[id].parent) ancestry.add(id);
   for (const id of lineage(tree, path)) {
-    panel.append(nodeBlock(tree, tree.nodes[id]));
+    panel.append(nodeBlock(tree.nodes[id]));
     for (const decision of tree.decisions) {
       if (decision.node !== id || !ancestry.has(decision.path)) continue;
       panel.append(element("div", { class: `decision ${decision.branched ? "yes" : ""}` }, `${decision.branched ? "◆" : "○"} ${decisionText(tree, decision)}`));
@@ -187,46 +197,15 @@ function budgetText(tree) {
   return `Pre-monitoring: entropy ${nats(root)} at the start, ${tool === null ? "no tool call" : `${nats(tool)} after tools`}, so ${fresh} of ${tree.paths.length} paths start fresh.`;
 }
 
-function drawTree(place, tree, chosen) {
+// The question, its paths, and the chosen one of them. `choose`: what to do when the reader picks another path.
+function drawTree(place, tree, chosen, choose) {
   const solved = tree.rewards ? ` · ${tree.rewards.filter((reward) => reward.success).length} of ${tree.paths.length} paths succeed` : "";
+  const kind = tree.question.kind && ` · ${tree.question.kind}`;
   const panel = element("div", { class: "panel" }, element("div", { class: "question" }, tree.question.text),
-    element("div", { class: "quiet" }, `answer: ${tree.question.answer} · ${tree.question.kind}${solved} · ${tree.paths.filter((path) => path.parent !== null).length} branches`),
+    element("div", { class: "quiet" }, `${tree.question.id} · answer: ${tree.question.answer || "none"}${kind}${solved} · ${tree.paths.filter((path) => path.parent !== null).length} branches`),
     element("div", { class: "quiet" }, budgetText(tree)), entropyScale());
   place.replaceChildren(panel);
-  panel.append(drawOverview(tree, chosen, (path) => drawTree(place, tree, path), panel.clientWidth - 32));
+  const padding = parseFloat(getComputedStyle(panel).paddingLeft);
+  panel.append(drawOverview(tree, chosen, choose, Math.max(240, panel.clientWidth - 2 * padding))); // 0 where nothing is laid out
   place.append(drawPath(tree, tree.paths[chosen]));
 }
-
-function rolloutBrowser() {
-  const root = document.getElementById("trees");
-  if (!DATA.trees.length) { root.append(element("p", { class: "quiet" }, "No rollout was saved in this run (log.trees_every).")); return; }
-  const name = (tree) => `${DATA.runs.length > 1 ? `${DATA.runs[tree.run].name}, ` : ""}step ${tree.step}`;
-  const groups = [...new Map(DATA.trees.map((tree) => [name(tree), DATA.trees.filter((other) => name(other) === name(tree))])).values()];
-  const stepMenu = element("select", { "aria-label": "step" }, ...groups.map((group, i) => element("option", { value: i }, name(group[0]))));
-  const questionMenu = element("select", { "aria-label": "question" });
-  const place = element("div");
-  const best = (tree) => Math.max(0, tree.paths.findIndex((path) => path.parent !== null)); // a branched path shows most
-  const show = () => { const tree = groups[stepMenu.value][questionMenu.value]; drawTree(place, tree, best(tree)); };
-  const fillQuestions = () => {
-    questionMenu.replaceChildren(...groups[stepMenu.value].map((tree, i) => element("option", { value: i }, tree.question.text)));
-    show();
-  };
-  const move = (by) => { stepMenu.value = Math.min(groups.length - 1, Math.max(0, +stepMenu.value + by)); fillQuestions(); };
-  const earlier = element("button", { type: "button" }, "◀ earlier"), later = element("button", { type: "button" }, "later ▶");
-  earlier.addEventListener("click", () => move(-1));
-  later.addEventListener("click", () => move(1));
-  stepMenu.addEventListener("change", fillQuestions);
-  questionMenu.addEventListener("change", show);
-  addEventListener("resize", show);
-  document.addEventListener("step", ({ detail }) => {
-    const distance = (group) => Math.abs(group[0].step - detail);
-    stepMenu.value = groups.reduce((nearest, group, i) => (distance(group) < distance(groups[nearest]) ? i : nearest), 0);
-    fillQuestions();
-    root.scrollIntoView({ behavior: "smooth" });
-  });
-  root.append(element("div", { class: "controls" }, stepMenu, questionMenu, earlier, later), place);
-  stepMenu.value = groups.length - 1;
-  fillQuestions();
-}
-
-rolloutBrowser();

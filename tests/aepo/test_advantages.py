@@ -16,6 +16,7 @@ from aepo.advantages import (
     overlong_penalty,
     step_advantages,
 )
+from aepo.agents.protocol import AgentError
 from aepo.config import PolicyConfig
 
 PROMPT = (1, 2, 3)
@@ -142,3 +143,37 @@ def test_presets_and_overrides() -> None:
     dapo = advantage_settings(PolicyConfig(preset="dapo", overlong_buffer=0))
     assert (dapo.drop_equal_groups, dapo.overlong_buffer) == (True, 0)
     assert advantage_settings(PolicyConfig(preset="aepo", advantage="batch")).kind == "batch"
+
+
+def halves(rewards, questions):
+    """An advantage of one's own."""
+    return rewards / 2 + questions
+
+
+def test_an_advantage_of_ones_own() -> None:
+    path = trajectory(PROMPT, ((10,), ()))
+    settings = advantage_settings(PolicyConfig(advantage="test_advantages:halves"))
+    samples = make_samples([[path, path], [path]], [[1.0, 0.0], [3.0]], settings, max_tokens=100)
+    assert [s.advantages[-1] for s in samples] == [0.5, 0.0, 2.5]
+    leave_one_out = PolicyConfig(advantage="aepo_kernels.advantages:leave_one_out_advantages")
+    samples = make_samples([[path, path, path]], [[1.0, 0.0, 0.5]], advantage_settings(leave_one_out), max_tokens=100)
+    assert [s.advantages[-1] for s in samples] == [0.75, -0.75, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda rewards, questions: rewards[:1], r"returned shape \[1\], expected \[2\]"),
+        (lambda rewards, questions: rewards / 0, "returned nan for path 0|returned inf for path 0"),
+        (lambda rewards, questions: rewards.item(), "failed: RuntimeError"),
+    ],
+)
+def test_an_advantage_that_fails_is_named(function, text: str) -> None:
+    path = trajectory(PROMPT, ((10,), ()))
+    with pytest.raises(AgentError, match=f"policy.advantage: .*({text})"):
+        make_samples([[path, path]], [[1.0, 0.0]], AdvantageSettings(own=function), max_tokens=100)
+
+
+def test_an_advantage_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match=r"policy.advantage = 'grup': expected group, batch, gigpo, or package"):
+        advantage_settings(PolicyConfig(advantage="grup"))

@@ -63,7 +63,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("policy.drop_equal_groups=maybe", "expected true or false or null"),
         ("train.minibatches=9", "train.minibatches = 9: expected <= train.questions (8)"),
         ("policy.importance_cap=2", "expected policy.old_logprobs = recompute"),
-        ("vllm.endpoints=a:8000", "vllm.endpoints = 'a:8000': expected a list, each a text"),
+        ("vllm.endpoints=a:8000", "vllm.endpoints = ['a:8000']: expected different URLs such as http://host:8000"),
         ("vllm.endpoints=[a:8000]", "expected different URLs such as http://host:8000"),
         ("vllm.endpoints=[http://a,http://a]", "expected different URLs such as http://host:8000"),
         ("vllm.dtype=float64", "expected one of float32, bfloat16, float16 or null"),

@@ -166,7 +166,7 @@ def test_a_resumed_log_is_cut_back(tmp_path: Path, config: Config) -> None:
     for step in (1, 2, 3):
         log.step({"step": step, "policy.loss": math.nan, "rollout.branches_per_path": [step]})
         log.evaluation({"step": step, "success": step / 10})
-        log.trees(step, [], [], [], vocab_size=5, temperature=1.0, decode=str)
+        log.trees(step, [], [], vocab_size=5, temperature=1.0, decode=str)
     log.close("failed", "power cut")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "policy.lo')  # the line that was being written

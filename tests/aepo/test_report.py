@@ -1,85 +1,26 @@
-"""The report: everything in a run's files is on the page, nothing else is, and damage is reported.
-
-The runs are made by hand, in the files that the trainer writes.
-"""
+"""The report: everything in a run's files is on the page, nothing else is, and damage is reported."""
 
 import json
 import re
 import shutil
-import subprocess
-from dataclasses import asdict
-from html.parser import HTMLParser
 from importlib.resources import files
 
 import pytest
+from report_toys import (
+    HOSTILE,
+    Elements,
+    answer_line,
+    earlier_tree,
+    hand_made_tree,
+    make_run,
+    page_data,
+    save_answers,
+    save_trees,
+)
 
-from aepo.report import write_report
-from aepo.run_reader import MAX_TREE_TOKENS, read_run
-from aepo.types import BranchDecision, BudgetDecision, Node, Path, Question, Reward, RolloutTree, ToolCall, ToolResult
-
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)><!--"
-
-
-def hand_made_tree() -> dict:
-    """Two paths: path 1 leaves path 0 after its tool result."""
-    nodes = (
-        Node(0, None, "prompt", (1, 2)),
-        Node(1, 0, "model", (3, 4), (-0.5, -0.1), (1.25, 0.0), finish_reason="stop"),
-        Node(2, 1, "tool", (5,), call=ToolCall("search", HOSTILE), result=ToolResult("", "timeout", 6.0)),
-        Node(3, 2, "model", (6,), (-0.25,), (0.6,), finish_reason="stop"),
-        Node(4, 2, "model", (7,), (-1.5,), (2.75,), finish_reason="stop"),
-    )
-    paths = (Path(0, 3, None, None, "answered"), Path(1, 4, 0, 2, "answered"))
-    decisions = (BranchDecision(0, 2, 0.6, 0.02, 0.7, 3, 0.6, True),)
-    question = Question("q7", f"What is {HOSTILE}?", "42", "capital", ("Peru",))
-    tree = RolloutTree(question, nodes, paths, decisions, BudgetDecision(0.9, 0.4, 1))
-    rewards = [asdict(Reward(1.0, {"answer": 1.0}, True)), asdict(Reward(0.0, {"answer": 0.0}, False))]
-    texts = [["What", "?"], ["<search>", HOSTILE], ["<result/>"], ["42"], ["43"]]
-    return {"tree": asdict(tree), "rewards": rewards, "advantages": [0.7, -0.7], "texts": texts}
-
-
-def make_run(path, *, success=(0.25, 0.5), preset="aepo"):
-    (path / "trees").mkdir(parents=True)
-    metrics = [
-        {"step": 1, "reward.mean": 0.25, "policy.kl": None, "rollout.branches_per_path": [6, 2, 0, 1, 1],
-         "rollout.paths": 10, "tools.calls": 8, "tools.calls.search": 5,
-         "tools.failures": 2, "tools.failures.timeout": 2},
-        {"step": 2, "reward.mean": 0.75, "policy.kl": None, "rollout.branches_per_path": [10],
-         "rollout.paths": 10, "tools.calls": 0, "tools.failures": 0, "tools.failures.timeout": 0},
-    ]  # fmt: skip
-    evals = [
-        {"step": step, "success": value, "success.capital": value} for step, value in zip((0, 2), success, strict=True)
-    ]
-    facts = {"status": "finished", "wall_seconds": 83.2, "model": {"name": "tiny", "parameters": 1234567},
-             "machine": {"cores": 2, "processor": "<b>CPU</b>"}, "versions": {"torch": "2.13.0"}}  # fmt: skip
-    (path / "run.json").write_text(json.dumps(facts))
-    (path / "config.yaml").write_text(
-        f"policy: {{preset: {preset}}}\nrollout: {{paths: 2, branch_penalty: 0.05, branch_threshold: 0.5}}\n"
-    )
-    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in metrics))
-    (path / "evals.jsonl").write_text("".join(json.dumps(record) + "\n" for record in evals))
-    (path / "trees" / "step_000002.json").write_text(json.dumps({"step": 2, "trees": [hand_made_tree()]}))
-    return path
-
-
-def page_data(page: str) -> dict:
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
-
-
-class Elements(HTMLParser):
-    """Every element of a page, with its attributes, and the text outside of scripts and styles."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.found: list[tuple[str, dict]] = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data if self.cdata_elem is None else ""
+from aepo.report import SCRIPTS, write_report, write_rollout_page
+from aepo.report.reader import read_run
+from aepo.report.trees import MAX_TREE_TOKENS, page_tree
 
 
 def test_the_page_holds_what_the_files_hold(tmp_path):
@@ -87,8 +28,9 @@ def test_the_page_holds_what_the_files_hold(tmp_path):
     assert out == tmp_path / "demo" / "report.html"
     page = out.read_text(encoding="utf-8")
     text = Elements(page).text
-    for expected in ("from 25% at the start to 50%", "2 steps in 1 min 23 s", "aepo", "1,234,567 parameters",
-                     "2 cores of <b>CPU</b>", "+25 points", "25.0%", "2 of 8"):  # fmt: skip
+    for expected in ("from 25% at the start to 50% at step 2", "2 steps in 1 min 23 s", "aepo", "1,234,567 parameters",
+                     "2 cores of <b>CPU</b>", "+25 points", "25%", "2 of 8", "facts, 600 training questions",
+                     "train: rows.jsonl, sha256: ab12", "name: chat, calls: hermes", "search, clock"):  # fmt: skip
         assert expected in text
     data = page_data(page)
     series = data["runs"][0]["series"]
@@ -104,20 +46,28 @@ def test_the_page_holds_what_the_files_hold(tmp_path):
     assert tree["decisions"][0]["consecutive"] == 3
     assert data["runs"][0]["rule"] == {"branch_penalty": 0.05, "branch_threshold": 0.5}
     assert tree["rewards"][0]["success"] is True
+    assert [call["tool"] for call in tree["nodes"][2]["calls"]] == ["search", "clock"]
+    assert tree["nodes"][2]["calls"][1]["problem"] == "no such argument"
+    assert [result["error"] for result in tree["nodes"][2]["results"]] == ["timeout", None]
+    assert tree["paths"][1]["environment_reward"] == 0.5
 
 
 def test_no_text_becomes_markup_and_nothing_is_fetched(tmp_path):
-    page = write_report([make_run(tmp_path / "demo")]).read_text(encoding="utf-8")
+    run = make_run(tmp_path / "demo", preset=json.dumps(HOSTILE))
+    save_answers(run, 2, answer_line(2, HOSTILE, True, text=HOSTILE))
+    page = write_report([run]).read_text(encoding="utf-8")
     elements = Elements(page).found
-    assert [tag for tag, _ in elements].count("script") == 3
+    assert [tag for tag, _ in elements].count("script") == 1 + len(SCRIPTS)
     assert not {"img", "b", "iframe", "link"} & {tag for tag, _ in elements}
     assert not [attributes for _, attributes in elements if {"src", "href", "onerror"} & attributes.keys()]
     policy = next(attributes["content"] for _, attributes in elements if "http-equiv" in attributes)
     assert policy.startswith("default-src 'none'")
     assert "http" not in re.sub(r"http://www.w3.org/2000/svg|http-equiv", "", page)
-    for script in re.findall(r"<script>(.*?)</script>", page, re.S):
-        assert "innerHTML" not in script
-        assert "insertAdjacentHTML" not in script
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.S)
+    assert len(scripts) == len(SCRIPTS)
+    assert "\u2028" not in re.search(r'<script type="application/json".*?</script>', page, re.S)[0]
+    for script in scripts:
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", script)
 
 
 def test_several_runs_share_a_page(tmp_path):
@@ -160,10 +110,10 @@ def test_damage_is_listed_and_left_out(tmp_path):
     (run / "trees" / "step_000003.json").write_text('{"step": 3, "trees": [{"tree": {}}]}')
     uneven = {"step": 4, "trees": [hand_made_tree()]}
     uneven["trees"][0]["texts"][1].pop()
-    (run / "trees" / "step_000004.json").write_text(json.dumps(uneven))
+    save_trees(run, 4, *uneven["trees"])
     circle = {"step": 5, "trees": [hand_made_tree()]}
     circle["trees"][0]["tree"]["nodes"][1]["parent"] = 3
-    (run / "trees" / "step_000005.json").write_text(json.dumps(circle))
+    save_trees(run, 5, *circle["trees"])
     (run / "config.yaml").write_text("- a list\n")
     loaded = read_run(run, "demo")
     problems = "\n".join(loaded.problems)
@@ -199,7 +149,7 @@ def test_token_ids_stand_in_for_missing_texts_and_odd_characters_survive(tmp_pat
     del entry["texts"], entry["rewards"]
     odd = hand_made_tree()
     odd["texts"][3] = ["\ud800"]  # half a character
-    (run / "trees" / "step_000002.json").write_text(json.dumps({"step": 2, "trees": [entry, odd]}))
+    save_trees(run, 2, entry, odd)
     trees = page_data(write_report([run]).read_text(encoding="utf-8"))["trees"]
     assert trees[0]["nodes"][0]["texts"] == ["[1]", "[2]"]
     assert trees[0]["rewards"] is None
@@ -212,10 +162,62 @@ def test_too_many_trees_are_thinned_evenly_and_that_is_said(tmp_path):
     length = MAX_TREE_TOKENS // 4
     entry["tree"]["nodes"][0]["token_ids"], entry["texts"][0] = [1] * length, ["a"] * length
     for step in range(3, 12):
-        (run / "trees" / f"step_{step:06d}.json").write_text(json.dumps({"step": step, "trees": [entry]}))
+        save_trees(run, step, entry)
     loaded = read_run(run, "demo")
     assert [tree["step"] for tree in loaded.trees] == [2, 5, 8, 11]  # the small one and three large ones fit
     assert loaded.problems == ["trees: 4 of 10 saved steps are shown, to keep the page small"]
+
+
+def test_one_step_with_too_many_trees_is_thinned_too(tmp_path):
+    run = make_run(tmp_path / "demo")
+    entries = [hand_made_tree(f"q{i}") for i in range(5)]
+    for entry in entries:
+        length = MAX_TREE_TOKENS // 3
+        entry["tree"]["nodes"][0]["token_ids"], entry["texts"][0] = [1] * length, ["a"] * length
+    save_trees(run, 2, *entries)
+    loaded = read_run(run, "demo")
+    assert [tree["question"]["id"] for tree in loaded.trees] == ["q0", "q4"]
+    assert loaded.problems == ["trees: 2 of 5 questions are shown, to keep the page small"]
+
+
+def test_trees_of_runs_with_one_call_per_turn_are_read():
+    node = page_tree(3, earlier_tree())["nodes"][2]
+    assert node["calls"] == [{"tool": "search", "arguments": {"": HOSTILE}, "problem": None}]
+    assert node["results"] == [{"text": "", "error": "timeout", "seconds": 6.0}]
+    missing = earlier_tree()
+    missing["tree"]["nodes"][2] |= {"call": None, "result": None}
+    assert page_tree(3, missing)["nodes"][2]["calls"] == page_tree(3, missing)["nodes"][2]["results"] == []
+
+
+def test_a_question_may_be_a_dialogue_and_an_answer_any_value():
+    entry = hand_made_tree()
+    dialogue = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many?"}]
+    entry["tree"]["question"] = {"id": 7, "prompt": dialogue, "answer": {"min": 1}, "kind": ""}
+    shown = page_tree(1, entry)["question"]
+    assert shown == {"id": "7", "text": "How many?", "answer": '{"min": 1}', "kind": ""}
+
+
+def test_rewards_that_are_not_finite_are_shown_as_missing(tmp_path):
+    run = make_run(tmp_path / "demo")
+    save_trees(run, 2, hand_made_tree(rewards=(float("nan"), 1.0)))
+    (tree,) = page_data(write_report([run]).read_text(encoding="utf-8"))["trees"]
+    assert [reward["total"] for reward in tree["rewards"]] == [None, 1.0]
+
+
+def test_rollouts_have_a_page_without_a_run(tmp_path):
+    facts = {"name": "first look", "task": {"name": "cities"}, "tools": ["search"]}
+    entries = [hand_made_tree("q1"), hand_made_tree("q2", rewards=(0.0, 0.0), error=None)]
+    for entry in entries:
+        del entry["advantages"]
+    config = {"rollout": {"branch_threshold": 0.25, "paths": 2}}
+    out = write_rollout_page(entries, facts, tmp_path / "page.html", config=config)
+    page = out.read_text(encoding="utf-8")
+    text = Elements(page).text
+    for expected in ("first look", "cities", "1 of 4", "25%", "2 paths start fresh", "rollout.branch_threshold"):
+        assert expected in text
+    assert 'id="charts"' not in page
+    assert [tree["question"]["id"] for tree in page_data(page)["trees"]] == ["q1", "q2"]
+    assert page_data(page)["runs"][0]["rule"] == {"branch_threshold": 0.25}
 
 
 def test_what_is_not_a_run_is_refused(tmp_path):
@@ -239,23 +241,3 @@ def test_an_installed_package_has_all_parts_of_the_page():
     (patterns,) = re.findall(r"package-data\]\naepo = \[(.*)\]", (root / "pyproject.toml").read_text())
     packed = {path for pattern in re.findall(r'"(.*?)"', patterns) for path in (root / "aepo").glob(pattern)}
     assert packed == {*(root / "aepo" / "templates").iterdir(), root / "aepo" / "py.typed"}
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
-def test_a_browser_draws_the_page(tmp_path):
-    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--dump-dom",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-             "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}")  # fmt: skip
-    page = write_report([make_run(tmp_path / "one"), make_run(tmp_path / "two")])
-    result = subprocess.run(["chromium", *flags, page.as_uri()], capture_output=True, text=True, timeout=60, check=True)
-    assert "CONSOLE" not in result.stderr  # no script error
-    drawn = Elements(result.stdout)
-    classes = [attributes.get("class", "").strip() for _, attributes in drawn.found]
-    assert classes.count("chart") == 21
-    assert classes.count("row") + classes.count("row chosen") == 2  # paths
-    assert classes.count("tool failed") == 1
-    assert "back-6" in classes  # 2.75 nats, on the branched path that is shown first
-    assert "path 0 branched into path 1 · P 0.6, threshold 0.5" in drawn.text
-    assert "penalty 0.15 (3 branches in a row before)" in drawn.text  # 3 x 0.05
-    assert HOSTILE in drawn.text
-    assert "img" not in [tag for tag, _ in drawn.found]

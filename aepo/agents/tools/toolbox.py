@@ -1,25 +1,25 @@
-"""Finds tool calls in what the model wrote, runs a wave of them at once, and turns every failure into a short text."""
+"""Runs the calls that a model wrote, a wave of them at once, and turns every failure into a short text."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import math
 import re
 import threading
 import time
-import traceback
 from collections import Counter
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, cast
 
-from aepo.agents.protocol import Tool, ToolError
-from aepo.types import ToolCall, ToolResult
+from aepo.agents.protocol import Closable, Session, Tool, ToolError
+from aepo.agents.tools.arguments import ArgumentError, fitted
+from aepo.agents.tools.loop import LoopThread
+from aepo.agents.tools.text import MIN_CHARS, cut, described, text_of
+from aepo.types import ErrorKind, Question, ToolCall, ToolResult
 
-ErrorKind = Literal["unknown_tool", "raised", "timeout", "empty"]
-
-RESERVED_NAMES = ("answer", "result")
-CUT_MARK = "... [cut]"
+CLOSE_SECONDS = 10.0  # for a `close` that is a coroutine
 
 
 class ToolBox:
@@ -31,81 +31,96 @@ class ToolBox:
         threads is not called again before one of them returns: its calls fail at once, as timeouts. So one tool
         never holds more than max_hung + max_concurrent threads.
 
-    The threads are daemons: a hung call does not keep the process from ending. A tool that blocks while it holds the
-    interpreter lock (a foreign C library) cannot be given up on; such a tool belongs in a process of its own.
+    Every call has a thread. Coroutines run on one event loop for as long as the ToolBox lives, so that what a tool
+    keeps (a connection, a lock) stays usable. The threads are daemons: a hung call does not keep the process from
+    ending. A tool that blocks while it holds the interpreter lock (a foreign C library) cannot be given up on; such a
+    tool belongs in a process of its own.
     """
+
+    stateful = False  # calls change nothing that another path could see: all share one `session`
 
     def __init__(
         self, tools: Sequence[Tool], *, max_chars: int = 2000, max_concurrent: int = 32, max_hung: int = 8
     ) -> None:
         for argument, value, least in (
-            ("max_chars", max_chars, len(CUT_MARK) + 1),
+            ("max_chars", max_chars, MIN_CHARS),
             ("max_concurrent", max_concurrent, 1),
             ("max_hung", max_hung, 1),
         ):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{argument} must be an integer >= {least}, got {value!r}")
-        self._tools: dict[str, Tool] = {}
+        self.tools: dict[str, Tool] = {}  # by name
         for tool in tools:
-            self._add(tool)
+            check_tool(tool)
+            if tool.name in self.tools:
+                raise ValueError(f"two tools are called {tool.name!r}: {self.tools[tool.name]!r} and {tool!r}")
+            self.tools[tool.name] = tool
+        self.session = StatelessSession(self)
         self._max_chars = max_chars
         self._max_concurrent = max_concurrent
         self._max_hung = max_hung
         self._hung: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._slots: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+        self._loop = LoopThread("tools")
         self._closed = False
-        names = "|".join(self._tools) or "(?!)"  # no tools: matches nothing
-        self._call_pattern = re.compile(rf"<({names})>((?:(?!<\1>).)*?)</\1>", re.DOTALL)
-
-    def _add(self, tool: Tool) -> None:
-        if not callable(tool):
-            raise TypeError(f"tools must be callables with a name and a timeout, got {tool!r}")
-        if not isinstance(tool.name, str) or not re.fullmatch("[a-z][a-z0-9_]*", tool.name):
-            raise ValueError(f"a tool's name must be a lower-case identifier, got {tool.name!r}")
-        if tool.name in RESERVED_NAMES or tool.name in self._tools:
-            raise ValueError(f"a tool's name must be unique and not one of {RESERVED_NAMES}, got {tool.name!r}")
-        if not (0 < tool.timeout < math.inf):
-            raise ValueError(f"the timeout of {tool.name!r} must be positive and finite, got {tool.timeout!r}")
-        self._tools[tool.name] = tool
 
     @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """The closing tags: generation stops where one is complete."""
-        return tuple(f"</{name}>" for name in self._tools)
+    def schemas(self) -> list[dict[str, Any]]:
+        """What chat templates take as `tools`."""
+        return [schema_of_tool(tool) for tool in self.tools.values()]
 
-    def parse(self, text: str) -> ToolCall | None:
-        """The last complete call `<name>argument</name>` in a generated segment; None if there is none."""
-        matches = self._call_pattern.findall(text)
-        return ToolCall(*matches[-1]) if matches else None
+    async def open(self, question: Question) -> Session:
+        """What the calls of a path on this question run in."""
+        return self.session
 
     async def run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
         """One result per call, in order. Never raises for what a tool does; RuntimeError after `close`."""
+        return list(await asyncio.gather(*(self._run_one(call) for call in calls)))
+
+    async def call(self, tool: Tool, arguments: Mapping[str, Any]) -> ToolResult:
+        """The same for a tool that need not be among `tools`, for example one that is bound to an environment."""
         if self._closed:
             raise RuntimeError("the ToolBox is closed")
-        return list(await asyncio.gather(*(self._run_one(call) for call in calls)))
+        try:
+            arguments = fitted(arguments, tool.parameters)
+        except ArgumentError as error:
+            return self._result(f"error: {tool.name}: {error}", "bad_arguments")
+        async with self._free_slot():
+            if self._hung[tool.name] >= self._max_hung:
+                return self._result("error: the tool does not respond", "timeout")
+            start = time.perf_counter()
+            text, error_kind = await self._in_thread(tool, arguments)
+            return ToolResult(text, error_kind, time.perf_counter() - start)
+
+    def refusal(self, call: ToolCall, names: Sequence[str]) -> ToolResult | None:
+        """The result of a call that cannot be run: it was not read, or none of the tools has this name."""
+        if call.problem is not None:
+            return self._result(f"error: {call.problem}", "unparsed")
+        if call.tool in names:
+            return None
+        return self._result(
+            f"error: there is no tool {call.tool!r}; tools: {', '.join(names) or 'none'}", "unknown_tool"
+        )
 
     def close(self) -> None:
         """Close the tools that have a `close` method. May be called twice."""
         if self._closed:
             return
         self._closed = True
-        for tool in self._tools.values():
-            close = getattr(tool, "close", None)
-            if close is not None:
-                close()
+        with contextlib.ExitStack() as stack:  # all of them, also if one raises
+            stack.callback(self._loop.close)
+            for tool in self.tools.values():
+                if isinstance(tool, Closable):
+                    stack.callback(self._close_tool, tool)
+
+    def _close_tool(self, tool: Closable) -> None:
+        closing = cast(object, tool.close())  # a coroutine, where the tool lives on the loop
+        if inspect.isawaitable(closing):
+            self._loop.start(closing).result(CLOSE_SECONDS)
 
     async def _run_one(self, call: ToolCall) -> ToolResult:
-        tool = self._tools.get(call.tool)
-        if tool is None:
-            known = ", ".join(self._tools) or "none"
-            return self._result(f"error: there is no tool {call.tool!r}; tools: {known}", "unknown_tool", 0.0)
-        async with self._free_slot():
-            if self._hung[call.tool] >= self._max_hung:
-                return self._result("error: the tool does not respond", "timeout", 0.0)
-            start = time.perf_counter()
-            outcome = await self._in_thread(tool, call.argument)
-            return self._to_result(outcome, time.perf_counter() - start)
+        return self.refusal(call, list(self.tools)) or await self.call(self.tools[call.tool], call.arguments)
 
     def _free_slot(self) -> asyncio.Semaphore:
         loop = asyncio.get_running_loop()
@@ -113,22 +128,18 @@ class ToolBox:
             self._slots = (loop, asyncio.Semaphore(self._max_concurrent))
         return self._slots[1]
 
-    async def _in_thread(self, tool: Tool, argument: str) -> object:
-        """What the tool returned, or the exception it raised, or a TimeoutError once its timeout is over."""
+    async def _in_thread(self, tool: Tool, arguments: Mapping[str, Any]) -> tuple[str, ErrorKind | None]:
+        """Text and error of the call, or those of a timeout once that is over."""
         loop = asyncio.get_running_loop()
-        outcome: asyncio.Future[object] = loop.create_future()
+        outcome: asyncio.Future[tuple[str, ErrorKind | None]] = loop.create_future()
         attempt = _Attempt()
 
-        def deliver(value: object) -> None:
+        def deliver(value: tuple[str, ErrorKind | None]) -> None:
             if not outcome.done():
                 outcome.set_result(value)
 
         def work() -> None:
-            value: object
-            try:
-                value = tool(argument)
-            except BaseException as error:
-                value = error
+            value = self._outcome(tool, arguments, attempt)
             with self._lock:
                 attempt.returned = True
                 if attempt.given_up:
@@ -139,7 +150,7 @@ class ToolBox:
         try:
             threading.Thread(target=work, name=f"tool-{tool.name}", daemon=True).start()
         except RuntimeError as error:  # no more threads
-            return error
+            return self._read(error)
         try:
             await asyncio.wait({outcome}, timeout=tool.timeout)
         finally:  # also when the run is cancelled
@@ -147,26 +158,71 @@ class ToolBox:
                 if not attempt.returned:
                     attempt.given_up = True
                     self._hung[tool.name] += 1
-        return outcome.result() if outcome.done() else TimeoutError(f"no answer after {tool.timeout:g} s")
+                    attempt.cancel()
+        return outcome.result() if outcome.done() else self._read(TimeoutError(f"no answer after {tool.timeout:g} s"))
 
-    def _to_result(self, outcome: object, seconds: float) -> ToolResult:
+    def _outcome(self, tool: Tool, arguments: Mapping[str, Any], attempt: _Attempt) -> tuple[str, ErrorKind | None]:
+        """In the thread: the call, a coroutine's end on the loop, and the text, cut before it goes anywhere."""
+        value: object
+        try:
+            value = tool(**arguments)
+            if inspect.isawaitable(value):
+                value = self._await(value, attempt)
+        except BaseException as error:
+            value = error
+        return self._read(value)
+
+    def _await(self, awaitable: Awaitable[object], attempt: _Attempt) -> object:
+        with self._lock:
+            running = self._loop.start(awaitable)
+            attempt.cancel = running.cancel
+            if attempt.given_up:
+                running.cancel()
+        return running.result()
+
+    def _read(self, outcome: object) -> tuple[str, ErrorKind | None]:
         if isinstance(outcome, ToolError):
-            return self._result(str(outcome) or "error", "raised", seconds)
-        if isinstance(outcome, TimeoutError):
-            return self._result(f"error: {outcome}", "timeout", seconds)
+            return self._cut(described(outcome) or "error"), "raised"
+        if isinstance(outcome, TimeoutError | asyncio.TimeoutError):
+            return self._cut(f"error: {cut(described(outcome), self._max_chars) or 'no answer in time'}"), "timeout"
         if isinstance(outcome, BaseException):
-            return self._result(f"error: {traceback.format_exception_only(outcome)[-1]}", "raised", seconds)
-        if outcome is None or (isinstance(outcome, str) and not outcome.strip()):
-            return self._result("error: the tool returned nothing", "empty", seconds)
-        if not isinstance(outcome, str):
-            return self._result(f"error: the tool returned {type(outcome).__name__}, not text", "raised", seconds)
-        return self._result(outcome, None, seconds)
+            name, says = type(outcome).__name__, cut(described(outcome), self._max_chars)
+            return self._cut(f"error: {name}: {says}" if says else f"error: {name}"), "raised"
+        try:
+            text = self._cut(text_of(outcome, self._max_chars))
+        except Exception as error:  # whatever the value's own methods do
+            return self._cut(f"error: {cut(described(error), self._max_chars)}"), "raised"
+        return (text, None) if text else ("error: the tool returned nothing", "empty")
 
-    def _result(self, text: str, error: ErrorKind | None, seconds: float) -> ToolResult:
-        text = text.strip().encode("utf-8", "replace").decode()  # a lone surrogate would break tokenizers
-        if len(text) > self._max_chars:
-            text = text[: self._max_chars - len(CUT_MARK)] + CUT_MARK
-        return ToolResult(text, error, seconds)
+    def _cut(self, text: str) -> str:
+        return cut(text, self._max_chars)
+
+    def _result(self, text: str, error: ErrorKind) -> ToolResult:
+        return ToolResult(self._cut(text), error, 0.0)
+
+
+class StatelessSession:
+    """A `Session` for calls that change nothing: a branch continues in the same one."""
+
+    observation: str | None = None
+
+    def __init__(self, toolbox: ToolBox) -> None:
+        self._toolbox = toolbox
+
+    async def run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
+        return await self._toolbox.run(calls)
+
+    async def branch(self, turns: int) -> Session:
+        return self
+
+    def forget(self, turns: int) -> None:
+        """Nothing is kept."""
+
+    async def reward(self) -> None:
+        """Nobody is asked."""
+
+    async def close(self) -> None:
+        """It belongs to all paths; the ToolBox is closed by who made it."""
 
 
 class _Attempt:
@@ -174,3 +230,31 @@ class _Attempt:
 
     returned = False
     given_up = False
+
+    def __init__(self) -> None:
+        self.cancel: Callable[[], None] = lambda: None  # the coroutine, where there is one
+
+
+def schema_of_tool(tool: Tool) -> dict[str, Any]:
+    """A tool as chat templates and OpenAI's interface have it."""
+    described = {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}
+    return {"type": "function", "function": described}
+
+
+def check_tool(tool: Tool) -> None:
+    """ValueError names what of the protocol `Tool` is missing or wrong."""
+    for attribute in ("name", "timeout", "description", "parameters", "__call__"):
+        if not hasattr(tool, attribute):
+            needs = "name, timeout, description, parameters and __call__"
+            raise ValueError(f"a tool needs {needs}; {tool!r} has no {attribute}")
+    if not isinstance(tool.name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", tool.name):
+        raise ValueError(f"a tool's name must consist of 1 to 128 of A-Z a-z 0-9 _ . -, got {tool.name!r}")
+    if not isinstance(tool.timeout, int | float) or not 0 < tool.timeout < math.inf:
+        raise ValueError(f"the timeout of tool {tool.name!r} must be positive and finite, got {tool.timeout!r}")
+    if not isinstance(tool.description, str):
+        raise ValueError(f"the description of tool {tool.name!r} must be a text, got {tool.description!r}")
+    schema = tool.parameters
+    if not isinstance(schema, Mapping) or schema.get("type") != "object":
+        raise ValueError(f'the parameters of tool {tool.name!r} must be {{"type": "object", ..}}, got {schema!r}')
+    if not isinstance(schema.get("properties") or {}, Mapping):
+        raise ValueError(f"the properties of tool {tool.name!r} must be schemas by name, got {schema!r}")
