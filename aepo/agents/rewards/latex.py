@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class Token:
         return hash((self.kind, self.text))
 
 
+@functools.lru_cache(maxsize=1024)
 def tokens_of(text: str) -> tuple[Token, ...]:
     """Spaces, sizes of brackets, dollar signs around formulas and thousands separators are gone."""
     text = unicodedata.normalize("NFC", text).translate(DASHES)

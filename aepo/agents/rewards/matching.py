@@ -6,6 +6,7 @@ inequalities by what they say; everything else as text. docs/rewards.md has the 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class Equation:
 Answer = Expression | Parts | Equation
 
 
+@functools.lru_cache(maxsize=1024)  # many paths of a question give the same answer
 def same_math(given: str, answer: str) -> bool:
     if max(len(given), len(answer)) > MAX_CHARS:
         return given.strip() == answer.strip() != ""
