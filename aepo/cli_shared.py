@@ -42,7 +42,7 @@ def load(config: Config) -> tuple[Agent, LanguageModel]:
     with WarmStartDisplay() as display:
         language_model = load_model(config.model, config.warm_start, device=device(config), progress=display.update)
     agent = load_agent(config, language_model, task)
-    typer.echo(f"format: {agent.format.chosen}")
+    typer.echo(agent.format.chosen)
     for warning in agent.format.warnings:
         typer.echo(f"warning: {warning}", err=True)
     return agent, language_model

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from format_templates import CHATML, QWEN, family, tokenizer
 
-from aepo.agents.formats.make import make_format, tool_schemas
-from aepo.agents.protocol import Task
+from aepo.agents.formats.make import make_format
+from aepo.agents.tools.toolbox import schema_of_tool
 from aepo.config import FormatConfig
 
 
@@ -38,15 +38,12 @@ class Search:
         return query
 
 
-class Own(Task):
-    tool_instructions = "Use it."
-
-
 BARE = tokenizer(None, CHATML, eos="<|im_end|>", name="bare")
 
 
-def make(toy, tools=(Search(),), task=None, **settings):
-    return make_format(FormatConfig(**settings), Model(toy), tools, task=task or Task())
+def make(toy, tools=(Search(),), tool_instructions=None, **settings):
+    schemas = list(map(schema_of_tool, tools))
+    return make_format(FormatConfig(**settings), Model(toy), schemas, tool_instructions=tool_instructions)
 
 
 @pytest.mark.parametrize(
@@ -80,13 +77,8 @@ def test_what_a_run_remembers() -> None:
 
 
 def test_the_tasks_instructions_reach_the_tags() -> None:
-    made = make(BARE, task=Own())
+    made = make(BARE, tool_instructions="Use it.")
     assert made.decode(made.prompt_tokens([{"role": "user", "content": "Q"}])) == "Use it.\nQ\n"
-
-
-def test_schemas_are_openai_functions() -> None:
-    function = {"name": "search", "description": "Finds.", "parameters": Search.parameters}
-    assert tool_schemas([Search()]) == [{"type": "function", "function": function}]
 
 
 @pytest.mark.parametrize(
@@ -108,15 +100,15 @@ def test_bad_settings_are_one_line(toy, settings, message: str) -> None:
 
 def test_a_format_of_ones_own(tmp_path, monkeypatch) -> None:
     (tmp_path / "own_format_here.py").write_text(
-        "from aepo.agents.formats.tags import TagsFormat\nfrom aepo.agents.formats.make import tool_schemas\n\n\n"
-        "class Loud(TagsFormat):\n    def __init__(self, settings, language_model, tools, *, task):\n"
+        "from aepo.agents.formats.tags import TagsFormat\n\n\n"
+        "class Loud(TagsFormat):\n    def __init__(self, settings, language_model, schemas, *, tool_instructions):\n"
         "        super().__init__(language_model.tokenizer, language_model.vocab_size, language_model.eos_ids,\n"
-        "                         tool_schemas(tools), tool_instructions=f'{settings.answer} {type(task).__name__}')\n\n\n"
-        "class Half:\n    name = 'half'\n\n    def __init__(self, settings, language_model, tools, *, task): pass\n"
+        "                         schemas, tool_instructions=f'{settings.answer} {len(schemas)}')\n\n\n"
+        "class Half:\n    name = 'half'\n\n    def __init__(self, settings, language_model, schemas, *, tool_instructions): pass\n"
     )
     monkeypatch.chdir(tmp_path)
     made = make(BARE, name="own_format_here:Loud")
     assert made.chosen == "format own_format_here:Loud: format.name"
-    assert made.decode(made.prompt_tokens([{"role": "user", "content": "Q"}])) == "auto Task\nQ\n"
+    assert made.decode(made.prompt_tokens([{"role": "user", "content": "Q"}])) == "auto 1\nQ\n"
     with pytest.raises(ValueError, match="expected a ChatFormat, Half has no eos_ids, stop_strings, vocab_size"):
         make(BARE, name="own_format_here:Half")

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from aepo.agents.formats.chat import ChatTemplateFormat
 from aepo.agents.formats.chat_template import ChatTemplate, ToolSchema
 from aepo.agents.formats.tags import TagsFormat
-from aepo.agents.protocol import ChatFormat, Task, Tool
+from aepo.agents.protocol import ChatFormat
 from aepo.config import FormatConfig
 from aepo.registry import resolve
 
@@ -29,20 +29,25 @@ class TokenModel(Protocol):
     def eos_ids(self) -> tuple[int, ...]: ...
 
 
-def make_format(settings: FormatConfig, language_model: TokenModel, tools: Sequence[Tool], *, task: Task) -> ChatFormat:
-    """The format that the settings name. It gets two attributes more than a `ChatFormat` has.
+def make_format(
+    settings: FormatConfig,
+    language_model: TokenModel,
+    schemas: Sequence[ToolSchema],
+    *,
+    tool_instructions: str | None = None,
+) -> ChatFormat:
+    """The format that the settings name, for tools with these schemas (OpenAI functions).
 
-    chosen: a line that says which one it is, and why. identity: what a run remembers of it.
+    tool_instructions: what a model is told about them where its template does not show them; None: their descriptions.
     A class of your own, package.module:Class, is called with the same arguments. ValueError: a setting does not fit
     the model or the tools, in one line.
     """
-    schemas = tool_schemas(tools)
     name, reason = (
         (settings.name, "format.name") if settings.name != "auto" else _choose(settings, language_model, schemas)
     )
     made: Any
     if name == "tags":
-        made = _tags(settings, language_model, schemas, task)
+        made = _tags(settings, language_model, schemas, tool_instructions)
     elif name == "chat":
         made = ChatTemplateFormat(
             language_model.tokenizer,
@@ -53,8 +58,9 @@ def make_format(settings: FormatConfig, language_model: TokenModel, tools: Seque
             answer=settings.answer,
         )
     else:
-        made = _own(settings, language_model, tools, task)
+        made = _own(settings, language_model, schemas, tool_instructions)
     calls = getattr(made, "calls", None)
+    made.warnings = tuple(getattr(made, "warnings", ()))  # one of your own need not have any
     made.chosen = f"format {name}{f', calls as {calls}' if calls else ''}: {reason}"
     made.identity = {
         "name": name,
@@ -63,21 +69,6 @@ def make_format(settings: FormatConfig, language_model: TokenModel, tools: Seque
         "chat_template": _digest(language_model.tokenizer, schemas),
     }
     return made
-
-
-def tool_schemas(tools: Sequence[Tool]) -> list[ToolSchema]:
-    """Of each tool, as an OpenAI function."""
-    return [
-        {
-            "type": "function",
-            "function": {
-                "name": tool.name,
-                "description": tool.description,
-                "parameters": dict(tool.parameters),
-            },
-        }
-        for tool in tools
-    ]
 
 
 def _choose(settings: FormatConfig, language_model: TokenModel, schemas: Sequence[ToolSchema]) -> tuple[str, str]:
@@ -93,7 +84,9 @@ def _choose(settings: FormatConfig, language_model: TokenModel, schemas: Sequenc
     return "tags", "the model's chat template does not show tools"
 
 
-def _tags(settings: FormatConfig, language_model: TokenModel, schemas: Sequence[ToolSchema], task: Task) -> TagsFormat:
+def _tags(
+    settings: FormatConfig, language_model: TokenModel, schemas: Sequence[ToolSchema], tool_instructions: str | None
+) -> TagsFormat:
     if settings.calls != "auto":
         raise ValueError(
             f"format.calls = {settings.calls!r}: expected auto with format.name = tags, or no chat template"
@@ -107,14 +100,16 @@ def _tags(settings: FormatConfig, language_model: TokenModel, schemas: Sequence[
         language_model.vocab_size,
         language_model.eos_ids,
         schemas,
-        tool_instructions=task.tool_instructions,
+        tool_instructions=tool_instructions,
     )
 
 
-def _own(settings: FormatConfig, language_model: TokenModel, tools: Sequence[Tool], task: Task) -> ChatFormat:
+def _own(
+    settings: FormatConfig, language_model: TokenModel, schemas: Sequence[ToolSchema], tool_instructions: str | None
+) -> ChatFormat:
     if ":" not in settings.name:
         raise ValueError(f"format.name = {settings.name!r}: expected auto, chat, tags, or package.module:Class")
-    made = resolve(settings.name, "format.name")(settings, language_model, tools, task=task)
+    made = resolve(settings.name, "format.name")(settings, language_model, schemas, tool_instructions=tool_instructions)
     missing = [attribute for attribute in NEEDED if not hasattr(made, attribute)]
     if missing:
         raise ValueError(
