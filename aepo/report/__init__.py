@@ -11,6 +11,7 @@ page of a 60-step run is 0.3 MB.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,8 @@ def serve_report(runs: Sequence[Path], port: int = 8765) -> None:
 
     with make_server(runs, port) as server:
         print(f"live report: http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
-        server.serve_forever()
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 def write_rollout_page(
