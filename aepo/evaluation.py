@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import get_args
 
 from aepo.agents.agent import Agent
-from aepo.agents.protocol import Task
 from aepo.answers import AnsweredQuestion, read_answers
 from aepo.config import Config
 from aepo.estimates import Interval, interval, pass_at_k
@@ -23,11 +22,11 @@ from aepo.scoring import Scorer
 from aepo.types import FinishReason, Question, ScoredTree
 
 
-def heldout_questions(task: Task, count: int | None = None) -> list[Question]:
+def spread(questions: Sequence[Question], count: int | None = None) -> list[Question]:
     """`count` of them (or all, if there are fewer), evenly spread over the list, always the same. None: all."""
-    total = len(task.heldout)
+    total = len(questions)
     count = total if count is None else min(count, total)
-    return [task.heldout[i * total // count] for i in range(count)]
+    return [questions[i * total // count] for i in range(count)]
 
 
 class Evaluator:

@@ -17,7 +17,14 @@ from urllib.parse import unquote
 DISTRIBUTION = "aepo-kernels"
 NAMESAKE = "aepo"
 # The extra that each command needs. `aepo doctor` and `aepo --version` need none.
-COMMANDS = {"train": "train", "eval": "train", "report": "train", "keys": "train", "bench": "bench"}
+COMMANDS = {
+    "train": "train",
+    "eval": "train",
+    "rollout": "train",
+    "report": "train",
+    "keys": "train",
+    "bench": "bench",
+}
 
 
 def pip_install(extra: str) -> str:

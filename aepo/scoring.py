@@ -54,7 +54,7 @@ class Scorer:
         self._rewards = dict(zip(_unique_names(rewards), rewards, strict=True))
         self._weights = {name: _weight(name, w) for name, w in zip(self._rewards, weights.values(), strict=True)}
         self._waiting = {name: reward for name, reward in self._rewards.items() if reward.is_async}
-        self._begun: dict[str, tuple[RolloutTree, Mapping[str, _Column]]] = {}
+        self._begun: dict[str, tuple[RolloutTree, dict[str, _Column]]] = {}
         for question in questions:
             for reward in rewards:
                 reward.check(question)

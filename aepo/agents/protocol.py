@@ -27,7 +27,8 @@ class ToolError(Exception):
 
 
 class Tool(Protocol):
-    """Called with the arguments that the model wrote, by name; returns the text that the model reads next.
+    """Called with the arguments that the model wrote, by name, after they were checked against `parameters`; returns
+    the text that the model reads next, or what has a JSON form (docs/tools.md).
 
     A call may block, raise, return nothing, or be a coroutine: the `ToolBox` runs calls concurrently, gives up waiting
     after `timeout` and turns every failure into a short error text. A tool that holds processes or connections has a
@@ -39,7 +40,7 @@ class Tool(Protocol):
     description: str
     parameters: Mapping[str, Any]  # JSON schema of type "object", as in the `parameters` of an OpenAI function
 
-    def __call__(self, **arguments: Any) -> str | Awaitable[str]: ...
+    def __call__(self, *args: Any, **arguments: Any) -> Any: ...  # to a type checker: any parameters
 
 
 class Environment(Protocol):

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import torch
 
-from aepo.agents.tasks.facts.task import FactsTask
-from aepo.agents.tools.toolbox import ToolBox
-from aepo.config import ModelConfig, RolloutConfig, WarmStartConfig
+from aepo.config import Config, RolloutConfig
 from aepo.evaluation import heldout_questions
-from aepo.load import load_model
+from aepo.load import load_agent, load_model
 from aepo.models.language_model import LanguageModel
 from aepo.rollout.engines.huggingface import HuggingFaceEngine
-from aepo.rollout.sampler import Sampler, Tools
+from aepo.rollout.sampler import Player, Sampler
 from aepo.rollout.tree import branches_per_path, path_nodes
 from aepo.types import Question, RolloutTree
-from benchmarks.proofs.agent import Search, questions, random_agent
+from benchmarks.proofs.agent import RandomPlayer, Search, questions, random_agent
 from benchmarks.proofs.result import Cell, Progress, Proof, Table, silent
 
 PATHS = 16  # as in the paper, and half of them fresh
@@ -40,47 +39,40 @@ def prove(*, count: int = 24, sweep: int = 12, progress: Progress = silent) -> P
     """`count` questions per rule, `sweep` per penalty."""
     torch.set_num_threads(1)  # the models are too small for more
     progress("loading the demo's agent (trained for a minute the first time)")
-    demo, task_questions, toolbox = demo_agent(count)
-    try:
+    config, random_model = Config(), random_agent()
+    demo = load_model(config.model, config.warm_start)
+    with closing(load_agent(config, demo)) as agent:
         return compare(
             [
-                ("demo, 1 call", demo, toolbox, SHORT, task_questions),
-                ("random, 8 calls", random_agent(), Search(), LONG, questions(count)),
+                ("demo, 1 call", demo, agent, SHORT, heldout_questions(agent.task, count)),
+                ("random, 8 calls", random_model, RandomPlayer(random_model, Search()), LONG, questions(count)),
             ],
             sweep,
             progress,
         )
-    finally:
-        toolbox.close()
 
 
-def demo_agent(count: int) -> tuple[LanguageModel, list[Question], ToolBox]:
-    """The trained tiny model, `count` held-out questions of its task, and its tools."""
-    task = FactsTask()
-    return load_model(ModelConfig(), WarmStartConfig()), heldout_questions(task, count), ToolBox(task.tools)
-
-
-Case = tuple[str, LanguageModel, Tools, RolloutConfig, Sequence[Question]]
+Case = tuple[str, LanguageModel, Player, RolloutConfig, Sequence[Question]]
 
 
 def compare(cases: Sequence[Case], sweep: int, progress: Progress = silent) -> Proof:
-    """cases: agents with their tools, limits and questions; the last one is swept over penalties."""
+    """cases: models with their agents, limits and questions; the last one is swept over penalties."""
     rules: list[list[Cell]] = []
     penalties: list[list[Cell]] = []
     calls = []
-    for name, agent, tools, limits, asked in cases:
+    for name, model, agent, limits, asked in cases:
         half = limits.paths // 2
         for rule, fresh, penalty in (("ARPO", half, 0.0), ("ARPO + penalty", half, 0.05), ("AEPO", None, 0.05)):
             progress(f"{name}: {rule}")
-            trees = grow(agent, tools, replace(limits, fresh_paths=fresh, branch_penalty=penalty), asked)
+            trees = grow(model, agent, replace(limits, fresh_paths=fresh, branch_penalty=penalty), asked)
             rules.append([name, rule, *shares(trees)])
         calls.append(f"{name.partition(',')[0]} {calls_per_path(trees):.1f}")
-    name, agent, tools, limits, asked = cases[-1]
+    name, model, agent, limits, asked = cases[-1]
     for alpha in ("uniform", 0.5):
         for penalty in PENALTIES:
             progress(f"{name}: alpha {alpha}, penalty {penalty}")
             config = replace(limits, fresh_paths=2, branch_alpha=alpha, branch_penalty=penalty)
-            penalties.append([f"{alpha}", f"{penalty}", *shares(grow(agent, tools, config, asked[:sweep]))])
+            penalties.append([f"{alpha}", f"{penalty}", *shares(grow(model, agent, config, asked[:sweep]))])
     return Proof(
         claim="Which paths branch, under both rules: the paper reports 93.4% of ARPO's branches on 1 to 3 paths.",
         checked=f"{cases[0][3].paths} distinct paths for every question; tool calls per path: {', '.join(calls)}",
@@ -105,10 +97,10 @@ def compare(cases: Sequence[Case], sweep: int, progress: Progress = silent) -> P
     )
 
 
-def grow(agent: LanguageModel, tools: Tools, config: RolloutConfig, asked: Sequence[Question]) -> list[RolloutTree]:
+def grow(model: LanguageModel, agent: Player, config: RolloutConfig, asked: Sequence[Question]) -> list[RolloutTree]:
     """In lock-step, as the published code does and so that the numbers can be repeated."""
-    engine = HuggingFaceEngine(agent.model, agent.tokenizer, agent.eos_ids)
-    return Sampler(engine, tools, agent, config).rollout(asked, seed=0)
+    engine = HuggingFaceEngine(model.model, model.tokenizer, model.eos_ids)
+    return Sampler(engine, agent, config).rollout(asked, seed=0)
 
 
 def shares(trees: Sequence[RolloutTree]) -> list[Cell]:

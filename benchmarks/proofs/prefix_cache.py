@@ -12,7 +12,7 @@ from aepo.models.language_model import LanguageModel
 from aepo.rollout.engines.vllm import VLLMEngine
 from aepo.rollout.sampler import Sampler
 from aepo.types import Question
-from benchmarks.proofs.agent import Search, questions, random_agent
+from benchmarks.proofs.agent import RandomPlayer, Search, questions, random_agent
 from benchmarks.proofs.engines import launched
 from benchmarks.proofs.result import Cell, Progress, Proof, Table, require, silent
 
@@ -39,7 +39,7 @@ def compare(
 ) -> Proof:
     """engines: by the words `with` and `without`."""
     for engine in engines.values():  # what is compiled or allocated once
-        Sampler(engine, Search(), agent, BASE).rollout(questions(1), seed=-1)
+        Sampler(engine, RandomPlayer(agent, Search()), BASE).rollout(questions(1), seed=-1)
     taken: dict[tuple[str, str], list[dict[str, float]]] = {}
     for index in range(rounds):
         for rule, config in RULES.items():
@@ -83,7 +83,7 @@ def roll(
 ) -> dict[str, float]:
     """Tokens and seconds of one rollout batch."""
     before, start = replace(engine.counters), time.perf_counter()
-    trees = Sampler(engine, Search(), agent, config).rollout(asked, seed=seed)
+    trees = Sampler(engine, RandomPlayer(agent, Search()), config).rollout(asked, seed=seed)
     seconds = time.perf_counter() - start
     after = engine.counters
     return {

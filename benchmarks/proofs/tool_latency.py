@@ -13,7 +13,7 @@ from aepo.rollout.engines.vllm import VLLMEngine
 from aepo.rollout.sampler import Sampler
 from aepo.rollout.tree import path_nodes
 from aepo.types import RolloutTree
-from benchmarks.proofs.agent import Search, questions, random_agent
+from benchmarks.proofs.agent import RandomPlayer, Search, questions, random_agent
 from benchmarks.proofs.engines import Watched, launched
 from benchmarks.proofs.prefix_cache import SETTINGS
 from benchmarks.proofs.result import Cell, Progress, Proof, Table, require, silent
@@ -36,7 +36,7 @@ class Run:
     def longest_path(self) -> float:
         """Seconds of tools on the path that has the most: no schedule is faster."""
         return max(
-            sum(node.result.seconds for node in path_nodes(tree, path.id) if node.result is not None)
+            sum(result.seconds for node in path_nodes(tree, path.id) for result in node.results)
             for tree in self.trees
             for path in tree.paths
         )
@@ -61,7 +61,7 @@ def compare(
     p95: float,
     progress: Progress = silent,
 ) -> Proof:
-    Sampler(engine, Search(), agent, BASE).rollout(questions(1), seed=-1)
+    Sampler(engine, RandomPlayer(agent, Search()), BASE).rollout(questions(1), seed=-1)
     runs: dict[tuple[str, bool], list[Run]] = {}
     for index in range(rounds):
         for rule, config in RULES.items():
@@ -112,7 +112,7 @@ def roll(
 ) -> Run:
     watched = Watched(engine, lockstep=lockstep)
     before, start = engine.counters.generated, time.perf_counter()
-    trees = Sampler(watched, tools, agent, config).rollout(questions(count), seed=seed)
+    trees = Sampler(watched, RandomPlayer(agent, tools), config).rollout(questions(count), seed=seed)
     wall = time.perf_counter() - start
     return Run(trees, wall, watched.busy_seconds, tools.seconds, engine.counters.generated - before)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+from aepo.agents.protocol import RewardFunction, Task
 from aepo.types import (
     FinishReason,
     Message,
@@ -74,3 +75,12 @@ def response_of(text: str, ends: FinishReason = "answered", **changes: Any) -> R
     turn = Turn(text, text, (), ends == "answered", text if ends == "answered" else None)
     given: dict[str, Any] = {"text": text, "turns": (turn,), "results": (), "finish_reason": ends}
     return Response(**{**given, "token_ids": tokens(text), **changes})
+
+
+class ToyTask(Task):
+    def __init__(self, *functions: RewardFunction, weights: Mapping[RewardFunction, float] | None = None) -> None:
+        self._rewards = weights or dict.fromkeys(functions, 1.0)
+
+    @property
+    def rewards(self) -> Mapping[RewardFunction, float]:
+        return self._rewards

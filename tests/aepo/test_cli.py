@@ -13,7 +13,7 @@ import pytest
 from trainer_toys import ToyLanguageModel, toy_agent
 from typer.testing import CliRunner, Result
 
-from aepo import cli
+from aepo import cli, cli_shared
 from aepo.checkpoint import list_checkpoints
 from aepo.run_log import read_records
 
@@ -23,7 +23,7 @@ SMALL = ["train.steps=2", "train.questions=4", "rollout.paths=2", "rollout.max_t
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The toy task in place of the real one, whose model takes a warm start of a minute."""
-    monkeypatch.setattr(cli, "_load", lambda config: (toy_agent(), ToyLanguageModel()))
+    monkeypatch.setattr(cli_shared, "load", lambda config: (toy_agent(), ToyLanguageModel()))
 
 
 def run(*arguments: str | Path) -> Result:
@@ -49,7 +49,7 @@ def test_train_resume_eval_and_report(tmp_path: Path) -> None:
 
     evaluated = run("eval", directory, "--best", "--questions", "3")
     assert evaluated.exit_code == 0, evaluated.output
-    assert "success.even" in evaluated.output
+    assert "3 questions, 1 answer each at temperature 0" in evaluated.output
     reported = run("report", directory)
     assert reported.exit_code == 0, reported.output
     assert (directory / "report.html").stat().st_size > 10_000
@@ -113,7 +113,7 @@ def test_engines_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_request_to_terminate_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not death at once, which would leave behind what has been started."""
-    monkeypatch.setattr(cli, "_load", lambda config: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(cli_shared, "load", lambda config: signal.raise_signal(signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     done = run("train", f"run.dir={tmp_path / 'run'}")
     assert (done.exit_code, done.output) == (130, "interrupted\n")
@@ -213,8 +213,8 @@ def test_a_command_line_that_cannot_be_loaded_leads_to_the_doctor() -> None:
 PROGRAM = """
 import sys
 from trainer_toys import ToyLanguageModel, ToyTask, toy_agent
-from aepo import cli
-cli._load = lambda config: (toy_agent(), ToyLanguageModel())
+from aepo import cli, cli_shared
+cli_shared.load = lambda config: (toy_agent(), ToyLanguageModel())
 cli.main()
 """
 

@@ -12,7 +12,7 @@ import pytest
 from aepo.answers import Answer, AnsweredQuestion, write_answers
 from aepo.config import load_config
 from aepo.estimates import interval
-from aepo.evaluation import answer_intervals, answer_metrics, heldout_questions, questions_at_once
+from aepo.evaluation import answer_intervals, answer_metrics, questions_at_once, spread
 from aepo.types import FinishReason, Question
 
 
@@ -132,10 +132,8 @@ def test_a_file_of_answers_is_whole_or_what_it_was(tmp_path: Path) -> None:
 
 
 def test_questions_are_spread_evenly() -> None:
-    class Ten:
-        heldout = tuple(question(i) for i in range(10))
-
-    ids = [[q.id for q in heldout_questions(Ten(), count)] for count in (3, 99, None)]  # type: ignore[arg-type]
+    ten = [question(i) for i in range(10)]
+    ids = [[q.id for q in spread(ten, count)] for count in (3, 99, None)]
     assert ids[0] == ["q0", "q3", "q6"]
     assert ids[1] == ids[2] == [f"q{i}" for i in range(10)]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from scoring_toys import CharacterFormat, tokens, tree_of
+from scoring_toys import CharacterFormat, ToyTask, tokens, tree_of
 
 from aepo.agents.protocol import RewardValue, Task
 from aepo.scoring import RewardError, Scorer, read_response, read_responses
@@ -47,7 +47,7 @@ def test_shared_nodes_are_read_once() -> None:
 
 def test_one_function() -> None:
     tree = tree_of(QUESTION, ["{7}", "hm!{8}"])
-    [scored] = scorer_of({right: 1.0}).score([tree])
+    [scored] = scorer_of(ToyTask(right)).score([tree])
     assert scored.tree is tree
     assert scored.rewards == (
         Reward(1.0, {"format": 1.0, "tool_calls": 1.0, "right": 1.0}, True),
@@ -62,7 +62,7 @@ def test_weights_and_functions_that_do_not_apply() -> None:
     def only_eight(question: Question, response: Response) -> float | None:
         return 1.0 if response.answer == "8" else None
 
-    rewards = {only_eight: 1, short: 2.0}
+    task = ToyTask(weights={only_eight: 1, short: 2.0})
     [scored] = scorer_of(task, success=0.5).score([tree_of(QUESTION, ["{7}", "{8}"])])
     first, second = scored.rewards
     assert (first.total, first.success) == (1.0, True)  # 2 * 0.5; the first function that applies gives 0.5
@@ -74,7 +74,7 @@ def test_success_is_the_first_functions() -> None:
     def half(question: Question, response: Response) -> float:
         return 0.5
 
-    task = {half: 1.0, right: 1.0}
+    task = ToyTask(half, right)
     [scored] = scorer_of(task).score([tree_of(QUESTION, ["{7}"])])
     assert (scored.rewards[0].total, scored.rewards[0].success) == (1.5, False)
 
@@ -93,7 +93,7 @@ def test_no_function_applies() -> None:
         return None
 
     with pytest.raises(RewardError, match="question 'q1', path 0: no reward applies; never returned None"):
-        scorer_of({never: 1.0}).score([tree_of(QUESTION, ["{7}"])])
+        scorer_of(ToyTask(never)).score([tree_of(QUESTION, ["{7}"])])
 
 
 def test_a_function_that_raises_is_named_with_the_question_and_the_path() -> None:
@@ -101,7 +101,7 @@ def test_a_function_that_raises_is_named_with_the_question_and_the_path() -> Non
         return 1 / (response.answer != "8")
 
     with pytest.raises(RewardError, match=r"reward picky, question 'q1', path 1: ZeroDivisionError.*test_scoring") as e:
-        scorer_of({picky: 1.0}).score([tree_of(QUESTION, ["{7}", "{8}"])])
+        scorer_of(ToyTask(picky)).score([tree_of(QUESTION, ["{7}", "{8}"])])
     assert isinstance(e.value.__cause__, ZeroDivisionError)
 
 
@@ -111,7 +111,7 @@ async def judge(question: Question, response: Response) -> float:
 
 
 def test_a_judge_works_while_others_roll_out() -> None:
-    scorer = scorer_of({judge: 1.0, right: 1.0})
+    scorer = scorer_of(ToyTask(judge, right))
     trees = [tree_of(Question(f"q{i}", "?", "7"), ["{7}", "{8}"]) for i in range(4)]
 
     async def rollout() -> None:
@@ -133,7 +133,7 @@ def test_a_judge_works_while_others_roll_out() -> None:
 
 
 def test_what_was_not_begun_is_run_by_score() -> None:
-    scorer = scorer_of({judge: 1.0})
+    scorer = scorer_of(ToyTask(judge))
     trees = [tree_of(Question(f"q{i}", "?", "7"), ["{7}", "{8}"]) for i in range(3)]
     work = scorer.begin(trees[0])
     assert work is not None
@@ -144,7 +144,7 @@ def test_what_was_not_begun_is_run_by_score() -> None:
 
 
 def test_a_stale_outcome_is_not_used() -> None:
-    scorer = scorer_of({judge: 1.0})
+    scorer = scorer_of(ToyTask(judge))
     work = scorer.begin(tree_of(QUESTION, ["{8}"]))  # of a rollout that failed
     assert work is not None
     asyncio.run(work)
@@ -155,7 +155,7 @@ def test_a_judge_that_fails() -> None:
     async def broken(question: Question, response: Response) -> float:
         raise ConnectionError("no judge")
 
-    scorer, tree = scorer_of({broken: 1.0}), tree_of(QUESTION, ["{7}"])
+    scorer, tree = scorer_of(ToyTask(broken)), tree_of(QUESTION, ["{7}"])
     work = scorer.begin(tree)
     assert work is not None
     for attempt in (lambda: asyncio.run(work), lambda: scorer.score([tree])):
@@ -164,7 +164,7 @@ def test_a_judge_that_fails() -> None:
 
 
 def test_functions_that_do_not_wait_begin_nothing() -> None:
-    assert scorer_of({right: 1.0}).begin(tree_of(QUESTION, ["{7}"])) is None
+    assert scorer_of(ToyTask(right)).begin(tree_of(QUESTION, ["{7}"])) is None
 
 
 def test_functions_of_one_name() -> None:
@@ -176,21 +176,23 @@ def test_functions_of_one_name() -> None:
 
     same = other()
     with pytest.raises(ValueError, match=r"functions of different names, got 'test_scoring\.right' twice"):
-        scorer_of({right: 1.0, same: 1.0})
+        scorer_of(ToyTask(right, same))
     same.__module__ = "elsewhere"
-    [scored] = scorer_of({right: 1.0, same: 1.0}).score([tree_of(QUESTION, ["{7}"])])
+    [scored] = scorer_of(ToyTask(right, same)).score([tree_of(QUESTION, ["{7}"])])
     assert scored.rewards[0].components.keys() >= {"test_scoring.right", "elsewhere.right"}
 
 
 @pytest.mark.parametrize("weight", [float("nan"), "1", True, None])
 def test_weights_are_numbers(weight: Any) -> None:
     with pytest.raises(ValueError, match=r"task.rewards, right: expected a finite number as its weight"):
-        scorer_of({right: weight})
+        scorer_of(ToyTask(weights={right: weight}))
 
 
 def test_a_column_that_is_missing_is_found_before_the_first_step() -> None:
     def of_columns(completions: list[str], solutions: list[str]) -> list[float]:
         return [0.0 for _ in completions]
 
+    task = ToyTask(of_columns)
+    task.train = [QUESTION]
     with pytest.raises(ValueError, match="reward of_columns, question 'q1': its parameter 'solutions' is no column"):
         scorer_of(task)

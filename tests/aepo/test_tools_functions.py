@@ -101,7 +101,7 @@ def test_rest_docstrings():
 def test_a_docstring_without_sections_is_the_description():
     assert parse_docstring("One line.\n\n    Note: a: b\n    c") == ("One line.\n\nNote: a: b\nc", {})
     assert parse_docstring("One.\n\nArgs:\n    a (list[int], optional): a: b") == ("One.", {"a": "a: b"})
-    assert parse_docstring("Args:\n    a: one\n    b: two\n\nExample: x") == ("", {"a": "one", "b": "two Example: x"})
+    assert parse_docstring("Args:\n    a: one\n    b: two\n\nExample: x") == ("", {"a": "one", "b": "two"})
 
 
 class Colour(enum.Enum):

@@ -147,7 +147,7 @@ def test_ctrl_c_between_two_optimiser_steps_undoes_the_first(tmp_path: Path) -> 
 
 def test_an_interrupted_evaluation_is_made_up_for(tmp_path: Path, whole: Path) -> None:
     trainer = trainer_for(tmp_path / "run", "train.steps=4")
-    InterruptIn(trainer.evaluator, "rollout", nth=2)  # the one after step 2
+    InterruptIn(trainer.evaluator, "answers", nth=2)  # the one after step 2
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].step == 2

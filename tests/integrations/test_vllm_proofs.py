@@ -10,10 +10,10 @@ import pytest
 from aepo.config import RolloutConfig, VLLMConfig
 from aepo.rollout.engine import Generation
 from aepo.rollout.tree import TreeBuilder
-from aepo.types import BranchDecision, Path, Question, RolloutTree, ToolResult
+from aepo.types import BranchDecision, Path, Question, RolloutTree, ToolCall, ToolResult
 from benchmarks import vllm_proofs
 from benchmarks.proofs import branching, exactness, prefix_cache, step_cost, tool_latency
-from benchmarks.proofs.agent import Search, questions, random_agent
+from benchmarks.proofs.agent import RandomPlayer, Search, questions, random_agent
 from benchmarks.proofs.engines import launched
 from benchmarks.proofs.result import Proof, ProofError, Table
 
@@ -90,7 +90,8 @@ def test_prefix_cache_and_tool_latency(monkeypatch):
 
 def test_branching():
     limits = RolloutConfig(paths=8, max_tokens=200, max_segment_tokens=32, max_tool_calls=2)
-    proof = branching.compare([("random", random_agent(), Search(), limits, questions(2))], sweep=1)
+    model = random_agent()
+    proof = branching.compare([("random", model, RandomPlayer(model, Search()), limits, questions(2))], sweep=1)
     rules, penalties = proof.tables
     assert column(rules, "rule") == ["ARPO", "ARPO + penalty", "AEPO"]
     assert column(rules, "branches / question")[0] > 0
@@ -100,13 +101,13 @@ def test_branching():
 
 def hand_made_tree() -> RolloutTree:
     """Paths 0 and 1 are fresh; 2, 3 and 4 left path 0, and 5 left path 2."""
-    builder = TreeBuilder(Question("q", "q", "", "toy", ()), (1,))
+    builder = TreeBuilder(Question("q", "q", "", "toy"), (1,))
 
     def write(parent: int) -> int:
         return builder.add_generation(parent, Generation((2,), (0.0,), (0.0,), "stop", 0))
 
     def read(parent: int) -> int:
-        return builder.add_tool_result(parent, (3,), None, ToolResult("r", None, 1.5))
+        return builder.add_results(parent, (3,), [ToolCall("search", {})], [ToolResult("r", None, 1.5)])
 
     first, second = read(write(0)), write(0)
     third = read(write(first))

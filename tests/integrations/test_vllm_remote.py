@@ -14,7 +14,7 @@ from aepo.rollout.engines.vllm import ReplicaGoneError, VLLMEngine
 from aepo.rollout.sampler import Sampler
 from tests.aepo.engine_toys import EOS, VOCAB, assert_is_the_models_own, prompts, request
 from tests.integrations.conftest import qwen
-from tests.integrations.test_vllm_rollout import CONFIG, EXACT, Bytes, Tools, generate, questions, shape, talkative
+from tests.integrations.test_vllm_rollout import CONFIG, EXACT, Agent, Tools, generate, questions, shape, talkative
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,8 @@ def test_greedy_trees_are_those_of_the_transformers_engine(model, engine, url) -
     from tests.aepo.engine_toys import engine as transformers_engine
 
     config = replace(CONFIG, temperature=0.0)
-    ours = Sampler(engine, Tools(), Bytes(), config).rollout(questions(3), seed=3)
-    theirs = Sampler(transformers_engine(model), Tools(), Bytes(), config).rollout(questions(3), seed=3)
+    ours = Sampler(engine, Agent(Tools()), config).rollout(questions(3), seed=3)
+    theirs = Sampler(transformers_engine(model), Agent(Tools()), config).rollout(questions(3), seed=3)
     assert [shape(tree) for tree in ours] == [shape(tree) for tree in theirs]
     assert engine.counters.prefilled < engine.counters.asked
     assert_nothing_is_left(url)

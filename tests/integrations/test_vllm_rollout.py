@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import pytest
@@ -22,7 +23,7 @@ from aepo.rollout.engine import GenerationRequest
 from aepo.rollout.engines.vllm import ReplicaGoneError, VLLMEngine
 from aepo.rollout.sampler import RolloutError, Sampler
 from aepo.rollout.tree import path_nodes
-from aepo.types import Question, RolloutTree, TokenIds, ToolCall, ToolResult
+from aepo.types import Question, RolloutTree, TokenIds, ToolCall, ToolResult, Turn
 from tests.aepo.engine_toys import EOS, TAG, VOCAB, assert_is_the_models_own, prompts, request
 from tests.aepo.engine_toys import engine as transformers_engine
 from tests.integrations.conftest import qwen
@@ -44,27 +45,23 @@ class Bytes:
     """Questions and results as bytes; for text that a random model writes, bytes that are none are replaced."""
 
     vocab_size = VOCAB
+    stop_strings = ("</search>", "</answer>")
 
-    def prompt_tokens(self, question_text: str) -> TokenIds:
-        return tuple(question_text.encode())
+    def read(self, token_ids: Sequence[int], finish_reason: str) -> Turn:
+        text = "".join("</search>" if token == TAG else chr(min(token, 127)) for token in token_ids)
+        return Turn(text, text, (ToolCall("search", {"query": "x"}),) if "</search>" in text else ())
 
-    def tool_result_tokens(self, result_text: str) -> TokenIds:
-        return tuple(result_text.encode())
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return "".join("</search>" if token == TAG else chr(min(token, 127)) for token in token_ids)
+    def result_tokens(self, turn: Turn, results: Sequence[ToolResult]) -> TokenIds:
+        return tuple(results[0].text.encode())
 
 
 class Tools:
     """Answers every call at once, but for the first one where it is to wait for `others`."""
 
-    stop_strings = ("</search>",)
+    observation = None
 
     def __init__(self, others: asyncio.Event | None = None) -> None:
         self.others = others
-
-    def parse(self, text: str) -> ToolCall | None:
-        return ToolCall("search", "x") if "</search>" in text else None
 
     async def run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
         others, self.others = self.others, None
@@ -73,8 +70,20 @@ class Tools:
         return [ToolResult("(r)", None, 0.0) for _ in calls]
 
 
+class Agent:
+    """Bytes, and one session for all paths."""
+
+    format = Bytes()
+
+    def __init__(self, tools: object) -> None:
+        self.stateless = tools
+
+    def prompt_tokens(self, question: Question, observation: str | None) -> TokenIds:
+        return tuple(question.text.encode())
+
+
 def questions(count: int) -> list[Question]:
-    return [Question(f"q{i}", f"question {i}: " + "what else? " * (3 + i), "y", "toy", ()) for i in range(count)]
+    return [Question(f"q{i}", f"question {i}: " + "what else? " * (3 + i), "y", "toy") for i in range(count)]
 
 
 CONFIG = RolloutConfig(
@@ -170,8 +179,8 @@ def test_logprobs_and_entropies_are_the_models_own(model, engine) -> None:
 )
 def test_greedy_trees_are_those_of_the_transformers_engine(model, engine, changes) -> None:
     config = replace(CONFIG, temperature=0.0, **changes)
-    ours = Sampler(engine, Tools(), Bytes(), config).rollout(questions(6), seed=3)
-    theirs = Sampler(transformers_engine(model), Tools(), Bytes(), config).rollout(questions(6), seed=3)
+    ours = Sampler(engine, Agent(Tools()), config).rollout(questions(6), seed=3)
+    theirs = Sampler(transformers_engine(model), Agent(Tools()), config).rollout(questions(6), seed=3)
     assert [shape(tree) for tree in ours] == [shape(tree) for tree in theirs]
     assert [tree.budget is None for tree in ours] == [tree.budget is None for tree in theirs]
     for one, other in zip(ours, theirs, strict=True):
@@ -186,8 +195,8 @@ def test_greedy_trees_are_those_of_the_transformers_engine(model, engine, change
 def test_a_path_is_the_same_whatever_else_is_in_the_batch(engine) -> None:
     """Its seeds are its own: alone, and among twelve others, on any replica."""
     config = replace(CONFIG, fresh_paths=4)
-    together = Sampler(engine, Tools(), Bytes(), config).rollout(questions(4), seed=1)
-    alone = Sampler(engine, Tools(), Bytes(), config).rollout(questions(4)[2:3], seed=1)
+    together = Sampler(engine, Agent(Tools()), config).rollout(questions(4), seed=1)
+    alone = Sampler(engine, Agent(Tools()), config).rollout(questions(4)[2:3], seed=1)
     assert shape(together[2]) == shape(alone[0])
     assert len({tuple(node.token_ids for node in path_nodes(together[2], path)) for path in range(4)}) > 1
 
@@ -200,7 +209,7 @@ def test_a_slow_tool_holds_up_its_own_path_alone(engine) -> None:
         if finished == total - 1:
             others.set()
 
-    sampler = Sampler(engine, Tools(others), Bytes(), replace(CONFIG, fresh_paths=4))
+    sampler = Sampler(engine, Agent(Tools(others)), replace(CONFIG, fresh_paths=4))
     trees = sampler.rollout(questions(4), seed=1, progress=progress)
     assert sum(node.source == "tool" for tree in trees for node in tree.nodes) > 10
 
@@ -209,10 +218,11 @@ def test_a_tool_service_that_is_down_is_told_to_the_model(engine) -> None:
     """Nothing listens on the port. Every call fails, every path goes on with an error text and ends as paths do."""
 
     class Down:
-        name, timeout = "search", 5.0
+        name, timeout, description = "search", 5.0, "Nobody answers."
+        parameters: ClassVar[dict] = {"type": "object", "properties": {"query": {"type": "string"}}}
 
-        def __call__(self, argument: str) -> str:
-            return httpx.get(f"http://127.0.0.1:9/{argument}").text
+        def __call__(self, query: str) -> str:
+            return httpx.get("http://127.0.0.1:9/").text
 
     class DownTools(Tools):
         box = ToolBox([Down()])
@@ -220,8 +230,8 @@ def test_a_tool_service_that_is_down_is_told_to_the_model(engine) -> None:
         async def run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
             return await self.box.run(calls)
 
-    trees = Sampler(engine, DownTools(), Bytes(), replace(CONFIG, max_tokens=200)).rollout(questions(3), seed=1)
-    results = [node.result for tree in trees for node in tree.nodes if node.result and node.call]
+    trees = Sampler(engine, Agent(DownTools()), replace(CONFIG, max_tokens=200)).rollout(questions(3), seed=1)
+    results = [result for tree in trees for node in tree.nodes for result in node.results]
     assert len(results) > 6
     refused = "error: httpx.ConnectError: [Errno 111] Connection refused"
     assert {(result.error, result.text) for result in results} == {("raised", refused)}
@@ -243,9 +253,9 @@ def test_branches_find_their_prefix_in_the_cache(engine) -> None:
 
 def test_paths_end_where_the_context_does(engine) -> None:
     """256 positions: also inside a tool result."""
-    long = Question("long", "x" * 200, "y", "toy", ())
+    long = Question("long", "x" * 200, "y", "toy")
     config = replace(CONFIG, max_tokens=1000, max_tool_calls=100)
-    (tree,) = Sampler(engine, Tools(), Bytes(), config).rollout([long], seed=0)
+    (tree,) = Sampler(engine, Agent(Tools()), config).rollout([long], seed=0)
     lengths = [sum(len(node.token_ids) for node in path_nodes(tree, path.id)) for path in tree.paths]
     assert max(lengths) <= 256
     assert "length" in {path.finish_reason for path in tree.paths}
@@ -324,8 +334,8 @@ def test_refresh_sends_the_weights_and_a_foreign_version_is_noticed(model, engin
 
 def test_a_rollout_survives_a_killed_replica_and_keeps_what_is_finished_without_any(model, engine) -> None:
     """In this order, since nothing brings an engine back."""
-    sampler = Sampler(engine, Tools(), Bytes(), replace(CONFIG, fresh_paths=4))
-    expected = Sampler(engine, Tools(), Bytes(), replace(CONFIG, fresh_paths=4)).rollout(questions(6), seed=1)
+    sampler = Sampler(engine, Agent(Tools()), replace(CONFIG, fresh_paths=4))
+    expected = Sampler(engine, Agent(Tools()), replace(CONFIG, fresh_paths=4)).rollout(questions(6), seed=1)
     first, second, third = engine_processes()
 
     def kill_at(process: int, finished: int):

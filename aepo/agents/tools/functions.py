@@ -111,14 +111,16 @@ def parse_docstring(text: str) -> tuple[str, dict[str, str]]:
             section, current = "fields", None
         elif not section:
             before.append(line)
+        elif section == "fields" and words and current is not None:
+            current.append(words)
+        elif depth == 0 and words:
+            section, current = "another", None
         elif section in ("Args", "Arguments", "Parameters") and words:
             indent = indent or depth
             if depth <= indent and (parameter := PARAMETER.match(words)):
                 current = described.setdefault(parameter[1], [parameter[2]])
             elif current is not None:
                 current.append(words)
-        elif current is not None and words:
-            current.append(words)
     return "\n".join(before).strip(), {name: " ".join(filter(None, lines)) for name, lines in described.items()}
 
 

@@ -16,20 +16,24 @@ import json
 import math
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from aepo.agents.protocol import ToolError
 from aepo.agents.tools.seccomp import filter_program
-from aepo.agents.tools.zygote import OK, RAISED, REQUEST, UNCONFINED
+from aepo.agents.tools.zygote import ENDED, REQUEST, UNCONFINED
 
 START_SECONDS = 60.0  # to load the standard library, on a machine that is busy with other things
-KILL_SECONDS = 2.0  # from the order to kill a call until its connection is closed
+KILL_SECONDS = 2.0  # from the order to kill a call until the word that it has ended
 
 # Tried once in each new sandbox: the guarantees are checked, not assumed. Prints what it should not be able to do.
 PROBE = """
@@ -59,22 +63,31 @@ class _ZygoteDied(SandboxError):
 
 
 class PythonTool:
-    """Runs the argument as a Python program and returns what it printed.
+    """Runs `code` as a Python program and returns what it printed.
 
-    If the last statement is an expression, its value is printed too. An uncaught exception raises `ToolError`: what
-    was printed before it, and the last line of the traceback. Too much time raises `TimeoutError`. Calls may come
-    from several threads at once, and share nothing: each is a process of its own, started from the same state, with
-    the same random seed and string hashes, so that equal code gives equal text.
+    If the last statement is an expression, its value is printed too. A program that fails raises `ToolError`: what was
+    printed, and the end of the traceback or the message of sys.exit. Too much time raises `TimeoutError`. Calls may
+    come from several threads at once, and share nothing: each is a process of its own, started from the same state,
+    with the same random seed and string hashes, so that equal code gives equal text.
 
     cpu_seconds, wall_seconds: limits of one call. The first does not depend on how busy the machine is.
-    memory_mib: address space of one call, the interpreter's own 30 MiB included.
-    max_output_chars: more output than this ends the call, and what there is comes back with a mark.
+    memory_mib: memory of one call, the interpreter's own 30 MiB included (of its address space).
+    max_output_chars: more output than this ends the call, and so much of it comes back with a mark.
 
     Raises `SandboxError` where a guarantee is missing (`sandbox_problem` tells without raising): there is no weaker
     mode. `close` ends every process of the tool; the end of this process, however it comes, does too.
     """
 
     name = "python"
+    description = (
+        "Run a Python program with the standard library, like a cell of a notebook: returns what it prints, and the "
+        "value of the last expression. Every call starts afresh. No files, no network."
+    )
+    parameters: Mapping[str, Any] = {
+        "type": "object",
+        "properties": {"code": {"type": "string", "description": "The program."}},
+        "required": ["code"],
+    }
 
     def __init__(
         self,
@@ -102,31 +115,27 @@ class PythonTool:
             "max_output_chars": max_output_chars,
             "filter": _filter_or_raise().hex(),
         }
-        self._max_answer_bytes = 4 * max_output_chars + 1000  # UTF-8, status and mark
+        self._max_output_chars = max_output_chars
         self._lock = threading.Lock()
         self._closed = False
         self._zygote = _Zygote(self._limits)
         try:
-            possible = self(PROBE)
+            possible = self(code=PROBE)
         except (ToolError, TimeoutError) as error:
             possible = f"not run a first program: {error}"
         if possible:
             self.close()
             raise SandboxError(f"a program in the sandbox can {', '.join(possible.splitlines())}")
 
-    def __call__(self, argument: str) -> str:
-        """The output of the program `argument`; empty if it printed nothing."""
+    def __call__(self, *, code: str) -> str:
+        """The output of the program; empty if it printed nothing."""
         zygote = self._living_zygote()
         try:
-            status, text = self._run(zygote, argument)
+            end = self._run(zygote, code)
         except _ZygoteDied:
             # Killed from outside. A call has no effects, so it is safe to run it again.
-            status, text = self._run(self._living_zygote(dead=zygote), argument)
-        if status == OK:
-            return text
-        if status == UNCONFINED:
-            raise SandboxError(f"the sandbox could not start a call: {text}")
-        raise ToolError(text if status == RAISED else "the interpreter crashed")
+            end = self._run(self._living_zygote(dead=zygote), code)
+        return self._text_or_raise(end)
 
     def close(self) -> None:
         """Kill the zygote and every call that still runs. May be called twice."""
@@ -143,43 +152,90 @@ class PythonTool:
                 self._zygote = _Zygote(self._limits)
             return self._zygote
 
-    def _run(self, zygote: _Zygote, code: str) -> tuple[bytes, str]:
-        """Status and text of one call. Whatever happens, its process is dead or dying when this returns."""
-        start = time.monotonic()
-        ours, theirs = socket.socketpair()
-        with ours:
-            with theirs:
-                request = zygote.start_call(theirs)
-            answer, at_end = self._exchange(ours, code, start + self.wall_seconds)
-            alive = zygote.kill_call(request)  # also after an answer: the program may have closed its end and run on
-            if not at_end:
-                zygote.check_closed(ours)
-                raise TimeoutError(f"stopped after {self.wall_seconds:g} s")
-        if not alive:
-            raise _ZygoteDied  # and the answer may be cut off
-        if not answer and time.monotonic() - start >= self.cpu_seconds:
-            raise TimeoutError(f"stopped after {self.cpu_seconds} s of computing")  # the kernel's RLIMIT_CPU
-        return answer[:1], answer[1:].decode("utf-8", "replace")
+    def _run(self, zygote: _Zygote, code: str) -> _End:
+        """Run one call. Whatever happens, its process is dead or dying when this returns."""
+        deadline = time.monotonic() + self.wall_seconds
+        with zygote.start_call() as call:
+            output, complete = self._exchange(call.connection, code, deadline)
+            ended = zygote.how_it_ended(call, deadline) if complete else None
+            in_time = ended is not None or len(output) > self._max_bytes
+            if ended is None:
+                zygote.kill_call(call)
+                ended = zygote.how_it_ended(call, time.monotonic() + KILL_SECONDS)
+            if ended is None:
+                zygote.process.kill()  # it hangs; a new one will start
+                ended = (-signal.SIGKILL, 0.0, False)
+        return _End(output, in_time, *ended)
+
+    @property
+    def _max_bytes(self) -> int:
+        """As many are enough for `max_output_chars` in UTF-8 after the first byte, which is the sandbox's own."""
+        return 4 * self._max_output_chars + 1
 
     def _exchange(self, connection: socket.socket, code: str, deadline: float) -> tuple[bytes, bool]:
-        """Send the code; what came back, and whether the end of the answer came before the deadline."""
-        answer = bytearray()
+        """Send the code; what came back, and whether all of it did: not if it is too long or late."""
+        output = bytearray()
         try:
             connection.settimeout(max(deadline - time.monotonic(), 1e-3))
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died early, perhaps with a message
                 connection.sendall(code.encode("utf-8", "replace"))
                 connection.shutdown(socket.SHUT_WR)
-            while len(answer) <= self._max_answer_bytes:
+            while len(output) <= self._max_bytes:
                 connection.settimeout(max(deadline - time.monotonic(), 1e-3))
                 chunk = connection.recv(65536)
                 if not chunk:
-                    break
-                answer += chunk
+                    return bytes(output), True
+                output += chunk
         except TimeoutError:
-            return b"", False
-        except ConnectionResetError:
-            pass  # it died before it read all of the code
-        return bytes(answer), True
+            pass
+        except ConnectionResetError:  # it ended before it read all of the code
+            return bytes(output), True
+        return bytes(output), False
+
+    def _text_or_raise(self, end: _End) -> str:
+        text = end.output[1:].decode("utf-8", "replace")
+        if end.output[:1] == UNCONFINED:
+            raise SandboxError(f"the sandbox could not start a call: {text}")
+        if len(text) > self._max_output_chars:
+            return f"{text[: self._max_output_chars]}\n[output cut after {self._max_output_chars} characters]"
+        if not end.in_time:
+            raise TimeoutError(f"stopped after {self.wall_seconds:g} s")
+        if end.status == 0:
+            return text
+        if end.status > 0:
+            raise ToolError(text or f"exit status {end.status}")
+        if end.too_many_tables:
+            raise ToolError(f"{text}MemoryError")
+        if end.seconds > 0.9 * self.cpu_seconds:  # the kernel's RLIMIT_CPU; it rounds
+            raise TimeoutError(f"stopped after {self.cpu_seconds} s of computing")
+        raise ToolError(f"{text}the interpreter crashed")
+
+
+@dataclass(frozen=True)
+class _End:
+    """How a call ended."""
+
+    output: bytes
+    in_time: bool
+    status: int  # as in `zygote.ENDED`
+    seconds: float
+    too_many_tables: bool
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Our ends of the two connections of a call."""
+
+    request: int
+    connection: socket.socket
+    ended: socket.socket
+
+    def __enter__(self) -> _Call:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
+        self.ended.close()
 
 
 class _Zygote:
@@ -194,13 +250,12 @@ class _Zygote:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-s", "-S", "-X", "utf8", str(script), str(theirs.fileno()), json.dumps(limits)],
+                [sys.executable, "-u", "-s", "-S", "-X", "utf8", str(script), json.dumps(limits)],
                 env=environment,
                 cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),  # an interpreter that cannot start says why
+                stderr=theirs.fileno(),
                 start_new_session=True,  # Ctrl-C in the terminal is for the training run, not for the calls
             )
         self._control = ours
@@ -218,33 +273,36 @@ class _Zygote:
             raise SandboxError(f"the interpreter {sys.executable} did not start in the sandbox: {reason}")
         ours.settimeout(KILL_SECONDS)
 
-    def start_call(self, connection: socket.socket) -> int:
-        request = next(self._requests)
-        try:
-            socket.send_fds(self._control, [REQUEST.pack(b"r", request)], [connection.fileno()])
-        except OSError as error:
-            self.process.kill()  # it is dead, or takes no orders
-            raise _ZygoteDied from error
-        return request
+    def start_call(self) -> _Call:
+        call = next(self._requests)
+        connection, of_program = socket.socketpair()
+        ended, of_zygote = socket.socketpair()
+        with of_program, of_zygote:
+            try:
+                descriptors = [of_program.fileno(), of_zygote.fileno()]
+                socket.send_fds(self._control, [REQUEST.pack(b"r", call)], descriptors)
+            except OSError as error:
+                connection.close()
+                ended.close()
+                self.process.kill()  # it is dead, or takes no orders
+                raise _ZygoteDied from error
+        return _Call(call, connection, ended)
 
-    def kill_call(self, request: int) -> bool:
-        """False if the zygote is dead, and so are its calls."""
-        try:
-            self._control.send(REQUEST.pack(b"k", request))
-        except OSError:
-            return False
-        return True
+    def kill_call(self, call: _Call) -> None:
+        with contextlib.suppress(OSError):  # if the zygote is dead, its calls are
+            self._control.send(REQUEST.pack(b"k", call.request))
 
-    def check_closed(self, connection: socket.socket) -> None:
-        """A killed call closes its connection at once. If not, the zygote hangs: kill it, a new one will start."""
-        connection.settimeout(KILL_SECONDS)
+    def how_it_ended(self, call: _Call, deadline: float) -> tuple[int, float, bool] | None:
+        """The fields of `zygote.ENDED`; None where there is no word until the deadline."""
+        call.ended.settimeout(max(deadline - time.monotonic(), 1e-3))
         try:
-            while connection.recv(65536):
-                pass
-        except ConnectionResetError:
-            pass
+            word = call.ended.recv(ENDED.size)
         except TimeoutError:
-            self.process.kill()
+            return None
+        if len(word) != ENDED.size:
+            raise _ZygoteDied
+        status, seconds, too_many_tables = ENDED.unpack(word)
+        return status, seconds, too_many_tables
 
 
 def _end(process: subprocess.Popen[bytes], control: socket.socket) -> None:

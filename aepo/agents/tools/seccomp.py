@@ -11,13 +11,14 @@ import struct
 
 # name: (number on x86_64, number on aarch64). A test compares them with the kernel's headers.
 ALLOWED: dict[str, tuple[int, int | None]] = {
-    # the three open descriptors besides the connection are /dev/null
+    # the only open descriptors are 0, 1 and 2: the connection
     "read": (0, 63),
     "write": (1, 64),
     "writev": (20, 66),
     "close": (3, 57),
+    "lseek": (8, 62),  # says that the connection has no position
     # memory
-    "mmap": (9, 222),
+    "mmap": (9, 222),  # with MAP_FLAGS only
     "mprotect": (10, 226),
     "munmap": (11, 215),
     "mremap": (25, 216),
@@ -57,9 +58,13 @@ ALLOWED: dict[str, tuple[int, int | None]] = {
 # machine: (column of the table above, AUDIT_ARCH_* of linux/audit.h)
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
-_LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06  # opcodes of classic BPF
+# MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, as malloc uses them. One page that stays mapped of a shared mapping keeps
+# all of it in memory, and RLIMIT_AS counts that page only.
+MAP_FLAGS = 0x02 | 0x20 | 0x4000
+
+_LOAD, _AND, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x54, 0x15, 0x06  # opcodes of classic BPF
 _ALLOW, _EPERM, _KILL = 0x7FFF0000, 0x00050001, 0x80000000  # SECCOMP_RET_*
-_NUMBER, _ARCH = 0, 4  # offsets in struct seccomp_data
+_NUMBER, _ARCH, _FOURTH_ARGUMENT = 0, 4, 40  # offsets in struct seccomp_data; of the argument, the lower half
 
 
 def filter_program(machine: str) -> bytes:
@@ -70,8 +75,13 @@ def filter_program(machine: str) -> bytes:
     if machine not in MACHINES:
         raise ValueError(f"machine must be one of {', '.join(MACHINES)}, got {machine!r}")
     column, arch = MACHINES[machine]
-    numbers = [number for entry in ALLOWED.values() if (number := entry[column]) is not None]
+    known = {name: number for name, entry in ALLOWED.items() if (number := entry[column]) is not None}
+    mmap = known.pop("mmap")
+    numbers = list(known.values())
     program = [(_LOAD, 0, 0, _ARCH), (_JUMP_IF_EQUAL, 1, 0, arch), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, _NUMBER)]
+    # mmap: other flags than these leave something of the argument; any other call jumps over the check
+    program += [(_JUMP_IF_EQUAL, 0, 3, mmap), (_LOAD, 0, 0, _FOURTH_ARGUMENT), (_AND, 0, 0, 0xFFFFFFFF & ~MAP_FLAGS)]
+    program += [(_JUMP_IF_EQUAL, len(numbers) + 1, len(numbers), 0)]
     # a match jumps over the remaining comparisons and the EPERM
     program += [(_JUMP_IF_EQUAL, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
     program += [(_RETURN, 0, 0, _EPERM), (_RETURN, 0, 0, _ALLOW)]

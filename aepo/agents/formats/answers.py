@@ -1,0 +1,63 @@
+"""Where the answer is in a turn that calls no tool, and what of a turn is thinking."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Protocol
+
+THINK, END_THINK = "<think>", "</think>"
+_THOUGHT = re.compile(rf"{THINK}.*?(?:{END_THINK}|\Z)", re.DOTALL)
+_TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+_BRACE = re.compile(r"\\f?boxed\s*\{|\\.|[{}]", re.DOTALL)
+
+
+class FindAnswer(Protocol):
+    def __call__(self, content: str) -> str | None: ...
+
+
+def without_thinking(text: str) -> str:
+    """What is outside <think> and </think>; thinking that does not end goes on to the end."""
+    return _THOUGHT.sub("", text)
+
+
+def thinking_ends(text: str) -> bool:
+    """Whether the last thought has its end."""
+    return text.rfind(THINK) <= text.rfind(END_THINK)
+
+
+def tagged(content: str) -> str | None:
+    """In the last <answer> and </answer>, as it was written."""
+    found = _TAGGED.findall(content)
+    return found[-1] if found else None
+
+
+def boxed(content: str) -> str | None:
+    r"""In the last \boxed{..} whose braces are balanced; one after a backslash is a sign, and does not count."""
+    open_braces: list[int | None] = []  # where the text of a box begins; None: another brace
+    last: tuple[int, int] | None = None
+    for found in _BRACE.finditer(content):
+        if found[0].endswith("{") and found[0] != r"\{":
+            open_braces.append(found.end() if "boxed" in found[0] else None)
+        elif found[0] == "}" and open_braces:
+            start = open_braces.pop()
+            if start is not None and (last is None or start > last[0]):
+                last = start, found.start()
+    return content[slice(*last)] if last else None
+
+
+def whole_turn(content: str) -> str | None:
+    """All that is said."""
+    return content.strip() or None
+
+
+def first_of_all(content: str) -> str | None:
+    """As the first of the other styles that finds one."""
+    for find in (tagged, boxed, whole_turn):
+        answer = find(content)
+        if answer is not None:
+            return answer
+    return None
+
+
+STYLES: Mapping[str, FindAnswer] = {"auto": first_of_all, "tag": tagged, "boxed": boxed, "turn": whole_turn}

@@ -1,0 +1,241 @@
+"""How models write calls: a parser per convention takes the text of a turn apart into what is said and the calls.
+
+A parser of your own is a function (text, schemas) -> (content, calls), or a class whose instances are called so;
+`format.calls=package.module:Name`. text: the turn without its thinking. schemas: of the arguments, by tool name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from aepo.registry import resolve
+from aepo.types import ToolCall
+
+Schemas = Mapping[str, Mapping[str, Any]]
+Parsed = tuple[str, tuple[ToolCall, ...]]
+CallParser = Callable[[str, Schemas], Parsed]
+
+
+class Unreadable(ValueError):
+    """What is wrong with a call, in words for the model."""
+
+
+def hermes(text: str, schemas: Schemas) -> Parsed:
+    """<tool_call>{"name": .., "arguments": {..}}</tool_call>: Hermes, Qwen 2.5 and 3, and many others."""
+    said, calls, end = [], [], 0
+    for start in _OPENED.finditer(text):
+        if start.start() < end:
+            continue  # inside a string of the call before
+        said.append(text[end : start.start()])
+        call, end = _hermes_call(text, start.end())
+        calls.append(call)
+    return "".join([*said, text[end:]]).strip(), tuple(calls)
+
+
+_OPENED = re.compile(r"<tool_call>\s*")
+_CLOSED = re.compile(r"\s*(?:</tool_call>|\Z)")  # the last call of a turn may lack its closing tag
+
+
+def _hermes_call(text: str, start: int) -> tuple[ToolCall, int]:
+    """The call that begins there, and where it ends. Its strings may hold tags of calls."""
+    try:
+        value, end = read_json(text, start)
+        closed = _CLOSED.match(text, end)
+        if closed:
+            return json_call(value, "arguments"), closed.end()
+        problem = "expected </tool_call> after the JSON object"
+    except Unreadable as error:
+        problem = str(error)
+    close = text.find("</tool_call>", start)
+    return ToolCall("", {}, problem), len(text) if close < 0 else close + len("</tool_call>")
+
+
+def llama3_json(text: str, schemas: Schemas) -> Parsed:
+    """{"name": .., "parameters": {..}} as the whole turn: Llama 3. Several are divided by ";", "," or line breaks.
+
+    A JSON object without these two keys is an answer.
+    """
+    body = text.strip()
+    forced = body.startswith("<|python_tag|>")
+    body = body.removeprefix("<|python_tag|>").lstrip()
+    calls: list[ToolCall] = []
+    at = 0
+    try:
+        while at < len(body):
+            value, at = read_json(body, at)
+            key = "arguments" if isinstance(value, dict) and "arguments" in value else "parameters"  # some write so
+            if not forced and not calls and not (isinstance(value, dict) and {"name", key} <= value.keys()):
+                return text.strip(), ()
+            calls.append(json_call(value, key))
+            at = _BETWEEN.match(body, at).end()  # type: ignore[union-attr]  # matches nothing, too
+    except Unreadable as error:
+        if forced or calls or _LIKE_A_CALL.match(body):
+            return "", (*calls, ToolCall("", {}, str(error)))
+        return text.strip(), ()
+    return "", tuple(calls)
+
+
+_BETWEEN = re.compile(r"\s*[;,]?\s*")
+_LIKE_A_CALL = re.compile(r'\{\s*"name"\s*:\s*"[^"]*"\s*,\s*"parameters"\s*:')
+
+
+def qwen3_coder(text: str, schemas: Schemas) -> Parsed:
+    """<tool_call><function=name><parameter=key>value</parameter></function></tool_call>: Qwen3-Coder.
+
+    Values are texts; the schema of the tool says what they stand for.
+    """
+    said, calls, end = [], [], 0
+    for start in _FUNCTION_BLOCK.finditer(text):
+        said.append(text[end : start.start()])
+        calls.append(_xml_call(start, schemas))
+        end = start.end()
+    return "".join([*said, text[end:]]).strip(), tuple(calls)
+
+
+# <tool_call> may be missing: models forget it. A value may hold </function> and </parameter>, as code does: only one
+# that is followed by what can follow it ends the value.
+_FUNCTION_BLOCK = re.compile(
+    r"(?:<tool_call>\s*)?<function=(?P<name>[^>\n]*)>(?P<body>.*?)"
+    r"(?:</function>\s*(?:</tool_call>|(?=<tool_call>|<function=)|\Z)|(?P<cut></tool_call>|\Z))"
+    r"|<tool_call>(?P<other>.*?)(?:</tool_call>|\Z)",
+    re.DOTALL,
+)
+_PARAMETER = re.compile(r"\s*<parameter=(?P<key>[^>\n]*)>(?P<value>.*?)</parameter>\s*(?=<parameter=|\Z)", re.DOTALL)
+
+
+def _xml_call(block: re.Match[str], schemas: Schemas) -> ToolCall:
+    if block["name"] is None:
+        return ToolCall("", {}, "expected <function=name> after <tool_call>")
+    name, body = block["name"].strip(), block["body"]
+    if block["cut"] is not None:
+        return ToolCall(name, {}, "expected </function> at the end of the call")
+    arguments: dict[str, Any] = {}
+    end = 0
+    try:
+        while found := _PARAMETER.match(body, end):
+            key, end = found["key"].strip(), found.end()
+            value = found["value"].removeprefix("\n").removesuffix("\n")
+            arguments[key] = value_of(value, key, schemas.get(name, {}))
+    except Unreadable as error:
+        return ToolCall(name, arguments, str(error))
+    rest = body[end:].strip()
+    problem = f"expected <parameter=key>value</parameter>, got {rest[:40]!r}" if rest else None
+    return ToolCall(name, arguments, problem)
+
+
+def value_of(text: str, key: str, schema: Mapping[str, Any]) -> Any:
+    """The JSON value that a text stands for, where the property `key` of a tool's schema is read."""
+    types = _types(schema.get("properties", {}).get(key, {}), schema)
+    others = types - {"string"}
+    if not others:
+        return text
+    word = text.strip()
+    try:
+        value = _PYTHON_WORDS[word] if word in _PYTHON_WORDS else load_json(word)
+    except Unreadable:
+        value = text
+    if isinstance(value, float) and value.is_integer() and "number" not in others and "integer" in others:
+        value = int(value)
+    if _type_of(value) in others or ("number" in others and _type_of(value) == "integer"):
+        return value
+    if "string" in types:
+        return text
+    raise Unreadable(f"parameter {key!r}: expected {' or '.join(sorted(types))}, got {text[:40]!r}")
+
+
+_PYTHON_WORDS = {"True": True, "False": False, "None": None}  # how templates write them
+_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+
+
+def _type_of(value: Any) -> str:
+    return _NAMES.get(type(value), "null")
+
+
+def _types(schema: Mapping[str, Any], root: Mapping[str, Any], depth: int = 0) -> set[str]:
+    """The JSON types that a schema allows; a schema that says nothing allows a text."""
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and depth < 8:
+        target: Any = root
+        for part in reference.removeprefix("#/").split("/"):
+            target = target.get(part, {}) if isinstance(target, dict) else {}
+        return _types(target, root, depth + 1)
+    if "type" in schema:
+        return set([schema["type"]] if isinstance(schema["type"], str) else schema["type"])
+    values = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else [])]
+    if values:
+        return {_type_of(value) for value in values}
+    variants = [*schema.get("anyOf", ()), *schema.get("oneOf", ()), *schema.get("allOf", ())]
+    return set().union(*(_types(variant, root, depth + 1) for variant in variants)) or {"string"}
+
+
+def json_call(value: Any, key: str) -> ToolCall:
+    """The call in a JSON object: its name, and its arguments under `key`, as an object or the JSON text of one."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"].strip():
+        raise Unreadable(f'expected a JSON object with "name" and "{key}"')
+    name, arguments = value["name"].strip(), value.get(key)
+    if key not in value:
+        return ToolCall(name, {}, f'expected "{key}" beside "name"')
+    if isinstance(arguments, str):
+        try:
+            arguments = load_json(arguments)
+        except Unreadable as error:
+            return ToolCall(name, {}, f'"{key}": {error}')
+    if not isinstance(arguments, dict | None):
+        return ToolCall(name, {}, f'"{key}": expected a JSON object')
+    return ToolCall(name, arguments or {})
+
+
+def load_json(text: str) -> Any:
+    """The value of a JSON text."""
+    value, end = read_json(text.strip(), 0)
+    if end < len(text.strip()):
+        raise Unreadable("not valid JSON: more text follows the value")
+    return value
+
+
+def read_json(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value that begins there, and where it ends. Strings may hold line breaks, as models write them."""
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        raise Unreadable(f"not valid JSON: {error.msg} at character {error.pos - start + 1}") from None
+    except (ValueError, RecursionError):
+        raise Unreadable("not valid JSON: a number is too long or no number, or it is nested too deeply") from None
+    # An escape such as \ud83d may stand alone, and no file takes that.
+    return (_sound(value) if "\\u" in text else value), end
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(constant)
+
+
+_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse)
+
+
+def _sound(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {_sound(key): _sound(item) for key, item in value.items()}
+    return [_sound(item) for item in value] if isinstance(value, list) else value
+
+
+PARSERS: Mapping[str, CallParser] = {"hermes": hermes, "qwen3_coder": qwen3_coder, "llama3_json": llama3_json}
+
+
+def find_parser(name: str) -> CallParser:
+    """The parser of a name, ours or "package.module:Name". ValueError: there is none."""
+    if name in PARSERS:
+        return PARSERS[name]
+    if ":" not in name:
+        raise ValueError(
+            f"format.calls = {name!r}: expected auto, {', '.join(PARSERS)}, or package.module:Name of your own parser"
+        )
+    found = resolve(name, "format.calls")
+    parser: Any = found() if isinstance(found, type) else found
+    if not callable(parser):
+        raise ValueError(f"format.calls = {name!r}: expected a parser (text, schemas) -> (content, calls)")
+    return parser

@@ -1,0 +1,171 @@
+"""A model's chat template with the tools of a task: how dialogues look, and what the template can do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from aepo.agents.formats.answers import THINK
+from aepo.agents.formats.calls import Unreadable, load_json
+from aepo.agents.formats.hermes_text import as_text
+from aepo.agents.formats.text import Protect
+from aepo.types import Message, ToolCall
+
+ToolSchema = Mapping[str, Any]
+"""{"type": "function", "function": {"name": .., "description": .., "parameters": ..}}"""
+
+# Words that dialogues of our own hold, to be found again in their renderings.
+WORDS = ("askedprobe", "systemprobe", "saidprobe", "thoughtprobe", "valueprobe", "resultprobe")
+ASKED, SYSTEM, SAID, THOUGHT, VALUE, RESULT = WORDS
+
+
+class TemplateRefused(ValueError):
+    """The template does not take a dialogue."""
+
+
+class ChatTemplate:
+    """hermes: tools are described, called and answered in text, because the template shows none.
+
+    ValueError: there is no template, or it does not even take a question.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, schemas: Sequence[ToolSchema] = (), *, hermes: bool = False
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._schemas = list(schemas)
+        self._hermes = hermes
+        self.name = str(tokenizer.name_or_path or type(tokenizer).__name__)
+        if used := [word for word in WORDS if word in repr(schemas)]:
+            raise ValueError(f"tools: expected that no schema holds the word {used[0]!r}, which the format looks for")
+        if not tokenizer.chat_template:
+            raise ValueError(f"tokenizer {self.name}: expected a chat template, it has none; set format.name=tags")
+        self.generation_prompt = self.render([user(ASKED)], generate=True)
+        """Of a dialogue that is one question."""
+
+    def render(self, messages: Sequence[Message], *, generate: bool = False, protect: Protect = str) -> str:
+        """generate: with the beginning of the model's next turn. protect: for the texts in the tools' schemas, which
+        may come from a server. TemplateRefused: the template does not take the dialogue."""
+        dialogue = [_with_objects(message) for message in messages]
+        schemas = [_protected(schema, protect) for schema in self._schemas]
+        if self._hermes:
+            dialogue = as_text(dialogue, schemas)
+        if dialogue and dialogue[0].get("role") == "system" and not self.has_system_role:
+            dialogue = _system_in_front(dialogue)
+        return self._apply(dialogue, generate, () if self._hermes else schemas)
+
+    @cached_property
+    def has_system_role(self) -> bool:
+        """Without one, the system text goes in front of the first user's message."""
+        try:
+            return SYSTEM in self._apply([{"role": "system", "content": SYSTEM}, user(ASKED)], True)
+        except TemplateRefused:
+            return False
+
+    @cached_property
+    def shows_tools(self) -> bool:
+        """Whether it describes the tools that it is given."""
+        try:
+            text = self._apply([user(ASKED)], True, self._schemas)
+            without = self._apply([user(ASKED)], True)
+        except TemplateRefused:
+            return False
+        return text != without and all(str(schema["function"]["name"]) in text for schema in self._schemas)
+
+    @cached_property
+    def end_of_turn(self) -> int | None:
+        """The first control token after what the model says; None: a turn has no end of its own."""
+        text = self.render([user(ASKED), assistant(SAID)])
+        after = text[text.find(SAID) + len(SAID) :]
+        added = self._tokenizer.added_tokens_decoder
+        ids = self._tokenizer.encode(after, add_special_tokens=False)
+        return next((token for token in ids if token in added and added[token].content.strip()), None)
+
+    @cached_property
+    def opens_thinking(self) -> bool:
+        """Whether the model's turns begin inside <think>, which is then not part of what it writes."""
+        return self.generation_prompt.rstrip().endswith(THINK)
+
+    def _apply(self, dialogue: Sequence[Message], generate: bool, schemas: Sequence[ToolSchema] = ()) -> str:
+        given: Any = [dict(message) for message in dialogue]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                given,
+                tools=[dict(schema) for schema in schemas] or None,
+                tokenize=False,
+                add_generation_prompt=generate,
+            )
+        except Exception as error:  # whatever a template does with what it did not expect
+            problem = " ".join(str(error).split())
+            raise TemplateRefused(
+                f"the chat template of {self.name} refuses a dialogue of roles "
+                f"{', '.join(str(message.get('role')) for message in dialogue)}: {problem}"
+            ) from error
+        return str(text)
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str, calls: Sequence[ToolCall] = ()) -> Message:
+    """A turn of the model. The ids of its calls have nine letters and digits, which is what some templates ask for."""
+    if not calls:
+        return {"role": "assistant", "content": text}
+    listed = [
+        {"id": call_id(n), "type": "function", "function": {"name": call.tool, "arguments": dict(call.arguments)}}
+        for n, call in enumerate(calls)
+    ]
+    return {"role": "assistant", "content": text, "tool_calls": listed}
+
+
+def tool_result(n: int, name: str, text: str) -> Message:
+    """The result of the n-th call of the turn before."""
+    return {"role": "tool", "name": name, "tool_call_id": call_id(n), "content": text}
+
+
+def call_id(n: int) -> str:
+    return f"call{n:05d}"
+
+
+def _system_in_front(dialogue: Sequence[Message]) -> list[Message]:
+    system, *others = dialogue
+    for place, message in enumerate(others):
+        if message.get("role") == "user":
+            content = message["content"]
+            text = system["content"] if isinstance(system["content"], str) else system["content"][0]["text"]
+            joined: Any = f"{text}\n\n{content}"
+            if not isinstance(content, str):
+                joined = [{"type": "text", "text": f"{text}\n\n"}, *content]
+            return [*others[:place], {**message, "content": joined}, *others[place + 1 :]]
+    return [user(system["content"]), *others]
+
+
+def _protected(value: Any, protect: Protect) -> Any:
+    """A schema with its texts protected."""
+    if isinstance(value, str):
+        return protect(value)
+    if isinstance(value, Mapping):
+        return {protect(key): _protected(item, protect) for key, item in value.items()}
+    return [_protected(item, protect) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _with_objects(message: Message) -> Message:
+    """Arguments of calls as objects: data often has them as JSON texts, which templates would quote once more."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    return {**message, "tool_calls": [_with_object(call) for call in calls]}
+
+
+def _with_object(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call["function"]
+    if not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        return {**call, "function": {**function, "arguments": load_json(function["arguments"])}}
+    except Unreadable as error:
+        raise ValueError(f"a call of {function.get('name')!r} in the dialogue: its arguments are {error}") from None

@@ -1,0 +1,126 @@
+"""The format of a run: by its name, or the one that fits the model and the tools."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from aepo.agents.formats.chat import ChatTemplateFormat
+from aepo.agents.formats.chat_template import ChatTemplate, ToolSchema
+from aepo.agents.formats.tags import TagsFormat
+from aepo.agents.protocol import ChatFormat
+from aepo.config import FormatConfig
+from aepo.registry import resolve
+
+NEEDED = ("name", "eos_ids", "stop_strings", "vocab_size", "prompt_tokens", "read", "result_tokens", "decode")
+
+
+class TokenModel(Protocol):
+    """What a format needs of a `LanguageModel`."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos_ids(self) -> tuple[int, ...]: ...
+
+
+def make_format(
+    settings: FormatConfig,
+    language_model: TokenModel,
+    schemas: Sequence[ToolSchema],
+    *,
+    tool_instructions: str | None = None,
+) -> ChatFormat:
+    """The format that the settings name, for tools with these schemas (OpenAI functions).
+
+    tool_instructions: what a model is told about them where its template does not show them; None: their descriptions.
+    A class of your own, package.module:Class, is called with the same arguments. ValueError: a setting does not fit
+    the model or the tools, in one line.
+    """
+    name, reason = (
+        (settings.name, "format.name") if settings.name != "auto" else _choose(settings, language_model, schemas)
+    )
+    made: Any
+    if name == "tags":
+        made = _tags(settings, language_model, schemas, tool_instructions)
+    elif name == "chat":
+        made = ChatTemplateFormat(
+            language_model.tokenizer,
+            language_model.vocab_size,
+            language_model.eos_ids,
+            schemas,
+            calls=settings.calls,
+            answer=settings.answer,
+        )
+    else:
+        made = _own(settings, language_model, schemas, tool_instructions)
+    calls = getattr(made, "calls", None)
+    made.warnings = tuple(getattr(made, "warnings", ()))  # one of your own need not have any
+    made.chosen = f"format {name}{f', calls as {calls}' if calls else ''}: {reason}"
+    made.identity = {
+        "name": name,
+        "calls": calls,
+        "answer": "tag" if name == "tags" else settings.answer,
+        "chat_template": _digest(language_model.tokenizer, schemas),
+    }
+    return made
+
+
+def _choose(settings: FormatConfig, language_model: TokenModel, schemas: Sequence[ToolSchema]) -> tuple[str, str]:
+    """chat where the template shows the tools (or is asked to have them in its text), else tags."""
+    if not language_model.tokenizer.chat_template:
+        return "tags", "the model has no chat template"
+    if not schemas:
+        return "chat", "the model has a chat template, and there are no tools"
+    if settings.calls != "auto":
+        return "chat", f"format.calls = {settings.calls}"
+    if ChatTemplate(language_model.tokenizer, schemas).shows_tools:
+        return "chat", "the model's chat template shows tools"
+    return "tags", "the model's chat template does not show tools"
+
+
+def _tags(
+    settings: FormatConfig, language_model: TokenModel, schemas: Sequence[ToolSchema], tool_instructions: str | None
+) -> TagsFormat:
+    if settings.calls != "auto":
+        raise ValueError(
+            f"format.calls = {settings.calls!r}: expected auto with format.name = tags, or no chat template"
+        )
+    if settings.answer not in ("auto", "tag"):
+        raise ValueError(
+            f"format.answer = {settings.answer!r}: expected auto or tag, the format tags has its answers in <answer>"
+        )
+    return TagsFormat(
+        language_model.tokenizer,
+        language_model.vocab_size,
+        language_model.eos_ids,
+        schemas,
+        tool_instructions=tool_instructions,
+    )
+
+
+def _own(
+    settings: FormatConfig, language_model: TokenModel, schemas: Sequence[ToolSchema], tool_instructions: str | None
+) -> ChatFormat:
+    if ":" not in settings.name:
+        raise ValueError(f"format.name = {settings.name!r}: expected auto, chat, tags, or package.module:Class")
+    made = resolve(settings.name, "format.name")(settings, language_model, schemas, tool_instructions=tool_instructions)
+    missing = [attribute for attribute in NEEDED if not hasattr(made, attribute)]
+    if missing:
+        raise ValueError(
+            f"format.name = {settings.name!r}: expected a ChatFormat, {type(made).__name__} has no {', '.join(missing)}"
+        )
+    return made
+
+
+def _digest(tokenizer: PreTrainedTokenizerBase, schemas: Sequence[ToolSchema]) -> str | None:
+    """SHA-256 of the chat template; None: there is none."""
+    if not tokenizer.chat_template:
+        return None
+    template = tokenizer.get_chat_template(tools=[dict(schema) for schema in schemas] or None)
+    return hashlib.sha256(template.encode()).hexdigest()

@@ -1,0 +1,87 @@
+"""What a chat template does with calls, tried out at the start: which parser reads them, and what it rewrites later."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import takewhile
+
+from aepo.agents.formats.answers import END_THINK, THINK, without_thinking
+from aepo.agents.formats.calls import PARSERS, CallParser, find_parser
+from aepo.agents.formats.chat_template import (
+    ASKED,
+    SAID,
+    THOUGHT,
+    VALUE,
+    ChatTemplate,
+    assistant,
+    call_id,
+    tool_result,
+    user,
+)
+from aepo.agents.formats.continuation import calling
+from aepo.types import ToolCall
+
+KNOWN_NAME = "probe_tool"
+KNOWN_CALL = ToolCall(KNOWN_NAME, {"words": f'two "quoted" words, {VALUE}', "count": 3})
+KNOWN_SCHEMA = {
+    "type": "object",
+    "properties": {"words": {"type": "string"}, "count": {"type": "integer"}},
+    "required": ["words", "count"],
+}
+
+
+def find_call_parser(template: ChatTemplate, turn_ends: Sequence[str], calls: str) -> tuple[str, CallParser]:
+    """The parser that reads a call as the template writes it, with its name.
+
+    calls: its name, or "auto": the one of ours that does. ValueError: none does, or more than one.
+    """
+    text = written_turn(template, turn_ends)
+    candidates = PARSERS if calls == "auto" else {calls: find_parser(calls)}
+    reading = {name: parser for name, parser in candidates.items() if _reads(parser, text)}
+    if len(reading) == 1:
+        return next(iter(reading.items()))
+    found = f"{' and '.join(reading)} both read" if reading else f"{', '.join(candidates)} did not read"
+    raise ValueError(
+        f"format.calls = {calls!r}: {found} the call that the chat template of {template.name} wrote as {text!r}; "
+        "expected a parser that does: set format.calls, to package.module:Name for your own, or format.name=tags"
+    )
+
+
+def written_turn(template: ChatTemplate, turn_ends: Sequence[str]) -> str:
+    """The known call as the template writes it, from behind the beginning of the turn up to its end."""
+    text = template.render([user(ASKED), assistant("", [KNOWN_CALL])])
+    prompt = template.generation_prompt
+    if text.startswith(prompt):
+        start = len(prompt)
+    else:  # the prompt ends with what later renderings leave out, an open <think> for example
+        common = "".join(a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(text, prompt, strict=False)))
+        start = max(common.rfind(">"), common.rfind("\n"), common.rfind("]")) + 1
+    end = re.compile("|".join(map(re.escape, turn_ends))).search(text, max(text.find(VALUE), start))
+    return text[start : end.start() if end else len(text)]
+
+
+def rewritten_history(template: ChatTemplate, name: str) -> tuple[str, ...]:
+    """Where later renderings of a dialogue differ from what the model wrote and read in training, one line each.
+
+    name: of a tool. What a chat server renders anew before every turn is then not what the model was trained on.
+    """
+    prompt = template.generation_prompt
+    turns = [calling([name], SAID), tool_result(0, name, "first"), calling([name]), tool_result(0, name, "second")]
+    once = template.render([user(ASKED), *turns[:2]], generate=True)
+    twice = template.render([user(ASKED), *turns], generate=True)
+    thought = calling([name], f"{THINK}\n{THOUGHT}\n{END_THINK}\n\n{SAID}")
+    thinking = template.render([user(ASKED), thought, tool_result(0, name, "first")], generate=True)
+    keeps_beginning = once.startswith(prompt)
+    findings = {
+        f"it begins a turn with {prompt[-40:]!r}, which it leaves out of earlier turns": not keeps_beginning,
+        "it leaves out what a turn says beside its calls": SAID not in once,
+        "it drops the thinking of earlier turns": SAID in once and THOUGHT not in thinking,
+        "it renders a turn in another way once another one follows": keeps_beginning and not twice.startswith(once),
+        "it shows ids of calls, which the model does not write": call_id(0) in once,
+    }
+    return tuple(f"chat template of {template.name}: {finding}" for finding, there in findings.items() if there)
+
+
+def _reads(parser: CallParser, text: str) -> bool:
+    return parser(without_thinking(text), {KNOWN_NAME: KNOWN_SCHEMA})[1] == (KNOWN_CALL,)

@@ -1,0 +1,94 @@
+"""What several commands need: settings as arguments, the model with its agent, and errors as one line."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from aepo.agents.agent import Agent
+    from aepo.config import Config
+    from aepo.models.language_model import LanguageModel
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045, typer on Python 3.10 reads this form alone
+    typer.Argument(metavar="[section.key=value]...", help="Settings, e.g. train.steps=100; `aepo keys` lists them."),
+]
+ConfigFile = Annotated[Optional[Path], typer.Option(help="A YAML file with settings.")]  # noqa: UP045
+
+
+def load(config: Config) -> tuple[Agent, LanguageModel]:
+    """The language model, with its warm start, on the configured device, and the agent that it plays.
+
+    What is wrong with the data is said before the model is made.
+    """
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from aepo.display import WarmStartDisplay
+    from aepo.load import load_agent, load_model, load_task
+
+    disable_progress_bar()
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    task = load_task(config.task)
+    with WarmStartDisplay() as display:
+        language_model = load_model(config.model, config.warm_start, device=device(config), progress=display.update)
+    agent = load_agent(config, language_model, task)
+    typer.echo(agent.format.chosen)
+    for warning in agent.format.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    return agent, language_model
+
+
+def device(config: Config) -> str:
+    import torch
+
+    if config.run.device != "auto":
+        return config.run.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def newest_step(run: Path) -> int:
+    from aepo.checkpoint import list_checkpoints
+
+    found = list_checkpoints(run / "checkpoints")
+    if not found:
+        raise ValueError(f"{run}: no checkpoints there")
+    return found[-1].step
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Errors that a user can do something about, as one message; Ctrl-C, or SIGTERM, with its exit code."""
+    from aepo.agents.protocol import AgentError
+    from aepo.checkpoint import CheckpointError
+    from aepo.nonfinite import NonFiniteError
+    from aepo.rollout.sampler import RolloutError
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # engines that have been started are then ended
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except RolloutError as error:
+        if not isinstance(error.__cause__, (FloatingPointError, ConnectionError)):  # a fault of ours: worth a traceback
+            raise
+        fail(str(error))
+    except (ValueError, OSError, AgentError, CheckpointError, NonFiniteError) as error:
+        fail(str(error))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def fail(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(1)

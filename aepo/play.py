@@ -1,0 +1,214 @@
+"""Lets a checkpoint of a run, or a model, work on questions without training, and reports what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+
+from aepo import cli_shared
+from aepo.agents.agent import Agent, agent_facts, changes
+from aepo.answers import AnsweredQuestion, read_answers, write_answers
+from aepo.checkpoint import checkpoint_path, load_weights
+from aepo.config import Config
+from aepo.engine_factory import make_engine
+from aepo.estimates import Interval
+from aepo.evaluation import Evaluator, answer_intervals, answer_metrics, questions_at_once, scored_rollouts, spread
+from aepo.evaluation_display import evaluation_tables, progress_display, rollout_table, say, wide_console
+from aepo.metrics import Record, finite, rollout_metrics
+from aepo.models.language_model import LanguageModel
+from aepo.rollout.branching import branch_rule
+from aepo.rollout.engine import Engine
+from aepo.rollout.sampler import Sampler
+from aepo.run_log import machine_facts, read_facts
+from aepo.saved_trees import tree_entry
+from aepo.scoring import Scorer
+from aepo.subject import Subject, config_value
+from aepo.types import Question, ScoredTree
+
+
+@dataclass(frozen=True)
+class Player:
+    """All that works on questions. facts: as in run.json."""
+
+    config: Config
+    agent: Agent
+    engine: Engine
+    facts: Record
+
+    def scorer(self, questions: Sequence[Question]) -> Scorer:
+        return Scorer(self.agent.rewards, self.agent.format, self.config.task.success, questions[:1])
+
+
+@contextlib.contextmanager
+def loaded(subject: Subject, console: Console) -> Iterator[Player]:
+    """Weights, agent and engine; says where they are not those of the run. ValueError: nobody asked for that."""
+    config = subject.config
+    agent, language_model = cli_shared.load(config)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(closing(agent))
+        for name, was in subject.changed.items():
+            say(console, f"set here: {name} = {config_value(config, name)!r} (the run: {was!r})")
+        if subject.run is not None and subject.step is not None:
+            for difference in _differences(subject, subject.run, agent):
+                say(console, f"not as in the run: {difference}")
+            load_weights(checkpoint_path(subject.run / "checkpoints", subject.step), language_model.model)
+        else:  # where vLLM gets the weights from
+            directory = stack.enter_context(tempfile.TemporaryDirectory())
+            config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=directory))
+        engine = make_engine(config, language_model, agent.format.eos_ids, subject.step or 0)
+        stack.enter_context(closing(engine))
+        yield Player(config, agent, engine, _facts(subject, agent, language_model))
+
+
+def run_evaluation(subject: Subject, every: bool, answers: Path | None, json_out: Path | TextIO | None) -> None:
+    """every: all held-out questions, else `eval.questions` of them. Whatever ends it, what was finished is reported."""
+    for path in (answers, json_out):
+        if isinstance(path, Path):
+            _refuse_missing_folder(path)
+    console = wide_console()
+    with loaded(subject, console) as player:
+        start = time.perf_counter()
+        heldout = _questions(player.agent, heldout=True)
+        questions = spread(heldout, None if every else player.config.eval.questions)
+        evaluator = Evaluator(player.engine, player.agent, player.scorer(questions), player.config)
+        answered: list[AnsweredQuestion] = []
+        try:
+            with progress_display(console) as progress:
+                for one in evaluator.answers(questions, progress):
+                    answered.append(one)
+        finally:
+            if answered:
+                metrics = answer_metrics(answered, subject.config.eval.pass_at)
+                asked = {"questions.asked": len(questions), "seconds": time.perf_counter() - start}
+                intervals = answer_intervals(answered, subject.config.eval.pass_at, subject.config.run.seed)
+                if answers is not None:
+                    write_answers(answers, subject.step, answered)
+                if json_out is not None:
+                    _write_json(json_out, _record(subject, player.agent, {**metrics, **asked}, intervals))
+                _print_evaluation(subject, console, {**metrics, **asked}, intervals, answered)
+
+
+def run_rollout(subject: Subject, count: int, heldout: bool, out: Path) -> None:
+    """Trees of `count` questions as training samples them. Whatever ends it, those that were finished are written."""
+    _refuse_missing_folder(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: expected a new or an empty directory")
+    console = wide_console()
+    with loaded(subject, console) as player:
+        config, agent = player.config, player.agent
+        questions = spread(_questions(agent, heldout), count)
+        sampler = Sampler(player.engine, agent, config.rollout, branch_rule(config.rollout))
+        at_once, seed = questions_at_once(config, config.rollout.paths), config.run.seed << 32
+        scorer = player.scorer(questions)
+        scored: list[ScoredTree] = []
+        try:
+            with progress_display(console) as progress:
+                for one in scored_rollouts(sampler, scorer, questions, seed, at_once=at_once, progress=progress):
+                    scored.append(one)
+        finally:
+            if scored:
+                page = _write_rollouts(out, subject, player, scored)
+                part = f" of {len(questions)}, the others were not finished" * (len(scored) < len(questions))
+                say(console, f"{subject}: {len(scored)} questions{part}")
+                console.print(rollout_table(rollout_metrics(scored)))
+                say(console, f"wrote {out}; look at {page}")
+
+
+def _differences(subject: Subject, run: Path, agent: Agent) -> list[str]:
+    """Of the agent from that of the run: its task, data, format, tools, rewards."""
+    found = changes(read_facts(run), agent_facts(agent))
+    if found and not any(name.startswith(("task.", "format.")) for name in subject.changed):
+        raise ValueError(
+            f"{subject.name}: the run was trained with another agent: {'; '.join(found)}. Expected the same one, or "
+            "the settings that change it (task.*, format.*) in this command"
+        )
+    return found
+
+
+def _questions(agent: Agent, heldout: bool) -> Sequence[Question]:
+    questions = agent.task.heldout if heldout else agent.task.train
+    if not len(questions):
+        raise ValueError(f"task {agent.task.name!r} has no {'held-out' if heldout else 'training'} questions")
+    return questions
+
+
+def _facts(subject: Subject, agent: Agent, language_model: LanguageModel) -> Record:
+    parameters = sum(p.numel() for p in language_model.model.parameters())
+    model = {"name": subject.config.model.name, "parameters": parameters, "vocab_size": language_model.vocab_size}
+    return {"name": str(subject), "model": model, **agent_facts(agent), **machine_facts()}
+
+
+def _record(subject: Subject, agent: Agent, metrics: Record, intervals: Mapping[str, Interval | None]) -> Record:
+    """For machines: what was asked, flat metrics, and `interval.<metric>` with its two ends, or null."""
+    return {
+        "subject": subject.name,
+        "step": subject.step,
+        "task": agent.task.name,
+        "temperature": subject.config.eval.temperature,
+        "changed": {name: config_value(subject.config, name) for name in subject.changed},
+        **finite(metrics),
+        **{f"interval.{name}": found for name, found in intervals.items()},
+    }
+
+
+def _print_evaluation(
+    subject: Subject,
+    console: Console,
+    record: Record,
+    intervals: Mapping[str, Interval | None],
+    answered: Sequence[AnsweredQuestion],
+) -> None:
+    count, asked, settings = len(answered), record["questions.asked"], subject.config.eval
+    part = f" of {asked}, the others were not finished" * (count < asked)
+    each = "1 answer" if settings.samples == 1 else f"{settings.samples} answers"
+    say(
+        console,
+        f"{subject}: {count} questions{part}, {each} each at temperature {settings.temperature:g}, "
+        f"{record['seconds']:.1f} s",
+    )
+    for table in evaluation_tables(record, intervals, answered):
+        console.print(table)
+    say(
+        console,
+        "95 %: of the mean over resampled questions; -: equal everywhere, or one question, which says nothing",
+    )
+
+
+def _write_rollouts(out: Path, subject: Subject, player: Player, scored: Sequence[ScoredTree]) -> Path:
+    """The files of RUN/trees and RUN/answers, and the page."""
+    from aepo.report import write_rollout_page
+
+    step, config = subject.step or 0, player.config
+    entries = [tree_entry(one, player.agent.format.decode) for one in scored]
+    (out / "trees").mkdir(parents=True)
+    about = {"step": step, "vocab_size": player.facts["model"]["vocab_size"], "temperature": config.rollout.temperature}
+    _write_json(out / "trees" / f"step_{step:06d}.json", {**about, "trees": entries})
+    write_answers(out / "answers.jsonl", subject.step, [read_answers(one, player.agent.format) for one in scored])
+    return write_rollout_page(entries, player.facts, out / "rollout.html", config=dataclasses.asdict(subject.config))
+
+
+def _write_json(out: Path | TextIO, record: Record) -> None:
+    """A file is whole, or what it was before."""
+    text = json.dumps(record, default=str, indent=2 if "trees" not in record else None) + "\n"
+    if not isinstance(out, Path):
+        out.write(text)
+        return
+    temporary = out.with_name(f".{out.name}.writing")
+    temporary.write_text(text)
+    temporary.replace(out)
+
+
+def _refuse_missing_folder(path: Path) -> None:
+    """Before the work, not after it."""
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{path}: expected a path in a directory that exists, there is no {path.parent}")

@@ -1,0 +1,234 @@
+"""What the parsers read, and what they say of calls that cannot be read."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from aepo.agents.formats.answers import boxed, first_of_all, tagged, without_thinking
+from aepo.agents.formats.calls import Unreadable, find_parser, hermes, llama3_json, qwen3_coder, value_of
+from aepo.types import ToolCall
+
+SEARCH = '{"name": "search", "arguments": {"query": "x"}}'
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "text": {"type": "string"},
+        "count": {"type": "integer"},
+        "share": {"type": "number"},
+        "flag": {"type": "boolean"},
+        "items": {"type": "array"},
+        "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "either": {"type": ["integer", "string"]},
+        "kind": {"enum": [1, 2]},
+        "point": {"$ref": "#/$defs/Point"},
+        "anything": {},
+    },
+    "$defs": {"Point": {"type": "object"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ("just words", "just words", []),
+        (f"First. <tool_call>\n{SEARCH}\n</tool_call>", "First.", [ToolCall("search", {"query": "x"})]),
+        (
+            f"<tool_call>{SEARCH}</tool_call>\n<tool_call> {SEARCH} </tool_call>",
+            "",
+            [ToolCall("search", {"query": "x"})] * 2,
+        ),
+        (f"<tool_call>{SEARCH}", "", [ToolCall("search", {"query": "x"})]),  # the last closing tag may be missing
+        ('<tool_call>{"name": "a-b.c", "arguments": "{\\"n\\": 1}"}</tool_call>', "", [ToolCall("a-b.c", {"n": 1})]),
+        ('<tool_call>{"name": "now", "arguments": null}</tool_call>', "", [ToolCall("now", {})]),
+        (  # tags inside a string are text, and so is a line break
+            '<tool_call>{"name": "run", "arguments": {"code": "a</tool_call>\n<tool_call>"}}</tool_call> done',
+            "done",
+            [ToolCall("run", {"code": "a</tool_call>\n<tool_call>"})],
+        ),
+        ('<tool_call>{"name": "f", "arguments": {"s": "\\ud83d"}}</tool_call>', "", [ToolCall("f", {"s": "?"})]),
+    ],
+)
+def test_hermes(text: str, content: str, calls: list[ToolCall]) -> None:
+    assert hermes(text, {}) == (content, tuple(calls))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("<tool_call>search(x)</tool_call>", "not valid JSON: Expecting value at character 1"),
+        (f"<tool_call>{SEARCH}}}</tool_call>", "expected </tool_call> after the JSON object"),
+        ('<tool_call>{"name": "f"}</tool_call>', 'expected "arguments" beside "name"'),
+        ('<tool_call>{"arguments": {}}</tool_call>', 'expected a JSON object with "name" and "arguments"'),
+        ('<tool_call>["f"]</tool_call>', 'expected a JSON object with "name" and "arguments"'),
+        ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', '"arguments": expected a JSON object'),
+        ('<tool_call>{"name": "f", "arguments": "1 2"}</tool_call>', '"arguments": not valid JSON: more text follows'),
+        ('<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>', "a number is too long or no number"),
+        (f'<tool_call>{{"name": "f", "arguments": {{"x": {"9" * 5000}}}}}</tool_call>', "a number is too long"),
+        ("<tool_call>" + "[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_hermes_says_what_is_wrong_and_reads_the_next_call(text: str, problem: str) -> None:
+    closed = text if text.endswith("</tool_call>") else f"{text}</tool_call>"
+    content, (bad, good) = hermes(f"{closed}<tool_call>{SEARCH}</tool_call>", {})
+    assert problem in str(bad.problem)
+    assert good == ToolCall("search", {"query": "x"})
+    assert content == ""
+
+
+def xml(name: str, **values: str) -> str:
+    inside = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+    return f"<tool_call>\n<function={name}>\n{inside}</function>\n</tool_call>"
+
+
+def test_qwen3_coder_reads_values_by_the_schema() -> None:
+    text = "Now. " + xml(
+        "a-b.c", text="5", count="3", share="2", flag="True", items="[1, 2]", maybe="None", either="7", kind="2",
+        point='{"x": 1}', anything="04", unknown="1",
+    )  # fmt: skip
+    content, (call,) = qwen3_coder(text, {"a-b.c": SCHEMA})
+    assert content == "Now."
+    assert call.problem is None
+    assert call.tool == "a-b.c"
+    assert call.arguments == {
+        "text": "5", "count": 3, "share": 2, "flag": True, "items": [1, 2], "maybe": None, "either": 7, "kind": 2,
+        "point": {"x": 1}, "anything": "04", "unknown": "1",
+    }  # fmt: skip
+    assert json.dumps(call.arguments["flag"]) == "true"
+
+
+def test_qwen3_coder_keeps_code_as_it_is() -> None:
+    code = "  if x:\n    print('</parameter>', '</function>')\n\nprint(1)"
+    _, calls = qwen3_coder(xml("run", text=code) + "\n" + xml("run", text=""), {"run": SCHEMA})
+    assert calls == (ToolCall("run", {"text": code}), ToolCall("run", {"text": ""}))
+
+
+def test_qwen3_coder_takes_calls_without_the_outer_tags() -> None:
+    inner = "<function=f>\n<parameter=text>\na\n</parameter>\n</function>"
+    assert qwen3_coder(f"{inner}\n{inner}\n</tool_call>", {})[1] == (ToolCall("f", {"text": "a"}),) * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (xml("f", count="many"), "parameter 'count': expected integer, got 'many'"),
+        (xml("f", count="1.5"), "parameter 'count': expected integer, got '1.5'"),
+        (xml("f", count="true"), "parameter 'count': expected integer, got 'true'"),
+        (
+            "<tool_call><function=f>words</function></tool_call>",
+            "expected <parameter=key>value</parameter>, got 'words'",
+        ),
+        ("<tool_call><function=f><parameter=text>a</tool_call>", "expected </function> at the end of the call"),
+        ("<tool_call>{}</tool_call>", "expected <function=name> after <tool_call>"),
+    ],
+)
+def test_qwen3_coder_says_what_is_wrong(text: str, problem: str) -> None:
+    _, (bad, good) = qwen3_coder(text + "\n" + xml("f", text="a"), {"f": SCHEMA})
+    assert bad.problem == problem
+    assert good == ToolCall("f", {"text": "a"})
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ('{"name": "f", "parameters": {"x": 1}}', "", [ToolCall("f", {"x": 1})]),
+        (' <|python_tag|>{"name": "f", "parameters": {}} ', "", [ToolCall("f", {})]),
+        ('{"name": "f", "arguments": {"x": 1}}', "", [ToolCall("f", {"x": 1})]),
+        (
+            '{"name": "f", "parameters": {}}; {"name": "g", "parameters": {}}',
+            "",
+            [ToolCall("f", {}), ToolCall("g", {})],
+        ),
+        (
+            '{"name": "f", "parameters": {}}\n{"name": "g", "parameters": {}}',
+            "",
+            [ToolCall("f", {}), ToolCall("g", {})],
+        ),
+        ('{"name": "Paris", "people": 2}', '{"name": "Paris", "people": 2}', []),  # an answer
+        ("{x}", "{x}", []),
+        ("42", "42", []),
+        ('Call {"name": "f", "parameters": {}}', 'Call {"name": "f", "parameters": {}}', []),
+    ],
+)
+def test_llama3_json(text: str, content: str, calls: list[ToolCall]) -> None:
+    assert llama3_json(text, {}) == (content, tuple(calls))
+
+
+@pytest.mark.parametrize(
+    "text", ['{"name": "f", "parameters": {"x": }}', "<|python_tag|>print(1)", "<|python_tag|>[1]"]
+)
+def test_llama3_json_says_what_is_wrong(text: str) -> None:
+    content, (call,) = llama3_json(text, {})
+    assert content == ""
+    assert call.problem is not None
+
+
+def test_a_second_object_that_is_no_call_is_a_problem() -> None:
+    _, calls = llama3_json('{"name": "f", "parameters": {}} {"x": 1}', {})
+    assert [call.problem is None for call in calls] == [True, False]
+
+
+def test_a_value_that_may_be_a_text_is_one_where_nothing_else_fits() -> None:
+    assert value_of("x1", "either", SCHEMA) == "x1"
+    assert value_of("5", "maybe", SCHEMA) == "5"
+    assert value_of("3.0", "count", SCHEMA) == 3
+    with pytest.raises(Unreadable):
+        value_of("5", "items", SCHEMA)
+
+
+@pytest.mark.parametrize("parser", [hermes, qwen3_coder, llama3_json])
+def test_parsing_hostile_text_is_linear(parser) -> None:
+    pieces = (
+        "<tool_call>",
+        "<tool_call><function=f>",
+        "<function=f><parameter=x>",
+        "</parameter>",
+        '{"name": "f",',
+        "{",
+    )
+    for piece in pieces:
+        start = time.perf_counter()
+        parser(piece * 5_000, {})
+        assert time.perf_counter() - start < 1.0, piece
+
+
+def test_own_parsers_are_found_by_name(tmp_path, monkeypatch) -> None:
+    (tmp_path / "own_parser_here.py").write_text(
+        "class Own:\n    def __call__(self, text, schemas):\n        return text, ()\n\n\ndef own(text, schemas):\n"
+        "    return text, ()\n\n\nnumber = 5\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert find_parser("own_parser_here:Own")("a", {}) == ("a", ())
+    assert find_parser("own_parser_here:own")("a", {}) == ("a", ())
+    with pytest.raises(ValueError, match="expected a parser"):
+        find_parser("own_parser_here:number")
+    with pytest.raises(ValueError, match="expected auto, hermes, qwen3_coder, llama3_json, or package.module:Name"):
+        find_parser("hermse")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{1} and \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{1} \boxed{2", "1"),
+        (r"\fbox{1} \boxed {2}", "2"),
+        ("{1}", None),
+    ],
+)
+def test_boxed(text: str, answer: str | None) -> None:
+    assert boxed(text) == answer
+
+
+def test_answers_in_tags_and_the_first_style_that_finds_one() -> None:
+    assert tagged("<answer>1</answer> no, <answer> 2 <answer>3</answer>.") == "3"
+    assert first_of_all(r"<answer>a</answer> \boxed{b}") == "a"
+    assert first_of_all(r"it is \boxed{b}") == "b"
+    assert first_of_all(" b ") == "b"
+    assert first_of_all(" ") is None
+
+
+def test_thinking_is_left_out_also_where_it_does_not_end() -> None:
+    assert without_thinking("<think>a</think>b<think>c") == "b"

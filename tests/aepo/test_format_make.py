@@ -1,0 +1,114 @@
+"""Which format a run gets, and what it remembers of it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from format_templates import CHATML, QWEN, family, tokenizer
+
+from aepo.agents.formats.make import make_format
+from aepo.agents.tools.toolbox import schema_of_tool
+from aepo.config import FormatConfig
+
+
+@dataclass
+class Model:
+    tokenizer: Any
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokenizer) + 7
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        return (self.tokenizer.eos_token_id,)
+
+
+class Search:
+    name = "search"
+    timeout = 1.0
+    description = "Finds."
+    parameters = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}  # noqa: RUF012
+
+    def __call__(self, query: str) -> str:
+        return query
+
+
+BARE = tokenizer(None, CHATML, eos="<|im_end|>", name="bare")
+
+
+def make(toy, tools=(Search(),), tool_instructions=None, **settings):
+    schemas = list(map(schema_of_tool, tools))
+    return make_format(FormatConfig(**settings), Model(toy), schemas, tool_instructions=tool_instructions)
+
+
+@pytest.mark.parametrize(
+    ("toy", "tools", "settings", "chosen"),
+    [
+        (family("qwen"), (Search(),), {}, "format chat, calls as hermes: the model's chat template shows tools"),
+        (family("gemma"), (Search(),), {}, "format tags: the model's chat template does not show tools"),
+        (family("gemma"), (), {}, "format chat: the model has a chat template, and there are no tools"),
+        (BARE, (Search(),), {}, "format tags: the model has no chat template"),
+        (BARE, (), {}, "format tags: the model has no chat template"),
+        (family("gemma"), (Search(),), {"calls": "hermes"}, "format chat, calls as hermes: format.calls = hermes"),
+        (family("qwen"), (Search(),), {"name": "tags"}, "format tags: format.name"),
+        (family("gemma"), (), {"name": "chat"}, "format chat: format.name"),
+    ],
+)
+def test_the_format_that_fits_and_why(toy, tools, settings, chosen: str) -> None:
+    made = make(toy, tools, **settings)
+    assert made.chosen == chosen
+    assert made.name == made.identity["name"] == chosen.split()[1].strip(":,")
+    assert made.vocab_size == len(toy) + 7
+
+
+def test_what_a_run_remembers() -> None:
+    assert make(family("qwen"), answer="boxed").identity == {
+        "name": "chat",
+        "calls": "hermes",
+        "answer": "boxed",
+        "chat_template": hashlib.sha256(QWEN.encode()).hexdigest(),
+    }
+    assert make(BARE).identity == {"name": "tags", "calls": None, "answer": "tag", "chat_template": None}
+
+
+def test_the_tasks_instructions_reach_the_tags() -> None:
+    made = make(BARE, tool_instructions="Use it.")
+    assert made.decode(made.prompt_tokens([{"role": "user", "content": "Q"}])) == "Use it.\nQ\n"
+
+
+@pytest.mark.parametrize(
+    ("toy", "settings", "message"),
+    [
+        (BARE, {"name": "chat"}, "tokenizer bare: expected a chat template, it has none; set format.name=tags"),
+        (BARE, {"calls": "hermes"}, "format.calls = 'hermes': expected auto with format.name = tags"),
+        (BARE, {"answer": "boxed"}, "format.answer = 'boxed': expected auto or tag"),
+        (BARE, {"name": "tag"}, "format.name = 'tag': expected auto, chat, tags, or package.module:Class"),
+        (BARE, {"name": "nowhere_at_all:Own"}, "format.name = 'nowhere_at_all:Own': no module 'nowhere_at_all'"),
+        (family("gemma"), {"name": "chat"}, "does not show tools (search)"),
+    ],
+)
+def test_bad_settings_are_one_line(toy, settings, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        make(toy, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_format_of_ones_own(tmp_path, monkeypatch) -> None:
+    (tmp_path / "own_format_here.py").write_text(
+        "from aepo.agents.formats.tags import TagsFormat\n\n\n"
+        "class Loud(TagsFormat):\n    def __init__(self, settings, language_model, schemas, *, tool_instructions):\n"
+        "        super().__init__(language_model.tokenizer, language_model.vocab_size, language_model.eos_ids,\n"
+        "                         schemas, tool_instructions=f'{settings.answer} {len(schemas)}')\n\n\n"
+        "class Half:\n    name = 'half'\n\n    def __init__(self, settings, language_model, schemas, *, tool_instructions): pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    made = make(BARE, name="own_format_here:Loud")
+    assert made.chosen == "format own_format_here:Loud: format.name"
+    assert made.decode(made.prompt_tokens([{"role": "user", "content": "Q"}])) == "auto 1\nQ\n"
+    with pytest.raises(ValueError, match="expected a ChatFormat, Half has no eos_ids, stop_strings, vocab_size"):
+        make(BARE, name="own_format_here:Half")
