@@ -7,10 +7,15 @@ from contextlib import closing
 
 import pytest
 
+from aepo.agents.agent import Agent
 from aepo.agents.tasks.facts.geography import NAMED, documents, real_world
 from aepo.agents.tasks.facts.task import KINDS, PAIRS, FactsTask, Plan, make_plan, plans
-from aepo.agents.tools.toolbox import ToolBox
+from aepo.agents.tasks.facts.warmstart import untrained
+from aepo.config import Config, WarmStartConfig
+from aepo.load import load_agent
+from aepo.types import Response, ToolResult, Turn
 
+MODEL = untrained(WarmStartConfig(steps=0))
 WORLD = {
     "Oz": {"capital": "Emerald City", "city": "Gillikin", "currency": "Spoon", "population": "8", "area": "16"},
     "Ix": {"capital": "Ixton", "currency": "Button", "population": "3", "area": "999", "neighbour": "Oz"},
@@ -91,8 +96,8 @@ def test_every_question_has_one_answer() -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_splits_share_no_answer_path(seed: int) -> None:
     task = FactsTask(seed)
-    train = {entity for question in task.train for entity in question.entities}
-    heldout = {entity for question in task.heldout for entity in question.entities}
+    train = {entity for plan in task.train_plans for entity in plan.entities}
+    heldout = {entity for plan in task.heldout_plans for entity in plan.entities}
     assert not train & heldout
     # Nor any name along the way, or in the question, that the entities forgot.
     texts = " ".join(f"{plan.text} {step.result}" for plan in task.train_plans for step in plan.steps)
@@ -116,32 +121,38 @@ def test_a_seed_means_the_same_questions() -> None:
 def test_an_oracle_is_always_right_through_the_real_tools(task: FactsTask) -> None:
     chosen = [*task.heldout_plans, *task.train_plans[::3]]
     questions = [*task.heldout, *task.train[::3]]
-    with closing(ToolBox(task.tools)) as toolbox:
-        responses = asyncio.run(_play(chosen, toolbox))
+    with closing(load_agent(Config(), MODEL, task)) as agent:
+        responses = asyncio.run(_play(chosen, agent))
     for question, response in zip(questions, responses, strict=True):
-        reward = task.reward(question, response, "answered")
+        reward = task.reward(question, response)
         assert reward.success, (question, response)
         assert reward.total == pytest.approx(1)
 
 
-async def _play(chosen: list[Plan], toolbox: ToolBox) -> list[str]:
-    """Every step written, parsed and run; the answer is read off the last result, not taken from the plan."""
-    responses = ["" for _ in chosen]
+async def _play(chosen: list[Plan], agent: Agent) -> list[Response]:
+    """Every step written, read and run; the answer is read off the last result, not taken from the plan."""
+    turns: list[list[Turn]] = [[] for _ in chosen]
+    results: list[list[tuple[ToolResult, ...]]] = [[] for _ in chosen]
     for number in range(max(len(plan.steps) for plan in chosen)):
         active = [i for i, plan in enumerate(chosen) if number < len(plan.steps)]
-        texts = [f"<{(s := chosen[i].steps[number]).tool}> {s.argument}</{s.tool}>" for i in active]
-        results = await toolbox.run([call for text in texts if (call := toolbox.parse(text)) is not None])
-        for i, text, result in zip(active, texts, results, strict=True):
+        for i in active:
+            step = chosen[i].steps[number]
+            turns[i].append(_written(agent, f"<{step.tool}> {step.argument}</{step.tool}>"))
+        found = await agent.toolbox.run([call for i in active for call in turns[i][-1].calls])
+        for i, result in zip(active, found, strict=True):
             assert result.error is None
             assert result.text == chosen[i].steps[number].result
-            responses[i] += f"{text}<result> {result.text}</result>\n"
-    return [
-        f"{response}<answer> {_read(plan, response)}</answer>" for plan, response in zip(chosen, responses, strict=True)
-    ]
+            results[i].append((result,))
+    for i, plan in enumerate(chosen):
+        turns[i].append(_written(agent, f"<answer> {_read(plan, results[i][-1][0].text)}</answer>"))
+    return [Response("", tuple(t), tuple(r), "answered", ()) for t, r in zip(turns, results, strict=True)]
 
 
-def _read(plan: Plan, response: str) -> str:
-    last = re.findall(r"<result> (.*)</result>", response)[-1]
+def _written(agent: Agent, text: str) -> Turn:
+    return agent.format.read(MODEL.tokenizer.encode(text, add_special_tokens=False), "stop")
+
+
+def _read(plan: Plan, last: str) -> str:
     if plan.kind in (*PAIRS, "density"):
         return last
     match = re.search(r": (?:(.*) is the capital of|the currency of .* is the (.*)\.)", last)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aepo.agents.tasks.facts.demonstrations import HASTY, demonstrations
-from aepo.agents.tasks.facts.warmstart import IGNORED, encode, train, untrained, warm_started
+from aepo.agents.tasks.facts.warmstart import IGNORED, encode, tags, train, untrained, warm_started
 from aepo.config import WarmStartConfig
 from aepo.models.language_model import LanguageModel
 
@@ -22,13 +22,14 @@ def losses(config: WarmStartConfig, language_model: LanguageModel) -> list[float
 
 def test_only_what_the_demonstrator_wrote_is_learned() -> None:
     language_model = untrained(SHORT)
+    text_format = tags(language_model)
     for demonstration in itertools.islice(demonstrations("0", HASTY), 50):
-        tokens, labels = encode(language_model, demonstration)
+        tokens, labels = encode(language_model, text_format, demonstration)
         written = "".join(f"<{step.tool}> {step.argument}</{step.tool}>" for step in demonstration.steps)
         written += f"<answer> {demonstration.answer}</answer>"
-        assert language_model.decode([label for label in labels if label != IGNORED]) == written
+        assert text_format.decode([label for label in labels if label != IGNORED]) == written
         assert all(label in (token, IGNORED) for token, label in zip(tokens, labels, strict=True))
-        text = language_model.decode(tokens)
+        text = text_format.decode(tokens)
         assert text.startswith(f"{demonstration.question}\n<")
         assert text.count("<result>") == len(demonstration.steps)
 
@@ -61,7 +62,7 @@ def test_the_same_training_is_done_once(tmp_path: Path) -> None:
     again = warm_started(config, tmp_path, progress=lambda step, _total, _loss: seen.append(step))
     assert seen == [1, 2]
     assert len(list(tmp_path.iterdir())) == 1
-    tokens = torch.tensor([first.prompt_tokens("What is the capital of Peru?")])
+    tokens = torch.tensor([first.tokenizer.encode("What is the capital of Peru?\n")])
     assert torch.equal(first.model(input_ids=tokens).logits, again.model(input_ids=tokens).logits)
 
     warm_started(WarmStartConfig(steps=2, batch_tokens=256, seed=1), tmp_path)

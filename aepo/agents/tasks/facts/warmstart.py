@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from aepo.agents.formats.tags import TagsFormat
 from aepo.agents.tasks.facts.demonstrations import CAREFUL, HASTY, UNKNOWN, Demonstration, demonstrations
 from aepo.agents.tasks.facts.geography import documents, real_world
-from aepo.agents.tasks.facts.task import KINDS, PAIRS, plans
+from aepo.agents.tasks.facts.task import KINDS, PAIRS, FactsTask, plans
 from aepo.agents.tasks.facts.tiny import tiny_model, tiny_tokenizer
 from aepo.config import WarmStartConfig
 from aepo.models.language_model import LanguageModel
+from aepo.types import ToolResult, Turn
 
 Progress = Callable[[int, int, float], None]  # steps done, steps in all, loss [nats per token]
 
@@ -87,11 +89,11 @@ def _batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens and labels [B, L] of similar lengths, about `batch_tokens` of them with the padding."""
     source = demonstrations(f"{config.seed} {skill}", skill)
-    order = random.Random(config.seed)
+    order, text_format = random.Random(config.seed), tags(language_model)
     while True:
         pool: list[tuple[list[int], list[int]]] = []
         while sum(len(tokens) for tokens, _ in pool[-1:]) * len(pool) < POOL * config.batch_tokens:
-            pool.append(encode(language_model, next(source)))
+            pool.append(encode(language_model, text_format, next(source)))
         pool.sort(key=lambda pair: len(pair[0]))
         batches: list[list[tuple[list[int], list[int]]]] = [[]]
         for pair in pool:
@@ -103,13 +105,20 @@ def _batches(
             yield _padded([tokens for tokens, _ in batch], 0), _padded([labels for _, labels in batch], IGNORED)
 
 
-def encode(language_model: LanguageModel, demonstration: Demonstration) -> tuple[list[int], list[int]]:
+def tags(language_model: LanguageModel) -> TagsFormat:
+    """The format of the demonstrations."""
+    tokenizer, vocab_size, eos_ids = language_model.tokenizer, language_model.vocab_size, language_model.eos_ids
+    return TagsFormat(tokenizer, vocab_size, eos_ids, (), tool_instructions=FactsTask.tool_instructions)
+
+
+def encode(
+    language_model: LanguageModel, text_format: TagsFormat, demonstration: Demonstration
+) -> tuple[list[int], list[int]]:
     """Tokens of a whole demonstration, and labels: the token where the demonstrator wrote it, IGNORED elsewhere."""
 
     def written(text: str) -> list[int]:
         return language_model.tokenizer.encode(text, add_special_tokens=False)
 
-    text_format = tags(language_model)
     tokens = list(text_format.prompt_tokens([{"role": "user", "content": demonstration.question}]))
     labels = [IGNORED] * len(tokens)
     for step in demonstration.steps:
