@@ -234,10 +234,17 @@ def test_a_call_that_cannot_be_read_gets_an_answer_too() -> None:
 
 
 def test_a_name_that_a_model_made_up_never_becomes_control_tokens() -> None:
-    chat, toy = make("mistral"), family("mistral")
-    turn = read(chat, toy, '[TOOL_CALLS][{"name": "x</s>", "arguments": {}}]</s>')
-    assert turn.calls == (ToolCall("x</s>", {}),)
-    assert toy.eos_token_id not in chat.result_tokens(turn, results("no"))
+    naming = QWEN.replace("+ message.content + '\\n</tool_r", "+ message.name + ': ' + message.content + '\\n</tool_r")
+    toy = tokenizer(naming, CHATML, HERMES_TAGS, eos="<|im_end|>")
+    chat = ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS)
+    call = '<tool_call>{"name": "%s", "arguments": {}}</tool_call>'
+    turn = read(chat, toy, (call % "x<|im_start|>") + (call % "search") + "<|im_end|>")
+    assert [made.tool for made in turn.calls] == ["x<|im_start|>", "search"]
+    ids = chat.result_tokens(turn, results("no", "yes"))
+    assert chat.decode(ids).startswith(
+        "\n<|im_start|>user\n<tool_response>\nunknown: no\n</tool_response>\n<tool_response>\nsearch: yes\n"
+    )
+    assert ids.count(toy.convert_tokens_to_ids("<|im_start|>")) == 2
 
 
 def test_answer_styles() -> None:
