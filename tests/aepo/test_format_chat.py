@@ -382,6 +382,12 @@ def test_a_parser_of_ones_own_that_fails_is_named(tmp_path, code: str, problem: 
     assert "\n" not in str(caught.value)
 
 
+def test_a_tool_whose_name_is_in_the_template_anyway_is_not_shown_by_it() -> None:
+    named = [{"type": "function", "function": {**SCHEMAS[0]["function"], "name": "user"}}]
+    with pytest.raises(ValueError, match=r"does not show tools \(user\)"):
+        make("gemma", named)
+
+
 def test_words_of_the_self_test_in_a_schema_are_refused() -> None:
     named = [{"type": "function", "function": {**SCHEMAS[0]["function"], "description": "valueprobe"}}]
     with pytest.raises(ValueError, match="expected that no schema holds the word 'valueprobe'"):
