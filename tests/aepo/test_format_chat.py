@@ -367,6 +367,27 @@ def test_two_parsers_that_read_the_same_call_are_refused(monkeypatch) -> None:
         make("qwen")
 
 
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [("return text[1000]", "IndexError: string index out of range (broken_parser_here.py, line 2)"), ("return ()", "")],
+)
+def test_a_parser_of_ones_own_that_fails_is_named(tmp_path, code: str, problem: str) -> None:
+    (tmp_path / "broken_parser_here.py").write_text(f"def broken(text, schemas):\n    {code}\n")
+    with pytest.raises(
+        ValueError, match=r"format\.calls = 'broken_parser_here:broken': expected that it returns"
+    ) as caught:
+        make("qwen", calls="broken_parser_here:broken")
+    sys.modules.pop("broken_parser_here")
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tool_whose_name_is_in_the_template_anyway_is_not_shown_by_it() -> None:
+    named = [{"type": "function", "function": {**SCHEMAS[0]["function"], "name": "user"}}]
+    with pytest.raises(ValueError, match=r"does not show tools \(user\)"):
+        make("gemma", named)
+
+
 def test_words_of_the_self_test_in_a_schema_are_refused() -> None:
     named = [{"type": "function", "function": {**SCHEMAS[0]["function"], "description": "valueprobe"}}]
     with pytest.raises(ValueError, match="expected that no schema holds the word 'valueprobe'"):
