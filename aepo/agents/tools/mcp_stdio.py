@@ -39,7 +39,7 @@ class StdioServer:
 
     def __init__(self, command: Sequence[str]) -> None:
         self.ended = asyncio.Event()  # its output has ended, or cannot be understood any more
-        self.last_heard = 0.0  # time.monotonic() of its last message
+        self.last_heard = 0.0  # time.monotonic() of its last answer
         self.fate = ""  # how it ended, if that was not our decision
         self._command = command
         self._owed = 0  # answers to its requests
@@ -107,8 +107,10 @@ class StdioServer:
                 message = self._message(line, length)
                 if message is None or (_asks(message) and self._owed >= MAX_OWED):
                     continue
-                self._owed += _asks(message)
-                self.last_heard = time.monotonic()
+                if _asks(message):
+                    self._owed += 1
+                else:
+                    self.last_heard = time.monotonic()
                 await self._to_session.send(message)
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             pass
