@@ -99,7 +99,7 @@ def test_rest_docstrings():
 
 
 def test_a_docstring_without_sections_is_the_description():
-    assert parse_docstring("One line.\n\n    Note: a: b\n    c") == ("One line.\n\nNote: a: b\nc", {})
+    assert parse_docstring("One line.\n\n    Note: a: b\n") == ("One line.\n\n    Note: a: b", {})
     assert parse_docstring("One.\n\nArgs:\n    a (list[int], optional): a: b") == ("One.", {"a": "a: b"})
     two_lines = "Args:\n    a: one\n        of: two\n    b: two"
     assert parse_docstring(two_lines) == ("", {"a": "one of: two", "b": "two"})
