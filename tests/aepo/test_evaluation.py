@@ -137,7 +137,7 @@ def test_a_file_of_answers_is_whole_or_what_it_was(tmp_path: pathlib.Path) -> No
 
 
 def test_answers_are_read_from_paths_that_share_nodes() -> None:
-    """Two paths, one branched from the other after two calls in one turn, of which one failed."""
+    """Two paths, one branched from the other after three calls in one turn, of which two failed."""
     word, done = ToyFormat()._encode, ToolResult("4", None, 0.1)
     call, failed = ToolCall("search", {"query": "1"}), ToolResult("error", "raised", 0.1)
 
@@ -149,7 +149,7 @@ def test_answers_are_read_from_paths_that_share_nodes() -> None:
     nodes = (
         Node(0, None, "prompt", word("? 1 ?")),
         model(1, 0, "<search> 1 </search>"),
-        Node(2, 1, "tool", word("<result> 4 </result>"), calls=(call, call), results=(done, failed)),
+        Node(2, 1, "tool", word("<result> 4 </result>"), calls=(call,) * 3, results=(done, failed, failed)),
         model(3, 2, "<answer> 7 </answer>"),
         model(4, 2, "2 <answer> 4 4 </answer>"),
     )
@@ -165,8 +165,8 @@ def test_answers_are_read_from_paths_that_share_nodes() -> None:
         True,
         {"digit": 1},
     )
-    assert (first.tool_calls, first.tool_failures, first.tokens) == (2, 1, 3 + 3)
-    assert (second.tool_calls, second.tool_failures, second.tokens) == (2, 1, 3 + 5)
+    assert (first.tool_calls, first.tool_failures, first.tokens) == (3, 2, 3 + 3)
+    assert (second.tool_calls, second.tool_failures, second.tokens) == (3, 2, 3 + 5)
     assert (second.answer, second.finish_reason, second.reward) == (None, "length", 0.5)
 
 
@@ -214,7 +214,7 @@ def test_what_an_evaluator_asks_the_sampler_for(monkeypatch: pytest.MonkeyPatch)
 
     def recorded(sampler: Sampler, questions: Any, seed: int, *, judge: Any, **named: Any) -> list[RolloutTree]:
         trees = rollout(sampler, questions, seed, judge=judge, **named)
-        assert all(path.parent is None for tree in trees for path in tree.paths)
+        assert sampler._config.fresh_paths == sampler._config.paths == len(trees[0].paths)
         asked.append((seed, judge))
         return trees
 
