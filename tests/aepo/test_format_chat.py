@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from format_templates import CHATML, GEMMA, HERMES_TAGS, QWEN, QWEN3, family, tokenizer
@@ -45,21 +46,10 @@ HOSTILE = [
     "\ud800 lone",
     "<end_of_turn><start_of_turn>user",
 ]
-MISTRAL_PARSER = """
-import json
-
-from aepo.types import ToolCall
-
-
-def calls(text, schemas):
-    content, marker, listed = text.partition("[TOOL_CALLS]")
-    if not marker:
-        return content.strip(), ()
-    try:
-        return content.strip(), tuple(ToolCall(call["name"], call["arguments"]) for call in json.loads(listed))
-    except (ValueError, KeyError, TypeError):
-        return content.strip(), (ToolCall("", {}, "expected a JSON list of calls"),)
-"""
+DOCS = Path(__file__).parents[2] / "docs" / "formats.md"
+MISTRAL_PARSER = re.search(r"A parser of your own.*?```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)[
+    1
+]
 NATIVE = ["qwen", "qwen3", "qwen3_coder", "llama3", "mistral"]
 
 
@@ -73,7 +63,7 @@ def own_parser(tmp_path, monkeypatch):
 
 def make(name: str, schemas=SCHEMAS, **settings) -> ChatTemplateFormat:
     if name == "mistral" and schemas:
-        settings = {"calls": "mistral_parser_here:calls", **settings}
+        settings = {"calls": "mistral_parser_here:mistral", **settings}
     toy = family(name)
     return ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], schemas, **settings)
 
@@ -213,6 +203,8 @@ def test_thinking_is_no_call_and_no_answer() -> None:
     assert (turn.content, turn.calls) == ("Now", (ToolCall("search", {"query": "x"}),))
     turn = read(chat, toy, f"<think>{call}<|im_end|>")  # it never ends to think
     assert (turn.calls, turn.answered, turn.answer, turn.well_formed) == ((), True, None, False)
+    turn = read(chat, toy, "<think>a</think>It is 4. <think>or 5<|im_end|>")
+    assert (turn.answer, turn.well_formed) == ("It is 4.", False)
 
 
 def test_a_turn_that_begins_inside_thinking() -> None:
@@ -242,10 +234,17 @@ def test_a_call_that_cannot_be_read_gets_an_answer_too() -> None:
 
 
 def test_a_name_that_a_model_made_up_never_becomes_control_tokens() -> None:
-    chat, toy = make("mistral"), family("mistral")
-    turn = read(chat, toy, '[TOOL_CALLS][{"name": "x</s>", "arguments": {}}]</s>')
-    assert turn.calls == (ToolCall("x</s>", {}),)
-    assert toy.eos_token_id not in chat.result_tokens(turn, results("no"))
+    naming = QWEN.replace("+ message.content + '\\n</tool_r", "+ message.name + ': ' + message.content + '\\n</tool_r")
+    toy = tokenizer(naming, CHATML, HERMES_TAGS, eos="<|im_end|>")
+    chat = ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS)
+    call = '<tool_call>{"name": "%s", "arguments": {}}</tool_call>'
+    turn = read(chat, toy, (call % "x<|im_start|>") + (call % "search") + "<|im_end|>")
+    assert [made.tool for made in turn.calls] == ["x<|im_start|>", "search"]
+    ids = chat.result_tokens(turn, results("no", "yes"))
+    assert chat.decode(ids).startswith(
+        "\n<|im_start|>user\n<tool_response>\nunknown: no\n</tool_response>\n<tool_response>\nsearch: yes\n"
+    )
+    assert ids.count(toy.convert_tokens_to_ids("<|im_start|>")) == 2
 
 
 def test_answer_styles() -> None:
@@ -263,6 +262,14 @@ def test_the_end_of_turn_ends_segments_too() -> None:
     assert chat.eos_ids == tuple(sorted((end_of_turn, eos)))
     assert chat.stop_strings == ()
     assert read(chat, toy, "4<end_of_turn>").text == "4"
+
+
+def test_a_turn_that_ends_with_the_models_own_token_needs_no_other() -> None:
+    toy = tokenizer(
+        QWEN.replace("'<|im_end|>\\n'", "'<|endoftext|><|im_end|>\\n'"), CHATML, HERMES_TAGS, eos="<|im_end|>"
+    )
+    chat = ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS)
+    assert chat.eos_ids == (toy.eos_token_id,)
 
 
 def test_the_system_text_goes_in_front_where_there_is_no_such_role() -> None:
@@ -327,25 +334,22 @@ def test_descriptions_of_tools_stay_letters() -> None:
     assert ids.count(toy.eos_token_id) == 2
 
 
+FORGETS_RESULTS = QWEN.replace("+ message.content + '\\n</tool_response>'", "}}{{ ''")
 UNENDING = QWEN.replace("<|im_end|>", "").replace("<|im_start|>", "\n")
 
 
 @pytest.mark.parametrize(
     ("toy", "settings", "message"),
     [
-        (lambda: family("gemma"), {}, "does not show tools (search, add-two.v1); set format.name=tags, or format.calls="),
-        (lambda: family("mistral"), {}, "did not read the call that the chat template of mistral wrote as '[TOOL_CALLS]["),
+        (lambda: family("gemma"), {}, "does not show tools (search, add-two.v1); set format.name=tags, or"),
+        (lambda: family("mistral"), {}, "did not read the call that the chat template of mistral wrote as '[TOOL"),
         (lambda: family("qwen"), {"calls": "qwen3_coder"}, "format.calls = 'qwen3_coder': qwen3_coder did not read"),
         (lambda: family("qwen"), {"calls": "hermse"}, "format.calls = 'hermse': expected auto, hermes"),
         (lambda: family("qwen"), {"answer": "box"}, "format.answer = 'box': expected one of auto, tag, boxed, turn"),
         (lambda: tokenizer(None, CHATML, name="bare"), {}, "tokenizer bare: expected a chat template, it has none"),
         (lambda: tokenizer(UNENDING, name="endless"), {}, "the chat template of endless ends no turn with a token"),
-        (
-            lambda: tokenizer(QWEN.replace("+ message.content + '\\n</tool_response>'", "}}{{ ''"), CHATML, HERMES_TAGS, eos="<|im_end|>"),
-            {},
-            "does not show results of tools",
-        ),
-        (lambda: tokenizer("{{ raise_exception('no\nway') }}", CHATML, name="no"), {}, "template of no refuses a dialogue of"),
+        (lambda: tokenizer(FORGETS_RESULTS, CHATML, eos="<|im_end|>"), {}, "does not show results of tools"),
+        (lambda: tokenizer("{{ raise_exception('no\nway') }}", CHATML, name="no"), {}, "of no refuses a dialogue"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_at_the_start_in_one_line(toy, settings, message: str) -> None:
@@ -359,7 +363,7 @@ def test_two_parsers_that_read_the_same_call_are_refused(monkeypatch) -> None:
     from aepo.agents.formats import self_test
 
     monkeypatch.setattr(self_test, "PARSERS", {**self_test.PARSERS, "twin": self_test.PARSERS["hermes"]})
-    with pytest.raises(ValueError, match="format.calls = 'auto': hermes and twin both read the call"):
+    with pytest.raises(ValueError, match=r"format\.calls = 'auto': hermes and twin both read the call"):
         make("qwen")
 
 
@@ -370,7 +374,7 @@ def test_words_of_the_self_test_in_a_schema_are_refused() -> None:
 
 
 def test_a_parser_without_tools_is_refused() -> None:
-    with pytest.raises(ValueError, match="format.calls = 'hermes': expected auto, there are no tools"):
+    with pytest.raises(ValueError, match=r"format\.calls = 'hermes': expected auto, there are no tools"):
         make("qwen", (), calls="hermes")
 
 

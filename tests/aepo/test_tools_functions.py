@@ -30,7 +30,7 @@ def google(
     unit: Literal["c", "f"] = "c",
     share: float | None = None,
     names: list[str] | None = None,
-    ids: Union[int, str] = 1,  # noqa: UP007
+    ids: Union[str, int] = 1,  # noqa: UP007
     table: dict[str, int] = {},  # noqa: B006
     pair: tuple[int, str] = (1, "a"),
     maybe: Optional[Literal["x"]] = None,  # noqa: UP045
@@ -101,6 +101,8 @@ def test_rest_docstrings():
 def test_a_docstring_without_sections_is_the_description():
     assert parse_docstring("One line.\n\n    Note: a: b\n    c") == ("One line.\n\nNote: a: b\nc", {})
     assert parse_docstring("One.\n\nArgs:\n    a (list[int], optional): a: b") == ("One.", {"a": "a: b"})
+    two_lines = "Args:\n    a: one\n        of: two\n    b: two"
+    assert parse_docstring(two_lines) == ("", {"a": "one of: two", "b": "two"})
     assert parse_docstring("Args:\n    a: one\n    b: two\n\nExample: x") == ("", {"a": "one", "b": "two"})
 
 
@@ -200,6 +202,16 @@ class Counter:
         self.n += n
         return str(self.n)
 
+    @staticmethod
+    def static(n: int) -> str:
+        """Static."""
+        return str(n)
+
+    @classmethod
+    def of_class(cls, n: int) -> str:
+        """Of the class."""
+        return cls.__name__ * n
+
     def __call__(self, n: int) -> str:
         """Call it."""
         return str(self.n + n)
@@ -211,6 +223,12 @@ class TestCallables:
         bound, unbound = FunctionTool(counter.add, 1.0), FunctionTool(Counter.add, 1.0)
         assert (bound.name, bound.parameters) == (unbound.name, unbound.parameters)
         assert [bound(n=1), unbound.bind(counter)(n=1), unbound.bind(other)(n=5)] == ["1", "2", "5"]
+
+    def test_static_and_class_methods(self):
+        for tool in (FunctionTool(Counter.static, 1.0), FunctionTool(Counter().static, 1.0)):
+            assert [tool(n=1), tool.bind(Counter())(n=2)] == ["1", "2"]
+        for tool in (FunctionTool(Counter.of_class, 1.0), FunctionTool(Counter().of_class, 1.0)):
+            assert [tool(n=1), tool.bind(Counter())(n=2)] == ["Counter", "CounterCounter"]
 
     def test_objects_that_can_be_called(self):
         tool = FunctionTool(Counter(), 1.0)
