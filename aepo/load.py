@@ -66,6 +66,10 @@ def load_task(settings: TaskConfig) -> Task:
         raise ValueError(
             f"task.name = {settings.name!r}: expected facts, files, reasoning_gym, or package.module:Class"
         )
+    task.name = task.name or type(task).__name__
+    for split, questions in (("training", task.train), ("held-out", task.heldout)):
+        if len(questions) == 0:
+            raise ValueError(f"task.name = {settings.name!r}: expected at least one {split} question, it has none")
     if settings.system is not None:
         task.system = _text_or_file(settings.system)
     return task
@@ -107,8 +111,7 @@ def _rewards(settings: TaskConfig, task: Task, environment: type | None) -> Mapp
     found = task.rewards or (make_rewards("environment") if hasattr(environment, "get_reward") else {})
     if not found:
         raise ValueError(
-            f"task.rewards = null: expected reward functions, task {task.name or type(task).__name__} has none of its own "
-            "(docs/rewards.md)"
+            f"task.rewards = null: expected reward functions (docs/rewards.md), task {task.name} has none of its own"
         )
     return found
 

@@ -161,10 +161,10 @@ def test_what_is_no_tool_is_one_line(own, spec, problem):
 
 
 def test_what_is_no_tool_in_python():
-    with pytest.raises(ValueError, match=r"^Task\.tools: expected a function, a tool or a class of tools, got 5$"):
+    with pytest.raises(ValueError, match=r"^task\.tools: expected a function, a tool or a class of tools, got 5$"):
         make_tools([5], 7.0)
     with pytest.raises(
-        ValueError, match=r"^Task\.tools: tool \S+<lambda> \(test_tools_make.py:\d+\): a lambda has no name"
+        ValueError, match=r"^task\.tools: tool \S+<lambda> \(test_tools_make.py:\d+\): a lambda has no name"
     ):
         make_tools([lambda a: a], 7.0)
 
