@@ -263,7 +263,7 @@ def tasks_and_models() -> Iterator[Finding]:
         yield Finding("models", "tiny", "ok", "trained here, the first time it is needed")
     except ImportError as error:
         yield Finding("models", "tiny", "missing", _short(error), train_extra)
-    from aepo import smollm2
+    from aepo.models import smollm2
 
     try:
         detail = f"{smollm2.gguf_file().stat().st_size / 2**20:.0f} MiB in its package, converted when first needed"

@@ -13,7 +13,7 @@ from aepo.agents.protocol import Task
 from aepo.agents.rewards.make import make_rewards
 from aepo.agents.tasks.facts.warmstart import warm_started
 from aepo.agents.tools.environment import EnvironmentTools
-from aepo.agents.tools.make import make_tools
+from aepo.agents.tools.make import as_tools
 from aepo.agents.tools.toolbox import ToolBox
 from aepo.config import Config, ModelConfig, TaskConfig, WarmStartConfig
 from aepo.models.language_model import LanguageModel
@@ -79,11 +79,13 @@ def load_agent(config: Config, language_model: LanguageModel, task: Task | None 
     settings = config.task
     task = load_task(settings) if task is None else task
     rewards = task.rewards if settings.rewards is None else make_rewards(settings.rewards)
-    own = make_tools(task.tools, timeout=settings.tool_timeout, setting=f"the tools of task {task.name}")
-    toolbox = ToolBox([*own, *make_tools(settings.tools, timeout=settings.tool_timeout)])
+    toolbox = ToolBox(as_tools([*task.tools, *settings.tools], settings.tool_timeout, "task.tools"))
     try:
         cls = task.environment if settings.environment is None else resolve(settings.environment, "task.environment")
         environment = None if cls is None else EnvironmentTools(cls, toolbox, settings.tool_timeout)
+        if environment is not None:
+            for questions in (task.train, task.heldout):
+                environment.check(questions[0])
         schemas = (environment or toolbox).schemas
         return Agent(
             task=task,

@@ -11,6 +11,7 @@ page of a 60-step run is 0.3 MB.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,8 @@ def serve_report(runs: Sequence[Path], port: int = 8765) -> None:
 
     with make_server(runs, port) as server:
         print(f"live report: http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
-        server.serve_forever()
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 def write_rollout_page(
@@ -55,12 +57,13 @@ def write_rollout_page(
     """Write the page about rollouts without a training run, and return its path.
 
     trees: entries of "trees" as in RUN/trees/step_*.json. facts: as in run.json, such as model, task, format, tools,
-    versions; its "name" is the title. config: all settings, section -> name -> value.
+    versions; its "name", or that of the directory, is the title. config: all settings, section -> name -> value.
     """
     plain = json.loads(json.dumps(list(trees), default=str), parse_constant=lambda name: None)
     problems: list[str] = []
     shown = fitting_trees([page_tree(0, entry) for entry in plain], problems)
-    run = Run(str(facts.get("name", "Rollouts")), dict(facts), dict(config or {}), {}, shown, None, problems)
+    name = str(facts.get("name") or Path(out).resolve().parent.name)
+    run = Run(name, dict(facts), dict(config or {}), {}, shown, None, problems)
     return _write(render([run]), out)
 
 

@@ -65,7 +65,9 @@ def rounded(value: float | None, digits: int) -> float | None:
 
 def fitting(sizes: Sequence[int], limit: int) -> list[int]:
     """As many indices, evenly spread, as have a sum of sizes within `limit`; always the last one."""
-    keep = len(sizes)
+    if not sizes:
+        return []
+    keep = max(1, min(len(sizes), limit // max(1, min(sizes))))  # more cannot fit
     while keep > 1 and sum(sizes[i] for i in _spread(len(sizes), keep)) > limit:
         keep -= 1
     return _spread(len(sizes), keep)

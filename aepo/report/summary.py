@@ -76,11 +76,11 @@ def _progress(run: Run) -> str:
     planned = run.config.get("train", {}).get("steps")
     wall = (
         None if run.facts.get("resumed") else run.facts.get("wall_seconds")
-    )  # a resumed run counts its last part only
+    )  # of the last part only, if one was killed
     progress = f"{steps} steps" if planned in (None, steps) else f"{steps} of {planned} steps"
     progress += f" in {_duration(wall)}" if wall is not None else ""
     if status == "running":
-        return f"{progress}, the run was still going or had died when this page was written"
+        return f"{progress}, still going (or it died without a word)"
     return progress if status in (None, "finished") else f"{progress}, {status}" + (f": {reason}" if reason else "")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,33 +12,42 @@ from typing import Any
 from aepo.report.files import fitting, read_json, read_part, rounded
 from aepo.types import Question
 
-# Trees take about 20 bytes per token in the page: at most some 4 MB.
-MAX_TREE_TOKENS = 200_000
+# A page holds some 5 MB of trees. In files a token takes about 60 bytes, most of them digits; in a page 20.
+MAX_FILE_BYTES = 14_000_000
+MAX_TOKENS = 200_000
 
 PageTree = dict[str, Any]
 
 
 def read_trees(folder: Path, problems: list[str]) -> list[PageTree]:
-    """The trees of all saved steps, as many as a page can hold."""
-    steps = []
-    for file in sorted(folder.glob("step_*.json")):
-        record = read_part(file, read_json, problems)
-        if record is not None:
-            try:
-                steps.append([page_tree(record["step"], entry) for entry in record["trees"]])
-            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-                problems.append(f"{file.name}: not a record of rollout trees ({type(error).__name__}: {error})")
-    kept = fitting([sum(map(_tokens, step)) for step in steps], MAX_TREE_TOKENS)
-    if len(kept) < len(steps):
-        problems.append(f"trees: {len(kept)} of {len(steps)} saved steps are shown, to keep the page small")
-    if len(kept) == 1:  # which may be too large by itself
-        return fitting_trees(steps[kept[0]], problems)
-    return [tree for i in kept for tree in steps[i]]
+    """The trees of all saved steps, as many as a page can hold; only those are read."""
+    files = sorted(folder.glob("step_*.json"))
+    kept = fitting([file.stat().st_size for file in files], MAX_FILE_BYTES)
+    if len(kept) < len(files):
+        problems.append(f"trees: {len(kept)} of {len(files)} saved steps are shown, to keep the page small")
+    steps = [read_part(files[i], _read_step, problems) or [] for i in kept]
+    # One step may be too large by itself.
+    return fitting_trees(steps[0], problems) if len(steps) == 1 else [tree for step in steps for tree in step]
+
+
+def _read_step(file: Path) -> list[PageTree]:
+    status = file.stat()
+    return _step_trees(file, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=512)
+def _step_trees(file: Path, changed: int, size: int) -> list[PageTree]:
+    """Of a file as it was at a time: a live page, which is made anew after every step, reads every file once."""
+    record = read_json(file)
+    try:
+        return [page_tree(record["step"], entry) for entry in record["trees"]]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"not a record of rollout trees ({type(error).__name__}: {error})") from None
 
 
 def fitting_trees(trees: Sequence[PageTree], problems: list[str]) -> list[PageTree]:
     """As many trees of one step as a page can hold."""
-    kept = fitting([_tokens(tree) for tree in trees], MAX_TREE_TOKENS)
+    kept = fitting([_tokens(tree) for tree in trees], MAX_TOKENS)
     if len(kept) < len(trees):
         problems.append(f"trees: {len(kept)} of {len(trees)} questions are shown, to keep the page small")
     return [trees[i] for i in kept]
@@ -86,7 +97,7 @@ def _page_node(node: Mapping[str, Any], pieces: Sequence[str]) -> dict[str, Any]
         raise ValueError(f"node {node['id']} has {len(node['token_ids'])} tokens and {len(pieces)} texts")
     page_node = {"parent": node["parent"], "source": node["source"], "texts": pieces}
     if node["source"] == "model":
-        return page_node | {key: [rounded(value, 3) for value in node[key]] for key in ("entropies", "logprobs")}
+        return page_node | {key: [_nats(value) for value in node[key]] for key in ("entropies", "logprobs")}
     if node["source"] == "tool":
         return page_node | {"calls": _calls(node), "results": _results(node)}
     return page_node
@@ -102,6 +113,11 @@ def _calls(node: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _results(node: Mapping[str, Any]) -> list[dict[str, Any]]:
     results = node["results"] if "call" not in node else [node["result"]] if node["result"] else []
     return [{"text": str(one["text"]), "error": one["error"], "seconds": rounded(one["seconds"], 3)} for one in results]
+
+
+def _nats(value: float | None) -> float | None:
+    """To a thousandth: there is one per token, so the page's size and the time to make it depend on it."""
+    return None if value is None or not math.isfinite(value) else round(value, 3)
 
 
 def _tokens(tree: PageTree) -> int:

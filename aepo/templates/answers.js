@@ -74,7 +74,7 @@ class HeldoutBrowser {
     this.menu.addEventListener("change", () => { heldoutView.run = this.menu.value; this.draw(); });
     this.filters = chips("filter of held-out questions", HELDOUT, heldoutView, "filter", () => this.draw());
     this.box = searchBox("search held-out answers", heldoutView, () => this.draw());
-    this.save = button("JSON", () => download("heldout.json", "application/json",
+    this.save = button("save JSON", () => download("heldout.json", "application/json",
       JSON.stringify(this.listed.map(({ searchText, ...entry }) => ({ steps: this.answers.steps, ...entry })), null, 1)));
     this.list = element("div");
     moveByKeys(this.list, "summary");

@@ -73,7 +73,7 @@ class RolloutBrowser {
     this.steps = element("span", { class: "steps" }, this.stepMenu, button("◀ earlier", () => this.move(1)), button("later ▶", () => this.move(-1)));
     this.filters = chips("filter", FILTERS, view, "filter", () => this.drawList());
     this.box = searchBox("search questions, answers, paths ( / )", view, () => this.drawList());
-    this.save = button("JSON", () => download("rollouts.json", "application/json", JSON.stringify(exported(this.listed), null, 1)));
+    this.save = button("save JSON", () => download("rollouts.json", "application/json", JSON.stringify(exported(this.listed), null, 1)));
     this.list = element("div", { class: "list", role: "group", "aria-label": "questions" });
     this.place = element("div", { class: "place" });
     moveByKeys(this.list, "button");
@@ -88,8 +88,10 @@ class RolloutBrowser {
     });
   }
 
-  // After new data: what is chosen stays, and a tree that is as it was is not drawn again.
+  // After new data: what is chosen, or on the screen and so being read, stays; a tree that is as it was is not drawn again.
   update() {
+    const { top, bottom } = this.place.getBoundingClientRect();
+    if (this.tree && top < innerHeight && bottom > 0) view.key ??= this.tree.key;
     prepareTrees();
     this.names = [...new Set(DATA.trees.map(stepName))];
     if (!this.names.includes(view.step)) view.step = "all";
@@ -138,7 +140,7 @@ class RolloutBrowser {
   }
 
   drawTree() {
-    const tree = this.chosenTree();
+    const tree = this.tree = this.chosenTree();
     for (const node of this.list.children) node.setAttribute("aria-current", node.dataset.key === tree?.key);
     if (!tree) {
       this.shown = null;

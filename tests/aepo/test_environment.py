@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,6 +133,24 @@ def test_order_holds_when_the_first_call_is_slow():
 
     (results, _), _ = play(Slow, [call("put", key="a", value=1), call("put", key="a", value=2), call("get", key="a")])
     assert [text for text, _ in results] == ["a = 1", "a = 2", "2"]
+
+
+def test_method_may_change_what_it_was_given():
+    class Eats(Store):
+        def eat(self, numbers: list[int], options: Any) -> int:
+            """Eat them.
+
+            Args:
+                numbers: what
+                options: how
+            """
+            options["eaten"] = numbers.pop()
+            return options["eaten"]
+
+    turn = [call("eat", numbers=[1, 2], options={})]
+    (results, _), _ = play(Eats, turn)
+    assert results == [("2", None)]
+    assert turn == [call("eat", numbers=[1, 2], options={})]  # the tree and a repetition have it as it was
 
 
 def test_bad_calls_are_results_and_touch_nothing():

@@ -6,14 +6,19 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from trainer_toys import ToyLanguageModel, toy_agent
 
 from aepo.answers import Answer, AnsweredQuestion, write_answers
 from aepo.config import load_config
 from aepo.estimates import interval
-from aepo.evaluation import answer_intervals, answer_metrics, questions_at_once, spread
-from aepo.types import FinishReason, Question
+from aepo.evaluation import Evaluator, answer_intervals, answer_metrics, questions_at_once, spread
+from aepo.rollout.engines.huggingface import HuggingFaceEngine
+from aepo.rollout.sampler import Sampler
+from aepo.scoring import Scorer
+from aepo.types import FinishReason, Question, RolloutTree
 
 
 def answer(success: bool, finish_reason: FinishReason = "answered", **changed: object) -> Answer:
@@ -166,3 +171,36 @@ def test_subsets_by_hand_are_right() -> None:
     for item, expected in zip(ANSWERED, (5 / 6, 1 / 2, 0), strict=True):
         pairs = list(itertools.combinations([sample.success for sample in item.samples], 2))
         assert sum(any(pair) for pair in pairs) / len(pairs) == expected
+
+
+def test_what_an_evaluator_asks_the_sampler_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths from the question at the temperature of evaluations, random numbers of no training step, a judge."""
+    asked: list[tuple[int, Any]] = []
+    rollout = Sampler.rollout
+
+    def recorded(sampler: Sampler, questions: Any, seed: int, *, judge: Any, **named: Any) -> list[RolloutTree]:
+        trees = rollout(sampler, questions, seed, judge=judge, **named)
+        assert all(path.parent is None for tree in trees for path in tree.paths)
+        asked.append((seed, judge))
+        return trees
+
+    monkeypatch.setattr(Sampler, "rollout", recorded)
+    agent, language_model = toy_agent(), ToyLanguageModel()
+    engine = HuggingFaceEngine(language_model.model, language_model.tokenizer, language_model.eos_ids)
+    scorer = Scorer(agent.rewards, agent.format)
+    settings = ["rollout.max_tokens=30", "rollout.branch_threshold=-9", "run.seed=3", "train.questions=1"]
+
+    def texts(*more: str) -> list[str]:
+        evaluator = Evaluator(engine, agent, scorer, load_config(overrides=[*settings, *more]))
+        return [s.text for item in evaluator.answers(agent.task.heldout) for s in item.samples]
+
+    greedy = texts()
+    assert greedy == texts("run.seed=4"), "greedy answers need no random numbers"
+    sampled = texts("eval.samples=4", "eval.temperature=1")
+    assert len(sampled) == 4 * len(greedy) > len(set(greedy))
+    assert sampled == texts("eval.samples=4", "eval.temperature=1"), "every evaluation draws the same ones"
+    assert sampled != texts("eval.samples=4", "eval.temperature=1", "run.seed=4")
+    seeds = {seed for seed, _ in asked}
+    assert {seed >> 32 for seed in seeds} == {3, 4}
+    assert min(seed % 2**32 for seed in seeds) >= 2**31, "steps are below"
+    assert all(judge == scorer.begin for _, judge in asked)

@@ -204,7 +204,7 @@ def test_own_parsers_are_found_by_name(tmp_path, monkeypatch) -> None:
     assert find_parser("own_parser_here:own")("a", {}) == ("a", ())
     with pytest.raises(ValueError, match="expected a parser"):
         find_parser("own_parser_here:number")
-    with pytest.raises(ValueError, match="expected auto, hermes, qwen3_coder, llama3_json, or package.module:Name"):
+    with pytest.raises(ValueError, match=r"expected auto, hermes, qwen3_coder, llama3_json, or package\.module:Name"):
         find_parser("hermse")
 
 

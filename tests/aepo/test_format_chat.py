@@ -265,6 +265,14 @@ def test_the_end_of_turn_ends_segments_too() -> None:
     assert read(chat, toy, "4<end_of_turn>").text == "4"
 
 
+def test_a_turn_that_ends_with_the_models_own_token_needs_no_other() -> None:
+    toy = tokenizer(
+        QWEN.replace("'<|im_end|>\\n'", "'<|endoftext|><|im_end|>\\n'"), CHATML, HERMES_TAGS, eos="<|im_end|>"
+    )
+    chat = ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS)
+    assert chat.eos_ids == (toy.eos_token_id,)
+
+
 def test_the_system_text_goes_in_front_where_there_is_no_such_role() -> None:
     chat = make("gemma", ())
     begin = [{"role": "system", "content": "Be <bos> brief."}, user("Why <bos>?")]
@@ -327,25 +335,22 @@ def test_descriptions_of_tools_stay_letters() -> None:
     assert ids.count(toy.eos_token_id) == 2
 
 
+FORGETS_RESULTS = QWEN.replace("+ message.content + '\\n</tool_response>'", "}}{{ ''")
 UNENDING = QWEN.replace("<|im_end|>", "").replace("<|im_start|>", "\n")
 
 
 @pytest.mark.parametrize(
     ("toy", "settings", "message"),
     [
-        (lambda: family("gemma"), {}, "does not show tools (search, add-two.v1); set format.name=tags, or format.calls="),
-        (lambda: family("mistral"), {}, "did not read the call that the chat template of mistral wrote as '[TOOL_CALLS]["),
+        (lambda: family("gemma"), {}, "does not show tools (search, add-two.v1); set format.name=tags, or"),
+        (lambda: family("mistral"), {}, "did not read the call that the chat template of mistral wrote as '[TOOL"),
         (lambda: family("qwen"), {"calls": "qwen3_coder"}, "format.calls = 'qwen3_coder': qwen3_coder did not read"),
         (lambda: family("qwen"), {"calls": "hermse"}, "format.calls = 'hermse': expected auto, hermes"),
         (lambda: family("qwen"), {"answer": "box"}, "format.answer = 'box': expected one of auto, tag, boxed, turn"),
         (lambda: tokenizer(None, CHATML, name="bare"), {}, "tokenizer bare: expected a chat template, it has none"),
         (lambda: tokenizer(UNENDING, name="endless"), {}, "the chat template of endless ends no turn with a token"),
-        (
-            lambda: tokenizer(QWEN.replace("+ message.content + '\\n</tool_response>'", "}}{{ ''"), CHATML, HERMES_TAGS, eos="<|im_end|>"),
-            {},
-            "does not show results of tools",
-        ),
-        (lambda: tokenizer("{{ raise_exception('no\nway') }}", CHATML, name="no"), {}, "template of no refuses a dialogue of"),
+        (lambda: tokenizer(FORGETS_RESULTS, CHATML, eos="<|im_end|>"), {}, "does not show results of tools"),
+        (lambda: tokenizer("{{ raise_exception('no\nway') }}", CHATML, name="no"), {}, "of no refuses a dialogue"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_at_the_start_in_one_line(toy, settings, message: str) -> None:
@@ -359,7 +364,7 @@ def test_two_parsers_that_read_the_same_call_are_refused(monkeypatch) -> None:
     from aepo.agents.formats import self_test
 
     monkeypatch.setattr(self_test, "PARSERS", {**self_test.PARSERS, "twin": self_test.PARSERS["hermes"]})
-    with pytest.raises(ValueError, match="format.calls = 'auto': hermes and twin both read the call"):
+    with pytest.raises(ValueError, match=r"format\.calls = 'auto': hermes and twin both read the call"):
         make("qwen")
 
 
@@ -370,7 +375,7 @@ def test_words_of_the_self_test_in_a_schema_are_refused() -> None:
 
 
 def test_a_parser_without_tools_is_refused() -> None:
-    with pytest.raises(ValueError, match="format.calls = 'hermes': expected auto, there are no tools"):
+    with pytest.raises(ValueError, match=r"format\.calls = 'hermes': expected auto, there are no tools"):
         make("qwen", (), calls="hermes")
 
 

@@ -41,7 +41,10 @@ class Search:
 BARE = tokenizer(None, CHATML, eos="<|im_end|>", name="bare")
 
 
-def make(toy, tools=(Search(),), tool_instructions=None, **settings):
+SEARCH = (Search(),)
+
+
+def make(toy, tools=SEARCH, tool_instructions=None, **settings):
     schemas = list(map(schema_of_tool, tools))
     return make_format(FormatConfig(**settings), Model(toy), schemas, tool_instructions=tool_instructions)
 
@@ -104,7 +107,7 @@ def test_a_format_of_ones_own(tmp_path, monkeypatch) -> None:
         "class Loud(TagsFormat):\n    def __init__(self, settings, language_model, schemas, *, tool_instructions):\n"
         "        super().__init__(language_model.tokenizer, language_model.vocab_size, language_model.eos_ids,\n"
         "                         schemas, tool_instructions=f'{settings.answer} {len(schemas)}')\n\n\n"
-        "class Half:\n    name = 'half'\n\n    def __init__(self, settings, language_model, schemas, *, tool_instructions): pass\n"
+        "class Half:\n    name = 'half'\n\n    def __init__(self, *arguments, **named): pass\n"
     )
     monkeypatch.chdir(tmp_path)
     made = make(BARE, name="own_format_here:Loud")

@@ -19,8 +19,9 @@ from report_toys import (
 )
 
 from aepo.report import SCRIPTS, write_report, write_rollout_page
+from aepo.report import trees as page_trees
 from aepo.report.reader import read_run
-from aepo.report.trees import MAX_TREE_TOKENS, page_tree
+from aepo.report.trees import page_tree
 
 
 def test_the_page_holds_what_the_files_hold(tmp_path):
@@ -125,7 +126,7 @@ def test_damage_is_listed_and_left_out(tmp_path):
         "reward.mean is nan at step 3",
         "line 6: not a record",
         "line 7: cut off",
-        "step_000003.json: not a record",
+        "step_000003.json cannot be read: not a record",
         "node 1 has 2 tokens and 1 texts",
         "a parent that does not come before its child",
     ):
@@ -156,28 +157,25 @@ def test_token_ids_stand_in_for_missing_texts_and_odd_characters_survive(tmp_pat
     assert trees[1]["nodes"][3]["texts"] == ["\ud800"]
 
 
-def test_too_many_trees_are_thinned_evenly_and_that_is_said(tmp_path):
+def test_too_many_trees_are_thinned_evenly_and_that_is_said(tmp_path, monkeypatch):
     run = make_run(tmp_path / "demo")
-    entry = hand_made_tree()
-    length = MAX_TREE_TOKENS // 4
-    entry["tree"]["nodes"][0]["token_ids"], entry["texts"][0] = [1] * length, ["a"] * length
     for step in range(3, 12):
-        save_trees(run, step, entry)
+        save_trees(run, step, *[hand_made_tree()] * 5)
+    large = (run / "trees" / "step_000003.json").stat().st_size
+    monkeypatch.setattr(page_trees, "MAX_FILE_BYTES", int(3.5 * large))
     loaded = read_run(run, "demo")
-    assert [tree["step"] for tree in loaded.trees] == [2, 5, 8, 11]  # the small one and three large ones fit
+    steps = list(dict.fromkeys(tree["step"] for tree in loaded.trees))
+    assert steps == [2, 5, 8, 11]  # the small one and three large ones fit
     assert loaded.problems == ["trees: 4 of 10 saved steps are shown, to keep the page small"]
 
 
-def test_one_step_with_too_many_trees_is_thinned_too(tmp_path):
+def test_one_step_with_too_many_trees_is_thinned_too(tmp_path, monkeypatch):
     run = make_run(tmp_path / "demo")
-    entries = [hand_made_tree(f"q{i}") for i in range(5)]
-    for entry in entries:
-        length = MAX_TREE_TOKENS // 3
-        entry["tree"]["nodes"][0]["token_ids"], entry["texts"][0] = [1] * length, ["a"] * length
-    save_trees(run, 2, *entries)
+    save_trees(run, 2, *[hand_made_tree(f"q{i}") for i in range(5)])
+    monkeypatch.setattr(page_trees, "MAX_TOKENS", 3 * 7)  # of 7 tokens each
     loaded = read_run(run, "demo")
-    assert [tree["question"]["id"] for tree in loaded.trees] == ["q0", "q4"]
-    assert loaded.problems == ["trees: 2 of 5 questions are shown, to keep the page small"]
+    assert [tree["question"]["id"] for tree in loaded.trees] == ["q0", "q2", "q4"]
+    assert loaded.problems == ["trees: 3 of 5 questions are shown, to keep the page small"]
 
 
 def test_trees_of_runs_with_one_call_per_turn_are_read():

@@ -104,20 +104,22 @@ def test_charts_and_tiles_say_the_same_and_charts_can_be_saved(tmp_path):
     run = make_run(tmp_path / "run")
     records = [{"step": step, "reward.mean": step**2 / 1700} for step in range(1, 41)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (run / "evals.jsonl").write_text(json.dumps({"step": 0, 'success.of "x", y': 0.5}) + "\n")
     saw = seen(
         write_report([run]),
         tmp_path,
         """
         let files = {}; download = (name, type, text) => { files[name] = text; };
         const chart = document.getElementById("reward");
-        chart.querySelectorAll(".export button").forEach((node) => node.click());
+        document.querySelectorAll(".export button").forEach((node) => node.click());
         const legend = () => chart.querySelector(".legend b").textContent;
         const last = legend(), svg = chart.querySelector("svg");
         const key = (name) => svg.dispatchEvent(new KeyboardEvent("keydown", { key: name, bubbles: true }));
         key("ArrowLeft"); key("ArrowLeft"); const before = legend();
         const picture = new DOMParser().parseFromString(files["reward.svg"], "image/svg+xml");
         const { nodeName, textContent } = picture.documentElement;
-        return { last, before, csv: files["reward.csv"], svg: nodeName, text: textContent,
+        const csv = files["reward.csv"], quoted = files["held-out-success-by-kind.csv"];
+        return { last, before, csv, quoted, svg: nodeName, text: textContent,
           strokes: [...picture.querySelectorAll(".line")].map((node) => node.getAttribute("stroke")) };
         """,
     )
@@ -128,6 +130,7 @@ def test_charts_and_tiles_say_the_same_and_charts_can_be_saved(tmp_path):
     assert lines[0] == "step,reward.mean,reward.mean (moving mean)"
     assert len(lines) == 41
     assert lines[2] == "2,0.0023529,0.0014706"
+    assert saw["quoted"] == 'step,"eval.success.of ""x"", y"\n0,0.5\n'
     assert saw["svg"] == "svg"
     assert "Reward" in saw["text"]
     assert "mean over all paths" in saw["text"]

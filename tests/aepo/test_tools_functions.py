@@ -200,6 +200,16 @@ class Counter:
         self.n += n
         return str(self.n)
 
+    @staticmethod
+    def static(n: int) -> str:
+        """Static."""
+        return str(n)
+
+    @classmethod
+    def of_class(cls, n: int) -> str:
+        """Of the class."""
+        return cls.__name__ * n
+
     def __call__(self, n: int) -> str:
         """Call it."""
         return str(self.n + n)
@@ -211,6 +221,12 @@ class TestCallables:
         bound, unbound = FunctionTool(counter.add, 1.0), FunctionTool(Counter.add, 1.0)
         assert (bound.name, bound.parameters) == (unbound.name, unbound.parameters)
         assert [bound(n=1), unbound.bind(counter)(n=1), unbound.bind(other)(n=5)] == ["1", "2", "5"]
+
+    def test_static_and_class_methods(self):
+        for tool in (FunctionTool(Counter.static, 1.0), FunctionTool(Counter().static, 1.0)):
+            assert [tool(n=1), tool.bind(Counter())(n=2)] == ["1", "2"]
+        for tool in (FunctionTool(Counter.of_class, 1.0), FunctionTool(Counter().of_class, 1.0)):
+            assert [tool(n=1), tool.bind(Counter())(n=2)] == ["Counter", "CounterCounter"]
 
     def test_objects_that_can_be_called(self):
         tool = FunctionTool(Counter(), 1.0)

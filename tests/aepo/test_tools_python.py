@@ -105,6 +105,7 @@ class TestAnswers:
             ("  x = 1\n  y = (", "SyntaxError: '(' was never closed"),
             ("  x = 1\n   y = 2", "IndentationError: unexpected indent"),
             ("  if 1:\n      3\n  y = 2\nelse:\n    b", "IndentationError: unindent does not match any outer"),
+            ("  if 1:\n      3\n  y = 2\nprint(4)", "IndentationError: unindent does not match any outer"),
             ("import sys\nprint(1)\nsys.exit('message')", "1\nmessage"),
             ("import sys\nsys.exit(3)", "exit status 3"),
             ("import os\nos._exit(4)", "exit status 4"),
@@ -178,8 +179,14 @@ class TestLimits:
         "code", ["bytearray(2**31)", "x = []\nwhile True: x.append(bytearray(10**6))", "'a' * 10**12"]
     )
     def test_memory(self, tool, code):
-        with pytest.raises(ToolError, match=r"^MemoryError"):
+        with pytest.raises(ToolError, match=r"^MemoryError\n$"):
             tool(code=code)
+
+    def test_memory_for_the_code(self):
+        tool = PythonTool(memory_mib=64)
+        with pytest.raises(ToolError, match=r"^MemoryError\n$"):
+            tool(code="#" * 60_000_000)
+        tool.close()
 
     @pytest.mark.parametrize(
         "code",

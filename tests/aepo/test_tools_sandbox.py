@@ -281,6 +281,16 @@ class TestLife:
             assert [call.result() for call in calls] == [f"{i}\n" for i in range(4)]
         assert not is_alive(before)
 
+    def test_call_that_takes_too_long_is_killed_alone(self):
+        tool = PythonTool(wall_seconds=0.3)
+        zygote = zygote_pid(tool)
+        with pytest.raises(TimeoutError, match=r"stopped after 0.3 s"):
+            tool(code="import time\ntime.sleep(100)")
+        assert wait_until(lambda: not children_of(zygote))
+        assert tool(code="1 + 1") == "2\n"
+        assert zygote_pid(tool) == zygote
+        tool.close()
+
     def test_zygote_that_hangs_is_replaced(self, monkeypatch):
         monkeypatch.setattr(python_module, "KILL_SECONDS", 0.3)
         tool = PythonTool(wall_seconds=0.3)

@@ -1,6 +1,7 @@
 """The search tool ranks like BM25 computed by hand, always in the same order, and answers every query."""
 
 import asyncio
+import json
 import math
 import random
 import time
@@ -93,25 +94,45 @@ def test_many_threads_give_the_same_answers():
 
 
 def test_in_a_toolbox():
-    toolbox = ToolBox([SearchTool(DOCUMENTS, top_k=1)])
-    call = toolbox.parse("I search. <search>capital of Ecuador</search>")
-    (result, nothing) = asyncio.run(toolbox.run([call, ToolCall("search", "zebra")]))
+    toolbox = ToolBox([SearchTool(DOCUMENTS, top_k=1), SearchTool(["other"], name="search-2", description="Others.")])
+    queries = ["capital of Ecuador", "zebra"]
+    (result, nothing) = asyncio.run(toolbox.run([ToolCall("search", {"query": query}) for query in queries]))
     assert (result.text, result.error) == (DOCUMENTS[2], None)
     assert (nothing.text, nothing.error) == (NO_RESULTS, None)
+    assert [schema["function"]["name"] for schema in toolbox.schemas] == ["search", "search-2"]
+    assert toolbox.schemas[1]["function"]["description"] == "Others."
 
 
 def test_jsonl(tmp_path):
     path = tmp_path / "corpus.jsonl"
-    path.write_text('{"text": "Lima is in Peru."}\n\n{"id": 2, "text": "Größe"}\n', encoding="utf-8")
-    assert SearchTool.from_jsonl(path)("grosse") == "Größe"
+    lines = [
+        {"text": "Lima is in Peru."},
+        {"id": 2, "text": "Größe"},
+        {"id": "3", "contents": '"Rome"\nIt lies in Italy.'},
+        {"title": "Oslo", "text": "It lies in Norway."},
+        {"title": None, "text": "Bern lies in Switzerland."},
+    ]
+    path.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
+    tool = SearchTool.from_jsonl(path, top_k=2)
+    assert tool("grosse") == "Größe"
+    assert tool("lies") == 'Bern lies in Switzerland.\n\n"Rome"\nIt lies in Italy.'
+    assert tool("oslo") == "Oslo\nIt lies in Norway."
 
 
-@pytest.mark.parametrize("line", ['{"title": "a"}', '"a"', "[1]", "not json", '{"text": "a"'])
+@pytest.mark.parametrize(
+    "line", ['{"title": "a"}', '"a"', "[1]", "not json", '{"text": "a"', '{"text": 5}', '{"text": "?"}']
+)
 def test_bad_jsonl_names_the_line(tmp_path, line):
     path = tmp_path / "corpus.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(ValueError, match=r"corpus\.jsonl:2: expected"):
         SearchTool.from_jsonl(path)
+
+
+def test_an_empty_file(tmp_path):
+    (tmp_path / "corpus.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"corpus\.jsonl has no document"):
+        SearchTool.from_jsonl(tmp_path / "corpus.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ class ChatTemplateFormat:
         self._template = _template(tokenizer, schemas, calls)
         self._schemas = {str(s["function"]["name"]): s["function"].get("parameters") or {} for s in schemas}
         self.vocab_size = vocab_size
-        self.eos_ids = tuple(sorted({*eos_ids, *filter(None, [self._template.end_of_turn])}))
+        self.eos_ids = self._template.turn_ends(eos_ids)
         if not self.eos_ids:
             raise ValueError(
                 f"the chat template of {self._template.name} ends no turn with a token, and the model has "

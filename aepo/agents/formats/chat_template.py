@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -75,14 +75,16 @@ class ChatTemplate:
             return False
         return text != without and all(str(schema["function"]["name"]) in text for schema in self._schemas)
 
-    @cached_property
-    def end_of_turn(self) -> int | None:
-        """The first control token after what the model says; None: a turn has no end of its own."""
+    def turn_ends(self, eos_ids: Iterable[int]) -> tuple[int, ...]:
+        """The tokens that end a turn, ascending: those of the model, and the first control token behind what a turn
+        says, where none of the model's is there. Many models have another token for the end of a text only."""
+        known = set(eos_ids)
         text = self.render([user(ASKED), assistant(SAID)])
-        after = text[text.find(SAID) + len(SAID) :]
-        added = self._tokenizer.added_tokens_decoder
-        ids = self._tokenizer.encode(after, add_special_tokens=False)
-        return next((token for token in ids if token in added and added[token].content.strip()), None)
+        behind = self._tokenizer.encode(text[text.find(SAID) + len(SAID) :], add_special_tokens=False)
+        if known.isdisjoint(behind):
+            added = self._tokenizer.added_tokens_decoder
+            known.update([token for token in behind if token in added and added[token].content.strip()][:1])
+        return tuple(sorted(known))
 
     @cached_property
     def opens_thinking(self) -> bool:

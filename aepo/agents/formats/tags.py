@@ -91,9 +91,8 @@ class TagsFormat:
         tags = [f"<{slash}{name}>" for name in (*self._tools, *RESERVED_NAMES) for slash in ("", "/")]
         self._text = TextTokenizer(tokenizer, letters=tags)
         self._template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
-        end_of_turn = self._template.end_of_turn if self._template else None
         self.vocab_size = vocab_size
-        self.eos_ids = tuple(sorted({*eos_ids} if end_of_turn is None else {*eos_ids, end_of_turn}))
+        self.eos_ids = self._template.turn_ends(eos_ids) if self._template else tuple(sorted(eos_ids))
 
     def prompt_tokens(self, messages: Sequence[Message]) -> TokenIds:
         """What comes before the first generated token. ValueError: the chat template refuses the dialogue."""

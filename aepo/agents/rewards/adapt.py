@@ -158,8 +158,8 @@ class GroupReward:
         return RewardError(f"{where}: {type(error).__name__}: {error}{place_of(error, self._function)}")
 
 
-def _signature(function: Any, name: str) -> tuple[Signature, tuple[str, ...], bool]:
-    """Which of the three, the names of the parameters that can be given, and whether there is a **parameter."""
+def _signature(function: Any, name: str) -> tuple[Signature, dict[str, bool], bool]:
+    """Which of the three, whether each parameter is required, and whether there is a **parameter."""
     if not callable(function):
         raise ValueError(f"reward {name}: expected a function {FORMS}; it is of type {type(function).__name__}")
     try:
@@ -184,7 +184,7 @@ def _signature(function: Any, name: str) -> tuple[Signature, tuple[str, ...], bo
         _refuse_required(known, OURS, shown, name)
     else:
         raise ValueError(f"reward {name}: expected {FORMS}, got {shown}")
-    return form, tuple(parameters), takes_all
+    return form, parameters, takes_all
 
 
 def _refuse_required(parameters: Mapping[str, bool], known: frozenset[str], shown: str, name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from aepo.types import Question, Response
@@ -19,13 +19,14 @@ _NOT_HERE = {
 def trl_arguments(
     question: Question,
     responses: Sequence[Response],
-    parameters: Sequence[str],
+    parameters: Mapping[str, bool],
     takes_all: bool,
     logged: dict[str, list[float]],
 ) -> dict[str, Any]:
-    """By name; every column as a list with one entry per response. LookupError: a parameter that no column has.
+    """By name; every column as a list with one entry per response. LookupError: none for a parameter that is required.
 
-    What the function logs (log_metric, log_extra) goes into `logged`.
+    parameters: whether each is required. takes_all: there is a **parameter, too. What the function logs (log_metric,
+    log_extra) goes into `logged`.
     """
     count = len(responses)
     in_text = isinstance(question.prompt, str)
@@ -38,17 +39,15 @@ def trl_arguments(
         "log_metric": _log_metric(logged, count),
         "log_extra": _log_extra(logged, count),
     }
-    for name in parameters:
-        if name in _NOT_HERE and name not in given:
-            raise LookupError(f"its parameter {name!r} cannot be given: {_NOT_HERE[name]}")
-        if name not in given:
-            there = ", ".join(columns(question))
-            raise LookupError(f"its parameter {name!r} is no column; columns: {there}")
-    return given if takes_all else {name: given[name] for name in parameters}
+    for name, required in parameters.items():
+        if required and name not in given:
+            why = f"cannot be given: {_NOT_HERE[name]}" if name in _NOT_HERE else "is no column"
+            raise LookupError(f"its parameter {name!r} {why}; columns: {', '.join(columns(question))}")
+    return given if takes_all else {name: given[name] for name in parameters if name in given}
 
 
 def verl_arguments(
-    question: Question, response: Response, parameters: Sequence[str], takes_all: bool
+    question: Question, response: Response, parameters: Mapping[str, bool], takes_all: bool
 ) -> dict[str, Any]:
     given = {
         "data_source": question.data.get("data_source", question.kind),

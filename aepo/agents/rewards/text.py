@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 
@@ -22,6 +23,7 @@ _PLUS = re.compile(r"^\+(?=\d)")
 _ARTICLE = re.compile(r"^(?:an?\s+(?=\w\w)|the\s+(?=\S))|(?<=\s)the\s+(?=\S)")
 
 
+@functools.lru_cache(maxsize=1024)  # the right answer, and what many paths of a question give
 def normalized(text: str) -> str:
     """For comparing answers: composed Unicode, small letters, single spaces, no articles, no harmless punctuation.
 
@@ -29,7 +31,8 @@ def normalized(text: str) -> str:
     1234, but "3,5" is not 35. An article is one only where a word follows: "A" and "vitamin A" keep theirs.
     """
     text = unicodedata.normalize("NFC", text[: MAX_CHARS + 1]).casefold().translate(DASHES)
-    text = "".join(c for c in text if unicodedata.category(c) != "Cf")  # what has no width
+    if not text.isascii():
+        text = "".join(c for c in text if unicodedata.category(c) != "Cf")  # what has no width
     text = _SPACED_SIGN.sub(r"\1", text)
     text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     text = " ".join(_MARK.sub("", _DASH.sub(" ", text)).split())

@@ -45,6 +45,11 @@ class EnvironmentTools:
         self.refusals: Counter[str] = Counter()
 
     @property
+    def name(self) -> str:
+        """Of the class."""
+        return self.instances.name
+
+    @property
     def schemas(self) -> list[dict[str, Any]]:
         """What chat templates take as `tools`."""
         return [*map(schema_of_tool, self.instances.methods.values()), *self._toolbox.schemas]

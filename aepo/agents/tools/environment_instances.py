@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from aepo.agents.protocol import AgentError
 from aepo.agents.tools.functions import FunctionTool
 from aepo.agents.tools.text import cut
 from aepo.agents.tools.toolbox import ToolBox
@@ -22,7 +23,7 @@ SHOWN_CHARS = 80  # of a value, in a message
 PROBLEM_CHARS = 300  # of what a method raised
 
 
-class EnvironmentFailed(RuntimeError):
+class EnvironmentFailed(AgentError):
     """The message names the class, its method, the question and what is wrong; `reason` is the short form."""
 
     def __init__(self, reason: str, message: str) -> None:
@@ -82,7 +83,7 @@ class Instances:
             return refusal
         method = self.methods.get(call.tool)
         tool = self._toolbox.tools[call.tool] if method is None else method.bind(instance)
-        return await self._toolbox.call(tool, copy.deepcopy(dict(call.arguments)))  # a method may change its lists
+        return await self._toolbox.call(tool, call.arguments)
 
     async def fork(self, instance: Any, question: Question) -> Any:
         """Another instance in the same state."""

@@ -26,7 +26,7 @@ class FunctionTool:
     """The model is told the function's name, its docstring and, for every parameter, type and description.
 
     function: plain or async; a method, a partial, or an object that can be called. Every parameter has a type hint, and
-        can be given by name. `self` (or `cls`) without a hint is nobody's to give: see `bind`. What a partial has
+        can be given by name. A method's function is told by `self` (or `cls`), which `bind` gives. What a partial has
         fixed, the model cannot change.
     timeout: seconds.
 
@@ -55,8 +55,9 @@ class FunctionTool:
         self._hints: dict[str, Any] = {}
         fixed = function.keywords if isinstance(function, functools.partial) else {}
         properties, required, others = {}, [], None
-        for i, (name, parameter) in enumerate(signature.parameters.items()):
-            if (i == 0 and name in ("self", "cls") and name not in hints) or name in fixed:
+        self._needs_instance = next(iter(signature.parameters), None) in ("self", "cls")
+        for name, parameter in list(signature.parameters.items())[self._needs_instance :]:
+            if name in fixed:
                 continue
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
                 raise fault(f"parameter {name!r} cannot be given by name (a decorator needs functools.wraps)")
@@ -88,9 +89,10 @@ class FunctionTool:
         return f"FunctionTool({self.name} of {_place(self._function)})"
 
     def bind(self, instance: object) -> FunctionTool:
-        """Of a method's function: the tool that calls it on `instance`."""
+        """Of a method's function: the tool that calls it on `instance`. (A static one needs none.)"""
         bound = copy.copy(self)
-        bound._function = self._function.__get__(instance)
+        if self._needs_instance:
+            bound._function = self._function.__get__(instance)
         return bound
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import inspect
 import threading
 from collections.abc import Awaitable
 from typing import Generic, TypeVar
@@ -33,7 +34,7 @@ class Running(Generic[Value]):
 
     def _begin(self, awaitable: Awaitable[Value]) -> None:
         self._task = self._loop.create_task(self._run(awaitable))
-        self._task.add_done_callback(self._ended)
+        self._task.add_done_callback(lambda _: self._ended(awaitable))
         if self._cancelled:
             self._cancel()
 
@@ -48,8 +49,10 @@ class Running(Generic[Value]):
         except BaseException as error:  # a SystemExit of one coroutine must not end the loop of all
             self._done.set_exception(error)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, awaitable: Awaitable[Value]) -> None:
         if not self._done.done():  # cancelled before it began
+            if inspect.iscoroutine(awaitable):
+                awaitable.close()
             self._done.set_exception(asyncio.CancelledError())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from aepo.agents.protocol import Closable, Tool, ToolError
@@ -20,22 +20,30 @@ FORMS = (
 NO_TOOLS = ("close",)  # public methods of a class of tools that are none
 
 
-def make_tools(
-    items: Iterable[str | Tool | Callable[..., Any] | type], *, timeout: float, setting: str = "task.tools"
-) -> list[Tool]:
-    """The tools that the items stand for: texts in the forms of `FORMS`, tools, typed functions, classes of them.
+def make_tools(specs: Sequence[str], *, timeout: float, setting: str = "task.tools") -> list[Tool]:
+    """The tools that a configuration names, each in one of `FORMS`.
 
     timeout: seconds a call of one may take; tools that say their own keep it.
-    ValueError in one line where an item is something else, or cannot be had. Then the tools before it are closed.
+    ValueError in one line where one is something else, or cannot be had. Then the tools before it are closed.
     """
+    return _all_of(_named(spec, timeout, setting) for spec in specs)
+
+
+def as_tools(items: Iterable[Any], timeout: float, setting: str = "Task.tools") -> list[Tool]:
+    """The same for what a task has in Python: tools, typed functions, instances and classes with typed methods."""
+    return _all_of(
+        _named(item, timeout, setting) if isinstance(item, str) else _given(item, timeout, setting) for item in items
+    )
+
+
+def _all_of(groups: Iterable[list[Tool]]) -> list[Tool]:
     tools: list[Tool] = []
     with contextlib.ExitStack() as made:
-        for item in items:
-            new = _named(item, timeout, setting) if isinstance(item, str) else _given(item, timeout, setting)
-            for tool in new:
+        for group in groups:
+            for tool in group:
                 if isinstance(tool, Closable):
                     made.callback(tool.close)
-            tools += new
+            tools += group
         made.pop_all()
     return tools
 
@@ -54,7 +62,7 @@ def _named(spec: str, timeout: float, setting: str) -> list[Tool]:
         return mcp_tools(spec, timeout, setting=setting)
     if kind in ("http", "https") and rest.startswith("//"):
         return [_retriever(spec, timeout, setting)]
-    if not colon or "/" in kind or "+" in kind:
+    if not all(part.isidentifier() for part in rest.split(".")):
         raise ValueError(f"{setting} = {spec!r}: expected {FORMS}")
     return _given(resolve(spec, setting), timeout, f"{setting} = {spec!r}")
 
@@ -69,7 +77,7 @@ def _given(item: Any, timeout: float, setting: str) -> list[Tool]:
             return [item]
         if callable(item):
             return [FunctionTool(item, timeout)]
-        found = _methods(item, timeout)
+        found = [] if type(item).__module__ == "builtins" else _methods(item, timeout)
     except ValueError as error:
         raise ValueError(f"{setting}: {error}") from None
     if not found:

@@ -11,6 +11,7 @@ import atexit
 import concurrent.futures
 import contextlib
 import json
+import logging
 import shlex
 import shutil
 import sys
@@ -62,6 +63,11 @@ def mcp_tools(
         import mcp  # noqa: F401
     except ModuleNotFoundError:
         raise ModuleNotFoundError(f"{setting} = {spec!r} needs the package mcp: {pip_install('mcp')}") from None
+    for logger in (
+        "mcp",
+        "client",
+    ):  # of the client's failures, which are results of calls here, no traceback on stderr
+        logging.getLogger(logger).addHandler(logging.NullHandler())
     server = McpServer(spec, timeout)
     try:
         listed = server.start(start_seconds)

@@ -17,9 +17,13 @@ READ_SECONDS = 300.0  # between two events of a stream; a call has its own, shor
 @contextlib.asynccontextmanager
 async def http_transport(url: str) -> AsyncIterator[Any]:
     """A transport for `mcp.Client`: streamable HTTP."""
-    hooks = {"response": [_limit]}
+    client = httpx2.AsyncClient(
+        timeout=httpx2.Timeout(CONNECT_SECONDS, read=READ_SECONDS),
+        headers={"Accept-Encoding": "identity"},  # what is packed has no limit
+        event_hooks={"response": [_limit]},
+    )
     async with (
-        httpx2.AsyncClient(timeout=httpx2.Timeout(CONNECT_SECONDS, read=READ_SECONDS), event_hooks=hooks) as client,
+        client,
         streamable_http_client(url, http_client=client, max_sse_event_size=MAX_ANSWER_BYTES) as streams,
     ):
         yield streams
@@ -27,6 +31,8 @@ async def http_transport(url: str) -> AsyncIterator[Any]:
 
 async def _limit(response: httpx2.Response) -> None:
     """The client limits the events of a stream, and not a plain answer."""
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise httpx2.StreamError("the answer is packed, although it was asked not to be")
     if not response.headers.get("content-type", "").startswith("text/event-stream"):
         response.stream = _Limited(response.stream)
 

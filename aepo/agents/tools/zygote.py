@@ -124,8 +124,7 @@ def parse_cell(code: str) -> ast.Module:
 
 def run_cell(code: str) -> None:
     """Run like a notebook cell: if the last statement is an expression, its value is printed."""
-    main = types.ModuleType("__main__")
-    sys.modules["__main__"] = main
+    main = sys.modules["__main__"]
     tree = parse_cell(code)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, "<python>", "exec", dont_inherit=True), main.__dict__)
@@ -293,6 +292,7 @@ def load_library() -> None:
     sys.path.pop(0)  # the directory of this file
     for module in PRELOADED.split():
         importlib.import_module(module)
+    sys.modules["__main__"] = types.ModuleType("__main__")  # the program's
     # From here on an unknown import says "No module named", as it would anywhere, instead of "not permitted".
     sys.path.clear()
     sys.path_importer_cache.clear()

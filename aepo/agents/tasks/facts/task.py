@@ -15,7 +15,6 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from aepo.agents.protocol import Task, Tool
 from aepo.agents.tasks.facts.geography import MAX_NUMBER, NAMED, World, documents, real_world, sentence
@@ -176,7 +175,7 @@ def choose_plans(world: World, countries: Sequence[str], most: int, seed: str) -
 class FactsTask(Task):
     """Questions over the real world. seed: of the division into training and held-out questions.
 
-    The tools are made on first use (the Python tool starts a process); the `ToolBox` that is given them closes them.
+    The tools are made anew each time (the Python tool starts a process); the `ToolBox` that is given them closes them.
     """
 
     name = "facts"
@@ -190,8 +189,8 @@ class FactsTask(Task):
         self.train = [_question(plan) for plan in self.train_plans]
         self.heldout = [_question(plan) for plan in self.heldout_plans]
 
-    @cached_property
-    def tools(self) -> Sequence[Tool]:
+    @property
+    def tools(self) -> Sequence[Tool]:  # type: ignore[override]  # made anew: the Python tool holds a process
         return SearchTool(documents(real_world()), top_k=1), PythonTool()
 
     def reward(self, question: Question, response: Response) -> Reward:

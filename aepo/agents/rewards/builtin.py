@@ -1,0 +1,109 @@
+"""Reward functions by name, for `task.rewards`: 1 where the answer is right, else 0. docs/rewards.md.
+
+They compare `question.answer` with the answer that the format found; a list of answers means any of them. None, "does
+not apply", where a question has no answer of that sort.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+from typing import Any
+
+from aepo.agents.rewards.matching import same_math
+from aepo.agents.rewards.text import DASHES, MAX_CHARS, same_text
+from aepo.types import Question, Response
+
+_THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
+_DECIMAL = r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\w))?"
+_NUMBER = re.compile(rf"(?<![\w.])-?\s?{_DECIMAL}(?:\s?/\s?{_DECIMAL})?(?![\d])")
+_LETTER = re.compile(r"(?<![^\W_])[A-Z](?![^\W_]|')")
+# At the beginning of a sentence before a small word, "A" is an article and "I" someone, unless a verb says otherwise.
+_WORD = re.compile(r"(?:(?<=^)|(?<=[.!?]\s)|(?=I))[AI]\s+(?!(?:is|was|and|or|because|since|as)\b)[a-z]")
+_ONE_LETTER = re.compile(r"\W*([a-zA-Z])\W*")
+
+
+def exact_match(question: Question, response: Response) -> float | None:
+    """The same words, without case, articles and harmless punctuation."""
+    return _right(question, response, same_text)
+
+
+def math(question: Question, response: Response) -> float | None:
+    """The same mathematical object (`same_math`)."""
+    return _right(question, response, same_math)
+
+
+def numbers(question: Question, response: Response) -> float | None:
+    """The answer holds one number, and it is the right one. The right one may follow "####", as in GSM8K."""
+    wanted = [_only_number(str(answer).rpartition("####")[2]) for answer in _answers(question)]
+    wanted = [number for number in wanted if number is not None]
+    if not wanted:
+        return None
+    given = _only_number(response.answer or "")
+    return float(given is not None and given in wanted)
+
+
+def choice(question: Question, response: Response) -> float | None:
+    """The answer names the right letters and no others: "B", "(b)", "B) Paris", "the answer is B"."""
+    wanted = [_letters(str(answer)) for answer in _answers(question)]
+    wanted = [letters for letters in wanted if letters]
+    if not wanted:
+        return None
+    return float(_letters(response.answer or "") in wanted)
+
+
+def environment(question: Question, response: Response) -> float | None:
+    """What the environment's get_reward() said when the path had ended."""
+    return response.environment_reward
+
+
+def format(question: Question, response: Response) -> float:
+    """1 for a path on which every turn was what the chat format allows, and the last one answered."""
+    return float(response.well_formed)
+
+
+BUILTIN: dict[str, Callable[[Question, Response], float | None]] = {
+    function.__name__: function for function in (exact_match, math, numbers, choice, environment, format)
+}
+
+
+def _right(question: Question, response: Response, same: Callable[[str, str], bool]) -> float | None:
+    answers = _answers(question)
+    if not answers:
+        return None
+    given = response.answer
+    return float(given is not None and any(same(given, str(answer)) for answer in answers))
+
+
+def _answers(question: Question) -> list[Any]:
+    """Those that are right."""
+    answer = question.answer
+    several = answer if isinstance(answer, (list, tuple)) else [answer]
+    return [one for one in several if one is not None and one != ""]
+
+
+def _only_number(text: str) -> Fraction | None:
+    """None: there is none, or more than one."""
+    if len(text) > MAX_CHARS:
+        return None
+    text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text.translate(DASHES))
+    found = list(_NUMBER.finditer(text))
+    rest = _NUMBER.sub("", text)
+    if len(found) != 1 or any(c.isdigit() for c in rest):
+        return None
+    numerator, _, denominator = found[0][0].replace(" ", "").partition("/")
+    try:
+        value = Fraction(Decimal(numerator)) / Fraction(Decimal(denominator or 1))
+    except (InvalidOperation, ZeroDivisionError):
+        return None
+    return value
+
+
+def _letters(text: str) -> frozenset[str]:
+    """The letters of a choice."""
+    text = re.sub(r"\\\w+\s*(?=\{)", " ", text[:MAX_CHARS]).strip()
+    if only := _ONE_LETTER.fullmatch(text):
+        return frozenset(only[1].upper())
+    return frozenset(match[0] for match in _LETTER.finditer(text) if not _WORD.match(text, match.start()))

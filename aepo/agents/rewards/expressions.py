@@ -1,0 +1,258 @@
+"""The value of a mathematical expression, exact where it is rational. Nothing of the text is ever run.
+
+Variables get fixed numbers: two expressions that agree at several points are the same. All work is bounded: long
+texts, deep brackets and large numbers are refused.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from fractions import Fraction
+
+from aepo.agents.rewards.arithmetic import (
+    Number,
+    Unreadable,
+    absolute,
+    add,
+    apply,
+    binomial,
+    divide,
+    factorial,
+    multiply,
+    number_of,
+    raised,
+)
+from aepo.agents.rewards.latex import FUNCTIONS, Token
+
+MAX_DEPTH = 40
+POINTS = 4  # numbers that each variable is tried with; one is negative
+
+_OPENING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
+_CONSTANTS: dict[str, Number] = {
+    "pi": complex(math.pi),
+    "e": complex(math.e),
+    "i": 1j,
+    "infty": complex(math.inf),
+}
+
+
+def value_of(tokens: Sequence[Token], point: int = 0) -> Number:
+    """With the numbers of that point for the variables. Unreadable."""
+    reader = _Reader(tokens, point)
+    try:
+        value = reader.sum()
+    except (ArithmeticError, ValueError) as error:  # a pole, an overflow, a logarithm of zero
+        raise Unreadable(str(error)) from None
+    if reader.next is not None:
+        raise Unreadable(f"{reader.next.text!r} is left over")
+    return value
+
+
+def variables(tokens: Sequence[Token]) -> set[str]:
+    return {t.text for t in tokens if t.kind == "name" and t.text not in _CONSTANTS and t.text not in FUNCTIONS}
+
+
+class _Reader:
+    """Evaluates while it reads, from loose to tight: sum, product, sign, power, postfix, atom."""
+
+    def __init__(self, tokens: Sequence[Token], point: int) -> None:
+        self._tokens = list(tokens)
+        self._at = 0
+        self._depth = 0
+        self._point = point
+        self._in_bars = 0
+
+    @property
+    def next(self) -> Token | None:
+        return self._tokens[self._at] if self._at < len(self._tokens) else None
+
+    def _is(self, *signs: str) -> bool:
+        return self.next is not None and self.next.kind == "sign" and self.next.text in signs
+
+    def _take(self) -> Token:
+        if self.next is None:
+            raise Unreadable("it ends too early")
+        self._at += 1
+        return self._tokens[self._at - 1]
+
+    def _expect(self, sign: str) -> None:
+        if not self._is(sign):
+            raise Unreadable(f"expected {sign!r}")
+        self._at += 1
+
+    def sum(self) -> Number:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise Unreadable("too many brackets")
+        total = self._product()
+        while self._is("+", "-"):
+            sign = self._take().text
+            term = self._product()
+            total = add(total, term if sign == "+" else multiply(Fraction(-1), term))
+        self._depth -= 1
+        return total
+
+    def _product(self) -> Number:
+        product = self._signed()
+        while True:
+            if self._is("*"):
+                self._take()
+                product = multiply(product, self._signed())
+            elif self._is("/"):
+                self._take()
+                product = divide(product, self._signed())
+            elif self._begins_factor():
+                product = multiply(product, self._power())
+            else:
+                return product
+
+    def _begins_factor(self) -> bool:
+        """A factor without a sign before it: a variable, a function, a bracket, a fraction; never a number."""
+        if self.next is None:
+            return False
+        return (
+            self.next.kind == "name"
+            or self._is("(", "[", "{", "frac", "binom")
+            or (self._is("|") and not self._in_bars)
+        )
+
+    def _signed(self) -> Number:
+        negative = False
+        while self._is("+", "-"):
+            negative ^= self._take().text == "-"
+        value = self._power()
+        return multiply(Fraction(-1), value) if negative else value
+
+    def _power(self) -> Number:
+        base = self._postfix()
+        if not self._is("^"):
+            return base
+        self._take()
+        return raised(base, self._exponent())
+
+    def _exponent(self) -> Number:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise Unreadable("too many powers")
+        value = self._signed()
+        self._depth -= 1
+        return value
+
+    def _postfix(self) -> Number:
+        value = self._atom()
+        while self.next is not None:
+            if self._is("!"):
+                self._take()
+                value = factorial(value)
+            elif self._is("%"):
+                self._take()
+                value = divide(value, Fraction(100))
+            elif self._is("^") and self._circle():
+                value = multiply(value, complex(math.pi / 180))
+            else:
+                break
+        return value
+
+    def _circle(self) -> bool:
+        """^\\circ or ^{\\circ}, which is taken."""
+        texts = [token.text for token in self._tokens[self._at : self._at + 4]]
+        for form in (["^", "circ"], ["^", "{", "circ", "}"]):
+            if texts[: len(form)] == form:
+                self._at += len(form)
+                return True
+        return False
+
+    def _atom(self) -> Number:
+        token = self._take()
+        if token.kind == "number":
+            return self._mixed(number_of(token.text))
+        if token.kind == "name":
+            return self._function(token.text) if token.text in FUNCTIONS else self._variable(token.text)
+        if token.text in _OPENING:
+            value = self.sum()
+            self._expect(_OPENING[token.text])
+            return value
+        if token.text == "|" and not self._in_bars:
+            self._in_bars += 1
+            value = self.sum()
+            self._in_bars -= 1
+            self._expect("|")
+            return absolute(value)
+        if token.text in ("frac", "binom"):
+            top, bottom = self._argument(), self._argument()
+            return divide(top, bottom) if token.text == "frac" else binomial(top, bottom)
+        raise Unreadable(f"{token.text!r} is not expected")
+
+    def _mixed(self, whole: Fraction) -> Number:
+        """One and a half, written 1 1/2 or 1\\frac{1}{2}."""
+        if whole.denominator != 1 or self.next is None:
+            return whole
+        texts = [token.text for token in self._tokens[self._at : self._at + 7]]
+        kinds = [token.kind for token in self._tokens[self._at : self._at + 3]]
+        if self._is("frac") and texts[1:2] + texts[3:5] + texts[6:7] == ["{", "}", "{", "}"]:
+            top, bottom = texts[2], texts[5]
+        elif kinds == ["number", "sign", "number"] and texts[1] == "/" and self.next.spaced:
+            top, bottom = texts[0], texts[2]
+        else:
+            return whole
+        if not (top.isdecimal() and bottom.isdecimal()):
+            return whole
+        self._at += 7 if self._is("frac") else 3
+        return whole + Fraction(int(top), int(bottom))
+
+    def _variable(self, name: str) -> Number:
+        if name in _CONSTANTS:
+            return _CONSTANTS[name]
+        if self._is("_"):
+            self._take()
+            name += "_" + "".join(token.text for token in self._subscript())
+        seed = zlib.crc32(f"{name} {self._point}".encode())
+        size = Fraction(seed % 1999 + 501, 997)  # between 0.5 and 2.5
+        return -size if self._point == 1 else size
+
+    def _subscript(self) -> list[Token]:
+        if not self._is("{"):
+            return [self._take()]
+        self._take()
+        inside = []
+        while not self._is("}"):
+            inside.append(self._take())
+        self._take()
+        return inside
+
+    def _function(self, name: str) -> Number:
+        root, base, exponent = Fraction(2), None, None
+        if name == "sqrt" and self._is("["):
+            self._take()
+            degree = self.sum()
+            self._expect("]")
+            if not isinstance(degree, Fraction) or degree.denominator != 1 or not 1 <= degree <= 1000:
+                raise Unreadable("a root's degree is a small integer")
+            root = degree
+        if name == "log" and self._is("_"):
+            self._take()
+            base = self._argument()
+        if self._is("^") and name != "sqrt":
+            self._take()
+            exponent = self._argument()
+        value = apply(name, self._operand(), root, base)
+        return value if exponent is None else raised(value, exponent)
+
+    def _operand(self) -> Number:
+        """A bracket, or all factors up to the next sign or function: sin 2x."""
+        if self._is("(", "{", "["):
+            return self._atom()
+        value = self._power()
+        while self._begins_factor() and self.next is not None and self.next.text not in FUNCTIONS:
+            value = multiply(value, self._power())
+        return value
+
+    def _argument(self) -> Number:
+        """{..}, or one digit or letter, as in \\frac12."""
+        token = self.next
+        if token is not None and token.kind == "number" and len(token.text) > 1 and token.text.isdecimal():
+            self._tokens[self._at] = Token("number", token.text[1:])
+            return Fraction(int(token.text[0]))
+        return self._signed() if self._is("-", "+") else self._atom()

@@ -1,0 +1,141 @@
+"""Mathematical text as tokens: LaTeX, what people type, and Unicode signs, brought to one form."""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import Literal
+
+from aepo.agents.rewards.text import DASHES
+
+FUNCTIONS = ("sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "ln", "log", "exp", "abs")
+CONSTANTS = ("pi", "infty", "e", "i")
+_GREEK = (
+    *("alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda"),
+    *("mu", "nu", "xi", "rho", "sigma", "tau", "phi", "varphi", "chi", "psi", "omega"),
+)
+NAMES = (*FUNCTIONS, *CONSTANTS, *_GREEK)
+SHORT_UNITS = (
+    *("mm", "cm", "dm", "km", "mi", "ft", "yd", "in", "mg", "kg", "lb", "lbs", "oz", "ml", "cl", "dl"),
+    *("ms", "sec", "min", "hr", "hrs", "mph", "usd", "eur", "cup", "day", "yrs", "gal"),
+)
+
+_SIGNS = {
+    **dict.fromkeys("\u00d7\u00b7\u22c5\u2217", "*"),
+    **dict.fromkeys("\u00f7\u2215\u2044", "/"),
+    "\u221a": "\\sqrt ",
+    "\u03c0": "\\pi ",
+    "\u03b8": "\\theta ",
+    "\u221e": "\\infty ",
+    "\u2264": "\\le ",
+    "\u2265": "\\ge ",
+    "\u222a": "\\cup ",
+    "\u2208": "\\in ",
+    "\u00b1": "\\pm ",
+    "\u00b0": "^\\circ ",
+    "\u00b2": "^2",
+    "\u00b3": "^3",
+    "\u00bd": "\\frac{1}{2}",
+    "\u00bc": "\\frac{1}{4}",
+    "\u00be": "\\frac{3}{4}",
+}
+_COMMANDS = {  # what says the same in other words
+    **dict.fromkeys(("cdot", "times", "ast"), "*"),
+    **dict.fromkeys(("div",), "/"),
+    **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "frac"),
+    **dict.fromkeys(("le", "leq", "leqslant"), "<="),
+    **dict.fromkeys(("ge", "geq", "geqslant"), ">="),
+    **dict.fromkeys(("lt",), "<"),
+    **dict.fromkeys(("gt",), ">"),
+    **dict.fromkeys(("lbrace", "{"), "\\{"),
+    **dict.fromkeys(("rbrace", "}"), "\\}"),
+    **dict.fromkeys(("lvert", "rvert", "vert", "mid"), "|"),
+    **{"%": "%", "$": "$", "degree": "circ", "infinity": "infty", "cup": "cup", "lbrack": "[", "rbrack": "]"},
+}
+_DROPPED = re.compile(
+    r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|quad|qquad|!|,|;|:|\(|\)|\[|\])(?![a-zA-Z])"
+    r"|\\ |~|(?<!\\)\$"
+)
+_WRAPPED = re.compile(r"\\(?:boxed|fbox|ensuremath)\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
+_THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,|\{,\}|,\\!|\\,|[\u00a0\u2009\u202f])\d{3})+(?!\d|,\d|\{,\})")
+_MATRIX = re.compile(r"\\begin\{[pbvB]?matrix\}(.*?)\\end\{[pbvB]?matrix\}", re.DOTALL)
+_TOKEN = re.compile(
+    r"(?P<text>\\(?:text(?:bf|rm|it|sf|normal)?|mathrm|mathbf|mathsf|mbox|operatorname)\s*\{(?P<inner>[^{}]*)\})"
+    r"|(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?![\w.]))?)"
+    r"|\\(?P<command>[a-zA-Z]+|[{}%$|])"
+    r"|(?P<name>[^\W\d_]+)"
+    r"|(?P<sign><=|>=|!=|\*\*|\S)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    kind: Literal["number", "name", "sign", "text"]
+    text: str
+    spaced: bool = False  # after a space; two tokens that differ in this only are not told apart
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Token) and (self.kind, self.text) == (other.kind, other.text)
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.text))
+
+
+@functools.lru_cache(maxsize=1024)
+def tokens_of(text: str) -> tuple[Token, ...]:
+    """Spaces, sizes of brackets, dollar signs around formulas and thousands separators are gone."""
+    text = unicodedata.normalize("NFC", text).translate(DASHES)
+    text = "".join(_SIGNS.get(c, c) for c in text).strip().rstrip(".").strip()
+    for _ in range(3):
+        text = _WRAPPED.sub(r"\1", text)
+    text = _THOUSANDS.sub(lambda match: _joined(match, text), text)
+    text = _MATRIX.sub(lambda match: _as_tuples(match[1]), text)
+    text = _DROPPED.sub(" ", text)
+    return tuple(token for match in _TOKEN.finditer(text) for token in _read(match, text))
+
+
+def _joined(match: re.Match[str], text: str) -> str:
+    """The number without its separators; inside brackets a comma divides, as in (1,234)."""
+    before = text[: match.start()]
+    inside = sum(map(before.count, "([")) > sum(map(before.count, ")]")) or before.count("\\{") > before.count("\\}")
+    if inside and "," in match[0].replace("{,}", "").replace(",\\!", ""):
+        return match[0]
+    return re.sub(r"\D", "", match[0])
+
+
+def _as_tuples(matrix: str) -> str:
+    rows = [row for row in re.split(r"\\\\", matrix) if row.strip()]
+    return "((" + "),(".join(row.replace("&", ",") for row in rows) + "),)"
+
+
+def _read(match: re.Match[str], text: str) -> list[Token]:
+    spaced = match.start() > 0 and text[match.start() - 1].isspace()
+    if match["text"] is not None:
+        inner = match["inner"].strip()
+        kind: Literal["name", "text"] = "name" if inner in NAMES else "text"
+        return [Token(kind, inner, spaced)] if inner else []
+    if match["number"] is not None:
+        return [Token("number", match["number"], spaced)]
+    if match["command"] is not None:
+        command = match["command"]
+        if command in NAMES or command in ("frac", "binom", "circ", "pm", "mp", "in", "to"):
+            return [Token("name" if command in NAMES else "sign", command, spaced)]
+        known = _COMMANDS.get(command)
+        return [Token("name" if known == "infty" else "sign", known if known else f"\\{command}", spaced)]
+    if match["name"] is not None:
+        return _split_name(match["name"], spaced)
+    return [Token("sign", "^" if match["sign"] == "**" else match["sign"], spaced)]
+
+
+def _split_name(word: str, spaced: bool) -> list[Token]:
+    """A known name, a word of four letters or more, or a product of variables."""
+    lower = word.lower()
+    if lower in ("inf", "infinity"):
+        return [Token("name", "infty", spaced)]
+    if word in NAMES or lower in ("or", "and") or len(word) == 1:
+        return [Token("name" if word in NAMES or len(word) == 1 else "text", word, spaced)]
+    if len(word) >= 4 or lower in SHORT_UNITS:
+        return [Token("text", word, spaced)]
+    return [Token("name", letter, spaced and index == 0) for index, letter in enumerate(word)]

@@ -1,0 +1,317 @@
+"""Which answers a mathematician would sign as the same, which not, and that hostile ones cost nothing."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aepo.agents.rewards.latex import tokens_of
+from aepo.agents.rewards.matching import MAX_CHARS, same_math
+from aepo.agents.rewards.text import normalized, same_text
+
+SAME = [
+    ("1/2", "0.5"),
+    (r"\frac{1}{2}", ".5"),
+    (r"\dfrac12", "0.50"),
+    ("50%", "0.5"),
+    (r"50\%", "50"),
+    ("1,234", "1234"),
+    ("1{,}234", "1234"),
+    ("\u22125", "-5"),
+    (r"\sqrt{8}", r"2\sqrt{2}"),
+    (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt2}"),
+    (r"2\pi", "2\u03c0"),
+    ("x = 3", "3"),
+    ("x=3", "x = 3"),
+    ("y=2x+1", "y = 1+2x"),
+    ("2x+1", "1+2x"),
+    ("(x+1)^2", "x^2+2x+1"),
+    (r"(-\infty, 2)\cup(3,\infty)", r"(3,\infty)\cup(-\infty,2)"),
+    ("x>3", r"(3,\infty)"),
+    (r"1<x\le 3", "(1,3]"),
+    ("{1,2,3}", r"\{3,2,1\}"),
+    ("2, 3", "3, 2"),
+    ("2 or 3", "x=2, x=3"),
+    (r"\pm 3", "3,-3"),
+    (r"1\frac{1}{2}", "3/2"),
+    ("1 1/2", "1.5"),
+    ("5 cm", "5"),
+    (r"5\text{ cm}", "5cm"),
+    (r"\$5", "5"),
+    ("$5$", "5"),
+    ("5 dollars", r"\$5"),
+    ("90\xb0", "90"),
+    (r"90^\circ", "90"),
+    (r"90^{\circ}", r"\frac{\pi}{2}"),
+    (r"\left(1,2\right)", "(1,2)"),
+    ("(1, 2)", "(1,2)"),
+    ("yes", "Yes"),
+    (r"\text{Monday}", "monday"),
+    (r"\boxed{42}", "42"),
+    ("42.", "42"),
+    ("3.0", "3"),
+    ("2^{10}", "1024"),
+    ("1.5e3", "1500"),
+    (r"1.5\times10^3", "1500"),
+    ("x^2+y^2=1", "x^2+y^2-1=0"),
+    (r"e^{i\pi}", "-1"),
+    (r"\log_2 8", "3"),
+    (r"\sin(30^\circ)", "1/2"),
+    (r"\binom{5}{2}", "10"),
+    ("5!", "120"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3 & 4\end{bmatrix}"),
+    ("|x|", "|x|"),
+    ("(A)", "A"),
+    (r"\text{(A)}", "A"),
+    ("5 m", "5"),
+    ("10^{100}", "10^{100}"),
+    ("9^9^9", "9^9^9"),
+    ("2+2=4", "4"),
+    (r"x\in[1,2)", "[1,2)"),
+    ("\xe9", "e\u0301"),
+    ("sqrt(2)/2", r"\frac{\sqrt 2}{2}"),
+    ("3/4 cup", "0.75"),
+    (r"-\frac{1}{3}", r"\frac{-1}{3}"),
+    (r"1,\!000,\!000", "1000000"),
+    ("$1,000", "1000"),
+    (r"\sqrt[3]{27}", "3"),
+    ("-x+1", "1-x"),
+    (r"16 \text{ square units}", "16"),
+    (r"12\,\text{m}^2", "12"),
+    (r"\frac{3}{4}\pi", r"3\pi/4"),
+    ("a+b", "b + a"),
+    (r"\frac{x}{2}", "0.5x"),
+    ("(2,3)", "(2, 3)"),
+    ("f(x)=2x", "2x"),
+    (r"0.\overline{3}", r"0.\overline{3}"),
+    (r"\text{Evelyn}", "Evelyn"),
+    ("p - q", "-q+p"),
+    (r"10\%", "10"),
+    (r"\$18.90", "18.90"),
+    ("3 : 4", "3:4"),
+    ("2k+2", "2(k+1)"),
+    ("6 - 5i", "-5i+6"),
+]
+DIFFERENT = [
+    (".5", "5"),
+    ("1/2", "12"),
+    ("3+4", "34"),
+    ("3,5", "35"),
+    ("3,5", "3.5"),
+    ("-5", "5"),
+    ("(1,2)", "[1,2]"),
+    ("(1,2)", "(2,1)"),
+    ("(1,2)", "1,2"),
+    ("5 cm", "5 m"),
+    ("5 x", "5"),
+    ("5x", "5"),
+    ("2", "3"),
+    ("x=3", "y=3"),
+    ("1.414", r"\sqrt{2}"),
+    ("0.333", "1/3"),
+    ("", "1"),
+    ("1", ""),
+    ("9^9^9", "9^9^8"),
+    ("x>3", "x>=3"),
+    (r"(3,\infty)", r"(-3,\infty)"),
+    ("2, 3", "2"),
+    ("2,3,3", "2"),
+    ("50%", "5"),
+    ("x+1", "x+2"),
+    ("x^2", "x^3"),
+    ("Monday", "Tuesday"),
+    ("Monday", "dayMon"),
+    ("2 3", "6"),
+    ("1 2", "12"),
+    ("23", "2 3"),
+    ("x=3", "x=4"),
+    ("1,234", "1,2345"),
+    ("sqrt(x^2)", "x"),
+    ("1e3", "e^3"),
+    (r"\frac{1}{0}", r"\infty"),
+    ("5 apples", "6 apples"),
+    ("x^2+y^2=1", "x^2+y^2=2"),
+    (r"\{1,2\}", "(1,2)"),
+    ("10", "1010_2"),
+    ("2 and 3", "2"),
+    ("yes", "no"),
+    (r"\infty", r"-\infty"),
+    ("sin x", "cos x"),
+    ("5 or 42", "42"),
+]
+
+HOSTILE = [
+    "9^9^9",
+    "9^{9^{9^9}}",
+    "2^" * 400 + "2",
+    "1000!" * 150,
+    "99999!",
+    "!" * 500,
+    "(" * 900,
+    "{" * 900,
+    "[(" * 400,
+    "-" * 900,
+    "|" * 900,
+    "|x|" * 300,
+    "1" * 900,
+    "9" * 900 + "^" + "9" * 90,
+    "1e9999",
+    "1e-9999",
+    r"10^{19999}",
+    r"(10^{3000})*(10^{3000})" * 20,
+    "((1+x)^2)^2" * 50,
+    "x^{" * 300,
+    "1/" * 400 + "3",
+    r"\frac" * 190,
+    r"\frac12" * 130,
+    r"\sqrt{" * 120 + "2" + "}" * 120,
+    r"\binom{1000}{500}" * 50,
+    r"\pm 1" * 100,
+    r"\boxed{" * 120,
+    r"\begin{pmatrix}" * 50,
+    "1," * 450,
+    "(1,2)," * 160,
+    "a=b=" * 200,
+    "x<" * 200,
+    "sin^" * 200,
+    "sqrt[" * 100,
+    "5%" * 300,
+    "0/0",
+    "0^{-1}",
+    r"\log_0 0",
+    r"\infty-\infty",
+    "i^i^i^i",
+    "__import__('os').system('true')",
+    "\x00",
+    "\ud800",
+    "\u202e5",
+]
+
+
+@pytest.mark.parametrize(("one", "other"), SAME)
+def test_the_same(one: str, other: str) -> None:
+    assert same_math(one, other)
+    assert same_math(other, one)
+
+
+@pytest.mark.parametrize(("one", "other"), DIFFERENT)
+def test_not_the_same(one: str, other: str) -> None:
+    assert not same_math(one, other)
+    assert not same_math(other, one)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_answers_are_wrong_at_once(text: str) -> None:
+    start = time.process_time()
+    for other in ("5", f"{text}+1", text[1:]):
+        assert not same_math(text, other) or other == text[1:]  # a sign or a bracket less can be the same
+        same_math(other, text)
+    assert time.process_time() - start < 2
+
+
+def test_long_answers_are_compared_as_text() -> None:
+    long = "1+" * MAX_CHARS + "1"
+    assert same_math(long, f" {long} ")
+    assert not same_math(long, long.replace("1+1", "2", 1))
+    assert not same_text("a" * 1_000_000, "a" * 1_000_000)
+
+
+PIECES = [
+    *("1", "2", "10", ".5", "1,234", "x", "y", "e", "i", "+", "-", "*", "/", "^", "(", ")", "[", "]", "{", "}", "|"),
+    *(r"\{", r"\}", ",", ";", "=", "<", "<=", r"\frac", r"\sqrt", r"\pi", r"\infty", "%", r"\%", "!", " ", "_"),
+    *(
+        r"\text{a}",
+        r"\text{ cm}",
+        r"\pm",
+        r"\cup",
+        r"\in",
+        "cm",
+        "apples",
+        "or",
+        "sin",
+        "log",
+        r"\binom",
+        r"^\circ",
+        "$",
+    ),
+]
+answers = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
+
+
+@settings(max_examples=150, deadline=2000)
+@given(answers | st.text(max_size=30), answers | st.text(max_size=30))
+def test_it_never_raises_and_is_symmetric(one: str, other: str) -> None:
+    assert same_math(one, other) == same_math(other, one)
+    assert same_text(one, other) == same_text(other, one)
+
+
+@settings(max_examples=100, deadline=2000)
+@given(answers | st.text(max_size=30))
+def test_an_answer_is_itself_unless_it_is_empty(one: str) -> None:
+    assert same_math(one, one) == (len(tokens_of(one)) > 0)
+
+
+@settings(max_examples=100, deadline=2000)
+@given(st.fractions(max_denominator=1000), st.fractions(max_denominator=1000))
+def test_fractions_are_exact(one: object, other: object) -> None:
+    written = rf"\frac{{{one.numerator}}}{{{one.denominator}}}"  # type: ignore[attr-defined]
+    assert same_math(written, str(other)) == (one == other)
+    assert same_math(f"$x = {one}$", str(other)) == (one == other)
+
+
+@settings(max_examples=100, deadline=2000)
+@given(st.integers(-(10**9), 10**9), st.integers(-(10**9), 10**9))
+def test_integers_with_separators(one: int, other: int) -> None:
+    for written in (f"{one:,}", f"{one:,}".replace(",", "{,}"), f"{one}.0", f"+{one}" if one >= 0 else f"\u2212{-one}"):
+        assert same_math(written, str(other)) == (one == other)
+        assert same_math(written, str(one))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (" The  Hague ", "hague"),
+        ("N'Djamena", "ndjamena"),
+        ("Guinea-Bissau", "guinea bissau"),
+        ("**Warsaw**.", "warsaw"),
+        ("1,234", "1234"),
+        ("12,345,678.90", "12345678.9"),
+        ("3,5", "3,5"),
+        ("0,123", "0,123"),
+        (".5", "0.5"),
+        ("-1.50.", "-1.5"),
+        ("\u22125", "-5"),
+        ("- 5", "-5"),
+        ("-$5", "-$5"),
+        ("1/2", "1/2"),
+        ("3+4", "3+4"),
+        ("3:45", "3:45"),
+        ("1.0.0", "1.0.0"),
+        ("a", "a"),
+        ("the A", "a"),
+        ("A, B", "a b"),
+        ("a cat", "cat"),
+        ("Vitamin A", "vitamin a"),
+        ("e\u0301", "\u00e9"),
+        ("so\u00adft", "soft"),
+        ("...", ""),
+    ],
+)
+def test_normalized(text: str, expected: str) -> None:
+    assert normalized(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(".5", "5"), ("1/2", "12"), ("3+4", "34"), ("3,5", "35"), ("-5", "5"), ("50%", "50"), ("C++", "C"), ("3-4", "34")],
+)
+def test_another_text(one: str, other: str) -> None:
+    assert not same_text(one, other)
+
+
+def test_nothing_is_the_same_as_nothing() -> None:
+    assert not same_text("", "")
+    assert not same_text("!", "?")
