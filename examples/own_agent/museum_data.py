@@ -15,36 +15,10 @@ from small_chat_model import Demonstration
 from aepo.agents.tools.search import SearchTool
 from aepo.types import Question, ToolCall
 
-COLOURS = [
-    "Copper",
-    "Silver",
-    "Crimson",
-    "Golden",
-    "Green",
-    "White",
-    "Black",
-    "Marble",
-    "Wooden",
-    "Painted",
-    "Broken",
-    "Sleeping",
-]
+COLOURS = ["Copper", "Silver", "Crimson", "Golden", "Green", "White", "Black", "Marble", "Wooden", "Broken"]
 THINGS = ["Heron", "Lantern", "Clock", "Mask", "Harp", "Globe", "Chariot", "Comet", "Lion", "Mirror", "Compass", "Vase"]
-ROOMS = [
-    "Amber",
-    "Cedar",
-    "Coral",
-    "Ebony",
-    "Jasmine",
-    "Linen",
-    "Maple",
-    "Opal",
-    "Pearl",
-    "Saffron",
-    "Velvet",
-    "Willow",
-]
-KEEPERS = ["Ada", "Boris", "Carla", "Dmitri", "Elena", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kira", "Luis"]
+ROOMS = ["Amber", "Cedar", "Coral", "Ebony", "Jasmine", "Linen", "Maple", "Opal", "Pearl", "Velvet"]
+KEEPERS = ["Ada", "Boris", "Carla", "Dmitri", "Elena", "Farid", "Greta", "Hugo", "Ines", "Jonas"]
 FLOORS = ["1", "2", "3", "4", "5", "6"]
 EXHIBITS = [f"{colour} {thing}" for colour, thing in product(COLOURS, THINGS)]
 HELDOUT = EXHIBITS[::4]  # questions about these are held out
@@ -70,7 +44,7 @@ class Museum:
         room = self.room[exhibit]
         return {
             "room": (f"In which room is the {exhibit}?", room),
-            "keeper": (f"Who is the keeper of the room of the {exhibit}?", self.keeper[room]),
+            "keeper": (f"Who keeps the room of the {exhibit}?", self.keeper[room]),
             "floor": (f"On which floor is the room of the {exhibit}?", self.floor[room]),
         }
 
