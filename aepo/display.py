@@ -73,11 +73,11 @@ class Display:
         self.console.print("  ".join(parts))
 
     def evaluation(self, record: Record) -> None:
-        kinds = [
+        kinds = ", ".join(
             f"{key.removeprefix('success.')} {_number(v)}" for key, v in record.items() if key.startswith("success.")
-        ]
+        )
         self.console.print(
-            f"held-out after step {record['step']}: success {_number(record['success'])} ({', '.join(kinds)})  "
+            f"held-out after step {record['step']}: success {_number(record['success'])}{kinds and f' ({kinds})'}  "
             f"{record['questions']} questions  {record['seconds']:.1f} s"
         )
 

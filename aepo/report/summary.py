@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ TILES = {
     "tokens.per_second": "tokens per second",
     "memory.peak_rss_mib": "peak memory, MiB",
 }
+
+HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{28,}\b")
 
 Tile = dict[str, str]  # value and note
 
@@ -152,8 +155,9 @@ def _facts(run: Run) -> Iterator[tuple[str, Any]]:
     machine, versions = facts.get("machine", {}), facts.get("versions", {})
     model, task = facts.get("model", {}), facts.get("task", {})
     train, rollout = config.get("train", {}), config.get("rollout", {})
-    yield "method", config.get("policy", {}).get("preset")
-    yield "loss", config.get("policy", {}).get("loss")
+    if run.series:
+        yield "method", config.get("policy", {}).get("preset")
+        yield "loss", config.get("policy", {}).get("loss")
     yield "seed", config.get("run", {}).get("seed")
     if model:
         yield "model", f"{model.get('name')}, {model.get('parameters', 0):,} parameters, V = {model.get('vocab_size')}"
@@ -168,12 +172,14 @@ def _facts(run: Run) -> Iterator[tuple[str, Any]]:
         yield "data", task.get("data")
     if isinstance(facts.get("format"), Mapping):  # a number in older runs: of the files
         yield "format", facts["format"]
-    yield "tools", facts.get("tools")
-    if train and rollout:
+    for name in ("tools", "environment", "rewards"):
+        yield name, facts.get(name)
+    if run.series and train and rollout:
         yield "batch", f"{train.get('questions')} questions x {rollout.get('paths')} paths per step"
     if rollout:
         yield "fresh paths", rollout.get("fresh_paths") or "by entropy pre-monitoring"
-    yield "learning rate", config.get("optimizer", {}).get("learning_rate")
+    if run.series:
+        yield "learning rate", config.get("optimizer", {}).get("learning_rate")
     if machine:
         capability = f" ({machine.get('cpu_capability')})" if machine.get("cpu_capability") else ""
         yield "machine", f"{machine.get('cores')} cores of {machine.get('processor')}{capability}"
@@ -187,12 +193,12 @@ def _facts(run: Run) -> Iterator[tuple[str, Any]]:
 
 
 def _words(value: Any) -> str:
-    """A fact for people: keys with values, and lists, without brackets."""
+    """A fact for people: keys with values, and lists, without brackets; hashes by their first digits."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {words}" for name, one in value.items() if (words := _words(one)))
     if isinstance(value, (list, tuple)):
         return ", ".join(filter(None, map(_words, value)))
-    return "" if value is None else str(value)
+    return "" if value is None else HASH.sub(r"\1..", str(value))
 
 
 def _duration(seconds: float) -> str:

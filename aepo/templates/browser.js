@@ -118,7 +118,7 @@ class RolloutBrowser {
   }
 
   entry(tree) {
-    const notes = [stepName(tree), tree.question.kind, tree.toolFailures ? `${tree.toolFailures} tool failure${tree.toolFailures > 1 ? "s" : ""}` : ""];
+    const notes = [this.names.length > 1 ? stepName(tree) : "", tree.question.kind, tree.toolFailures ? `${tree.toolFailures} tool failure${tree.toolFailures > 1 ? "s" : ""}` : ""];
     const entry = button("", () => this.choose(tree.key), { "data-key": tree.key });
     entry.append(element("span", { class: "ask" }, tree.question.text), rewardBars(tree, this.range), element("small", {}, notes.filter(Boolean).join(" · ")));
     return entry;

@@ -88,8 +88,10 @@ def make_run(path: FilePath, *, success: tuple[float, float] = (0.25, 0.5), pres
         {"step": step, "success": value, "success.capital": value} for step, value in zip((0, 2), success, strict=True)
     ]
     facts = {"status": "finished", "wall_seconds": 83.2, "model": {"name": "tiny", "parameters": 1234567},
-             "task": {"name": "facts", "train_questions": 600, "data": {"train": "rows.jsonl", "sha256": "ab12"}},
+             "task": {"name": "facts", "train_questions": 600,
+                      "data": {"train": "rows.jsonl", "sha256": "0123456789ab" * 5 + "cdef"}},
              "format": {"name": "chat", "calls": "hermes"}, "tools": ["search", "clock"],
+             "rewards": {"mine.exact": 0.5},
              "machine": {"cores": 2, "processor": "<b>CPU</b>"}, "versions": {"torch": "2.13.0"}}  # fmt: skip
     (path / "run.json").write_text(json.dumps(facts))
     (path / "config.yaml").write_text(

@@ -17,6 +17,7 @@ from aepo.run_log import read_records
 
 SMALL = ["train.steps=2", "train.questions=4", "rollout.paths=2", "rollout.max_tokens=6", "log.tensorboard=false"]
 HELDOUT = 8
+LOAD = cli_shared.load
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli_shared, "load", lambda config: (toy_agent(ToyTask(heldout=HELDOUT)), ToyLanguageModel()))
-        done = run("train", *SMALL, "checkpoint.every=1", f"run.dir={directory}")
+        done = run("train", *SMALL, "optimizer.learning_rate=0.1", "checkpoint.every=1", f"run.dir={directory}")
     assert done.exit_code == 0, done.output
     return directory
 
@@ -48,7 +49,9 @@ def evaluated(*arguments: str | Path) -> dict[str, Any]:
 
 def test_a_run_is_evaluated_as_while_it_was_trained(trained: Path) -> None:
     """The same questions, seeds and weights as at the last evaluation of the run."""
-    record, last = evaluated(trained), read_records(trained / "evals.jsonl")[-1]
+    first, last = read_records(trained / "evals.jsonl")
+    assert first["reward"] != last["reward"], "other weights would be noticed"
+    record = evaluated(trained)
     assert (record["subject"], record["step"], record["task"], record["changed"]) == (str(trained), 2, "toy", {})
     assert record["questions"] == record["questions.asked"] == HELDOUT
     same = set(last) - {"step", "seconds"}
@@ -219,3 +222,44 @@ def test_rollouts_of_heldout_questions(tmp_path: Path) -> None:
     assert [line["question"]["id"] for line in read_records(tmp_path / "answers.jsonl")][:2] == ["q0", "q101"]
     assert len(read_records(tmp_path / "answers.jsonl")) == HELDOUT
     assert {line["step"] for line in read_records(tmp_path / "answers.jsonl")} == {None}
+
+
+KINDS = ("low", "high")  # as the ends of an interval, too
+REWARD = """
+def even_length(question, response):
+    return 1.0 if len(response.text) % 2 == 0 else 0.0
+"""
+
+
+def test_data_and_a_reward_of_ones_own_with_the_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is a toy: files, a function of the user's, the model that has not been trained."""
+    monkeypatch.setattr(cli_shared, "load", LOAD)
+    monkeypatch.chdir(tmp_path)
+    for name, count in (("train", 6), ("heldout", 5), ("harder", 4)):
+        rows = ({"question": f"{name}: 2 + {i}?", "answer": f"{2 + i}", "kind": KINDS[i % 2]} for i in range(count))
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("own_reward_of_eval.py").write_text(REWARD)
+    files = ["task.name=files", "task.train=train.jsonl", "task.heldout=heldout.jsonl"]
+    own = ["task.rewards={'own_reward_of_eval:even_length': 1.0}", "warm_start.steps=0", "model.cache_dir=cache"]
+    settings = [*files, *own, *SMALL[1:]]
+
+    record = evaluated("tiny", *settings, "--samples", "3", "--temperature", "1", "--answers", "answers.jsonl")
+    lines = read_records(Path("answers.jsonl"))
+    assert (record["questions"], record["task"]) == (5, "files")
+    right = [len(sample["text"]) % 2 == 0 for line in lines for sample in line["samples"]]
+    assert record["success"] == pytest.approx(sum(right) / 15)
+    assert 0 < record["success.low"] + record["success.high"] < 2
+    assert [line["question"]["answer"] for line in lines] == ["2", "3", "4", "5", "6"]
+
+    assert run("train", *settings, "train.steps=1", "run.dir=run").exit_code == 0
+    assert evaluated("run")["success"] == read_records(Path("run/evals.jsonl"))[-1]["success"]
+    other = evaluated("run", "task.heldout=harder.jsonl")
+    assert (other["questions"], other["changed"]) == (4, {"task.heldout": "harder.jsonl"})
+    Path("heldout.jsonl").write_text(Path("harder.jsonl").read_text())
+    refused = run("eval", "run")
+    assert "task.heldout_questions was 5 and is 4" in refused.output
+    assert refused.exit_code == 1
+
+    done = run("rollout", "run", "--out", "rollouts", "--questions", "2", "task.heldout=harder.jsonl")
+    assert done.exit_code == 0, done.output
+    assert len(read_records(Path("rollouts/answers.jsonl"))) == 2

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import pathlib
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
-from trainer_toys import ToyLanguageModel, toy_agent
+from trainer_toys import ToyFormat, ToyLanguageModel, toy_agent
 
-from aepo.answers import Answer, AnsweredQuestion, write_answers
+from aepo.answers import Answer, AnsweredQuestion, read_answers, write_answers
 from aepo.config import load_config
 from aepo.estimates import interval
 from aepo.evaluation import Evaluator, answer_intervals, answer_metrics, questions_at_once, spread
 from aepo.rollout.engines.huggingface import HuggingFaceEngine
 from aepo.rollout.sampler import Sampler
 from aepo.scoring import Scorer
-from aepo.types import FinishReason, Question, RolloutTree
+from aepo.types import FinishReason, Node, Path, Question, Reward, RolloutTree, ScoredTree, ToolCall, ToolResult
 
 
 def answer(success: bool, finish_reason: FinishReason = "answered", **changed: object) -> Answer:
@@ -102,7 +102,7 @@ def test_a_kind_may_be_called_low() -> None:
     assert (record["success.low"], record["success.high"], record["success.interval"]) == (2 / 3, 1 / 3, 1 / 3)
 
 
-def test_a_file_of_answers(tmp_path: Path) -> None:
+def test_a_file_of_answers(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "answers.jsonl"
     write_answers(path, 10, ANSWERED)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -122,7 +122,7 @@ def test_a_file_of_answers(tmp_path: Path) -> None:
     }
 
 
-def test_a_file_of_answers_is_whole_or_what_it_was(tmp_path: Path) -> None:
+def test_a_file_of_answers_is_whole_or_what_it_was(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "answers.jsonl"
     write_answers(path, None, ANSWERED[:1])
     before = path.read_bytes()
@@ -134,6 +134,40 @@ def test_a_file_of_answers_is_whole_or_what_it_was(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="disk is full"):
         write_answers(path, None, ends_early())  # type: ignore[arg-type]
     assert path.read_bytes() == before
+
+
+def test_answers_are_read_from_paths_that_share_nodes() -> None:
+    """Two paths, one branched from the other after three calls in one turn, of which two failed."""
+    word, done = ToyFormat()._encode, ToolResult("4", None, 0.1)
+    call, failed = ToolCall("search", {"query": "1"}), ToolResult("error", "raised", 0.1)
+
+    def model(index: int, parent: int, text: str) -> Node:
+        tokens = word(text)
+        numbers = (-1.0,) * len(tokens)
+        return Node(index, parent, "model", tokens, numbers, numbers, finish_reason="stop")
+
+    nodes = (
+        Node(0, None, "prompt", word("? 1 ?")),
+        model(1, 0, "<search> 1 </search>"),
+        Node(2, 1, "tool", word("<result> 4 </result>"), calls=(call,) * 3, results=(done, failed, failed)),
+        model(3, 2, "<answer> 7 </answer>"),
+        model(4, 2, "2 <answer> 4 4 </answer>"),
+    )
+    paths = (Path(0, 3, None, None, "answered"), Path(1, 4, 0, 2, "length"))
+    rewards = (Reward(1.0, {"digit": 1.0}, True), Reward(0.5, {}, False))
+    item = read_answers(ScoredTree(RolloutTree(question(1), nodes, paths, (), None), rewards), ToyFormat())
+    assert item.question == question(1)
+    first, second = item.samples
+    assert first.text == "<search>1</search><result>4</result><answer>7</answer>"
+    assert (first.answer, first.reward, first.success, first.components) == (
+        "<answer>7</answer>",
+        1.0,
+        True,
+        {"digit": 1},
+    )
+    assert (first.tool_calls, first.tool_failures, first.tokens) == (3, 2, 3 + 3)
+    assert (second.tool_calls, second.tool_failures, second.tokens) == (3, 2, 3 + 5)
+    assert (second.answer, second.finish_reason, second.reward) == (None, "length", 0.5)
 
 
 def test_questions_are_spread_evenly() -> None:
@@ -180,7 +214,7 @@ def test_what_an_evaluator_asks_the_sampler_for(monkeypatch: pytest.MonkeyPatch)
 
     def recorded(sampler: Sampler, questions: Any, seed: int, *, judge: Any, **named: Any) -> list[RolloutTree]:
         trees = rollout(sampler, questions, seed, judge=judge, **named)
-        assert all(path.parent is None for tree in trees for path in tree.paths)
+        assert sampler._config.fresh_paths == sampler._config.paths == len(trees[0].paths)
         asked.append((seed, judge))
         return trees
 
@@ -196,10 +230,10 @@ def test_what_an_evaluator_asks_the_sampler_for(monkeypatch: pytest.MonkeyPatch)
 
     greedy = texts()
     assert greedy == texts("run.seed=4"), "greedy answers need no random numbers"
-    sampled = texts("eval.samples=4", "eval.temperature=1")
-    assert len(sampled) == 4 * len(greedy) > len(set(greedy))
-    assert sampled == texts("eval.samples=4", "eval.temperature=1"), "every evaluation draws the same ones"
-    assert sampled != texts("eval.samples=4", "eval.temperature=1", "run.seed=4")
+    sampled = texts("eval.samples=32", "eval.temperature=1")
+    assert len(sampled) == 32 * len(greedy) > len(set(greedy))
+    assert sampled == texts("eval.samples=32", "eval.temperature=1"), "every evaluation draws the same ones"
+    assert sampled != texts("eval.samples=32", "eval.temperature=1", "run.seed=4")
     seeds = {seed for seed, _ in asked}
     assert {seed >> 32 for seed in seeds} == {3, 4}
     assert min(seed % 2**32 for seed in seeds) >= 2**31, "steps are below"

@@ -103,6 +103,14 @@ def sentencepiece_like(scheme: str) -> PreTrainedTokenizerFast:
     )
 
 
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text() -> None:
+    spm = sentencepiece_like("always")
+    text = TextTokenizer(spm)
+    ids = text.rendered_tokens([{"role": "user", "content": "b</s>c"}], lambda cut, protect: f"a {cut[0]['content']}")
+    assert ids[:3] == tuple(spm.encode("a b", add_special_tokens=False))[:3]
+    assert spm.decode(list(ids), clean_up_tokenization_spaces=False) == "a b</s>c"
+
+
 @pytest.mark.parametrize("scheme", ["first", "always", "legacy"])
 @pytest.mark.parametrize("said", ["words", " words", "\nwords", "a </s> b[INST]"])
 def test_nothing_is_put_in_front_of_text_that_goes_on(scheme: str, said: str) -> None:

@@ -37,10 +37,12 @@ FLOORS = (
     ("aepo.packing", "aepo.advantages", "aepo.own_loss", "aepo.loss", "aepo.nonfinite"),
     ("aepo.scoring", "aepo.saved_trees"),
     ("aepo.answers", "aepo.estimates"),
-    ("aepo.metrics", "aepo.run_log", "aepo.checkpoint", "aepo.display", "aepo.interrupt"),
+    ("aepo.metrics", "aepo.boards", "aepo.run_log", "aepo.checkpoint", "aepo.display", "aepo.interrupt"),
     ("aepo.learner", "aepo.evaluation", "aepo.engine_factory"),
     ("aepo.trainer",),
     ("aepo.report", "aepo.doctor", "aepo.bench"),
+    ("aepo.subject", "aepo.evaluation_display", "aepo.cli_shared"),
+    ("aepo.play", "aepo.cli_eval"),
     ("aepo.cli",),
     ("aepo.__main__",),
 )

@@ -31,7 +31,8 @@ def test_the_page_holds_what_the_files_hold(tmp_path):
     text = Elements(page).text
     for expected in ("from 25% at the start to 50% at step 2", "2 steps in 1 min 23 s", "aepo", "1,234,567 parameters",
                      "2 cores of <b>CPU</b>", "+25 points", "25%", "2 of 8", "facts, 600 training questions",
-                     "train: rows.jsonl, sha256: ab12", "name: chat, calls: hermes", "search, clock"):  # fmt: skip
+                     "train: rows.jsonl, sha256: 0123456789ab..",
+                     "name: chat, calls: hermes", "search, clock", "mine.exact: 0.5"):  # fmt: skip
         assert expected in text
     data = page_data(page)
     series = data["runs"][0]["series"]

@@ -163,6 +163,44 @@ def test_a_judge_that_fails() -> None:
             attempt()
 
 
+def test_nothing_runs_on_after_an_error() -> None:
+    done: list[str] = []
+
+    async def uneven(question: Question, response: Response) -> float:
+        if response.answer == "7":
+            raise ConnectionError("no judge")
+        await asyncio.sleep(0.05)
+        done.append("8")
+        return 1.0
+
+    async def other(question: Question, response: Response) -> float:
+        await asyncio.sleep(0.15)
+        done.append("other")
+        return 1.0
+
+    async def rollout() -> None:
+        work = scorer_of(ToyTask(uneven, other)).begin(tree_of(QUESTION, ["{7}", "{8}"]))
+        assert work is not None
+        with pytest.raises(RewardError, match="no judge"):
+            await work
+        assert sorted(done) == ["8", "other", "other"]
+
+    asyncio.run(rollout())
+
+
+def test_an_outcome_is_used_once() -> None:
+    calls: list[str] = []
+
+    async def counted(question: Question, response: Response) -> float:
+        calls.append(question.id)
+        return 1.0
+
+    scorer, tree = scorer_of(ToyTask(counted)), tree_of(QUESTION, ["{7}"])
+    scorer.score([tree])
+    scorer.score([tree])
+    assert len(calls) == 2  # nothing of the last batch is kept
+
+
 def test_functions_that_do_not_wait_begin_nothing() -> None:
     assert scorer_of(ToyTask(right)).begin(tree_of(QUESTION, ["{7}"])) is None
 

@@ -30,7 +30,7 @@ def google(
     unit: Literal["c", "f"] = "c",
     share: float | None = None,
     names: list[str] | None = None,
-    ids: Union[int, str] = 1,  # noqa: UP007
+    ids: Union[str, int] = 1,  # noqa: UP007
     table: dict[str, int] = {},  # noqa: B006
     pair: tuple[int, str] = (1, "a"),
     maybe: Optional[Literal["x"]] = None,  # noqa: UP045
@@ -99,8 +99,10 @@ def test_rest_docstrings():
 
 
 def test_a_docstring_without_sections_is_the_description():
-    assert parse_docstring("One line.\n\n    Note: a: b\n    c") == ("One line.\n\nNote: a: b\nc", {})
+    assert parse_docstring("One line.\n\n    Note: a: b\n") == ("One line.\n\n    Note: a: b", {})
     assert parse_docstring("One.\n\nArgs:\n    a (list[int], optional): a: b") == ("One.", {"a": "a: b"})
+    two_lines = "Args:\n    a: one\n        of: two\n    b: two"
+    assert parse_docstring(two_lines) == ("", {"a": "one of: two", "b": "two"})
     assert parse_docstring("Args:\n    a: one\n    b: two\n\nExample: x") == ("", {"a": "one", "b": "two"})
 
 

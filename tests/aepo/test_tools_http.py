@@ -95,6 +95,8 @@ def test_a_server_that_hangs_is_a_timeout():
     with server(lambda body: release.wait(5) and [["late"]]) as (url, _):
         start = time.perf_counter()
         (result,) = ask(url, "q", timeout=0.2)
+        with pytest.raises(TimeoutError, match=r"no answer after 0\.2 s"):  # the tool's own, should nobody watch it
+            RetrieveTool(url, 0.2)("q")
         release.set()
     assert (result.text, result.error) == ("error: no answer after 0.2 s", "timeout")
     assert time.perf_counter() - start < 3

@@ -176,6 +176,13 @@ class TestFloods:
             assert run(toolbox, ("echo", {"text": "a"}))[0].text == "a"
             assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KiB
 
+    def test_endless_requests_whose_answers_it_never_reads(self):
+        with box(hostile(), timeout=2.0) as toolbox:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            assert run(toolbox, "requests")[0].error == "timeout"
+            assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000  # KiB
+            assert run(toolbox, ("echo", {"text": "a"}))[0].text == "a"  # a new one
+
 
 class TestStart:
     @pytest.mark.parametrize(
@@ -244,7 +251,9 @@ class TestEnd:
             "print([tool for tool in tools if tool.name == 'pid'][0](), flush=True)\n"
             f"{end}\n"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+        # Without a PATH there is no setpriv; what ends in order must not need it.
+        env = os.environ if "SIGKILL" in end else {**os.environ, "PATH": "/nowhere"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, env=env)
         pid = int(done.stdout)
         if mode and "SIGKILL" in end and not _has_setpriv():
             os.kill(pid, signal.SIGKILL)

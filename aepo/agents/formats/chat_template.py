@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from aepo.agents.formats.answers import THINK
 from aepo.agents.formats.calls import Unreadable, load_json
 from aepo.agents.formats.hermes_text import as_text
-from aepo.agents.formats.text import Protect
+from aepo.agents.formats.text import Protect, content_text
 from aepo.types import Message, ToolCall
 
 ToolSchema = Mapping[str, Any]
@@ -138,12 +138,12 @@ def _system_in_front(dialogue: Sequence[Message]) -> list[Message]:
     for place, message in enumerate(others):
         if message.get("role") == "user":
             content = message["content"]
-            text = system["content"] if isinstance(system["content"], str) else system["content"][0]["text"]
+            text = content_text(system)
             joined: Any = f"{text}\n\n{content}"
             if not isinstance(content, str):
                 joined = [{"type": "text", "text": f"{text}\n\n"}, *content]
             return [*others[:place], {**message, "content": joined}, *others[place + 1 :]]
-    return [user(system["content"]), *others]
+    return [user(content_text(system)), *others]
 
 
 def _protected(value: Any, protect: Protect) -> Any:

@@ -20,6 +20,7 @@ from aepo.agents.formats.chat_template import (
     user,
 )
 from aepo.agents.formats.continuation import calling
+from aepo.registry import place_of
 from aepo.types import ToolCall
 
 KNOWN_NAME = "probe_tool"
@@ -38,7 +39,7 @@ def find_call_parser(template: ChatTemplate, turn_ends: Sequence[str], calls: st
     """
     text = written_turn(template, turn_ends)
     candidates = PARSERS if calls == "auto" else {calls: find_parser(calls)}
-    reading = {name: parser for name, parser in candidates.items() if _reads(parser, text)}
+    reading = {name: parser for name, parser in candidates.items() if _reads(name, parser, text)}
     if len(reading) == 1:
         return next(iter(reading.items()))
     found = f"{' and '.join(reading)} both read" if reading else f"{', '.join(candidates)} did not read"
@@ -83,5 +84,13 @@ def rewritten_history(template: ChatTemplate, name: str) -> tuple[str, ...]:
     return tuple(f"chat template of {template.name}: {finding}" for finding, there in findings.items() if there)
 
 
-def _reads(parser: CallParser, text: str) -> bool:
-    return parser(without_thinking(text), {KNOWN_NAME: KNOWN_SCHEMA})[1] == (KNOWN_CALL,)
+def _reads(name: str, parser: CallParser, text: str) -> bool:
+    try:
+        _, calls = parser(without_thinking(text), {KNOWN_NAME: KNOWN_SCHEMA})
+        return tuple(calls) == (KNOWN_CALL,)
+    except Exception as error:  # of the user's own parser
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"format.calls = {name!r}: expected that it returns (content, calls) for {text!r}, it raised "
+            f"{problem}{place_of(error, parser)}"
+        ) from error

@@ -16,6 +16,7 @@ from aepo.agents.tools.hints import python_value, schema_of
 from aepo.registry import plain
 
 SECTION = re.compile(r"(Args|Arguments|Parameters|Returns?|Raises|Yields):\s*$")
+PARAMETER_SECTIONS = ("Args", "Arguments", "Parameters")
 FIELD = re.compile(r":(?:param|parameter|arg|argument)\s+(?:[^:]*\s)?\*{0,2}(\w+):\s*(.*)$")
 OTHER_FIELD = re.compile(r":(?:type|returns?|rtype|raises?|yields?)\b.*$")
 PARAMETER = re.compile(r"\*{0,2}(\w+)\s*(?:\([^)]*\))?\s*:\s*(.*)$")
@@ -97,32 +98,32 @@ class FunctionTool:
 
 
 def parse_docstring(text: str) -> tuple[str, dict[str, str]]:
-    """What comes before its sections, and the descriptions of parameters, each on one line."""
+    """Of a docstring without its margin: what comes before its sections, and the descriptions of parameters."""
     before: list[str] = []
     described: dict[str, list[str]] = {}
     current: list[str] | None = None  # the description that continuation lines belong to
-    section, indent = "", 0
-    for line in inspect.cleandoc(text).splitlines():
+    section, indent = "", -1  # of the parameters' names; -1: none was seen yet
+    for line in text.splitlines():
         words = line.strip()
         depth = len(line) - len(line.lstrip())
         if depth == 0 and (header := SECTION.match(words)):
-            section, current, indent = header[1], None, 0
+            section, current, indent = header[1], None, -1
         elif field := FIELD.match(words):
             section, current = "fields", described.setdefault(field[1], [field[2]])
         elif OTHER_FIELD.match(words):
             section, current = "fields", None
         elif not section:
             before.append(line)
-        elif section == "fields" and words and current is not None:
-            current.append(words)
-        elif depth == 0 and words:
-            section, current = "another", None
-        elif section in ("Args", "Arguments", "Parameters") and words:
-            indent = indent or depth
-            if depth <= indent and (parameter := PARAMETER.match(words)):
+        elif section in PARAMETER_SECTIONS and words:
+            indent = depth if indent < 0 else indent
+            if depth < indent:
+                section, current = "another", None
+            elif depth == indent and (parameter := PARAMETER.match(words)):
                 current = described.setdefault(parameter[1], [parameter[2]])
             elif current is not None:
                 current.append(words)
+        elif section == "fields" and words and current is not None:
+            current.append(words)
     return "\n".join(before).strip(), {name: " ".join(filter(None, lines)) for name, lines in described.items()}
 
 

@@ -140,20 +140,26 @@ class McpServer:
 
     async def _call(self, name: str, arguments: Mapping[str, Any]) -> str:
         started = time.monotonic()
-        try:
-            async with _deadline(self.timeout):
-                session = await self._open_session()
-                return text_of_result(await session.client.call_tool(name, dict(arguments)))
-        except TimeoutError:
+        answer = asyncio.create_task(self._answer(name, arguments))
+        await asyncio.wait({answer}, timeout=self.timeout)
+        if not answer.done():
             if self._session is not None and self._session.silent_since(started):
                 self._session.abandon()  # it hangs in this call, or in one before; a new one will start
-            raise TimeoutError(f"no answer after {self.timeout:g} s") from None
+            answer.add_done_callback(lambda late: late.cancelled() or late.exception())
+            answer.cancel()  # without waiting: the client tells the server first, which may not read any more
+            raise TimeoutError(f"no answer after {self.timeout:g} s")
+        try:
+            return answer.result()
         except ServerError as error:
             raise ToolError(f"error: {error}") from None
+        except ToolError:
+            raise
         except Exception as error:
-            if isinstance(error, ToolError):
-                raise
             raise await self._explained(error) from error
+
+    async def _answer(self, name: str, arguments: Mapping[str, Any]) -> str:
+        session = await self._open_session()
+        return text_of_result(await session.client.call_tool(name, dict(arguments)))
 
     async def _explained(self, error: Exception) -> Exception:
         """An error of a call as what the model should read."""

@@ -23,6 +23,7 @@ from mcp.shared.message import SessionMessage
 from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCError, jsonrpc_message_adapter
 
 MAX_LINE_BYTES = 2**24  # of one message; a longer one becomes an error
+MAX_OWED = 100  # requests of a server that are not answered yet; more are dropped
 MAX_WORDS_BYTES = 500  # of a line that is shown in an error
 READ_BYTES = 2**16
 EXIT_SECONDS = 1.0  # to end after its input has ended, then after SIGTERM
@@ -38,9 +39,10 @@ class StdioServer:
 
     def __init__(self, command: Sequence[str]) -> None:
         self.ended = asyncio.Event()  # its output has ended, or cannot be understood any more
-        self.last_heard = 0.0  # time.monotonic() of its last message
+        self.last_heard = 0.0  # time.monotonic() of its last answer
         self.fate = ""  # how it ended, if that was not our decision
         self._command = command
+        self._owed = 0  # answers to its requests
         self._error_line = ""  # the last one that it wrote to stderr
         self._no_message = ""  # the first line of its output that is none
 
@@ -103,9 +105,13 @@ class StdioServer:
         try:
             async for line, length in _lines(self._process.stdout, MAX_LINE_BYTES):
                 message = self._message(line, length)
-                if message is not None:
+                if message is None or (_asks(message) and self._owed >= MAX_OWED):
+                    continue
+                if _asks(message):
+                    self._owed += 1
+                else:
                     self.last_heard = time.monotonic()
-                    await self._to_session.send(message)
+                await self._to_session.send(message)
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             pass
         except _LostMessageError:
@@ -139,6 +145,7 @@ class StdioServer:
         assert stdin is not None
         with contextlib.suppress(anyio.ClosedResourceError, ConnectionError):
             async for message in self._from_session:
+                self._owed -= not _asks(message)
                 text = message.message.model_dump_json(by_alias=True, exclude_unset=True)
                 stdin.write(text.encode("utf-8", "replace") + b"\n")
                 await stdin.drain()
@@ -146,6 +153,11 @@ class StdioServer:
 
 class _LostMessageError(Exception):
     """Too long a message, which does not begin with its id: nobody knows which call waits for it."""
+
+
+def _asks(message: SessionMessage) -> bool:
+    """Or notifies; what has no method is an answer."""
+    return hasattr(message.message, "method")
 
 
 async def _lines(stream: asyncio.StreamReader, limit: int) -> AsyncIterator[tuple[bytes, int]]:

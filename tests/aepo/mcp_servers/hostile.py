@@ -48,6 +48,8 @@ def call(name, arguments):
         threading.Thread(target=flood, args=(sys.stdout, note + "\n"), daemon=True).start()
         threading.Thread(target=flood, args=(sys.stderr, "noise\n"), daemon=True).start()
         return text("flooding")
+    if name == "requests":  # and never reads the answers
+        flood(sys.stdout, json.dumps({"jsonrpc": "2.0", "id": "ping", "method": "ping"}) + "\n")
     if name == "fails":
         return {**text("no such city"), "isError": True}
     if name == "image":
@@ -60,8 +62,20 @@ def call(name, arguments):
 
 
 NAMES = (
-    "echo", "pid", "slow", "die", "hang", "huge", "huge-line", "logs", "fails", "image", "structured", "nothing",
-)  # fmt: skip
+    "echo",
+    "pid",
+    "slow",
+    "die",
+    "hang",
+    "huge",
+    "huge-line",
+    "logs",
+    "fails",
+    "image",
+    "structured",
+    "nothing",
+    "requests",
+)
 
 
 def tools(mode, cursor):
