@@ -16,7 +16,7 @@ from aepo.types import Question, ToolCall
 
 THINGS = ["lamp", "cup", "key", "book", "rope", "coin", "bell", "brush", "candle", "apple"]
 
-HASTY_NEXT, HASTY_TAKE, HASTY_END = 0.5, 0.7, 0.8  # chances: to look into another room, to take it, to bring it back
+HASTY_NEXT, HASTY_BACK = 0.4, 0.5  # chances: to try another room, and to come back with the thing
 
 
 def invented(draw: random.Random) -> dict[str, Any]:
@@ -34,30 +34,24 @@ def demonstrations(seed: str, careful: bool) -> Iterator[Demonstration]:
 
 
 def demonstrate(row: dict[str, Any], careful: bool, draw: random.Random) -> Demonstration:
-    """Room after room until the thing is there, then back with it; a hasty robot gives up at any of these."""
+    """Room after room until the thing is there, then back with it; a hasty robot gives up at either."""
     robot = Robot()
     observation = robot.reset(**row)
     calls: list[tuple[ToolCall, str]] = []
 
-    def does(chance: float) -> bool:
-        return careful or draw.random() < chance
+    def call(tool: str, argument: str, value: str) -> None:
+        calls.append((ToolCall(tool, {argument: value}), getattr(robot, tool)(**{argument: value})))
 
-    def call(tool: str, **arguments: str) -> None:
-        calls.append((ToolCall(tool, arguments), getattr(robot, tool)(**arguments)))
-
-    question = Question("", row["prompt"])
-    for room in draw.sample(ROOMS, len(ROOMS)):
-        if calls and not does(HASTY_NEXT):
-            return Demonstration(question, tuple(calls), "not found", observation)
-        call("go", room=room)
-        if row["thing"] in robot.house[room]:
+    for room in ROOMS:
+        if calls and not (careful or draw.random() < HASTY_NEXT):
             break
-    if does(HASTY_TAKE):
-        call("take", thing=row["thing"])
-        if does(HASTY_END):
-            call("go", room="hall")
-            call("put")
-    return Demonstration(question, tuple(calls), "done", observation)
+        call("go", "room", room)
+        call("take", "thing", row["thing"])
+        if robot.carried is not None:
+            if careful or draw.random() < HASTY_BACK:
+                call("go", "room", "hall")
+            break
+    return Demonstration(Question("", row["prompt"]), tuple(calls), "done" if robot.carried else "lost", observation)
 
 
 def write(folder: Path, seed: int = 0, count: int = 200) -> None:

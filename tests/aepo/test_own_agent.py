@@ -91,7 +91,7 @@ def calls_of(tree: RolloutTree, path: int) -> list[tuple[str, dict[str, Any], To
     [
         ("museum", ["search"], {"train": 270, "heldout": 90}),
         ("calculator", ["add", "subtract", "multiply"], {"train": None}),
-        ("robot", ["go", "put", "take"], {"train": 200}),
+        ("robot", ["go", "take"], {"train": 200}),
     ],
 )
 def test_an_example_trains_resumes_and_is_evaluated(name, tools, files, model, tmp_path):
