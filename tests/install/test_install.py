@@ -179,10 +179,10 @@ def test_the_extra_bench_is_enough_for_the_benchmarks(wheels: dict[str, Path], t
 
 
 def test_the_extra_train_is_enough_for_the_trainer(wheels: dict[str, Path], tmp_path: Path) -> None:
-    """All of `aepo` but what runs inside vLLM, or beside it."""
+    """All of `aepo` but what runs inside vLLM, or beside it, or talks to MCP servers."""
     python = with_extra("train", wheels["tree"], tmp_path)
     aepo = python.with_name("aepo")
-    left_out = "aepo.vllm aepo.rollout.engines.vllm_ aepo.__main__ aepo.bench"
+    left_out = "aepo.vllm aepo.rollout.engines.vllm_ aepo.agents.tools.mcp_ aepo.__main__ aepo.bench"
     run(python, "-c", IMPORT_ALL, "aepo", left_out, cwd=tmp_path)
     assert "optimizer.learning_rate" in run(aepo, "keys", "optimizer", cwd=tmp_path).stdout
     assert run(aepo, "report", "nowhere", cwd=tmp_path, status=1).stderr.startswith("error: nowhere")
@@ -205,7 +205,7 @@ def test_each_extra_of_an_agent_is_named_and_enough(
     wanted = requirements(metadata_of(wheels["tree"]))
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     settings = ["task.name=files", "task.rewards=math"] if "task.name" not in setting else []
-    (tmp_path / "x.jsonl").write_text('{"prompt": "1 + 1?", "answer": "2"}\n' * 3)
+    (tmp_path / "x.jsonl").write_text("".join(f'{{"prompt": "{n} + 1?", "answer": "{n + 1}"}}\n' for n in range(9)))
     settings += ["task.train=x.jsonl"] if settings and "task.train" not in setting else []
     lacking = with_extra("train", wheels["tree"], tmp_path / "lacking")
     command = ["aepo", "train", "warm_start.steps=0", *settings, setting, f"model.cache_dir={tmp_path / 'cache'}"]
