@@ -114,12 +114,34 @@ app.command()(cli_eval.rollout)
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
     out: Annotated[Optional[Path], typer.Option(help="The page; default: report.html in the run.")] = None,  # noqa: UP045
+    live: Annotated[bool, typer.Option("--live", help="Serve the page, and follow the run while it goes on.")] = False,
+    port: Annotated[Optional[int], typer.Option(help="With --live; default: 8765, 0: any free one.")] = None,  # noqa: UP045
 ) -> None:
-    """Write a self-contained HTML page: curves, and rollout trees to look at. Several runs are laid over each other."""
-    from aepo.report import write_report
+    """Write a self-contained HTML page: curves, answers, rollout trees. Several runs are laid over each other.
+
+    One run; two runs compared
+
+        aepo report runs/demo
+
+        aepo report runs/demo runs/grpo
+
+    While a run goes on: a page that follows it, on this machine alone
+
+        aepo report runs/demo --live
+    """
+    import jinja2  # noqa: F401, which the page needs: said before anything is read
+
+    from aepo.report import serve_report, write_report
 
     with explained():
-        typer.echo(f"wrote {write_report(runs, out)}")
+        if not live:
+            if port is not None:
+                raise ValueError(f"--port {port}: expected --live with it")
+            typer.echo(f"wrote {write_report(runs, out)}")
+        elif out is not None:
+            raise ValueError(f"--out {out}: expected no --live with it, which writes no file")
+        else:
+            serve_report(runs, 8765 if port is None else port)
 
 
 @app.command()

@@ -96,6 +96,15 @@ class TaskConfig(Section):
     )
     success: float = key(1.0, "a path succeeds where its first reward is at least this")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for setting in ("train", "heldout", "columns"):
+            value = getattr(self, setting)
+            if value not in (None, {}) and self.name != "files":
+                raise ValueError(f"task.{setting} = {value!r}: expected task.name = files with it, got {self.name!r}")
+        if self.options and self.name in ("facts", "files"):
+            raise ValueError(f"task.options = {self.options!r}: expected none with task.name = {self.name}")
+
 
 @dataclass(frozen=True)
 class FormatConfig(Section):

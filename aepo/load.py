@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from aepo.agents.agent import Agent
 from aepo.agents.formats.make import make_format
-from aepo.agents.protocol import Task
+from aepo.agents.protocol import RewardFunction, Task
 from aepo.agents.rewards.make import make_rewards
 from aepo.agents.tasks.facts.warmstart import warm_started
 from aepo.agents.tools.environment import EnvironmentTools
-from aepo.agents.tools.make import as_tools
+from aepo.agents.tools.make import make_tools
 from aepo.agents.tools.toolbox import ToolBox
 from aepo.config import Config, ModelConfig, TaskConfig, WarmStartConfig
 from aepo.models.language_model import LanguageModel
@@ -66,6 +67,10 @@ def load_task(settings: TaskConfig) -> Task:
         raise ValueError(
             f"task.name = {settings.name!r}: expected facts, files, reasoning_gym, or package.module:Class"
         )
+    task.name = task.name or type(task).__name__
+    for split, questions in (("training", task.train), ("held-out", task.heldout)):
+        if len(questions) == 0:
+            raise ValueError(f"task.name = {settings.name!r}: expected at least one {split} question, it has none")
     if settings.system is not None:
         task.system = _text_or_file(settings.system)
     return task
@@ -78,10 +83,10 @@ def load_agent(config: Config, language_model: LanguageModel, task: Task | None 
     """
     settings = config.task
     task = load_task(settings) if task is None else task
-    rewards = task.rewards if settings.rewards is None else make_rewards(settings.rewards)
-    toolbox = ToolBox(as_tools([*task.tools, *settings.tools], settings.tool_timeout, "task.tools"))
+    toolbox = ToolBox(make_tools([*task.tools, *settings.tools], settings.tool_timeout, "task.tools"))
     try:
         cls = task.environment if settings.environment is None else resolve(settings.environment, "task.environment")
+        rewards = _rewards(settings, task, cls)
         environment = None if cls is None else EnvironmentTools(cls, toolbox, settings.tool_timeout)
         if environment is not None:
             for questions in (task.train, task.heldout):
@@ -98,6 +103,18 @@ def load_agent(config: Config, language_model: LanguageModel, task: Task | None 
     except BaseException:
         toolbox.close()
         raise
+
+
+def _rewards(settings: TaskConfig, task: Task, environment: type | None) -> Mapping[RewardFunction, float]:
+    """Those of the settings, else the task's, else what the environment says."""
+    if settings.rewards is not None:
+        return make_rewards(settings.rewards)
+    found = task.rewards or (make_rewards("environment") if hasattr(environment, "get_reward") else {})
+    if not found:
+        raise ValueError(
+            f"task.rewards = null: expected reward functions (docs/rewards.md), task {task.name} has none of its own"
+        )
+    return found
 
 
 def _own_task(settings: TaskConfig) -> Task:

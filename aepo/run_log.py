@@ -77,7 +77,7 @@ class RunLog:
         else:
             refuse_existing_run(directory)
             directory.mkdir(parents=True, exist_ok=True)
-            self._facts = {"format": FORMAT, "started": _now(), **facts, **machine_facts(), "resumed": []}
+            self._facts = {"version": FORMAT, "started": _now(), **facts, **machine_facts(), "resumed": []}
         self._trees = directory / "trees"
         self._trees.mkdir(exist_ok=True)
         _replace(directory / "config.yaml", to_yaml(config))

@@ -175,5 +175,5 @@ def test_an_advantage_that_fails_is_named(function, text: str) -> None:
 
 
 def test_an_advantage_that_does_not_exist() -> None:
-    with pytest.raises(ValueError, match=r"policy.advantage = 'grup': expected group, batch, gigpo, or package"):
+    with pytest.raises(ValueError, match=r"policy.advantage = 'grup': expected group, batch, gigpo or package"):
         advantage_settings(PolicyConfig(advantage="grup"))

@@ -70,9 +70,9 @@ def test_what_is_printed(trained: Path) -> None:
     assert "16 of 24 paths" in lines or "24 of 24 paths" in lines, "progress"
 
 
-def test_samples_differ_and_pass_at_k_is_theirs(trained: Path, tmp_path: Path) -> None:
+def test_samples_differ_and_pass_at_k_is_theirs(tmp_path: Path) -> None:
     answers = tmp_path / "answers.jsonl"
-    record = evaluated(trained, "eval.samples=6", "eval.temperature=1", "eval.pass_at=[2]", "--answers", answers)
+    record = evaluated("tiny", "eval.samples=6", "eval.temperature=1", "eval.pass_at=[2]", "--answers", answers)
     lines = read_records(answers)
     assert [line["question"]["id"] for line in lines] == [f"q{i % 8 + 100 * i}" for i in range(HELDOUT)]
     assert all(len(line["samples"]) == 6 for line in lines)
@@ -134,7 +134,7 @@ def test_another_agent_than_the_run_was_trained_with(
         (["eval", "tiny", "--best"], "--best: expected a run with it"),
         (["eval", "tiny", "model.name=other"], "model.name=other: expected not to be set, the model is tiny"),
         (["eval", "RUN", "--config", "x.yaml"], "--config x.yaml: expected none"),
-        (["eval", "RUN", "--step", "7"], "--step 7: RUN has 1, 2"),
+        (["eval", "RUN", "--step", "7"], "--step 7: RUN has "),
         (["eval", "RUN", "--step", "1", "--best"], "--best: expected no --step 1 with it"),
         (["eval", "RUN", "run.dir=x"], "run.dir=x: expected not to be set"),
         (["eval", "RUN", "--samples", "4"], "eval.samples = 4: expected 1 with eval.temperature = 0"),

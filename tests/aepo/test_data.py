@@ -273,10 +273,8 @@ def test_settings_that_cannot_be_used(tmp_path: Path, settings: Mapping[str, Any
     assert problem in message_of(given.pop("train"), **given)
 
 
-def test_rewards_must_be_named(tmp_path: Path) -> None:
-    task = FilesTask(jsonl(tmp_path / "a.jsonl", ROWS))
-    with pytest.raises(ValueError, match=r"task.rewards = None: questions from files have no reward of their own"):
-        _ = task.rewards
+def test_files_bring_no_reward(tmp_path: Path) -> None:
+    assert FilesTask(jsonl(tmp_path / "a.jsonl", ROWS)).rewards == {}
 
 
 def test_a_hundred_thousand_rows_load_in_seconds(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import pytest
 
 from aepo.agents.tools.functions import FunctionTool
-from aepo.agents.tools.make import as_tools, make_tools
+from aepo.agents.tools.make import make_tools
 from aepo.agents.tools.toolbox import ToolBox
 from aepo.types import ToolCall
 
@@ -124,7 +124,7 @@ def test_the_sandbox():
 def test_python_objects(own):
     module = __import__(own)
     account = module.Account()
-    tools = as_tools([module.double, module.clock, account, FunctionTool(module.later, 3.0)], 7.0)
+    tools = make_tools([module.double, module.clock, account, FunctionTool(module.later, 3.0)], 7.0)
     assert [tool.name for tool in tools] == ["double", "clock", "deposit", "read", "later"]
     assert tools[-1].timeout == 3.0
     run(tools, ("deposit", {"amount": 3}))
@@ -161,12 +161,12 @@ def test_what_is_no_tool_is_one_line(own, spec, problem):
 
 
 def test_what_is_no_tool_in_python():
-    with pytest.raises(ValueError, match=r"^Task\.tools: expected a function, a tool or a class of tools, got 5$"):
-        as_tools([5], 7.0)
+    with pytest.raises(ValueError, match=r"^task\.tools: expected a function, a tool or a class of tools, got 5$"):
+        make_tools([5], 7.0)
     with pytest.raises(
-        ValueError, match=r"^Task\.tools: tool \S+<lambda> \(test_tools_make.py:\d+\): a lambda has no name"
+        ValueError, match=r"^task\.tools: tool \S+<lambda> \(test_tools_make.py:\d+\): a lambda has no name"
     ):
-        as_tools([lambda a: a], 7.0)
+        make_tools([lambda a: a], 7.0)
 
 
 def test_tools_before_a_bad_one_are_closed(own):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from aepo.agents.protocol import Closable, Tool, ToolError
@@ -20,17 +20,13 @@ FORMS = (
 NO_TOOLS = ("close",)  # public methods of a class of tools that are none
 
 
-def make_tools(specs: Sequence[str], *, timeout: float, setting: str = "task.tools") -> list[Tool]:
-    """The tools that a configuration names, each in one of `FORMS`.
+def make_tools(items: Iterable[Any], timeout: float, setting: str = "task.tools") -> list[Tool]:
+    """What a configuration names, each in one of `FORMS`, and what a task has in Python: tools, typed functions,
+    instances and classes with typed methods.
 
     timeout: seconds a call of one may take; tools that say their own keep it.
     ValueError in one line where one is something else, or cannot be had. Then the tools before it are closed.
     """
-    return _all_of(_named(spec, timeout, setting) for spec in specs)
-
-
-def as_tools(items: Iterable[Any], timeout: float, setting: str = "Task.tools") -> list[Tool]:
-    """The same for what a task has in Python: tools, typed functions, instances and classes with typed methods."""
     return _all_of(
         _named(item, timeout, setting) if isinstance(item, str) else _given(item, timeout, setting) for item in items
     )
