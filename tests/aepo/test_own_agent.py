@@ -263,3 +263,14 @@ def test_smollm2_as_a_chat_model_with_tools(folder, tmp_path):
     assert record["tokens.generated"] > 4
     facts = json.loads((run / "run.json").read_text())
     assert (facts["format"]["name"], facts["format"]["calls"]) == ("chat", "hermes")
+
+
+def test_a_fork_of_the_robot_shares_nothing(folder):
+    """What the one takes is still there for the other."""
+    robot = import_module("robot").ForkingRobot()
+    robot.reset("key", {"kitchen": ["key"]})
+    robot.go("kitchen")
+    other = robot.fork()
+    assert robot.take("key") == other.take("key") == "You carry the key."
+    robot.go("hall")
+    assert (robot.get_reward(), other.get_reward()) == (1.0, 0.2)

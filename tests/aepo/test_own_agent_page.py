@@ -73,7 +73,7 @@ def test_the_commands_of_the_page_run_in_an_empty_folder(tmp_path):
     agent = tmp_path / "my_agent"
     assert json.loads((agent / "runs" / "museum" / "run.json").read_text())["tools"] == ["search"]
     assert (agent / "runs" / "museum" / "report.html").exists()
-    assert list((agent / "rollouts" / "before").glob("*.html"))
+    assert list((agent / "before").glob("*.html"))
 
 
 def test_every_file_of_the_examples_is_used():
