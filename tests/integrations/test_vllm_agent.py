@@ -35,7 +35,7 @@ ACCOUNT = "task.environment=tests.integrations.own_agent:Account"
 LIMITS = (
     "rollout.paths=4",
     "rollout.max_tokens=300",
-    "rollout.branch_alpha=1",
+    "rollout.branch_alpha=1.0",
     "vllm.enforce_eager=true",
     "vllm.max_num_seqs=16",
     "vllm.kv_cache_gib=0.05",
@@ -162,7 +162,8 @@ def test_every_path_on_vllm_continues_its_own_world(engines, saver, language_mod
                     if result.error is None:
                         paid.append(call.arguments["coins"])
                         assert result.text == f"{sum(paid)} in {len(paid)}"
-            assert path.environment_reward == sum(paid)
+            if path.finish_reason != "length":  # results that no longer fit are not in the tree
+                assert path.environment_reward == sum(paid)
             longest = max(longest, sum(bool(node.calls) for node in path_nodes(tree, path.id)))
     assert longest >= 2, "a branch from a state that is not the first"
 
