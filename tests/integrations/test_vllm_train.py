@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
 from aepo.checkpoint import list_checkpoints
 from aepo.run_log import read_records
+from tests.integrations.commands import members, start, wait_until
 
-ROOT = Path(__file__).parents[2]
 OVERRIDES = (
     "train.questions=2",
     "rollout.paths=2",
@@ -29,38 +25,6 @@ OVERRIDES = (
 )
 # float32 in both engines; largest seen: 3e-6. Without the refresh after step 1, step 2 had 0.79.
 MISMATCH = 1e-4
-
-
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
-    """In a session of its own, as a shell would, without what this process sets for engines inside it."""
-    environment = {
-        k: v for k, v in os.environ.items() if k not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "TRITON_INTERPRET")
-    }
-    command = [sys.executable, "-m", "aepo.cli", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-
-
-def members(session: int) -> list[str]:
-    """Command lines of the processes of a session."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            state, _, _, owner = (process / "stat").read_text().rpartition(")")[2].split()[:4]
-            if int(owner) == session and state != "Z":
-                found.append((process / "cmdline").read_text().replace("\0", " "))
-        except OSError:  # it has ended meanwhile
-            continue
-    return found
-
-
-def wait_until(condition, seconds: float = 120.0) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
 
 
 @pytest.mark.slow
