@@ -85,7 +85,7 @@ def rollout(
     config: ConfigFile = None,
     step: Step = None,
     best: Best = False,
-    questions: Annotated[int, typer.Option(min=1, help="How many, evenly spread over the data.")] = 8,
+    questions: Annotated[int, typer.Option(min=1, help="How many, drawn from the data, always the same.")] = 8,
     heldout: Annotated[
         bool, typer.Option("--heldout", help="Of the held-out questions, not those of training.")
     ] = False,

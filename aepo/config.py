@@ -464,8 +464,11 @@ def _apply(changes: Sequence[tuple[str, Any, str]]) -> Config:
     for name, value, where in changes:
         section, _, setting = name.partition(".")
         before = sections.get(section, OmegaConf.structured(typing.get_type_hints(Config)[section]))
-        if isinstance(value, str) and typing.get_origin(_hint(section, setting)) is tuple:
+        hint = _hint(section, setting)
+        if isinstance(value, str) and typing.get_origin(hint) is tuple:
             value = [value]  # one of a list may be written without brackets
+        if type(value) is int and float in typing.get_args(hint):
+            value = float(value)  # which a union of other types would refuse
         try:
             sections[section] = OmegaConf.merge(before, {setting: value})
         except OmegaConfBaseException:

@@ -6,6 +6,7 @@ An evaluation is a rollout in which every path starts from the question, so it n
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,11 +23,15 @@ from aepo.scoring import Scorer
 from aepo.types import FinishReason, Question, ScoredTree
 
 
-def spread(questions: Sequence[Question], count: int | None = None) -> list[Question]:
-    """`count` of them (or all, if there are fewer), evenly spread over the list, always the same. None: all."""
+def sampled_questions(questions: Sequence[Question], count: int | None = None) -> list[Question]:
+    """`count` of them (or all, if there are fewer), drawn from the whole list, always the same. None: all.
+
+    Not every n-th one: rows that cycle through kinds would leave kinds out.
+    """
     total = len(questions)
-    count = total if count is None else min(count, total)
-    return [questions[i * total // count] for i in range(count)]
+    if count is None or count >= total:
+        return list(questions)
+    return [questions[i] for i in sorted(random.Random(total).sample(range(total), count))]
 
 
 class Evaluator:

@@ -22,7 +22,14 @@ from aepo.checkpoint import checkpoint_path, load_weights
 from aepo.config import Config
 from aepo.engine_factory import make_engine
 from aepo.estimates import Interval
-from aepo.evaluation import Evaluator, answer_intervals, answer_metrics, questions_at_once, scored_rollouts, spread
+from aepo.evaluation import (
+    Evaluator,
+    answer_intervals,
+    answer_metrics,
+    questions_at_once,
+    sampled_questions,
+    scored_rollouts,
+)
 from aepo.evaluation_display import evaluation_tables, progress_display, rollout_table, say, wide_console
 from aepo.metrics import Record, finite, rollout_metrics
 from aepo.models.language_model import LanguageModel
@@ -79,7 +86,7 @@ def run_evaluation(subject: Subject, every: bool, answers: Path | None, json_out
     with loaded(subject, console) as player:
         start = time.perf_counter()
         heldout = _questions(player.agent, heldout=True)
-        questions = spread(heldout, None if every else player.config.eval.questions)
+        questions = sampled_questions(heldout, None if every else player.config.eval.questions)
         evaluator = Evaluator(player.engine, player.agent, player.scorer(questions), player.config)
         answered: list[AnsweredQuestion] = []
         try:
@@ -106,7 +113,7 @@ def run_rollout(subject: Subject, count: int, heldout: bool, out: Path) -> None:
     console = wide_console()
     with loaded(subject, console) as player:
         config, agent = player.config, player.agent
-        questions = spread(_questions(agent, heldout), count)
+        questions = sampled_questions(_questions(agent, heldout), count)
         sampler = Sampler(player.engine, agent, config.rollout, branch_rule(config.rollout))
         at_once, seed = questions_at_once(config, config.rollout.paths), config.run.seed << 32
         scorer = player.scorer(questions)

@@ -19,7 +19,7 @@ from aepo.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, s
 from aepo.config import Config, to_yaml
 from aepo.display import Display
 from aepo.engine_factory import make_engine
-from aepo.evaluation import Evaluator, answer_metrics, spread
+from aepo.evaluation import Evaluator, answer_metrics, sampled_questions
 from aepo.interrupt import Interrupt
 from aepo.learner import Learner, Minibatch
 from aepo.metrics import Record, StageClock, loss_metrics, memory_metrics, mismatch_metrics, rollout_metrics
@@ -182,7 +182,7 @@ class Trainer:
             return
         self.display.stage("evaluation")
         start = time.perf_counter()
-        questions = spread(self.agent.task.heldout, self.config.eval.questions)
+        questions = sampled_questions(self.agent.task.heldout, self.config.eval.questions)
         answered = list(self.evaluator.answers(questions, self.display.paths))
         record = {**answer_metrics(answered, self.config.eval.pass_at), "seconds": time.perf_counter() - start}
         best = max((r["success"] for r in self.log.evaluations()), default=-1.0)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from aepo.config import Config, RolloutConfig
-from aepo.evaluation import spread
+from aepo.evaluation import sampled_questions
 from aepo.load import load_agent, load_model
 from aepo.models.language_model import LanguageModel
 from aepo.rollout.engines.huggingface import HuggingFaceEngine
@@ -44,7 +44,7 @@ def prove(*, count: int = 24, sweep: int = 12, progress: Progress = silent) -> P
     with closing(load_agent(config, demo)) as agent:
         return compare(
             [
-                ("demo, 1 call", demo, agent, SHORT, spread(agent.task.heldout, count)),
+                ("demo, 1 call", demo, agent, SHORT, sampled_questions(agent.task.heldout, count)),
                 ("random, 8 calls", random_model, RandomPlayer(random_model, Search()), LONG, questions(count)),
             ],
             sweep,

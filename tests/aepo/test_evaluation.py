@@ -14,7 +14,7 @@ from trainer_toys import ToyFormat, ToyLanguageModel, toy_agent
 from aepo.answers import Answer, AnsweredQuestion, read_answers, write_answers
 from aepo.config import load_config
 from aepo.estimates import interval
-from aepo.evaluation import Evaluator, answer_intervals, answer_metrics, questions_at_once, spread
+from aepo.evaluation import Evaluator, answer_intervals, answer_metrics, questions_at_once, sampled_questions
 from aepo.rollout.engines.huggingface import HuggingFaceEngine
 from aepo.rollout.sampler import Sampler
 from aepo.scoring import Scorer
@@ -170,10 +170,13 @@ def test_answers_are_read_from_paths_that_share_nodes() -> None:
     assert (second.answer, second.finish_reason, second.reward) == (None, "length", 0.5)
 
 
-def test_questions_are_spread_evenly() -> None:
+def test_some_questions_are_always_the_same_and_of_every_kind() -> None:
     ten = [question(i) for i in range(10)]
-    ids = [[q.id for q in spread(ten, count)] for count in (3, 99, None)]
-    assert ids[0] == ["q0", "q3", "q6"]
+    ids = [[q.id for q in sampled_questions(ten, count)] for count in (3, 99, None)]
+    assert len(set(ids[0])) == 3
+    assert ids[0] == sorted(ids[0]) == [q.id for q in sampled_questions(ten, 3)]
+    cycling = [question(i, "abc"[i % 3]) for i in range(90)]  # every n-th of which would miss a kind
+    assert {q.kind for q in sampled_questions(cycling, 30)} == {"a", "b", "c"}
     assert ids[1] == ids[2] == [f"q{i}" for i in range(10)]
 
 
