@@ -22,7 +22,7 @@ def run_log(directory: Path, *settings: str, step: int = 0, resumed: bool = Fals
 
 
 def logged_records(file: Path) -> Iterator[bytes]:
-    """Of a .wandb file: a header of 7 bytes, then blocks of 32 KiB with pieces of records, as LevelDB writes its log."""
+    """Of a .wandb file: a header of 7 bytes, then blocks of 32 KiB with pieces of records, as in a log of LevelDB."""
     data, at, record = file.read_bytes(), 7, b""
     while len(data) - at >= 7:
         if 32768 - at % 32768 < 7:
