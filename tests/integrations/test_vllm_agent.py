@@ -201,6 +201,6 @@ def test_commands_with_vllm_give_what_they_give_without(saver, tmp_path) -> None
         [sample["text"] for sample in line["samples"]] for line in other
     ]
     (trees,) = (out / "trees").glob("*.json")
-    assert [len(tree["paths"]) for tree in json.loads(trees.read_text())["trees"]] == [4, 4]
+    assert [len(one["tree"]["paths"]) for one in json.loads(trees.read_text())["trees"]] == [4, 4]
     assert len(read_records(out / "answers.jsonl")) == 2
     assert (out / "rollout.html").is_file()

@@ -233,7 +233,7 @@ def test_a_tool_service_that_is_down_is_told_to_the_model(engine) -> None:
     trees = Sampler(engine, Agent(DownTools()), replace(CONFIG, max_tokens=200)).rollout(questions(3), seed=1)
     results = [result for tree in trees for node in tree.nodes for result in node.results]
     assert len(results) > 6
-    refused = "error: httpx.ConnectError: [Errno 111] Connection refused"
+    refused = "error: ConnectError: [Errno 111] Connection refused"
     assert {(result.error, result.text) for result in results} == {("raised", refused)}
     assert all(len(tree.paths) == 4 for tree in trees)
     assert_nothing_is_left(engine)
