@@ -461,14 +461,15 @@ def _apply(changes: Sequence[tuple[str, Any, str]]) -> Config:
         if name not in known:
             raise ValueError(f"unknown key {name!r}{where}{_suggestion(name, list(known))}; `aepo keys` lists all keys")
     sections: dict[str, Any] = {}
-    for name, value, where in changes:
+    last = {name: (value, where) for name, value, where in changes}  # lists and mappings are replaced as a whole
+    for name, (value, where) in last.items():
         section, _, setting = name.partition(".")
         before = sections.get(section, OmegaConf.structured(typing.get_type_hints(Config)[section]))
         if isinstance(value, str) and typing.get_origin(_hint(section, setting)) is tuple:
             value = [value]  # one of a list may be written without brackets
         try:
             sections[section] = OmegaConf.merge(before, {setting: value})
-        except OmegaConfBaseException:
+        except (OmegaConfBaseException, TypeError):  # TypeError: a list for a mapping, or the other way round
             hint = _value_suggestion(typing.get_type_hints(Config)[section], setting, value)
             raise ValueError(f"{name} = {value!r}{where}: expected {known[name].expected}{hint}") from None
     made: dict[str, Any] = {section: OmegaConf.to_object(settings) for section, settings in sections.items()}
