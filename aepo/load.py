@@ -14,12 +14,13 @@ from aepo.agents.formats.make import make_format
 from aepo.agents.protocol import RewardFunction, Task
 from aepo.agents.rewards.builtin import BUILTIN
 from aepo.agents.rewards.make import make_rewards
-from aepo.agents.tasks.facts.warmstart import Progress, warm_started
+from aepo.agents.tasks.facts.warmstart import warm_started
 from aepo.agents.tools.environment import EnvironmentTools
 from aepo.agents.tools.make import make_tools
 from aepo.agents.tools.toolbox import ToolBox
 from aepo.config import Config, ModelConfig, TaskConfig, WarmStartConfig
 from aepo.models.language_model import LanguageModel
+from aepo.models.small import Progress
 from aepo.models.smollm2 import model_directory
 from aepo.registry import place_of, resolve
 

@@ -121,7 +121,7 @@ class Task:
     `task.name=package.module:Class` makes one, with the arguments of `task.options`.
     """
 
-    name: str = ""  # "" stands for the name of the class
+    name: str = ""  # of a derived class that gives none: that of the class
     train: Sequence[Question] = ()
     heldout: Sequence[Question] = ()
     """Shares no answer path with `train`."""
@@ -132,6 +132,10 @@ class Task:
     """The system message, where a question brings none."""
     tool_instructions: str | None = None
     """What a model is told about its tools where its chat template cannot show them. None: their descriptions."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.name = cls.name or cls.__name__
 
     def reward(self, question: Question, response: Response) -> RewardValue | Awaitable[RewardValue]:
         """Score one path."""

@@ -10,11 +10,12 @@ from aepo.agents.protocol import ChatFormat
 from aepo.agents.tasks.facts.geography import documents, real_world
 from aepo.agents.tasks.facts.prompt import INSTRUCTIONS
 from aepo.agents.tasks.facts.task import FactsTask
-from aepo.agents.tasks.facts.tiny import TAGS, tiny_model
+from aepo.agents.tasks.facts.tiny import TAGS
 from aepo.agents.tasks.facts.warmstart import untrained
 from aepo.config import Config, ModelConfig, WarmStartConfig
 from aepo.load import load_agent, load_model
 from aepo.models.language_model import LanguageModel
+from aepo.models.small import small_llama
 from aepo.models.smollm2 import gguf_file
 from aepo.types import Question, TokenIds, ToolResult, Turn
 
@@ -74,7 +75,7 @@ def test_prompt_result_and_end_of_text(tiny: LanguageModel) -> None:
 
 def test_the_initial_weights_are_a_function_of_the_seed_alone(tiny: LanguageModel) -> None:
     before = torch.random.get_rng_state()
-    again, other = tiny_model(tiny.tokenizer, 0).state_dict(), tiny_model(tiny.tokenizer, 1).state_dict()
+    again, other = small_llama(tiny.tokenizer, 0).state_dict(), small_llama(tiny.tokenizer, 1).state_dict()
     assert torch.equal(torch.random.get_rng_state(), before)
     for name, weight in tiny.model.state_dict().items():
         assert torch.equal(weight, again[name])

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from aepo.agents.tasks.facts.demonstrations import HASTY, demonstrations
-from aepo.agents.tasks.facts.warmstart import IGNORED, encode, tags, train, untrained, warm_started
+from aepo.agents.tasks.facts.warmstart import encode, tags, train, untrained, warm_started
 from aepo.config import WarmStartConfig
 from aepo.models.language_model import LanguageModel
+from aepo.models.small import IGNORED
 
 SHORT = WarmStartConfig(steps=40, batch_tokens=512)
 

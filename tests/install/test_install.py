@@ -179,14 +179,42 @@ def test_the_extra_bench_is_enough_for_the_benchmarks(wheels: dict[str, Path], t
 
 
 def test_the_extra_train_is_enough_for_the_trainer(wheels: dict[str, Path], tmp_path: Path) -> None:
-    """All of `aepo` but what runs inside vLLM, or beside it."""
+    """All of `aepo` but what runs inside vLLM, or beside it, or talks to MCP servers."""
     python = with_extra("train", wheels["tree"], tmp_path)
     aepo = python.with_name("aepo")
-    left_out = "aepo.vllm aepo.rollout.engines.vllm_ aepo.__main__ aepo.bench"
+    left_out = "aepo.vllm aepo.rollout.engines.vllm_ aepo.agents.tools.mcp_ aepo.__main__ aepo.bench"
     run(python, "-c", IMPORT_ALL, "aepo", left_out, cwd=tmp_path)
     assert "optimizer.learning_rate" in run(aepo, "keys", "optimizer", cwd=tmp_path).stdout
     assert run(aepo, "report", "nowhere", cwd=tmp_path, status=1).stderr.startswith("error: nowhere")
     run(aepo, "doctor", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("extra", "module", "setting"),
+    [
+        ("mcp", "mcp", "task.tools=mcp:python"),
+        ("data", "pyarrow", "task.train=x.parquet"),
+        ("reasoning-gym", "reasoning_gym", "task.name=reasoning_gym"),
+        ("wandb", "wandb", "log.wandb=mine"),
+    ],
+)
+def test_each_extra_of_an_agent_is_named_and_enough(
+    extra: str, module: str, setting: str, wheels: dict[str, Path], tmp_path: Path
+) -> None:
+    """Without it, a setting that needs it is one line with the command; with it, what it brings can be imported."""
+    wanted = requirements(metadata_of(wheels["tree"]))
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    settings = ["task.name=files", "task.rewards=math"] if "task.name" not in setting else []
+    (tmp_path / "x.jsonl").write_text("".join(f'{{"prompt": "{n} + 1?", "answer": "{n + 1}"}}\n' for n in range(9)))
+    settings += ["task.train=x.jsonl"] if settings and "task.train" not in setting else []
+    lacking = with_extra("train", wheels["tree"], tmp_path / "lacking")
+    command = ["aepo", "train", "warm_start.steps=0", *settings, setting, f"model.cache_dir={tmp_path / 'cache'}"]
+    done = run(lacking.with_name("aepo"), *command[1:], cwd=tmp_path, status=1)
+    assert done.stderr.endswith(f'pip install "aepo-kernels[{extra}]"\n'), done.stderr
+    assert done.stderr.count("\n") == 1
+    asked = {**wanted[""], **wanted[extra]}
+    python = make_environment(tmp_path / "environment", [name + range_ for name, range_ in asked.items()])
+    run(python, "-c", f"import {module}", cwd=tmp_path)
 
 
 def test_the_extra_vllm_is_enough_inside_vllm(wheels: dict[str, Path], tmp_path: Path) -> None:

@@ -5,31 +5,23 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from aepo.agents.formats.tags import TagsFormat
 from aepo.agents.tasks.facts.demonstrations import CAREFUL, HASTY, UNKNOWN, Demonstration, demonstrations
 from aepo.agents.tasks.facts.geography import documents, real_world
 from aepo.agents.tasks.facts.task import KINDS, PAIRS, FactsTask, plans
-from aepo.agents.tasks.facts.tiny import tiny_model, tiny_tokenizer
+from aepo.agents.tasks.facts.tiny import tiny_tokenizer
 from aepo.config import WarmStartConfig
 from aepo.models.language_model import LanguageModel
+from aepo.models.small import IGNORED, Example, Progress, imitate, small_llama
 from aepo.types import ToolResult, Turn
-
-Progress = Callable[[int, int, float], None]  # steps done, steps in all, loss [nats per token]
-
-IGNORED = -100  # label of what the demonstrator did not write
-POOL = 16  # batches' worth of demonstrations that are sorted by length together: 6% padding instead of 28%
 
 
 def warm_started(
@@ -48,61 +40,18 @@ def warm_started(
 def untrained(config: WarmStartConfig) -> LanguageModel:
     """With the tokenizer for everything that questions, calls and results can say."""
     tokenizer = tiny_tokenizer(_texts())
-    return LanguageModel(tiny_model(tokenizer, config.seed), tokenizer)
+    return LanguageModel(small_llama(tokenizer, config.seed), tokenizer)
 
 
 def train(language_model: LanguageModel, config: WarmStartConfig, progress: Progress | None = None) -> None:
-    """AdamW on what the demonstrator wrote: careful demonstrations first, to learn how, then hasty ones.
+    """Of what the demonstrator wrote: careful demonstrations first, then hasty ones."""
+    text_format = tags(language_model)
 
-    The learning rate rises over 20 steps, stays, and falls linearly to a twentieth over the last 60%.
-    """
-    model, steps = language_model.model, config.steps
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.peak_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    careful = round(config.careful_share * steps)
-    batches = itertools.chain(
-        itertools.islice(_batches(language_model, config, CAREFUL), careful),
-        itertools.islice(_batches(language_model, config, HASTY), steps - careful),
-    )
-    for step, (tokens, labels) in enumerate(batches):
-        late = max(0.0, step / steps - 0.4) / 0.6
-        optimizer.param_groups[0]["lr"] = config.peak_rate * min(1.0, (step + 1) / 20) * (1 - 0.95 * late)
-        loss = _loss(model, tokens.to(model.device), labels.to(model.device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if progress is not None:
-            progress(step + 1, steps, loss.item())
-    model.eval()
+    def examples(skill: tuple[float, float, float]) -> Iterator[Example]:
+        found = demonstrations(f"{config.seed} {skill}", skill)
+        return (encode(language_model, text_format, one) for one in found)
 
-
-def _loss(model: PreTrainedModel, tokens: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the tokens that count [nats]. tokens, labels: int64 [B, L]; logits are made for those tokens alone."""
-    hidden = model.base_model(input_ids=tokens).last_hidden_state[:, :-1]
-    counts = labels[:, 1:] != IGNORED
-    return F.cross_entropy(model.get_output_embeddings()(hidden[counts]), labels[:, 1:][counts])
-
-
-def _batches(
-    language_model: LanguageModel, config: WarmStartConfig, skill: tuple[float, float, float]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens and labels [B, L] of similar lengths, about `batch_tokens` of them with the padding."""
-    source = demonstrations(f"{config.seed} {skill}", skill)
-    order, text_format = random.Random(config.seed), tags(language_model)
-    while True:
-        pool: list[tuple[list[int], list[int]]] = []
-        while sum(len(tokens) for tokens, _ in pool[-1:]) * len(pool) < POOL * config.batch_tokens:
-            pool.append(encode(language_model, text_format, next(source)))
-        pool.sort(key=lambda pair: len(pair[0]))
-        batches: list[list[tuple[list[int], list[int]]]] = [[]]
-        for pair in pool:
-            if batches[-1] and len(pair[0]) * (len(batches[-1]) + 1) > config.batch_tokens:
-                batches.append([])
-            batches[-1].append(pair)
-        order.shuffle(batches)
-        for batch in batches:
-            yield _padded([tokens for tokens, _ in batch], 0), _padded([labels for _, labels in batch], IGNORED)
+    imitate(language_model.model, config, examples(CAREFUL), examples(HASTY), progress)
 
 
 def tags(language_model: LanguageModel) -> TagsFormat:
@@ -128,10 +77,6 @@ def encode(
         labels += [*call, *[IGNORED] * len(result)]
     answer = written(f"<answer> {demonstration.answer}</answer>")
     return [*tokens, *answer], [*labels, *answer]
-
-
-def _padded(rows: list[list[int]], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
 def _texts() -> Iterator[str]:
