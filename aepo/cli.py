@@ -233,10 +233,14 @@ def main() -> None:
 
 
 def _train(config: Config, resume_step: int | None, overwrite: bool, another_agent: bool) -> None:
+    from aepo.advantages import advantage_settings
     from aepo.own_loss import own_loss, try_own_loss
+    from aepo.rollout.branching import branch_rule
     from aepo.run_log import refuse_existing_run, remove_run
 
     directory = Path(config.run.dir)  # what is wrong with it is said before minutes of work on the model
+    advantage_settings(config.policy)
+    branch_rule(config.rollout)
     if config.policy.loss is not None:
         import torch
 

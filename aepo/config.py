@@ -461,7 +461,8 @@ def _apply(changes: Sequence[tuple[str, Any, str]]) -> Config:
         if name not in known:
             raise ValueError(f"unknown key {name!r}{where}{_suggestion(name, list(known))}; `aepo keys` lists all keys")
     sections: dict[str, Any] = {}
-    for name, value, where in changes:
+    last = {name: (value, where) for name, value, where in changes}  # lists and mappings are replaced as a whole
+    for name, (value, where) in last.items():
         section, _, setting = name.partition(".")
         before = sections.get(section, OmegaConf.structured(typing.get_type_hints(Config)[section]))
         hint = _hint(section, setting)
@@ -471,7 +472,7 @@ def _apply(changes: Sequence[tuple[str, Any, str]]) -> Config:
             value = float(value)  # which a union of other types would refuse
         try:
             sections[section] = OmegaConf.merge(before, {setting: value})
-        except OmegaConfBaseException:
+        except (OmegaConfBaseException, TypeError):  # TypeError: a list for a mapping, or the other way round
             hint = _value_suggestion(typing.get_type_hints(Config)[section], setting, value)
             raise ValueError(f"{name} = {value!r}{where}: expected {known[name].expected}{hint}") from None
     made: dict[str, Any] = {section: OmegaConf.to_object(settings) for section, settings in sections.items()}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from aepo.agents.agent import Agent
 from aepo.agents.formats.make import make_format
 from aepo.agents.protocol import RewardFunction, Task
+from aepo.agents.rewards.builtin import BUILTIN
 from aepo.agents.rewards.make import make_rewards
 from aepo.agents.tasks.facts.warmstart import warm_started
 from aepo.agents.tools.environment import EnvironmentTools
@@ -20,7 +22,7 @@ from aepo.config import Config, ModelConfig, TaskConfig, WarmStartConfig
 from aepo.models.language_model import LanguageModel
 from aepo.models.small import Progress
 from aepo.models.smollm2 import model_directory
-from aepo.registry import resolve
+from aepo.registry import place_of, resolve
 
 
 def load_model(
@@ -62,6 +64,7 @@ def load_task(settings: TaskConfig) -> Task:
     elif settings.name == "reasoning_gym":
         from aepo.agents.tasks.reasoning_gym import ReasoningGymTask
 
+        _check_options(ReasoningGymTask, settings.options)
         task = ReasoningGymTask(**{"seed": settings.seed, **settings.options})
     else:
         raise ValueError(
@@ -108,7 +111,13 @@ def load_agent(config: Config, language_model: LanguageModel, task: Task | None 
 def _rewards(settings: TaskConfig, task: Task, environment: type | None) -> Mapping[RewardFunction, float]:
     """Those of the settings, else the task's, else what the environment says."""
     if settings.rewards is not None:
-        return make_rewards(settings.rewards)
+        named = make_rewards(settings.rewards)
+        if BUILTIN["environment"] in named and not hasattr(environment, "get_reward"):
+            raise ValueError(
+                f"task.rewards = {settings.rewards!r}: expected an environment with a method get_reward() for the "
+                f"reward environment, got {'none' if environment is None else environment.__name__}"
+            )
+        return named
     found = task.rewards or (make_rewards("environment") if hasattr(environment, "get_reward") else {})
     if not found:
         raise ValueError(
@@ -121,21 +130,31 @@ def _own_task(settings: TaskConfig) -> Task:
     cls = resolve(settings.name, "task.name")
     if not (isinstance(cls, type) and issubclass(cls, Task)):
         raise ValueError(f"task.name = {settings.name!r}: expected a class derived from aepo.agents.protocol.Task")
-    try:
-        inspect.signature(cls).bind(**settings.options)
-    except TypeError as error:
-        signature = f"{cls.__name__}{inspect.signature(cls)}"
-        raise ValueError(f"task.options = {settings.options!r}: expected arguments of {signature}: {error}") from None
+    _check_options(cls, settings.options)
     try:
         return cls(**settings.options)
     except Exception as error:  # whatever the user's code does
-        raise ValueError(f"task.name = {settings.name!r}: making it failed: {type(error).__name__}: {error}") from error
+        problem = f"{type(error).__name__}: {error}{place_of(error, cls)}"
+        raise ValueError(f"task.name = {settings.name!r}: making it failed: {problem}") from error
+
+
+def _check_options(cls: type[Task], options: Mapping[str, Any]) -> None:
+    """ValueError: they are no arguments of the class."""
+    try:
+        inspect.signature(cls).bind(**options)
+    except TypeError as error:
+        signature = f"{cls.__name__}{inspect.signature(cls)}"
+        raise ValueError(f"task.options = {options!r}: expected arguments of {signature}: {error}") from None
 
 
 def _text_or_file(text: str) -> str:
     """A path of a text file stands for what is in it."""
     path = Path(text).expanduser()
     try:
-        return path.read_text(encoding="utf-8") if "\n" not in text and path.is_file() else text
-    except OSError as error:
+        if "\n" not in text and path.is_file():
+            return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"task.system = {text!r}: the file cannot be read: {error}") from None
+    if path.suffix in (".txt", ".md") and not any(map(str.isspace, text)):  # nobody tells a model only that
+        raise ValueError(f"task.system = {text!r}: there is no such file, in {Path.cwd()}")
+    return text

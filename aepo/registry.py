@@ -72,7 +72,8 @@ def plain(function: Any) -> Any:
 
 def place_of(error: BaseException, function: Any) -> str:
     """The line of the function's file where the error came from, in words; "" where it has none."""
-    code = getattr(plain(function), "__code__", None)
+    found = plain(function)
+    code = getattr(found.__init__ if isinstance(found, type) else found, "__code__", None)  # type: ignore[misc]
     lines = [f for f in traceback.extract_tb(error.__traceback__) if code and f.filename == code.co_filename]
     return f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
 

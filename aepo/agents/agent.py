@@ -65,20 +65,27 @@ def agent_facts(agent: Agent) -> dict[str, Any]:
             "name": agent.task.name,
             "train_questions": len(agent.task.train),
             "heldout_questions": len(agent.task.heldout),
+            "system": agent.task.system,
             "data": dict(agent.task.identity),
         },
         "format": dict(agent.format.identity),
         "tools": [schema["function"]["name"] for schema in (environment or agent.toolbox).schemas],
         "environment": None if environment is None else environment.name,
-        "rewards": {plain(function).__qualname__: weight for function, weight in agent.rewards.items()},
+        "rewards": {_full_name(function): weight for function, weight in agent.rewards.items()},
     }
+
+
+def _full_name(function: RewardFunction) -> str:
+    """As settings name it: functions of one name in two modules are two."""
+    found = plain(function)
+    return f"{found.__module__}:{found.__qualname__}"
 
 
 def changes(recorded: Mapping[str, Any], present: Mapping[str, Any], prefix: str = "") -> list[str]:
     """What of `present` (`agent_facts`) is not as it was recorded in run.json, each with what was and what is."""
     found = []
-    for key, now in present.items():
-        was, name = recorded.get(key), f"{prefix}{key}"
+    for key in dict.fromkeys([*recorded, *present]) if prefix else present:  # run.json knows more than the agent
+        was, now, name = recorded.get(key), present.get(key), f"{prefix}{key}"
         if isinstance(was, Mapping) and isinstance(now, Mapping):
             found += changes(was, now, f"{name}.")
         elif was != now:

@@ -13,7 +13,7 @@ from aepo.agents.formats.chat_template import ChatTemplate, ToolSchema
 from aepo.agents.formats.tags import TagsFormat
 from aepo.agents.protocol import ChatFormat
 from aepo.config import FormatConfig
-from aepo.registry import resolve
+from aepo.registry import place_of, resolve
 
 NEEDED = ("name", "eos_ids", "stop_strings", "vocab_size", "prompt_tokens", "read", "result_tokens", "decode")
 
@@ -109,7 +109,14 @@ def _own(
 ) -> ChatFormat:
     if ":" not in settings.name:
         raise ValueError(f"format.name = {settings.name!r}: expected auto, chat, tags, or package.module:Class")
-    made = resolve(settings.name, "format.name")(settings, language_model, schemas, tool_instructions=tool_instructions)
+    cls = resolve(settings.name, "format.name")
+    if not callable(cls):
+        raise ValueError(f"format.name = {settings.name!r}: expected a class; it is of type {type(cls).__name__}")
+    try:
+        made = cls(settings, language_model, schemas, tool_instructions=tool_instructions)
+    except Exception as error:  # whatever the user's code does
+        problem = f"{type(error).__name__}: {error}{place_of(error, cls)}"
+        raise ValueError(f"format.name = {settings.name!r}: making it failed: {problem}") from error
     missing = [attribute for attribute in NEEDED if not hasattr(made, attribute)]
     if missing:
         raise ValueError(

@@ -54,6 +54,8 @@ class FilesTask(Task):
         rows = {
             split: [(s, number, row) for s in found for number, row in s.rows()] for split, found in sources.items()
         }
+        if empty := next((split for split, found in rows.items() if not found), None):
+            raise ValueError(f"task.{empty}: expected at least one row, got none")
         self.columns = choose_columns(
             columns or {}, (row for found in rows.values() for _, _, row in found if isinstance(row, dict))
         )
@@ -128,7 +130,7 @@ def _prompt_key(question: Question) -> str:
 
 
 def _questions(rows: Sequence[_Row], columns: Mapping[Role, str | None], split: Split) -> list[Question]:
-    """ValueError: some rows cannot be used, or there is none."""
+    """ValueError: some rows cannot be used."""
     names = dict.fromkeys(name for _, _, row in rows if isinstance(row, dict) for name in row)
     questions: list[Question] = []
     bad: list[str] = []
@@ -147,8 +149,6 @@ def _questions(rows: Sequence[_Row], columns: Mapping[Role, str | None], split: 
     if bad:
         more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         raise ValueError(f"task.{split}: {len(bad)} of {len(rows)} rows cannot be used: {'; '.join(bad[:SHOWN])}{more}")
-    if not questions:
-        raise ValueError(f"task.{split}: expected at least one row, got none")
     return questions
 
 
