@@ -90,7 +90,11 @@ def test_questions_are_those_that_are_asked_for(trained: Path, tmp_path: Path) -
     answers = tmp_path / "answers.jsonl"
     record = evaluated(trained, "--questions", "3", "--answers", answers)
     assert (record["questions"], record["changed"]) == (3, {"eval.questions": 3})
-    assert [line["question"]["id"] for line in read_records(answers)] == ["q0", "q202", "q505"]
+    assert [line["question"]["id"] for line in read_records(answers)] == [
+        "q202",
+        "q303",
+        "q707",
+    ]
     assert evaluated(trained, "eval.questions=2")["questions"] == 2
 
 
@@ -120,9 +124,9 @@ def test_another_agent_than_the_run_was_trained_with(
     assert refused.output.startswith(f"error: {trained}: the run was trained with another agent: ")
     assert "task.heldout_questions was 8 and is 5" in refused.output
     assert len(refused.output.splitlines()) == 1
-    meant = run("eval", trained, "task.heldout=other.jsonl")
+    meant = run("eval", trained, "task.seed=5")
     assert meant.exit_code == 0, meant.output
-    assert "set here: task.heldout = 'other.jsonl' (the run: None)" in meant.output
+    assert "set here: task.seed = 5 (the run: 0)" in meant.output
     assert "not as in the run: task.heldout_questions was 8 and is 5" in meant.output
 
 
@@ -202,7 +206,7 @@ def test_rollouts_without_training(trained: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "set here: rollout.paths = 4 (the run: 2)" in done.output
     trees = json.loads((out / "trees" / "step_000002.json").read_text())
-    assert [entry["tree"]["question"]["id"] for entry in trees["trees"]] == ["q0", "q2", "q5"]
+    assert [entry["tree"]["question"]["id"] for entry in trees["trees"]] == ["q2", "q3", "q7"]
     assert all(len(entry["tree"]["paths"]) == len(entry["rewards"]) == 4 for entry in trees["trees"])
     assert trees["vocab_size"] == ToyLanguageModel().vocab_size
     answers = read_records(out / "answers.jsonl")
