@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -171,36 +173,41 @@ def test_every_path_on_vllm_continues_its_own_world(engines, saver, language_mod
 @pytest.mark.slow
 def test_commands_with_vllm_give_what_they_give_without(saver, tmp_path) -> None:
     """`aepo eval` on both engines, and `aepo rollout` of a model with tags, at the same time."""
-    numbers, answers = tmp_path / "numbers", tmp_path / "answers"
-    ours = ["vllm", "huggingface"]
-    started = {
-        name: start(
+    names, out = ["vllm", "huggingface"], tmp_path / "out"
+    started = [
+        start(
             "eval", saver, *settings(saver, PAY, f"rollout.engine={name}"),
-            "--json", f"{numbers}-{name}", "--answers", f"{answers}-{name}",
+            "--json", "-", "--answers", tmp_path / name, stderr=subprocess.PIPE,
         )
-        for name in ours
-    }  # fmt: skip
-    out = tmp_path / "out"
-    started["tiny"] = start(
+        for name in names
+    ]  # fmt: skip
+    tiny = start(
         "rollout", "tiny", *settings(saver, PAY, "rollout.engine=vllm", "rollout.max_tokens=40"),
         "warm_start.steps=2", f"model.cache_dir={tmp_path / 'cache'}", "--out", out, "--questions", "2",
     )  # fmt: skip
-    for process in started.values():
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-        assert wait_until(lambda process=process: not members(process.pid), 20), members(process.pid)
+    numbers, expected = (json.loads(finished(process)) for process in started)  # and nothing else on standard output
+    assert list(numbers) == list(expected)
+    same = numbers.keys() - {"seconds", "changed"}
+    assert {key: numbers[key] for key in same} == pytest.approx({key: expected[key] for key in same})
+    assert numbers["tool_calls"] > 1
+    answers, expected = (read_records(tmp_path / name) for name in names)
+    assert [line["question"]["id"] for line in answers] == list(PLANS)
+    assert texts(answers) == texts(expected)
 
-    one, other = (json.loads(Path(f"{numbers}-{name}").read_text()) for name in ours)
-    assert list(one) == list(other)
-    same = one.keys() - {"seconds", "changed"}
-    assert {key: one[key] for key in same} == pytest.approx({key: other[key] for key in same})
-    assert one["tool_calls"] > 1
-    one, other = (read_records(Path(f"{answers}-{name}")) for name in ours)
-    assert [line["question"]["id"] for line in one] == list(PLANS)
-    assert [[sample["text"] for sample in line["samples"]] for line in one] == [
-        [sample["text"] for sample in line["samples"]] for line in other
-    ]
+    finished(tiny)
     (trees,) = (out / "trees").glob("*.json")
     assert [len(one["tree"]["paths"]) for one in json.loads(trees.read_text())["trees"]] == [4, 4]
     assert len(read_records(out / "answers.jsonl")) == 2
     assert (out / "rollout.html").is_file()
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    """What it wrote to standard output; it has succeeded and left no process."""
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, (output, errors)
+    assert wait_until(lambda: not members(process.pid), 20), members(process.pid)
+    return output
+
+
+def texts(answers: list[dict[str, Any]]) -> list[list[str]]:
+    return [[sample["text"] for sample in line["samples"]] for line in answers]

@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 LOGPROBS_MODE = "processed_logprobs"  # of vLLM: at the request's temperature
+# Of vLLM's processes, where the user has not said otherwise.
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "WARNING",  # 100 lines at a start, between those of the trainer
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output is the command's, and may be JSON
+}
 ABORTS = 3  # of one request, by whoever else steers the engine, before the rollout is given up
 
 FinishReason = Literal["stop", "eos", "length", "abort"]
@@ -164,7 +169,8 @@ class VLLMEngine:
         model_dir: weights, configuration and tokenizer, as transformers saves them. model: the one being trained, whose
         weights `refresh` sends; None: they never change. ModuleNotFoundError: vLLM is not installed.
         """
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # 100 lines at a start, between those of the trainer
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         from aepo.rollout.engines.vllm_local import start_replicas
 
         loop = LoopThread()
