@@ -149,7 +149,7 @@ class Task:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.name = cls.name or cls.__name__
+        cls.name = cls.__dict__.get("name") or cls.__name__  # not that of a class between
 
     def reward(self, question: Question, response: Response) -> RewardValue | Awaitable[RewardValue]:
         """Score one path."""

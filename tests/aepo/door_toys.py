@@ -14,7 +14,7 @@ from typing import Any
 
 import format_templates
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
 from aepo import cli
@@ -168,7 +168,7 @@ def length(question, response):
 
 def calls(prompts, completion_ids, answer, **columns):
     """Of all paths of a question; TRL's. It does not apply to short ones."""
-    values = [None if len(ids) % 3 == 0 else float(len(ids) + answer[0]) for ids in completion_ids]
+    values = [None if len(ids) % 3 == 0 else float(len(ids) + int(answer[0])) for ids in completion_ids]
     SEEN.extend(("calls", columns["id"][0], value) for value in values)
     return values
 
@@ -241,6 +241,17 @@ class Box:
         """
 
 
+def move_far(by: int) -> int:
+    """Move.
+
+    Args:
+        by: how far
+    """
+
+
+move_far.__name__ = "move"
+
+
 class Clock:
     def reset(self, **row):
         """It says nothing."""
@@ -266,6 +277,11 @@ class WantsColour(World):
 class NoWorld:
     def move(self) -> str:
         """Move."""
+
+
+class BrokenParser:
+    def __init__(self):
+        raise RuntimeError("no parser")
 
 
 class NoFormat:
@@ -371,9 +387,9 @@ def write_rows(path: Path, count: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def save_chat_model(directory: Path, family: str) -> None:
-    """One layer of random weights, with the tokenizer and chat template of a family."""
-    tokenizer = format_templates.family(family)
+def save_chat_model(directory: Path, family: str | PreTrainedTokenizerFast) -> None:
+    """One layer of random weights, with the tokenizer and chat template of a family, or this tokenizer."""
+    tokenizer = format_templates.family(family) if isinstance(family, str) else family
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
