@@ -70,7 +70,6 @@ def load_task(settings: TaskConfig) -> Task:
         raise ValueError(
             f"task.name = {settings.name!r}: expected facts, files, reasoning_gym, or package.module:Class"
         )
-    task.name = task.name or type(task).__name__
     for split, questions in (("training", task.train), ("held-out", task.heldout)):
         if len(questions) == 0:
             raise ValueError(f"task.name = {settings.name!r}: expected at least one {split} question, it has none")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from aepo.agents.protocol import ChatFormat, RewardFunction, Session, Task
+from aepo.agents.protocol import ChatFormat, RewardFunction, Session, Task, blamed
 from aepo.registry import plain
 from aepo.types import Message, Question, TokenIds
 
@@ -38,8 +38,12 @@ class Agent:
 
     def prompt_tokens(self, question: Question, observation: str | None = None) -> TokenIds:
         """What the model reads first. observation: what the environment's reset returned."""
-        messages = self.task.messages(question, chat=self.chat)
-        return self.format.prompt_tokens(messages if observation is None else _with(messages, observation))
+        with blamed(f"task {self.task.name}: messages of question {question.id!r}", self.task.messages):
+            messages = self.task.messages(question, chat=self.chat)
+        try:
+            return self.format.prompt_tokens(messages if observation is None else _with(messages, observation))
+        except ValueError as error:
+            raise ValueError(f"question {question.id!r}: {error}") from error
 
     def close(self) -> None:
         """End what the tools hold. May be called twice."""

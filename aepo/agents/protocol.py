@@ -5,11 +5,13 @@ A setting names one as "package.module:Name" (`aepo.registry`), so a newcomer's 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from aepo.registry import place_of
 from aepo.types import Message, Question, Response, Reward, TokenIds, ToolCall, ToolResult, Turn
 
 RewardValue = float | Reward | None
@@ -20,6 +22,18 @@ RewardFunction = Callable[..., Any]
 
 class AgentError(RuntimeError):
     """The user's own code failed: a reward, an environment, a format, a rule. It says which, where, and how."""
+
+
+@contextlib.contextmanager
+def blamed(what: str, function: Any) -> Iterator[None]:
+    """What the user's function raises becomes an AgentError, with the line of their file. what: how messages begin."""
+    try:
+        yield
+    except AgentError:
+        raise
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}{place_of(error, function)}"
+        raise AgentError(f"{what} failed: {problem}") from error
 
 
 class ToolError(Exception):
@@ -135,7 +149,7 @@ class Task:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.name = cls.name or cls.__name__
+        cls.name = cls.__dict__.get("name") or cls.__name__  # not that of a class between
 
     def reward(self, question: Question, response: Response) -> RewardValue | Awaitable[RewardValue]:
         """Score one path."""

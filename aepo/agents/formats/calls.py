@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from aepo.registry import resolve
+from aepo.registry import place_of, resolve
 from aepo.types import ToolCall
 
 Schemas = Mapping[str, Mapping[str, Any]]
@@ -234,8 +234,13 @@ def find_parser(name: str) -> CallParser:
         raise ValueError(
             f"format.calls = {name!r}: expected auto, {', '.join(PARSERS)}, or package.module:Name of your own parser"
         )
-    found = resolve(name, "format.calls")
-    parser: Any = found() if isinstance(found, type) else found
+    parser: Any = resolve(name, "format.calls")
+    if isinstance(parser, type):
+        try:
+            parser = parser()
+        except Exception as error:  # whatever the user's code does
+            problem = f"{type(error).__name__}: {error}{place_of(error, parser)}"
+            raise ValueError(f"format.calls = {name!r}: making one without arguments failed: {problem}") from error
     if not callable(parser):
         raise ValueError(f"format.calls = {name!r}: expected a parser (text, schemas) -> (content, calls)")
     return parser

@@ -8,12 +8,15 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from aepo.agents.formats.answers import STYLES, THINK, thinking_ends, without_thinking
-from aepo.agents.formats.calls import find_parser
+from aepo.agents.formats.calls import Parsed, find_parser
 from aepo.agents.formats.chat_template import ChatTemplate, ToolSchema
 from aepo.agents.formats.continuation import Continuation
 from aepo.agents.formats.self_test import find_call_parser, rewritten_history
 from aepo.agents.formats.text import Protect, TextTokenizer
+from aepo.agents.protocol import blamed
 from aepo.types import Message, TokenIds, ToolResult, Turn
+
+SHOWN_CHARS = 80  # of a text that a parser failed on
 
 
 class ChatTemplateFormat:
@@ -87,12 +90,18 @@ class ChatTemplateFormat:
         outside = without_thinking(whole)
         if not ended:
             return Turn(text, outside.strip(), well_formed=False)
-        content, calls = self._parse(outside, self._schemas) if self.calls else (outside.strip(), ())
+        content, calls = self._said(outside) if self.calls else (outside.strip(), ())
         well_formed = thinking_ends(whole) and all(call.problem is None for call in calls)
         if calls:
             return Turn(text, content, calls, well_formed=well_formed)
         answer = self._find_answer(content)
         return Turn(text, content, (), True, answer, well_formed and answer is not None)
+
+    def _said(self, text: str) -> Parsed:
+        """What is said, and the calls. AgentError: a parser of the user's own failed."""
+        with blamed(f"format.calls: {self.calls}, for {text[:SHOWN_CHARS]!r},", self._parse):
+            content, calls = self._parse(text, self._schemas)
+            return content, tuple(calls)
 
     def result_tokens(self, turn: Turn, results: Sequence[ToolResult]) -> TokenIds:
         """What comes behind the end-of-turn token, which the model wrote: only such a turn has calls."""

@@ -10,12 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from aepo.agents.formats.chat import ChatTemplateFormat
 from aepo.agents.formats.chat_template import ChatTemplate, ToolSchema
+from aepo.agents.formats.own import OwnFormat
 from aepo.agents.formats.tags import TagsFormat
 from aepo.agents.protocol import ChatFormat
 from aepo.config import FormatConfig
 from aepo.registry import place_of, resolve
-
-NEEDED = ("name", "eos_ids", "stop_strings", "vocab_size", "prompt_tokens", "read", "result_tokens", "decode")
 
 
 class TokenModel(Protocol):
@@ -60,7 +59,6 @@ def make_format(
     else:
         made = _own(settings, language_model, schemas, tool_instructions)
     calls = getattr(made, "calls", None)
-    made.warnings = tuple(getattr(made, "warnings", ()))  # one of your own need not have any
     made.chosen = f"format {name}{f', calls as {calls}' if calls else ''}: {reason}"
     made.identity = {
         "name": name,
@@ -117,12 +115,7 @@ def _own(
     except Exception as error:  # whatever the user's code does
         problem = f"{type(error).__name__}: {error}{place_of(error, cls)}"
         raise ValueError(f"format.name = {settings.name!r}: making it failed: {problem}") from error
-    missing = [attribute for attribute in NEEDED if not hasattr(made, attribute)]
-    if missing:
-        raise ValueError(
-            f"format.name = {settings.name!r}: expected a ChatFormat, {type(made).__name__} has no {', '.join(missing)}"
-        )
-    return made
+    return OwnFormat(made, f"format.name = {settings.name!r}")
 
 
 def _digest(tokenizer: PreTrainedTokenizerBase, schemas: Sequence[ToolSchema]) -> str | None:

@@ -73,6 +73,7 @@ class TagsFormat:
     """
 
     name = "tags"
+    warnings: tuple[str, ...] = ()
 
     def __init__(
         self,

@@ -105,10 +105,12 @@ class GroupReward:
     async def _settle(self, outputs: Sequence[Any], question: Question) -> list[Any]:
         """Wait for all, also where one fails: nothing of the user's runs on afterwards."""
 
-        async def value(output: Any) -> Any:
-            return await output if inspect.isawaitable(output) else output
+        async def ready(output: Any) -> Any:
+            return output
 
-        settled = await asyncio.gather(*map(value, outputs), return_exceptions=True)
+        # Awaited as they are: where all of this is cancelled before it begins, Python would miss those inside another.
+        waited = (output if inspect.isawaitable(output) else ready(output) for output in outputs)
+        settled = await asyncio.gather(*waited, return_exceptions=True)
         for index, output in enumerate(settled):
             if isinstance(output, Exception):
                 raise self._failed(output, question, index) from output

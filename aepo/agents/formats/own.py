@@ -1,0 +1,64 @@
+"""A chat format of the user's own: what it raises, or returns that is none of what it should, is named as theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from aepo.agents.protocol import AgentError, ChatFormat, blamed
+from aepo.types import Message, TokenIds, ToolResult, Turn
+
+NEEDED = ("name", "eos_ids", "stop_strings", "vocab_size", "prompt_tokens", "read", "result_tokens", "decode")
+
+
+class OwnFormat:
+    """Implements `ChatFormat` with the methods of `made`. ValueError, in one line: it lacks some."""
+
+    identity: Mapping[str, Any]  # these two are set by who makes the format
+    chosen: str
+
+    def __init__(self, made: Any, setting: str) -> None:
+        missing = [attribute for attribute in NEEDED if not hasattr(made, attribute)]
+        if missing:
+            raise ValueError(f"{setting}: expected a ChatFormat, {type(made).__name__} has no {', '.join(missing)}")
+        self._made: ChatFormat = made
+        self._setting = setting
+        self.name = made.name
+        self.eos_ids = tuple(made.eos_ids)
+        self.stop_strings = tuple(made.stop_strings)
+        self.vocab_size = made.vocab_size
+        self.calls = getattr(made, "calls", None)
+        self.warnings = tuple(getattr(made, "warnings", ()))  # it need not have any
+
+    def prompt_tokens(self, messages: Sequence[Message]) -> TokenIds:
+        return self._tokens(self._made.prompt_tokens, messages)
+
+    def read(self, token_ids: Sequence[int], finish_reason: Literal["stop", "eos", "length"]) -> Turn:
+        turn = self._call(self._made.read, token_ids, finish_reason)
+        if not isinstance(turn, Turn):
+            raise AgentError(f"{self._setting}: read returned {turn!r}, expected a Turn")
+        return turn
+
+    def result_tokens(self, turn: Turn, results: Sequence[ToolResult]) -> TokenIds:
+        return self._tokens(self._made.result_tokens, turn, results)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._call(self._made.decode, token_ids))
+
+    def _call(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        with blamed(f"{self._setting}: {method.__name__}", method):
+            return method(*arguments)
+
+    def _tokens(self, method: Callable[..., Any], *arguments: Any) -> TokenIds:
+        found = self._call(method, *arguments)
+        try:
+            tokens = tuple(map(int, found))
+        except (TypeError, ValueError):
+            tokens = ()
+        if not tokens or min(tokens) < 0 or max(tokens) >= self.vocab_size:
+            shown = repr(found) if len(repr(found)) <= 80 else f"{repr(found)[:77]}..."
+            raise AgentError(
+                f"{self._setting}: {method.__name__} returned {shown}, expected one or more tokens from 0 to "
+                f"{self.vocab_size - 1}"
+            )
+        return tokens
