@@ -214,7 +214,7 @@ def test_rollouts_without_training(trained: Path, tmp_path: Path) -> None:
         reward["total"] for reward in trees["trees"][1]["rewards"]
     ]
     page = (out / "rollout.html").read_text()
-    assert "q5" in page
+    assert "q7" in page
     assert f"look at {out / 'rollout.html'}" in done.output
     success = sum(sample["success"] for line in answers for sample in line["samples"]) / 12
     assert ["success", f"{success:.3f}"] in [line.split() for line in done.output.splitlines()]
