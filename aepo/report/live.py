@@ -6,13 +6,14 @@ at the files' times. Nothing but the page can be asked for.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from aepo.report import encoded, named_runs, render
+from aepo.report.page import encoded, named_runs, render
 from aepo.report.reader import NothingYet, read_run
 
 HERE = ("127.0.0.1", "localhost")
@@ -20,6 +21,17 @@ FILES = ("run.json", "config.yaml", "metrics.jsonl", "evals.jsonl", "trees/step_
 WAITING = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="2">
 <meta name="color-scheme" content="light dark"><title>waiting</title><p>Nothing to report yet: no step and no evaluation
 has finished. This page looks again every two seconds.</p></html>"""
+
+
+def serve_report(runs: Sequence[Path], port: int = 8765) -> None:
+    """Serve the page at http://127.0.0.1:PORT until Ctrl-C; it follows the run directories while the runs go on.
+
+    port 0: any free one. ValueError: as `write_report`, but a run may have nothing to show yet; or the port is taken.
+    """
+    with make_server(runs, port) as server:
+        print(f"live report: http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 class LiveReport:

@@ -10,23 +10,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
 from aepo.agents.protocol import AgentError, Session
 from aepo.config import RolloutConfig
-from aepo.rollout.branching import BranchPoint, BranchRule, decide_branch, decide_budget, mean_entropy
-from aepo.rollout.engine import Engine, Generation, GenerationRequest
-from aepo.rollout.seeding import derive_seed, derive_uniform
-from aepo.rollout.tree import TreeBuilder, check_tree, flatten
+from aepo.rollout.branching import BranchRule
+from aepo.rollout.engine import Engine, Generation
+from aepo.rollout.growth import Growth, PathState
 from aepo.types import (
-    BranchDecision,
-    BudgetDecision,
     FinishReason,
-    Path,
     Question,
     RolloutTree,
     TokenIds,
@@ -132,7 +126,7 @@ class Sampler:
         """
         if len({question.id for question in questions}) < len(questions):
             raise ValueError("questions must have different ids within one rollout")
-        growths: list[_Growth] = []
+        growths: list[Growth] = []
         sessions = await self._first_sessions(questions)
         try:
             growths += [self._growth(*pair, seed) for pair in zip(questions, sessions, strict=True)]
@@ -156,7 +150,7 @@ class Sampler:
                 raise error
         return sessions
 
-    def _growth(self, question: Question, session: Session, seed: int) -> _Growth:
+    def _growth(self, question: Question, session: Session, seed: int) -> Growth:
         prompt = self._agent.prompt_tokens(question, session.observation)
         positions, shared = self._engine.max_positions, self._agent.stateless is not None
         if len(prompt) >= positions:
@@ -165,222 +159,7 @@ class Sampler:
                 f"{positions} positions"
             )
         log_vocabulary = math.log(self._agent.format.vocab_size)
-        return _Growth(question, prompt, session, shared, self._config, self._rule, log_vocabulary, positions, seed)
-
-
-@dataclass(slots=True)
-class _PathState:
-    """A path that is being sampled. `stream` seeds it: a hash of where it comes from, not of when it was started."""
-
-    stream: int
-    node: int  # prompt or tool node from which the next segment starts
-    id: int = -1  # set when it begins
-    session: Session | None = None  # what its calls run in; set when it begins
-    step: int = 0  # model segments so far = tool nodes read so far
-    calls: int = 0  # tool results so far
-    initial_entropy: float = math.nan  # of the first segment; set before it is used
-    consecutive: int = 0  # steps in a row, up to now, that branched
-    parent: _PathState | None = None
-    branch_node: int | None = None
-    decision: int | None = None  # index of the one that this path branched by
-    undecided: deque[tuple[int, int, int]] = field(default_factory=deque)  # (tool node, step, segment after it)
-
-
-class _Growth:
-    """One question on its way to k paths: all rules, no waiting.
-
-    `ready` are the paths that want the model, `opening` those that want a session of their own first.
-    """
-
-    def __init__(
-        self,
-        question: Question,
-        prompt: TokenIds,
-        session: Session,
-        shared: bool,
-        config: RolloutConfig,
-        rule: BranchRule | None,
-        log_vocabulary: float,
-        max_positions: int,
-        seed: int,
-    ) -> None:
-        self.builder = TreeBuilder(question, prompt)
-        # A path ends where it has used up its own tokens or the engine's context.
-        self._max_length = min(len(prompt) + config.max_tokens, max_positions)
-        self.ready: list[_PathState] = []
-        self.opening: list[_PathState] = []
-        self.finished: dict[int, Path] = {}
-        self.paths = config.paths
-        self.sessions = [] if shared else [session]  # to be closed
-        self._first_session: Session | None = session
-        self.observation = session.observation
-        self._shared = session if shared else None
-        self._config = config
-        self._rule = rule
-        self._log_vocabulary = log_vocabulary
-        self._stream = derive_seed(seed, question.id)
-        self._started = 0  # paths, finished ones and those that wait for a session included
-        self._begun = 0  # those that have a session; their ids are 0, 1, ...
-        self._fresh = 0
-        self._decisions: list[BranchDecision] = []
-        self._budget: BudgetDecision | None = None
-        self._probing = config.fresh_paths is None
-        self._probe: _PathState | None = None  # the path that went ahead, once it has ended
-        # With pre-monitoring the first path goes ahead alone: what it meets decides how many more start fresh.
-        self._start_fresh(config.fresh_paths or 1)
-
-    @property
-    def complete(self) -> bool:
-        return len(self.finished) == self.paths
-
-    def tree(self) -> RolloutTree:
-        tree = self._built()
-        check_tree(tree, self.paths)
-        return tree
-
-    def finished_trajectories(self) -> list[Trajectory]:
-        """Of a tree that will not be completed."""
-        part = self._built()
-        return [flatten(part, index) for index in range(len(part.paths))]
-
-    def _built(self) -> RolloutTree:
-        paths = [self.finished[index] for index in sorted(self.finished)]
-        return self.builder.build(paths, self._decisions, self._budget)
-
-    def begin(self, path: _PathState, session: Session) -> None:
-        """The path has what its calls run in."""
-        path.id, path.session = self._begun, session
-        self._begun += 1
-        self.ready.append(path)
-
-    def refuse(self, path: _PathState) -> None:
-        """No environment can be brought into the state that the path would begin in: there is no branch there."""
-        assert path.decision is not None
-        self._decisions[path.decision] = replace(self._decisions[path.decision], branched=False, refused=True)
-        self._started -= 1
-        self._start_what_is_left()
-
-    def request(self, path: _PathState, stop: tuple[str, ...]) -> GenerationRequest:
-        return GenerationRequest(
-            token_ids=self.builder.tokens_to(path.node),
-            max_new_tokens=min(self._max_length - self.builder.length_to(path.node), self._config.max_segment_tokens),
-            temperature=self._config.temperature,
-            seed=derive_seed(path.stream, "segment", path.step),
-            stop=stop,
-            group=self.builder.question.id,
-        )
-
-    def add_segment(self, path: _PathState, generation: Generation) -> int:
-        """The path's next segment is there: its node, and the branch decision about the tool node before it."""
-        node = self.builder.add_generation(path.node, generation)
-        if path.step == 0:
-            path.initial_entropy = mean_entropy(generation.entropies, self._config.entropy_window)
-        elif path.node != path.branch_node:
-            path.undecided.append((path.node, path.step, node))
-        if not self._probing:
-            # The path that went ahead takes its turn at every step with the others. Judged at once when its budget is
-            # known it would use up the room: half of all branches left it (16 paths of up to 8 calls, random agent).
-            if self._probe is not None:
-                self._decide(self._probe, path.step)
-            self._decide(path, path.step)
-        path.step += 1
-        return node
-
-    def may_call(self, path: _PathState, calls: int) -> bool:
-        return path.calls + calls <= self._config.max_tool_calls
-
-    def add_results(
-        self, path: _PathState, segment: int, tokens: TokenIds, turn: Turn, results: Sequence[ToolResult]
-    ) -> bool:
-        """The path reads the results and goes on; False: no token could be written after them."""
-        if self.builder.length_to(segment) + len(tokens) >= self._max_length:
-            return False
-        path.node = self.builder.add_results(segment, tokens, turn.calls, results)
-        path.calls += len(results)
-        self.ready.append(path)
-        return True
-
-    def finish(self, path: _PathState, leaf: int, reason: FinishReason, reward: float | None) -> None:
-        """reward: what the path's environment says."""
-        parent = None if path.parent is None else path.parent.id
-        self.finished[path.id] = Path(path.id, leaf, parent, path.branch_node, reason, reward)
-        if self._probing:
-            self._probing = False
-            window = self._config.entropy_window
-            after_tools = [mean_entropy(self._entropies(segment), window) for _, _, segment in path.undecided]
-            self._budget = decide_budget(path.initial_entropy, after_tools, self._config)
-            self._start_fresh(self._budget.fresh_paths - 1)
-            self._probe = path
-        self._start_what_is_left()
-
-    def _start_what_is_left(self) -> None:
-        while self._all_ended and self._probe is not None and self._probe.undecided:
-            self._decide(self._probe, self._probe.undecided[0][1])  # nobody else has come as far
-        if self._all_ended:  # what branching did not use starts fresh
-            self._start_fresh(self.paths - self._started)
-
-    @property
-    def _all_ended(self) -> bool:
-        return len(self.finished) == self._started
-
-    def _entropies(self, segment: int) -> tuple[float, ...]:
-        return self.builder.nodes[segment].entropies
-
-    def _decide(self, path: _PathState, last_step: int) -> None:
-        """Judge the tool nodes up to that step which the path has read since it was last judged, in order."""
-        while path.undecided and path.undecided[0][1] <= last_step:
-            node, step, segment = path.undecided.popleft()
-            point = BranchPoint(
-                entropies=self._entropies(segment),
-                logprobs=self.builder.nodes[segment].logprobs,
-                initial_entropy=path.initial_entropy,
-                log_vocabulary=self._log_vocabulary,
-                uniform=derive_uniform(path.stream, "alpha", step),
-                consecutive=path.consecutive,
-                room=self.paths - self._started,
-                step=step,
-            )
-            decision = decide_branch(path.id, node, point, self._config, self._rule)
-            self._decisions.append(decision)
-            path.consecutive = path.consecutive + 1 if decision.branched else 0
-            if decision.branched:
-                self._start_branch(path, node, step)
-            elif self._shared is None and path.session is not None:
-                path.session.forget(step)
-
-    def _start_branch(self, parent: _PathState, node: int, step: int) -> None:
-        """A sibling that reads the same tool results and goes on by itself.
-
-        The step at which it left belongs to both paths, so it starts with the parent's counter, that step included,
-        and is not asked again about the tool node that made it.
-        """
-        branch = _PathState(
-            stream=derive_seed(parent.stream, "branch", step),
-            node=node,
-            step=step,
-            calls=self.builder.calls_to(node),
-            initial_entropy=parent.initial_entropy,
-            consecutive=parent.consecutive,
-            parent=parent,
-            branch_node=node,
-            decision=len(self._decisions) - 1,
-        )
-        self._start(branch)
-
-    def _start_fresh(self, count: int) -> None:
-        for _ in range(count):
-            self._start(_PathState(stream=derive_seed(self._stream, "fresh", self._fresh), node=0))
-            self._fresh += 1
-
-    def _start(self, path: _PathState) -> None:
-        self._started += 1
-        if self._shared is not None:
-            self.begin(path, self._shared)
-        elif self._first_session is not None:  # it was opened to make the prompt
-            session, self._first_session = self._first_session, None
-            self.begin(path, session)
-        else:
-            self.opening.append(path)
+        return Growth(question, prompt, session, shared, self._config, self._rule, log_vocabulary, positions, seed)
 
 
 class _Loop:
@@ -390,7 +169,7 @@ class _Loop:
         self,
         engine: Engine,
         agent: Player,
-        growths: list[_Growth],
+        growths: list[Growth],
         progress: Progress | None,
         judge: Judge | None,
     ) -> None:
@@ -453,13 +232,13 @@ class _Loop:
     def _start(self, work: Awaitable[Any], handle: Callable[[Any], None]) -> None:
         self._pending[asyncio.ensure_future(work)] = handle
 
-    def _session_of(self, growth: _Growth, path: _PathState) -> Awaitable[Session | None]:
+    def _session_of(self, growth: Growth, path: PathState) -> Awaitable[Session | None]:
         if path.parent is None:
             return self._agent.open(growth.builder.question)
         assert path.parent.session is not None
         return path.parent.session.branch(path.step)
 
-    def _on_session(self, growth: _Growth, path: _PathState, session: Session | None) -> None:
+    def _on_session(self, growth: Growth, path: PathState, session: Session | None) -> None:
         if session is None:
             growth.refuse(path)
             return
@@ -471,7 +250,7 @@ class _Loop:
             )
         growth.begin(path, session)
 
-    def _on_segments(self, part: list[tuple[_Growth, _PathState]], generations: list[Generation]) -> None:
+    def _on_segments(self, part: list[tuple[Growth, PathState]], generations: list[Generation]) -> None:
         for (growth, path), generation in zip(part, generations, strict=True):
             segment = growth.add_segment(path, generation)
             if generation.finish_reason == "length":
@@ -488,22 +267,18 @@ class _Loop:
                 assert path.session is not None
                 self._start(path.session.run(turn.calls), partial(self._on_results, growth, path, segment, turn))
 
-    def _on_results(
-        self, growth: _Growth, path: _PathState, segment: int, turn: Turn, results: list[ToolResult]
-    ) -> None:
+    def _on_results(self, growth: Growth, path: PathState, segment: int, turn: Turn, results: list[ToolResult]) -> None:
         if not growth.add_results(path, segment, self._format.result_tokens(turn, results), turn, results):
             self._finish(growth, path, segment, "length")
 
-    def _finish(self, growth: _Growth, path: _PathState, leaf: int, reason: FinishReason) -> None:
+    def _finish(self, growth: Growth, path: PathState, leaf: int, reason: FinishReason) -> None:
         if self._agent.stateless is not None:
             self._finished(growth, path, leaf, reason, None)
         else:
             assert path.session is not None
             self._start(path.session.reward(), partial(self._finished, growth, path, leaf, reason))
 
-    def _finished(
-        self, growth: _Growth, path: _PathState, leaf: int, reason: FinishReason, reward: float | None
-    ) -> None:
+    def _finished(self, growth: Growth, path: PathState, leaf: int, reason: FinishReason, reward: float | None) -> None:
         growth.finish(path, leaf, reason, reward)
         if not growth.complete:
             return

@@ -18,8 +18,9 @@ from report_toys import (
     save_trees,
 )
 
-from aepo.report import SCRIPTS, write_report, write_rollout_page
 from aepo.report import trees as page_trees
+from aepo.report import write_report, write_rollout_page
+from aepo.report.page import SCRIPTS
 from aepo.report.reader import read_run
 from aepo.report.trees import page_tree
 
