@@ -70,7 +70,7 @@ def test_nothing_has_changed(home: Path) -> None:
     assert "not as in the run" not in evaluated.output
     assert aepo("report", "run").code == 0
     page = Path("run/report.html").read_text()
-    for remembered in ("mine:length", "rows.jsonl", "Answer with a number."):
+    for remembered in ("mine:length", "rows.jsonl", "system.txt"):
         assert remembered in page
 
 

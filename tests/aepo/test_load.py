@@ -1,0 +1,242 @@
+"""What a configuration names becomes objects: tasks, and agents with all their parts."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from door_toys import FILES, OWN, SMALL, aepo, own_modules, save_chat_model, write_home
+
+from aepo.agents.agent import Agent, changes
+from aepo.agents.protocol import AgentError
+from aepo.agents.rewards.builtin import BUILTIN
+from aepo.config import load_config
+from aepo.load import load_agent, load_model, load_task
+from aepo.models.language_model import LanguageModel
+from aepo.run_log import read_facts, read_records
+from aepo.types import Question, ToolCall
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    directory = tmp_path_factory.mktemp("models") / "qwen"
+    save_chat_model(directory, "qwen")
+    return LanguageModel.from_directory(directory, dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    write_home(tmp_path)
+    with own_modules():
+        yield tmp_path
+
+
+def agent_of(model: LanguageModel, *settings: str) -> Agent:
+    return load_agent(load_config(None, [*FILES[1:], *settings]), model)
+
+
+def test_a_task_of_ones_own_gets_its_options() -> None:
+    task = load_task(load_config(None, ["task.name=mine:Sums", "task.options={size: 4}"]).task)
+    assert [question.id for question in task.train] == ["t0", "t1", "t2", "t3"]
+    assert (task.name, task.system) == ("Sums", "Be brief.")
+
+
+def test_the_task_that_is_named() -> None:
+    assert load_task(load_config(None, ["task.name=facts"]).task).name == "facts"
+    files = load_task(load_config(None, [*FILES[1:], "task.heldout=0.5", "task.seed=3"]).task)
+    assert (len(files.train), len(files.heldout)) == (6, 6)
+    other = load_task(load_config(None, [*FILES[1:], "task.heldout=0.5", "task.seed=4"]).task)
+    assert [q.id for q in files.heldout] != [q.id for q in other.heldout]
+
+
+@pytest.mark.parametrize("given", ["Count.", "system.txt", "Read system.txt", "two\nlines.txt"])
+def test_the_system_text_or_its_file(home: Path, given: str) -> None:
+    """The task's own is replaced; only a path that is there stands for what is in it."""
+    (home / "system.txt").write_text("From the file.\n", encoding="utf-8")
+    config = load_config(None, ["task.name=mine:Sums", f"task.system={given!r}".replace("'", '"')])
+    assert load_task(config.task).system == ("From the file.\n" if given == "system.txt" else given)
+
+
+def test_the_parts_of_an_agent(model: LanguageModel) -> None:
+    """Tools of the environment come first, then those of the task and of the settings; weights as they are given."""
+    agent = load_agent(load_config(None, OWN[1:]), model)
+    assert agent.environment is not None
+    assert [schema["function"]["name"] for schema in agent.environment.schemas] == ["move", "add"]
+    assert agent.stateless is None
+    assert {function.__name__: weight for function, weight in agent.rewards.items()} == {
+        "length": 1.0,
+        "calls": 0.5,
+        "judge": -0.25,
+    }
+    agent.close()
+    plain = agent_of(model, "task.tools=mine:add")
+    assert plain.environment is None
+    assert plain.stateless is not None
+    assert (plain.format.name, plain.chat) == ("chat", True)
+    text = plain.format.decode(plain.prompt_tokens(Question("a", "What is 1 + 1?")))
+    assert "Add two numbers." in text
+    assert text.endswith("<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n")
+    plain.close()
+
+
+def test_an_environment_scores_where_nobody_else_does(model: LanguageModel) -> None:
+    settings = [setting for setting in FILES[1:] if "rewards" not in setting]
+    config = load_config(None, [*settings, "task.environment=mine:World"])
+    agent = load_agent(config, model)
+    assert agent.rewards == {BUILTIN["environment"]: 1.0}
+    agent.close()
+
+
+def test_tools_are_closed_where_something_else_cannot_be_made(model: LanguageModel, home: Path) -> None:
+    """They may hold processes."""
+    source = (home / "mine.py").read_text()
+    closing = "\n\nclass Closing(Box):\n    closed = []\n\n    def close(self):\n        self.closed.append(1)\n"
+    (home / "mine.py").write_text(source + closing)
+    for wrong in ("task.rewards=mine:nobody", "format.name=mine:NoFormat", "task.environment=mine:NoWorld"):
+        with pytest.raises(ValueError, match="expected|has no"):
+            agent_of(model, "task.tools=mine:Closing", wrong)
+        assert sys.modules["mine"].Closing.closed.pop() == 1
+    agent_of(model, "task.tools=mine:Closing").close()
+    assert sys.modules["mine"].Closing.closed == [1]
+
+
+def test_a_parser_of_ones_own(model: LanguageModel) -> None:
+    agent = agent_of(model, "task.tools=mine:add", "format.calls=mine:Quoted")
+    said = 'I add.<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call><|im_end|>'
+    turn = agent.format.read(model.tokenizer.encode(said, add_special_tokens=False), "eos")
+    assert (turn.content, turn.calls) == ("I add.", (ToolCall("add", {"a": 1, "b": 2}),))
+    assert agent.format.identity["calls"] == "mine:Quoted"
+    agent.close()
+
+
+def test_a_parser_that_fails_on_what_a_model_wrote(model: LanguageModel) -> None:
+    agent = agent_of(model, "task.tools=mine:add", "format.calls=mine:Quoted")
+    said = model.tokenizer.encode("<tool_call>add 1 and 2</tool_call><|im_end|>", add_special_tokens=False)
+    with pytest.raises(
+        AgentError, match=r"format.calls: mine:Quoted, for '<tool_call>add 1 .*JSONDecodeError: .*line "
+    ):
+        agent.format.read(said, "eos")
+    agent.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("return None", "read returned None, expected a Turn"),
+        ("return 1 / 0", "read failed: ZeroDivisionError: division by zero (mine.py, line "),
+    ],
+)
+def test_a_format_that_reads_nothing(model: LanguageModel, home: Path, body: str, expected: str) -> None:
+    own = f"\n\nclass Blind(Counting):\n    def read(self, token_ids, finish_reason):\n        {body}\n"
+    (home / "mine.py").write_text((home / "mine.py").read_text() + own)
+    agent = agent_of(model, "format.name=mine:Blind")
+    with pytest.raises(AgentError) as caught:
+        agent.format.read([1], "eos")
+    assert f"format.name = 'mine:Blind': {expected}" in str(caught.value)
+    agent.close()
+
+
+@pytest.mark.parametrize("tokens", ["()", "None", "(1, -1)", "(10**6,)", "'ab'"])
+def test_a_format_whose_tokens_are_none(model: LanguageModel, home: Path, tokens: str) -> None:
+    own = f"\n\nclass Odd(Counting):\n    def prompt_tokens(self, messages):\n        return {tokens}\n"
+    (home / "mine.py").write_text((home / "mine.py").read_text() + own)
+    agent = agent_of(model, "format.name=mine:Odd")
+    with pytest.raises(AgentError, match=r"prompt_tokens returned .*, expected one or more tokens from 0 to \d+$"):
+        agent.prompt_tokens(Question("a", "b"))
+    agent.close()
+
+
+def test_a_dialogue_that_the_template_refuses_is_named(model: LanguageModel) -> None:
+    agent = agent_of(model)
+    model.tokenizer.chat_template, before = "{{ raise_exception('no') }}", model.tokenizer.chat_template
+    try:
+        with pytest.raises(
+            ValueError, match=r"question 'a7': the chat template of .* refuses a dialogue of roles user"
+        ):
+            agent.prompt_tokens(Question("a7", "b"))
+    finally:
+        model.tokenizer.chat_template = before
+        agent.close()
+
+
+def test_changes_between_a_run_and_an_agent() -> None:
+    """Also what is not there any more; of run.json only what the agent knows."""
+    was: dict[str, Any] = {"machine": 1, "tools": ["a"], "rewards": {"m:a": 1.0, "m:b": 1.0}, "environment": None}
+    assert changes(was, {key: value for key, value in was.items() if key != "machine"}) == []
+    now = {"tools": ["a", "b"], "rewards": {"m:a": 2.0, "n:b": 1.0}, "environment": None}
+    assert changes(was, now) == [
+        "tools was ['a'] and is ['a', 'b']",
+        "rewards.m:a was 1.0 and is 2.0",
+        "rewards.m:b was 1.0 and is None",
+        "rewards.n:b was None and is 1.0",
+    ]
+
+
+def test_a_task_derived_from_another_has_its_own_name(home: Path) -> None:
+    (home / "mine.py").write_text((home / "mine.py").read_text() + "\n\nclass More(Sums):\n    pass\n")
+    assert load_task(load_config(None, ["task.name=mine:More"]).task).name == "More"
+
+
+def test_the_tiny_model_without_a_warm_start(tmp_path: Path) -> None:
+    config = load_config(None, ["warm_start.steps=0", f"model.cache_dir={tmp_path}"])
+    assert load_model(config.model, config.warm_start).vocab_size > 1000
+
+
+SLOW = '''
+
+import time
+
+JUDGED, NAPS = [], []
+
+
+def nap(n: int) -> str:
+    """Wait.
+
+    Args:
+        n: nothing
+    """
+    time.sleep(0.4)
+    NAPS.append(time.perf_counter())
+    return "awake"
+
+
+class Napping(Counting):
+    def read(self, token_ids, finish_reason):
+        text = self.decode(token_ids)
+        if len(token_ids) % 2 or finish_reason == "length":
+            return Turn(text, text, answered=True, answer="")
+        return Turn(text, text, (ToolCall("nap", {"n": 1}),))
+
+
+async def slow_judge(question, response):
+    await asyncio.sleep(0.3)
+    JUDGED.append(time.perf_counter())
+    return float(len(response.token_ids))
+'''
+
+
+def test_a_slow_judge_overlaps_with_rollouts_that_still_run(model: LanguageModel, home: Path) -> None:
+    model.model.save_pretrained(home / "qwen")
+    model.tokenizer.save_pretrained(home / "qwen")
+    (home / "mine.py").write_text((home / "mine.py").read_text() + SLOW)
+    settings = ["train.questions=6", "rollout.paths=2", "train.steps=1", "eval.questions=1", "rollout.max_tool_calls=2"]
+    own = ["task.name=mine:Sums", "task.tools=mine:nap", "format.name=mine:Napping", "task.rewards=mine:slow_judge"]
+    began = time.perf_counter()
+    done = aepo("train", *SMALL, *settings, "model.name=qwen", *own)
+    assert done.code == 0, done.output
+    (record,) = read_records(Path("run/metrics.jsonl"))
+    seconds = record["seconds.rollout"] + record["seconds.reward"]
+    naps = [t for t in done.mine.NAPS if t > began]
+    training = done.mine.JUDGED[1:13]
+    assert sum(t < max(naps) for t in training) >= 2, "judged before the last tool had answered"
+    assert record["tools.calls"] > 2
+    assert seconds < 0.5 * (12 * 0.3 + record["tools.seconds"]), "all the waiting, one after the other"
+    assert record["seconds.reward"] < 0.2, "nothing is left to wait for"
+    assert record["reward.mean"] > 0
+    assert read_facts(Path("run"))["rewards"] == {"mine:slow_judge": 1.0}
