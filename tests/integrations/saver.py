@@ -24,7 +24,7 @@ TURN_END, TEXT_END = "<|im_end|>", "<|endoftext|>"
 # How many calls the turns of a plan have. The model answers with the plan's letter.
 PLANS = {"a": (2, 1), "b": (1, 1), "c": (), "d": (2, 2), "e": (3,)}
 ENDS_THE_TEXT = "c"  # its answer ends with the other token
-STEPS = 220
+STEPS = 170
 
 Encode = Callable[[str], list[int]]
 
