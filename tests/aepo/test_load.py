@@ -99,7 +99,7 @@ def test_tools_are_closed_where_something_else_cannot_be_made(model: LanguageMod
     closing = "\n\nclass Closing(Box):\n    closed = []\n\n    def close(self):\n        self.closed.append(1)\n"
     (home / "mine.py").write_text(source + closing)
     for wrong in ("task.rewards=mine:nobody", "format.name=mine:NoFormat", "task.environment=mine:NoWorld"):
-        with pytest.raises(ValueError, match="expected|has no"):
+        with pytest.raises(ValueError, match=r"expected|has no"):
             agent_of(model, "task.tools=mine:Closing", wrong)
         assert sys.modules["mine"].Closing.closed.pop() == 1
     agent_of(model, "task.tools=mine:Closing").close()
@@ -156,9 +156,7 @@ def test_a_dialogue_that_the_template_refuses_is_named(model: LanguageModel) -> 
     agent = agent_of(model)
     model.tokenizer.chat_template, before = "{{ raise_exception('no') }}", model.tokenizer.chat_template
     try:
-        with pytest.raises(
-            ValueError, match=r"question 'a7': the chat template of .* refuses a dialogue of roles user"
-        ):
+        with pytest.raises(ValueError, match=r"question 'a7': the chat template of .* refuses a dialogue"):
             agent.prompt_tokens(Question("a7", "b"))
     finally:
         model.tokenizer.chat_template = before
