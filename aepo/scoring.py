@@ -59,6 +59,19 @@ class Scorer:
             for reward in rewards:
                 reward.check(question)
 
+    def try_out(self, question: Question) -> None:
+        """Call the functions that do not wait on two empty answers: what is wrong with one is said before any work.
+
+        RewardError: one raises, or does not return a number or None for each.
+        """
+        empty = Response("", (Turn("", "", answered=True, answer=""),), (), "answered", (), environment_reward=0.0)
+        for name, reward in self._rewards.items():
+            if name not in self._waiting:
+                try:
+                    reward(question, (empty, empty))
+                except RewardError as error:
+                    raise RewardError(f"{error} (tried at the start, on two empty answers)") from error
+
     def begin(self, tree: RolloutTree) -> Coroutine[Any, Any, None] | None:
         """Await it to run the async functions, say of a judge, while other trees still grow; None: there are none.
 

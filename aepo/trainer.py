@@ -63,6 +63,7 @@ class Trainer:
         self.advantage_settings = advantage_settings(config.policy)
         firsts = (agent.task.train[0], agent.task.heldout[0])
         self.scorer = Scorer(agent.rewards, agent.format, config.task.success, firsts)
+        self.scorer.try_out(firsts[0])
         rule = branch_rule(config.rollout)
         self.learner = Learner(language_model.model, config, agent.format.decode)
         self.step = 0

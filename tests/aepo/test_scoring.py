@@ -234,3 +234,24 @@ def test_a_column_that_is_missing_is_found_before_the_first_step() -> None:
     task.train = [QUESTION]
     with pytest.raises(ValueError, match="reward of_columns, question 'q1': its parameter 'solutions' is no column"):
         scorer_of(task)
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda completions: [1.0], "expected a list of 2 numbers or None, one per completion, got 1 values"),
+        (lambda question, response: response.answer["x"], "TypeError"),
+        (lambda question, response: "good", "expected a number or None, got str 'good'"),
+    ],
+)
+def test_a_function_is_tried_on_empty_answers(function: Callable[..., Any], expected: str) -> None:
+    with pytest.raises(RewardError, match="tried at the start, on two empty answers") as caught:
+        scorer_of(ToyTask(function)).try_out(QUESTION)
+    assert expected in str(caught.value)
+
+
+def test_judges_are_not_tried() -> None:
+    async def judge(question: Question, response: Response) -> float:
+        raise AssertionError("it was asked")
+
+    scorer_of(ToyTask(judge, right)).try_out(QUESTION)
