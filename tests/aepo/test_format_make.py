@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,3 +116,14 @@ def test_a_format_of_ones_own(tmp_path, monkeypatch) -> None:
     assert made.decode(made.prompt_tokens([{"role": "user", "content": "Q"}])) == "auto 1\nQ\n"
     with pytest.raises(ValueError, match="expected a ChatFormat, Half has no eos_ids, stop_strings, vocab_size"):
         make(BARE, name="own_format_here:Half")
+
+
+def test_the_format_of_the_guide(tmp_path, monkeypatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n([^`]*class Format\(TagsFormat\)[^`]*)```", page)
+    (tmp_path / "format_of_the_guide.py").write_text(block)
+    monkeypatch.chdir(tmp_path)
+    made = make(BARE, name="format_of_the_guide:Format")
+    told = made.decode(made.prompt_tokens([{"role": "user", "content": "Q"}]))
+    assert told == "Call <search>words</search>, and end with <answer>ANSWER IN CAPITALS</answer>.\nQ\n"
+    assert made.stop_strings == ("</search>", "</answer>")
