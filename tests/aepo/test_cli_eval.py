@@ -220,6 +220,12 @@ def test_rollouts_without_training(trained: Path, tmp_path: Path) -> None:
     assert ["success", f"{success:.3f}"] in [line.split() for line in done.output.splitlines()]
 
 
+def test_rollouts_follow_a_branch_rule_of_ones_own(trained: Path, tmp_path: Path) -> None:
+    done = run("rollout", trained, "--out", tmp_path / "rollouts", "rollout.branch_rule=test_cli_eval:nowhere")
+    assert done.exit_code == 1
+    assert "rollout.branch_rule = 'test_cli_eval:nowhere': test_cli_eval has no 'nowhere'" in done.output
+
+
 def test_rollouts_of_heldout_questions(tmp_path: Path) -> None:
     done = run("rollout", "tiny", "--heldout", "--questions", "99", "--out", tmp_path, "rollout.max_tokens=6")
     assert done.exit_code == 0, done.output

@@ -119,6 +119,12 @@ def test_where_the_world_cannot_follow_there_is_no_branch_and_it_is_counted(lock
     assert all(d.refused for tree in nowhere for d in tree.decisions[:1])
 
 
+def test_states_that_nobody_will_branch_from_are_forgotten() -> None:
+    world = World()
+    grown(world, settings(paths=3, fresh_paths=3, branch_alpha=0.0))
+    assert {session.forgotten for session in world.sessions} == {3}
+
+
 def test_a_reset_that_says_something_else_to_the_next_path_is_an_error() -> None:
     world = World(observations=["a", "a", "b"])
     with pytest.raises(AgentError, match=r"question 'q0'.*'b'.*'a'.*the same text for the same row"):

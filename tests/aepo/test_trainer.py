@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import threading
@@ -11,6 +12,7 @@ import pytest
 import torch
 from trainer_toys import ToyLanguageModel, ToyTask, toy_agent
 
+from aepo.agents.protocol import AgentError
 from aepo.checkpoint import CheckpointError, list_checkpoints
 from aepo.config import Config, load_config
 from aepo.learner import Learner, learning_rate
@@ -288,3 +290,23 @@ def test_training_outside_the_main_thread_works(tmp_path: Path) -> None:
     thread.start()
     thread.join()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+
+
+def test_every_held_out_answer_is_kept(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path / "run", "eval.questions=4")
+    trainer.train()
+    files = sorted((tmp_path / "run" / "answers").iterdir())
+    assert [path.name for path in files] == ["step_000000.jsonl", "step_000002.jsonl", "step_000003.jsonl"]
+    for path, evaluation in zip(files, read_records(tmp_path / "run" / "evals.jsonl"), strict=True):
+        lines = read_records(path)
+        assert len(lines) == evaluation["questions"] == 4
+        assert {line["step"] for line in lines} == {evaluation["step"]}
+        successes = [sample["success"] for line in lines for sample in line["samples"]]
+        assert sum(successes) / len(successes) == evaluation["success"]
+
+
+def test_a_reward_that_cannot_work_is_found_before_the_first_step(tmp_path: Path) -> None:
+    agent = dataclasses.replace(toy_agent(), rewards={lambda completions: [1.0]: 1.0})
+    with pytest.raises(AgentError, match=r"expected a list of 2 numbers.*tried at the start"):
+        Trainer(config_for(tmp_path / "run"), agent, ToyLanguageModel())
+    assert not (tmp_path / "run").exists()
