@@ -5,6 +5,7 @@ Heavy imports wait for their command.
 
 from __future__ import annotations
 
+import difflib
 import json
 from contextlib import closing
 from pathlib import Path
@@ -151,7 +152,9 @@ def keys(pattern: Annotated[str, typer.Argument(help="Only keys that contain thi
 
     chosen = [entry for entry in all_keys() if pattern in entry.name]
     if not chosen:
-        fail(f"no key contains {pattern!r}")
+        words = {word for entry in all_keys() for word in (entry.name, *entry.name.split("."))}
+        near = difflib.get_close_matches(pattern, words, 1, 0.5)
+        fail(f"no key contains {pattern!r}{f': did you mean {near[0]!r}?' if near else ''}")
     for entry in chosen:
         typer.echo(f"{entry.name} = {json.dumps(entry.default)}\n    {entry.help} ({entry.expected})")
 

@@ -67,6 +67,9 @@ class RunConfig(Section):
     threads: int = key(0, "CPU threads for torch; 0: leave torch's own choice", low=0)
 
 
+TASKS = ("facts", "files", "reasoning_gym")
+
+
 @dataclass(frozen=True)
 class TaskConfig(Section):
     """What is trained on (docs/own_agent.md). Names of the user's own code are package.module:name."""
@@ -98,6 +101,9 @@ class TaskConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.name not in TASKS and ":" not in self.name:
+            hint = _suggestion(self.name, TASKS)
+            raise ValueError(f"task.name = {self.name!r}: expected {', '.join(TASKS)}, or package.module:Class{hint}")
         for setting in ("train", "heldout", "columns"):
             value = getattr(self, setting)
             if value not in (None, {}) and self.name != "files":

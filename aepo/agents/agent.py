@@ -93,5 +93,11 @@ def changes(recorded: Mapping[str, Any], present: Mapping[str, Any], prefix: str
         if isinstance(was, Mapping) and isinstance(now, Mapping):
             found += changes(was, now, f"{name}.")
         elif was != now:
-            found.append(f"{name} was {was!r} and is {now!r}")
+            found.append(f"{name} was {_shown(was)} and is {_shown(now)}")
     return found
+
+
+def _shown(value: Any) -> str:
+    """Of a hash the beginning."""
+    is_hash = isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+    return f"{value[:12]}.." if is_hash else repr(value)

@@ -25,6 +25,8 @@ def make_rewards(named: Any, setting: str = "task.rewards") -> dict[RewardFuncti
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ValueError(f"{setting}.{name} = {weight!r}: expected a finite number as its weight")
+    if not any(weights.values()):
+        raise ValueError(f"{setting} = {named!r}: expected a weight that is not 0, every reward would be")
     return {_function(name, setting): float(weight) for name, weight in weights.items()}
 
 
