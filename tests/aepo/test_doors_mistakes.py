@@ -73,11 +73,11 @@ MISTAKES = {
     # rewards
     "too few values": (
         ["task.rewards=mine:too_few"],
-        "expected a list of 1 numbers or None, one per completion, got",
+        "expected a list of 2 numbers or None, one per completion, got 1 values (tried at the start",
     ),
     "one number": (
         ["task.rewards=mine:one_number"],
-        "expected a list of 1 numbers or None, one per completion, ",
+        "expected a list of 2 numbers or None, one per completion, got float",
     ),
     "reward raises": (["task.rewards=mine:raising"], "path 0: KeyError: 'colour' (mine.py, line "),
     "a text": (["task.rewards=mine:a_text"], "path 0: expected a number or None, got str '0.5'"),
