@@ -60,7 +60,7 @@ _DROPPED = re.compile(
 )
 _WRAPPED = re.compile(r"\\(?:boxed|fbox|ensuremath)\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,|\{,\}|,\\!|\\,|[\u00a0\u2009\u202f])\d{3})+(?!\d|,\d|\{,\})")
-_MATRIX = re.compile(r"\\begin\{[pbvB]?matrix\}(.*?)\\end\{[pbvB]?matrix\}", re.DOTALL)
+_MATRIX = re.compile(r"\\begin\{[pbB]?matrix\}(.*?)\\end\{[pbB]?matrix\}", re.DOTALL)
 _TOKEN = re.compile(
     r"(?P<text>\\(?:text(?:bf|rm|it|sf|normal)?|mathrm|mathbf|mathsf|mbox|operatorname)\s*\{(?P<inner>[^{}]*)\})"
     r"|(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?![\w.]))?)"

@@ -7,14 +7,15 @@ inequalities by what they say; everything else as text. docs/rewards.md has the 
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from aepo.agents.rewards.arithmetic import Number, Unreadable, same_number
 from aepo.agents.rewards.expressions import POINTS, value_of, variables
 from aepo.agents.rewards.latex import FUNCTIONS, Token, tokens_of
 from aepo.agents.rewards.text import same_text
+from aepo.agents.rewards.units import CURRENCIES, SHORT, unit_of
 
 MAX_CHARS = 1000  # longer answers are compared as text
 MAX_PARTS = 64
@@ -22,7 +23,6 @@ MAX_PARTS = 64
 _OPENING = {"(": ")", "[": "]", "\\{": "\\}", "{": "}"}
 _CLOSING = frozenset(_OPENING.values())
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "="}
-_SHORT = frozenset("mshgLJNWVK")  # units of one letter, where a space stands before them
 _WORDS = ("or", "and")  # that separate answers
 _INFINITY = Token("name", "infty")
 
@@ -276,9 +276,13 @@ def _proportional(one: Equation, other: Equation) -> bool:
 def _same_expression(one: Expression, other: Expression) -> bool:
     if one.tokens == other.tokens or _same_values(one.tokens, other.tokens):
         return True
-    (bare_one, unit_one), (bare_other, unit_other) = _unit(one.tokens), _unit(other.tokens)
-    if not (unit_one or unit_other) or (unit_one and unit_other and unit_one != unit_other):
+    (bare_one, tail_one), (bare_other, tail_other) = _quantity(one.tokens), _quantity(other.tokens)
+    if not (tail_one or tail_other):
         return False
+    if tail_one != tail_other:
+        units = [unit_of(tail) for tail in (tail_one, tail_other) if tail]
+        if None in units or (len(units) == 2 and units[0] != units[1]):
+            return False
     return _same_values(bare_one, bare_other)
 
 
@@ -290,10 +294,18 @@ def _same_values(one: Sequence[Token], other: Sequence[Token]) -> bool:
         points = POINTS if variables(one) | variables(other) else 1
     found = 0
     for values in _pairs(one, other, points):
-        if not same_number(*values):
+        if not same_number(*values) or (points == 1 and _approximates(*values)):
             return False
         found += 1
     return found * 2 > points or found == points
+
+
+def _approximates(one: Number, other: Number) -> bool:
+    """A long decimal may come near an irrational number, but is none."""
+    if isinstance(one, Fraction) == isinstance(other, Fraction):
+        return False
+    exact = one if isinstance(one, Fraction) else other
+    return isinstance(exact, Fraction) and max(abs(exact.numerator), exact.denominator) > 10**9
 
 
 def _pairs(one: Sequence[Token], other: Sequence[Token], points: int) -> Iterator[tuple[Number, Number]]:
@@ -304,27 +316,17 @@ def _pairs(one: Sequence[Token], other: Sequence[Token], points: int) -> Iterato
             continue
 
 
-def _unit(tokens: tuple[Token, ...]) -> tuple[tuple[Token, ...], str]:
-    """A quantity without its unit, and the unit: words after a number, percent, degrees, or a currency before it."""
-    if tokens and tokens[0].text in ("$", "\u20ac", "\u00a3", "\u00a5"):
-        return tokens[1:], {"$": "dollar", "\u20ac": "euro"}.get(tokens[0].text, tokens[0].text)
+def _quantity(tokens: tuple[Token, ...]) -> tuple[tuple[Token, ...], tuple[Token, ...]]:
+    """A value, and what stands beside it: words or a unit behind it, or a currency before it."""
+    sign = 1 if tokens[:1] and tokens[0].text == "-" else 0
+    if len(tokens) > sign and tokens[sign].text in CURRENCIES:
+        return tokens[:sign] + tokens[sign + 1 :], tokens[sign : sign + 1]
     for index in range(1, len(tokens)):
-        token = tokens[index]
-        before = tokens[index - 1]
+        token, before = tokens[index], tokens[index - 1]
         after_value = before.kind == "number" or before.text in (")", "}")
-        short = token.kind == "name" and token.text in _SHORT and token.spaced and before.kind == "number"
-        if after_value and (token.kind == "text" or short or token.text in ("%", "$")):
-            return tokens[:index], _unit_name(tokens[index:])
-        if token.text == "^" and [t.text for t in tokens[index + 1 :] if t.text not in ("{", "}")] == ["circ"]:
-            return tokens[:index], "degree"
-    return tokens, ""
-
-
-def _unit_name(tokens: Sequence[Token]) -> str:
-    """ "" where it holds what no unit does."""
-    allowed = {"/", "^", "{", "}", ".", "%", "$", "2", "3", "*", "-", "1"}
-    if not all(token.kind in ("text", "name") or token.text in allowed for token in tokens):
-        return ""
-    name = re.sub(r"[\s{}.]", "", "".join(token.text for token in tokens)).lower()
-    name = {"$": "dollar", "percent": "%", "feet": "foot", "inches": "inch"}.get(name, name)
-    return name[:-1] if len(name) > 3 and name.endswith("s") else name
+        short = token.kind == "name" and token.text in SHORT and token.spaced and before.kind == "number"
+        if after_value and (token.kind == "text" or short or token.text in ("%", "\u00a2", *CURRENCIES)):
+            return tokens[:index], tokens[index:]
+        if token.text == "^" and "circ" in [t.text for t in tokens[index + 1 : index + 3]]:
+            return tokens[:index], tokens[index:]
+    return tokens, ()
