@@ -294,6 +294,7 @@ HOSTILE = [
     r"\log_0 0",
     r"\infty-\infty",
     "i^i^i^i",
+    "x>1" + "0" * 500 + " and x<2" + "0" * 450,
     "__import__('os').system('true')",
     "\x00",
     "\ud800",

@@ -216,13 +216,12 @@ class _Reader:
         texts = [token.text for token in self._tokens[start : start + 3]]
         if self._is("frac"):
             self._take()
-            parts = (self._digits(), self._digits())
+            top, bottom = self._digits(), self._digits()
         elif kinds == ["number", "sign", "number"] and texts[1] == "/" and self.next.spaced:
             self._at += 3
-            parts = tuple(int(text) if text.isdecimal() else None for text in texts[::2])
+            top, bottom = (int(text) if text.isdecimal() else None for text in texts[::2])
         else:
             return whole
-        top, bottom = parts
         if top is None or bottom is None:
             self._at = start
             return whole

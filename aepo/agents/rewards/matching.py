@@ -67,7 +67,7 @@ def same_math(given: str, answer: str) -> bool:
         return same_text(given, answer)  # act and cat, which could also be products
     try:
         return _same(_read(one), _read(other))
-    except (Unreadable, RecursionError):
+    except (Unreadable, ArithmeticError, RecursionError):
         return False
 
 
@@ -125,9 +125,10 @@ def _endless(limit: Answer) -> bool:
 
 def _ordered(interval: Parts) -> Parts:
     """2 < x < 1 holds for nothing."""
-    low, high = (value_of(item.tokens) for item in interval.items if isinstance(item, Expression))
-    if not any(variables(item.tokens) for item in interval.items if isinstance(item, Expression)):
-        if complex(low).imag or complex(high).imag or not complex(low).real < complex(high).real:
+    limits = [item.tokens for item in interval.items if isinstance(item, Expression)]
+    if all(map(_constant, limits)):
+        low, high = (complex(value_of(limit)) for limit in limits)
+        if low.imag or high.imag or not low.real < high.real:
             raise Unreadable("an empty interval")
     return interval
 
