@@ -35,11 +35,9 @@ def same_number(one: Number, other: Number) -> bool:
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return one == other
     try:
-        first, second = complex(one), complex(other)
+        return cmath.isclose(complex(one), complex(other), rel_tol=1e-12)
     except OverflowError:
         return False
-    zero = 1e-12 if 0 in (one, other) else 0.0
-    return cmath.isclose(first, second, rel_tol=1e-12, abs_tol=zero)
 
 
 def number_of(text: str) -> Fraction:
@@ -59,7 +57,12 @@ def _bounded(value: Fraction) -> Fraction:
 def add(one: Number, other: Number) -> Number:
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return _bounded(one + other)
-    return complex(one) + complex(other)
+    return _rounded(complex(one) + complex(other), max(abs(complex(one)), abs(complex(other))))
+
+
+def _rounded(value: complex, size: float) -> complex:
+    """Zero where nothing is left but the rounding of numbers of that size: sin(pi) is 0, and e^{-50} is not."""
+    return 0j if abs(value) <= 1e-14 * size < math.inf else value
 
 
 def multiply(one: Number, other: Number) -> Number:
@@ -118,7 +121,12 @@ def apply(name: str, value: Number, root: Fraction, base: Number | None) -> Numb
         return absolute(value)
     if base is not None:
         return cmath.log(value) / cmath.log(base)
-    return _FUNCTIONS[name](complex(value))
+    result = _FUNCTIONS[name](complex(value))
+    if name in ("sin", "cos", "tan", "cot", "sec", "csc"):
+        if abs(result) > 1e14:
+            raise Unreadable("a pole")
+        return _rounded(result, abs(complex(value)))
+    return result
 
 
 def absolute(value: Number) -> Number:

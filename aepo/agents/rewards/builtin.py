@@ -19,10 +19,27 @@ from aepo.types import Question, Response
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
 _DECIMAL = r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\w))?"
 _NUMBER = re.compile(rf"(?<![\w.])-?\s?{_DECIMAL}(?:\s?/\s?{_DECIMAL})?(?![\d])")
+# What makes another number of the one that stands there, or says that it is not that one.
+_CHANGED = re.compile(
+    r"[\u221a\u221b!<>\u2264\u2265\u2260\u00b1\u03c0\u221e\u2248]|\\(?!\$|boxed|text|math(?:rm|bf)|circ|[%,; ]|\(|\)|\[|\])|-\s*[(\[{|]|\d(?-i:[kKMB])\b|\^(?!\s*\{?\s*\\circ)"
+    r"|\b(?:sqrt|log|ln|sin|cos|tan|exp|not|minus|negative|squared|cubed|factorial|pi|dozen|half|halves"
+    r"|thirds?|quarters?|tenths?|hundred(?:th)?s?|thousand(?:th)?s?|[mbtr]+illions?)\b|n't\b",
+    re.IGNORECASE,
+)
+_SIGN = re.compile(r"-\s?\\?[$\u00a3\u00a5\u20ac]\s?(?=[\d.])")
 _LETTER = re.compile(r"(?<![^\W_])[A-Z](?![^\W_]|')")
 # At the beginning of a sentence before a small word, "A" is an article and "I" someone, unless a verb says otherwise.
 _WORD = re.compile(r"(?:(?<=^)|(?<=[.!?]\s)|(?=I))[AI]\s+(?!(?:is|was|and|or|because|since|as)\b)[a-z]")
-_ONE_LETTER = re.compile(r"\W*([a-zA-Z])\W*")
+_ONE_LETTER = re.compile(
+    r"(?:(?:the\s+)?(?:\w+\s+)?(?:answer|choice|option)(?:\s+is)?\s*:?\s*)?\W*([a-zA-Z])\W*", re.IGNORECASE
+)
+_SEVERAL = re.compile(r"[A-J]{2,}")  # AC
+_DENIED = re.compile(r"\b(?:not|never|neither|nor|except|wrong|incorrect|false|no)\b|n['\u2019]t\b", re.IGNORECASE)
+# "(b) cat", "B) Plan A": a label and the option's short text, unless this goes on about another option.
+_LABELLED = re.compile(r"(\([a-zA-Z]\)|[a-zA-Z]\)|[A-Z][.:])\s+((?:[\w'-]+\s*){1,6})\.?")
+_OTHER = re.compile(
+    r"\b(?:or|and|but|then|also|maybe|is|are|was|either|both|[a-zA-Z]\s+[a-zA-Z])\b|^[a-zA-Z]$", re.IGNORECASE
+)
 
 
 def exact_match(question: Question, response: Response) -> float | None:
@@ -85,10 +102,13 @@ def _answers(question: Question) -> list[Any]:
 
 
 def _only_number(text: str) -> Fraction | None:
-    """None: there is none, or more than one."""
+    """None: there is none, more than one, or one that something is done to."""
     if len(text) > MAX_CHARS:
         return None
     text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text.translate(DASHES))
+    text = _SIGN.sub("-", text)
+    if _CHANGED.search(text):
+        return None
     found = list(_NUMBER.finditer(text))
     rest = _NUMBER.sub("", text)
     if len(found) != 1 or any(c.isdigit() for c in rest):
@@ -102,8 +122,14 @@ def _only_number(text: str) -> Fraction | None:
 
 
 def _letters(text: str) -> frozenset[str]:
-    """The letters of a choice."""
-    text = re.sub(r"\\\w+\s*(?=\{)", " ", text[:MAX_CHARS]).strip()
+    """The letters of a choice; none where something is denied."""
+    text = re.sub(r"\\\w+\s*(?=\{)", " ", text[:MAX_CHARS]).replace("**", "").strip()
+    if _SEVERAL.fullmatch(text) and list(text) == sorted(set(text)):
+        return frozenset(text)
+    if _DENIED.search(text):
+        return frozenset()
     if only := _ONE_LETTER.fullmatch(text):
         return frozenset(only[1].upper())
+    if (labelled := _LABELLED.fullmatch(text)) and not _OTHER.search(labelled[2]):
+        return frozenset(labelled[1].strip("().:").upper())
     return frozenset(match[0] for match in _LETTER.finditer(text) if not _WORD.match(text, match.start()))

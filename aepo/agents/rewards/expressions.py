@@ -7,6 +7,7 @@ texts, deep brackets and large numbers are refused.
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections.abc import Sequence
 from fractions import Fraction
@@ -30,6 +31,9 @@ MAX_DEPTH = 40
 POINTS = 4  # numbers that each variable is tried with; one is negative
 
 _OPENING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
+_DERIVATIVE = re.compile(r"frac\{?d[^}]*\}?\{d[^\W\d]|d[^\W\d]?/d[^\W\d]")  # not d times something
+_APPLIED = frozenset("fghFGHP")  # functions, where a bracket follows; or factors
+_ARC = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
 _CONSTANTS: dict[str, Number] = {
     "pi": complex(math.pi),
     "e": complex(math.e),
@@ -40,6 +44,8 @@ _CONSTANTS: dict[str, Number] = {
 
 def value_of(tokens: Sequence[Token], point: int = 0) -> Number:
     """With the numbers of that point for the variables. Unreadable."""
+    if _DERIVATIVE.search("".join(token.text for token in tokens)):
+        raise Unreadable("a derivative")
     reader = _Reader(tokens, point)
     try:
         value = reader.sum()
@@ -126,11 +132,22 @@ class _Reader:
         return multiply(Fraction(-1), value) if negative else value
 
     def _power(self) -> Number:
+        first = self.next
         base = self._postfix()
         if not self._is("^"):
             return base
         self._take()
-        return raised(base, self._exponent())
+        exponent = self._exponent()
+        if exponent == -1 and first is not None and first.kind == "name" and self._inverse(first.text):
+            raise Unreadable("an inverse function or matrix")
+        return raised(base, exponent)
+
+    def _inverse(self, name: str) -> bool:
+        """f^{-1}(x), or A^{-1}B, whose factors have an order."""
+        if name in _APPLIED and self._is("("):
+            return True
+        neighbours = (token for token in self._tokens if token.kind == "name" and token.text != name)
+        return name.isupper() and any(token.text.isupper() for token in neighbours)
 
     def _exponent(self) -> Number:
         self._depth += 1
@@ -145,6 +162,8 @@ class _Reader:
         while self.next is not None:
             if self._is("!"):
                 self._take()
+                if self._is("!"):
+                    raise Unreadable("a double factorial")
                 value = factorial(value)
             elif self._is("%"):
                 self._take()
@@ -186,21 +205,39 @@ class _Reader:
         raise Unreadable(f"{token.text!r} is not expected")
 
     def _mixed(self, whole: Fraction) -> Number:
-        """One and a half, written 1 1/2 or 1\\frac{1}{2}."""
-        if whole.denominator != 1 or self.next is None:
+        """One and a half, written 1 1/2, 1\\frac{1}{2} or 1\\frac12; but an exponent is a number alone."""
+        before = self._at - 2
+        while before >= 0 and self._tokens[before].text in ("+", "-"):
+            before -= 1
+        if whole.denominator != 1 or self.next is None or (before >= 0 and self._tokens[before].text == "^"):
             return whole
-        texts = [token.text for token in self._tokens[self._at : self._at + 7]]
-        kinds = [token.kind for token in self._tokens[self._at : self._at + 3]]
-        if self._is("frac") and texts[1:2] + texts[3:5] + texts[6:7] == ["{", "}", "{", "}"]:
-            top, bottom = texts[2], texts[5]
+        start = self._at
+        kinds = [token.kind for token in self._tokens[start : start + 3]]
+        texts = [token.text for token in self._tokens[start : start + 3]]
+        if self._is("frac"):
+            self._take()
+            top, bottom = self._digits(), self._digits()
         elif kinds == ["number", "sign", "number"] and texts[1] == "/" and self.next.spaced:
-            top, bottom = texts[0], texts[2]
+            self._at += 3
+            top, bottom = (int(text) if text.isdecimal() else None for text in texts[::2])
         else:
             return whole
-        if not (top.isdecimal() and bottom.isdecimal()):
+        if top is None or bottom is None:
+            self._at = start
             return whole
-        self._at += 7 if self._is("frac") else 3
-        return whole + Fraction(int(top), int(bottom))
+        if not 0 < top < bottom:
+            raise Unreadable("neither a mixed number nor surely a product")
+        return whole + Fraction(top, bottom)
+
+    def _digits(self) -> int | None:
+        """An argument of \\frac that is nothing but digits."""
+        texts = [token.text for token in self._tokens[self._at : self._at + 3]]
+        if texts[:1] == ["{"] and texts[2:] == ["}"] and texts[1].isdecimal():
+            self._at += 3
+            return int(texts[1])
+        if texts and texts[0].isdecimal():
+            return int(self._argument())  # type: ignore[arg-type]  # a Fraction
+        return None
 
     def _variable(self, name: str) -> Number:
         if name in _CONSTANTS:
@@ -208,6 +245,8 @@ class _Reader:
         if self._is("_"):
             self._take()
             name += "_" + "".join(token.text for token in self._subscript())
+        if name[0] in _APPLIED and self._is("("):
+            name += f"({complex(self._atom()):.9g})"  # what it is applied to
         seed = zlib.crc32(f"{name} {self._point}".encode())
         size = Fraction(seed % 1999 + 501, 997)  # between 0.5 and 2.5
         return -size if self._point == 1 else size
@@ -237,8 +276,18 @@ class _Reader:
         if self._is("^") and name != "sqrt":
             self._take()
             exponent = self._argument()
-        value = apply(name, self._operand(), root, base)
+        if exponent is not None and isinstance(exponent, Fraction) and exponent == -1:
+            if name not in _ARC:
+                raise Unreadable("an inverse, or a reciprocal")
+            name, exponent = _ARC[name], None
+        value = apply(name, self._radicand() if name == "sqrt" else self._operand(), root, base)
         return value if exponent is None else raised(value, exponent)
+
+    def _radicand(self) -> Number:
+        """\\sqrt2x is x times the root of 2."""
+        if self.next is not None and self.next.kind == "number":
+            return number_of(self._take().text)
+        return self._atom()
 
     def _operand(self) -> Number:
         """A bracket, or all factors up to the next sign or function: sin 2x."""
@@ -255,4 +304,6 @@ class _Reader:
         if token is not None and token.kind == "number" and len(token.text) > 1 and token.text.isdecimal():
             self._tokens[self._at] = Token("number", token.text[1:])
             return Fraction(int(token.text[0]))
+        if token is not None and token.kind == "number":
+            return number_of(self._take().text)  # not the beginning of a mixed number
         return self._signed() if self._is("-", "+") else self._atom()

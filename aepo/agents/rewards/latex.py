@@ -19,7 +19,8 @@ _GREEK = (
 NAMES = (*FUNCTIONS, *CONSTANTS, *_GREEK)
 SHORT_UNITS = (
     *("mm", "cm", "dm", "km", "mi", "ft", "yd", "in", "mg", "kg", "lb", "lbs", "oz", "ml", "cl", "dl"),
-    *("ms", "sec", "min", "hr", "hrs", "mph", "usd", "eur", "cup", "day", "yrs", "gal"),
+    *("ms", "sec", "min", "hr", "hrs", "mph", "usd", "eur", "cup", "day", "yr", "yrs", "gal"),
+    *("rad", "ton", "ohm", "yen", "sq", "per"),
 )
 
 _SIGNS = {
@@ -31,6 +32,8 @@ _SIGNS = {
     "\u221e": "\\infty ",
     "\u2264": "\\le ",
     "\u2265": "\\ge ",
+    "\u2260": "\\ne ",
+    "\u2205": "\\emptyset ",
     "\u222a": "\\cup ",
     "\u2208": "\\in ",
     "\u00b1": "\\pm ",
@@ -47,6 +50,7 @@ _COMMANDS = {  # what says the same in other words
     **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "frac"),
     **dict.fromkeys(("le", "leq", "leqslant"), "<="),
     **dict.fromkeys(("ge", "geq", "geqslant"), ">="),
+    **dict.fromkeys(("ne", "neq"), "!="),
     **dict.fromkeys(("lt",), "<"),
     **dict.fromkeys(("gt",), ">"),
     **dict.fromkeys(("lbrace", "{"), "\\{"),
@@ -60,7 +64,12 @@ _DROPPED = re.compile(
 )
 _WRAPPED = re.compile(r"\\(?:boxed|fbox|ensuremath)\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,|\{,\}|,\\!|\\,|[\u00a0\u2009\u202f])\d{3})+(?!\d|,\d|\{,\})")
-_MATRIX = re.compile(r"\\begin\{[pbvB]?matrix\}(.*?)\\end\{[pbvB]?matrix\}", re.DOTALL)
+_MATRIX = re.compile(r"\\begin\{[pbB]?matrix\}(.*?)\\end\{[pbB]?matrix\}", re.DOTALL)
+_EMPTY = re.compile(r"\\(?:emptyset|varnothing)(?![a-zA-Z])")
+_REALS = re.compile(r"\\mathbb\s*(?:\{\s*R\s*\}|R(?![a-zA-Z]))")
+_CHOOSE = re.compile(r"\{\s*(\w+)\s*\\choose\s*(\w+)\s*\}")
+_REPEATING = re.compile(r"(?<![\d.])(\d{0,20})\.(\d{0,20})\\(?:overline|bar)\s*(?:\{(\d{1,20})\}|(\d))(?![\d.])")
+_BOLD = re.compile(r"\*\*([^*]+)\*\*")
 _TOKEN = re.compile(
     r"(?P<text>\\(?:text(?:bf|rm|it|sf|normal)?|mathrm|mathbf|mathsf|mbox|operatorname)\s*\{(?P<inner>[^{}]*)\})"
     r"|(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?![\w.]))?)"
@@ -91,6 +100,11 @@ def tokens_of(text: str) -> tuple[Token, ...]:
     for _ in range(3):
         text = _WRAPPED.sub(r"\1", text)
     text = _THOUSANDS.sub(lambda match: _joined(match, text), text)
+    if bold := _BOLD.fullmatch(text):
+        text = bold[1].strip().rstrip(".")
+    text = _REPEATING.sub(_as_fraction, text)
+    text = _REALS.sub(r"(-\\infty,\\infty)", text)
+    text = _CHOOSE.sub(r"\\binom{\1}{\2}", _EMPTY.sub(r"\\{\\}", text))
     text = _MATRIX.sub(lambda match: _as_tuples(match[1]), text)
     text = _DROPPED.sub(" ", text)
     return tuple(token for match in _TOKEN.finditer(text) for token in _read(match, text))
@@ -103,6 +117,13 @@ def _joined(match: re.Match[str], text: str) -> str:
     if inside and "," in match[0].replace("{,}", "").replace(",\\!", ""):
         return match[0]
     return re.sub(r"\D", "", match[0])
+
+
+def _as_fraction(match: re.Match[str]) -> str:
+    """0.1\\overline{6} is 1/6."""
+    whole, once, again = match[1], match[2], match[3] or match[4]
+    top = int(whole + once + again) - int(whole + once or 0)
+    return rf"(\frac{{{top}}}{{{'9' * len(again)}{'0' * len(once)}}})"
 
 
 def _as_tuples(matrix: str) -> str:

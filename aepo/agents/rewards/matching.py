@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from aepo.agents.rewards.arithmetic import Number, Unreadable, same_number
 from aepo.agents.rewards.expressions import POINTS, value_of, variables
 from aepo.agents.rewards.latex import FUNCTIONS, Token, tokens_of
 from aepo.agents.rewards.text import same_text
+from aepo.agents.rewards.units import CURRENCIES, SHORT, unit_of
 
 MAX_CHARS = 1000  # longer answers are compared as text
 MAX_PARTS = 64
@@ -22,8 +24,8 @@ MAX_PARTS = 64
 _OPENING = {"(": ")", "[": "]", "\\{": "\\}", "{": "}"}
 _CLOSING = frozenset(_OPENING.values())
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "="}
-_SHORT = frozenset("mshgLJNWVK")  # units of one letter, where a space stands before them
 _WORDS = ("or", "and")  # that separate answers
+_WORD = re.compile(r"[^\W\d_]+")
 _INFINITY = Token("name", "infty")
 
 
@@ -34,10 +36,11 @@ class Expression:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """kind: set, union, tuple, or the brackets of an interval."""
+    """kind: set, union, all or any of what is said, tuple, or the brackets of an interval. of: which variable's."""
 
     kind: str
     items: tuple[Answer, ...]
+    of: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +63,11 @@ def same_math(given: str, answer: str) -> bool:
         return True
     if _in_words(one) and _in_words(other):
         return same_text(*(" ".join(token.text for token in tokens) for tokens in (one, other)))
-    if all(token.kind == "name" for token in one + other) and same_text(given, answer):
-        return True  # yes and Yes, which could also be products
+    if all(_WORD.fullmatch(text.strip()) for text in (given, answer)):
+        return same_text(given, answer)  # act and cat, which could also be products
     try:
         return _same(_read(one), _read(other))
-    except (Unreadable, RecursionError):
+    except (Unreadable, ArithmeticError, RecursionError):
         return False
 
 
@@ -85,9 +88,12 @@ def _read(tokens: tuple[Token, ...]) -> Answer:
     if len(unions := _split(tokens, ("cup",))) > 1:
         return Parts("union", tuple(map(_read, unions)))
     if len(items := _split(tokens, (",", ";", *_WORDS))) > 1:
-        return Parts("set", tuple(part for item in items if item for part in _flat(_read(item))))
+        parts = tuple(part for item in items if item for part in _flat(_read(item)))
+        said = [word for word in _WORDS if len(_split(tokens, (word,))) > 1]
+        limits = any(isinstance(part, Parts) and part.of for part in parts)
+        return _joined(parts, said) if said and limits else Parts("set", parts)
     if tokens[:1] and len(inside := _split(tokens, ("in",))) == 2 and len(inside[0]) <= 4:
-        return _read(inside[1])  # x in (2, 3)
+        return _of(_read(inside[1]), inside[0])  # x in (2, 3)
     if any(_split_relations(tokens)[1]):
         return _relation(*_split_relations(tokens))
     if (bracketed := _bracketed(tokens)) is not None:
@@ -95,6 +101,43 @@ def _read(tokens: tuple[Token, ...]) -> Answer:
     if any(token.text in ("pm", "mp") for token in tokens):
         return _both_signs(tokens)
     return Expression(tokens)
+
+
+def _joined(parts: tuple[Answer, ...], said: list[str]) -> Parts:
+    """Conditions: x < 3 or x > 5 is a union, x > 1 and x < 3 an interval."""
+    if len(said) > 1:
+        raise Unreadable("both and and or")
+    same = len({part.of if isinstance(part, Parts) else "" for part in parts}) == 1
+    if said == ["or"]:
+        return Parts("union" if same else "any", parts)
+    intervals = [part for part in parts if isinstance(part, Parts) and part.kind[0] in "([" and len(part.items) == 2]
+    if not same or len(intervals) != 2 or len(parts) != 2:
+        return Parts("all", parts)
+    low, high = sorted(intervals, key=lambda part: _endless(part.items[0]))
+    if _endless(low.items[0]) or not _endless(low.items[1]) or not _endless(high.items[0]) or _endless(high.items[1]):
+        raise Unreadable("not a lower and an upper limit")
+    return _ordered(Parts(low.kind[0] + high.kind[1], (low.items[0], high.items[1]), low.of))
+
+
+def _endless(limit: Answer) -> bool:
+    return isinstance(limit, Expression) and limit.tokens[-1:] == (_INFINITY,) and len(limit.tokens) <= 2
+
+
+def _ordered(interval: Parts) -> Parts:
+    """2 < x < 1 holds for nothing."""
+    limits = [item.tokens for item in interval.items if isinstance(item, Expression)]
+    if all(map(_constant, limits)):
+        low, high = (complex(value_of(limit)) for limit in limits)
+        if low.imag or high.imag or not low.real < high.real:
+            raise Unreadable("an empty interval")
+    return interval
+
+
+def _of(answer: Answer, name: Sequence[Token]) -> Answer:
+    """The same answer, which is about that variable."""
+    if not isinstance(answer, Parts):
+        raise Unreadable("in nothing that has members")
+    return replace(answer, of="".join(token.text for token in name))
 
 
 def _flat(answer: Answer) -> tuple[Answer, ...]:
@@ -171,11 +214,14 @@ def _relation(sides: list[tuple[Token, ...]], signs: list[str]) -> Answer:
         raise Unreadable("a relation needs two sides")
     if set(signs) == {"="}:
         if len(sides) > 2 and _constant(sides[-1]):
+            for side in filter(_constant, sides[1:-1]):
+                if not _same_expression(Expression(side), Expression(sides[-1])):
+                    raise Unreadable("two values")
             return Equation(Expression(sides[0]), Expression(sides[-1]))
         if len(sides) == 2:
             right = _read(sides[1])
-            if isinstance(right, Parts) and _is_name(sides[0]):
-                return right  # x = 2, 3 or a point
+            if isinstance(right, Parts) and (_is_name(sides[0]) or _are_names(sides[0])):
+                return _of(right, sides[0])  # x = 2, 3 or a point
             swap = _is_name(sides[1]) and not _is_name(sides[0])
             left, right_side = (sides[1], sides[0]) if swap else (sides[0], sides[1])
             return Equation(Expression(left), Expression(right_side))
@@ -198,7 +244,8 @@ def _interval(sides: list[tuple[Token, ...]], signs: list[str]) -> Parts:
     else:
         raise Unreadable("an inequality of more than a variable and its limits")
     kind = ("[" if closed_low else "(") + ("]" if closed_high else ")")
-    return Parts(kind, (Expression(low), Expression(high)))
+    name = sides[0] if len(sides) == 2 else sides[1]
+    return Parts(kind, (Expression(low), Expression(high)), "".join(token.text for token in name))
 
 
 def _is_name(tokens: Sequence[Token]) -> bool:
@@ -206,6 +253,14 @@ def _is_name(tokens: Sequence[Token]) -> bool:
     if not tokens or tokens[0].kind != "name" or tokens[0].text in FUNCTIONS or not variables(tokens[:1]):
         return False
     return len(tokens) == 1 or tokens[1].text == "_" or (tokens[1].text == "(" and tokens[-1].text == ")")
+
+
+def _are_names(tokens: Sequence[Token]) -> bool:
+    """(x, y), in the order in which a point's coordinates are given."""
+    names = [token.text for token in tokens[1:-1:2]]
+    if [token.text for token in tokens] != ["(", *",".join(names), ")"] or not all(map(str.isalpha, names)):
+        return False
+    return names == sorted(names)
 
 
 def _constant(tokens: Sequence[Token]) -> bool:
@@ -221,9 +276,9 @@ def _same(one: Answer, other: Answer) -> bool:
     if isinstance(one, Expression) and isinstance(other, Expression):
         return _same_expression(one, other)
     if isinstance(one, Parts) and isinstance(other, Parts):
-        if one.kind != other.kind:
+        if one.kind != other.kind or (one.of and other.of and one.of != other.of):
             return False
-        if one.kind in ("set", "union"):
+        if one.kind in ("set", "union", "all", "any"):
             return _same_set(one.items, other.items)
         return len(one.items) == len(other.items) and all(map(_same, one.items, other.items))
     parts, single = (one, other) if isinstance(one, Parts) else (other, one)
@@ -231,12 +286,24 @@ def _same(one: Answer, other: Answer) -> bool:
 
 
 def _same_set(ones: Sequence[Answer], others: Sequence[Answer]) -> bool:
-    """Each is among the others, and each of these among the first."""
-    return (
-        len(ones) > 0
-        and all(any(_same(one, other) for other in others) for one in ones)
-        and all(any(_same(one, other) for one in ones) for other in others)
-    )
+    """In any order, each as often. Where several variables are named, each part must say whose it is."""
+    left = list(others)
+    if len(ones) != len(left) or not ones:
+        return False
+    named = len(_names(ones)) > 1 or len(_names(others)) > 1
+    for one in ones:
+        found = (index for index, other in enumerate(left) if not named or bool(_names([one])) == bool(_names([other])))
+        index = next((index for index in found if _same(one, left[index])), None)
+        if index is None:
+            return False
+        del left[index]
+    return True
+
+
+def _names(answers: Sequence[Answer]) -> set[str]:
+    """The variables that the parts are about."""
+    equations = {"".join(t.text for t in part.left.tokens) for part in answers if isinstance(part, Equation)}
+    return equations | {part.of for part in answers if isinstance(part, Parts) and part.of}
 
 
 def _same_equation(one: Answer, other: Answer) -> bool:
@@ -247,6 +314,8 @@ def _same_equation(one: Answer, other: Answer) -> bool:
         return _proportional(one, other)
     equation, value = (one, other) if isinstance(one, Equation) else (other, one)
     assert isinstance(equation, Equation)
+    if isinstance(value, Parts) and value.of and not _names([equation]) <= {value.of}:
+        return False
     if _is_name(equation.left.tokens) or _true(equation):
         return _same(equation.right, value)
     return False
@@ -276,9 +345,13 @@ def _proportional(one: Equation, other: Equation) -> bool:
 def _same_expression(one: Expression, other: Expression) -> bool:
     if one.tokens == other.tokens or _same_values(one.tokens, other.tokens):
         return True
-    (bare_one, unit_one), (bare_other, unit_other) = _unit(one.tokens), _unit(other.tokens)
-    if not (unit_one or unit_other) or (unit_one and unit_other and unit_one != unit_other):
+    (bare_one, tail_one), (bare_other, tail_other) = _quantity(one.tokens), _quantity(other.tokens)
+    if not (tail_one or tail_other):
         return False
+    if tail_one != tail_other:
+        units = [unit_of(tail) for tail in (tail_one, tail_other) if tail]
+        if None in units or (len(units) == 2 and units[0] != units[1]):
+            return False
     return _same_values(bare_one, bare_other)
 
 
@@ -290,10 +363,18 @@ def _same_values(one: Sequence[Token], other: Sequence[Token]) -> bool:
         points = POINTS if variables(one) | variables(other) else 1
     found = 0
     for values in _pairs(one, other, points):
-        if not same_number(*values):
+        if not same_number(*values) or (points == 1 and _approximates(*values)):
             return False
         found += 1
     return found * 2 > points or found == points
+
+
+def _approximates(one: Number, other: Number) -> bool:
+    """A long decimal may come near an irrational number, but is none."""
+    if isinstance(one, Fraction) == isinstance(other, Fraction):
+        return False
+    exact = one if isinstance(one, Fraction) else other
+    return isinstance(exact, Fraction) and max(abs(exact.numerator), exact.denominator) > 10**9
 
 
 def _pairs(one: Sequence[Token], other: Sequence[Token], points: int) -> Iterator[tuple[Number, Number]]:
@@ -304,27 +385,17 @@ def _pairs(one: Sequence[Token], other: Sequence[Token], points: int) -> Iterato
             continue
 
 
-def _unit(tokens: tuple[Token, ...]) -> tuple[tuple[Token, ...], str]:
-    """A quantity without its unit, and the unit: words after a number, percent, degrees, or a currency before it."""
-    if tokens and tokens[0].text in ("$", "\u20ac", "\u00a3", "\u00a5"):
-        return tokens[1:], {"$": "dollar", "\u20ac": "euro"}.get(tokens[0].text, tokens[0].text)
+def _quantity(tokens: tuple[Token, ...]) -> tuple[tuple[Token, ...], tuple[Token, ...]]:
+    """A value, and what stands beside it: words or a unit behind it, or a currency before it."""
+    sign = 1 if tokens[:1] and tokens[0].text == "-" else 0
+    if len(tokens) > sign and tokens[sign].text in CURRENCIES:
+        return tokens[:sign] + tokens[sign + 1 :], tokens[sign : sign + 1]
     for index in range(1, len(tokens)):
-        token = tokens[index]
-        before = tokens[index - 1]
+        token, before = tokens[index], tokens[index - 1]
         after_value = before.kind == "number" or before.text in (")", "}")
-        short = token.kind == "name" and token.text in _SHORT and token.spaced and before.kind == "number"
-        if after_value and (token.kind == "text" or short or token.text in ("%", "$")):
-            return tokens[:index], _unit_name(tokens[index:])
-        if token.text == "^" and [t.text for t in tokens[index + 1 :] if t.text not in ("{", "}")] == ["circ"]:
-            return tokens[:index], "degree"
-    return tokens, ""
-
-
-def _unit_name(tokens: Sequence[Token]) -> str:
-    """ "" where it holds what no unit does."""
-    allowed = {"/", "^", "{", "}", ".", "%", "$", "2", "3", "*", "-", "1"}
-    if not all(token.kind in ("text", "name") or token.text in allowed for token in tokens):
-        return ""
-    name = re.sub(r"[\s{}.]", "", "".join(token.text for token in tokens)).lower()
-    name = {"$": "dollar", "percent": "%", "feet": "foot", "inches": "inch"}.get(name, name)
-    return name[:-1] if len(name) > 3 and name.endswith("s") else name
+        short = token.kind == "name" and token.text in SHORT and token.spaced and before.kind == "number"
+        if after_value and (token.kind == "text" or short or token.text in ("%", "\u00a2", *CURRENCIES)):
+            return tokens[:index], tokens[index:]
+        if token.text == "^" and "circ" in [t.text for t in tokens[index + 1 : index + 3]]:
+            return tokens[:index], tokens[index:]
+    return tokens, ()
