@@ -15,6 +15,8 @@ from aepo.types import Node, Question, Response, Reward, RolloutTree, ScoredTree
 
 _Result = TypeVar("_Result")
 _Column = list["Value | None"]  # what one function says about the paths of a tree
+TAKEN = ("mean", "std")  # reward.mean and reward.std are of the totals
+MEASURED = ("format", "tool_calls")  # logged for every path
 
 __all__ = ["RewardError", "Scorer", "read_response", "read_responses"]
 
@@ -36,7 +38,8 @@ class Scorer:
     The total is the weighted sum of those that apply to the path. It succeeds where the first function that applies
     gives at least `success`, or, if that function returned a Reward, where this says so.
 
-    ValueError: two functions of one name, a weight of none, or a function that does not fit (`GroupReward`).
+    ValueError: two functions of one name, or one that the metrics have, a weight of none, or a function that does not
+    fit (`GroupReward`).
     """
 
     def __init__(
@@ -68,7 +71,9 @@ class Scorer:
         for name, reward in self._rewards.items():
             if name not in self._waiting:
                 try:
-                    reward(question, (empty, empty))
+                    for value in reward(question, (empty, empty)):
+                        if value is not None:
+                            self._components(name, value, f"question {question.id!r}")
                 except RewardError as error:
                     raise RewardError(f"{error} (tried at the start, on two empty answers)") from error
 
@@ -106,20 +111,35 @@ class Scorer:
                     f"question {tree.question.id!r}, path {index}: no reward applies; {', '.join(values)} returned "
                     "None, expected a number from at least one"
                 )
-            rewards.append(self._reward(response, applied))
+            rewards.append(self._reward(response, applied, f"question {tree.question.id!r}, path {index}"))
         return ScoredTree(tree, tuple(rewards))
 
-    def _reward(self, response: Response, values: Mapping[str, Value]) -> Reward:
+    def _reward(self, response: Response, values: Mapping[str, Value], where: str) -> Reward:
         components = {"format": float(response.well_formed), "tool_calls": float(sum(1 for _ in response.calls))}
-        several = len(self._rewards) > 1
         for name, value in values.items():
-            if several or value.success is None:  # the only Reward there is says all by its own components
-                components[name] = value.total
-            components |= {f"{name}.{key}" if several else key: number for key, number in value.components.items()}
+            components |= self._components(name, value, where)
         first = next(iter(values.values()))
         success = first.total >= self._success if first.success is None else first.success
         total = sum(self._weights[name] * value.total for name, value in values.items())
+        if not math.isfinite(total):
+            terms = " + ".join(f"{self._weights[name]:g} * {value.total:g} ({name})" for name, value in values.items())
+            raise RewardError(f"{where}: expected a finite weighted sum of the rewards, got {terms} = {total}")
         return Reward(total, components, success)
+
+    def _components(self, name: str, value: Value, where: str) -> dict[str, float]:
+        """Of one function; those of several are led by its name. RewardError: the metrics have one of the names."""
+        several = len(self._rewards) > 1
+        # The only Reward there is says all by its own components.
+        found = {name: value.total} if several or value.success is None else {}
+        for key, number in value.components.items():
+            shown = f"{name}.{key}" if several else key
+            if shown in found or shown in TAKEN:
+                raise RewardError(
+                    f"reward {name}, {where}: expected another name for its component {key!r}, "
+                    f"reward.{shown} is logged already"
+                )
+            found[shown] = number
+        return found
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, _Result]]) -> list[_Result]:
@@ -143,6 +163,12 @@ def _unique_names(rewards: Sequence[GroupReward]) -> list[str]:
     names = [reward.name if counts[reward.name] == 1 else f"{reward.module}.{reward.name}" for reward in rewards]
     if doubled := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"task.rewards: expected functions of different names, got {doubled[0]!r} twice")
+    for name, reward in zip(names, rewards, strict=True):
+        if name in TAKEN or (name in MEASURED and not reward.module.startswith("aepo.")):
+            raise ValueError(
+                f"task.rewards: expected another name than {name!r} for a function of {reward.module}, "
+                f"reward.{name} is logged already"
+            )
     return names
 
 

@@ -24,6 +24,29 @@ class AgentError(RuntimeError):
     """The user's own code failed: a reward, an environment, a format, a rule. It says which, where, and how."""
 
 
+USER_ERRORS = (Exception, SystemExit)
+"""What the user's code may end with: exit() in it is a fault like another one, and must not end the run as a success.
+Ctrl-C is none."""
+
+
+def problem_of(error: BaseException, function: Any) -> str:
+    """What was raised, with the line of the function's file, in one line; also where its text cannot be made."""
+    try:
+        says = " ".join(str(error).split())
+    except Exception as failure:
+        says = f"its message cannot be shown ({type(failure).__name__})"
+    return f"{type(error).__name__}: {says}{place_of(error, function)}"
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """Its repr in one line of at most so many characters; also where it has none."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception as failure:
+        text = f"a value that cannot be shown ({type(failure).__name__})"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 @contextlib.contextmanager
 def blamed(what: str, function: Any) -> Iterator[None]:
     """What the user's function raises becomes an AgentError, with the line of their file. what: how messages begin."""
@@ -31,9 +54,8 @@ def blamed(what: str, function: Any) -> Iterator[None]:
         yield
     except AgentError:
         raise
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error}{place_of(error, function)}"
-        raise AgentError(f"{what} failed: {problem}") from error
+    except USER_ERRORS as error:
+        raise AgentError(f"{what} failed: {problem_of(error, function)}") from error
 
 
 class ToolError(Exception):

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from aepo.agents.formats.answers import boxed, first_of_all, tagged, without_thinking
-from aepo.agents.formats.calls import Unreadable, find_parser, hermes, llama3_json, qwen3_coder, value_of
+from aepo.agents.formats.calls import Unreadable, find_parser, hermes, llama3_json, load_json, qwen3_coder, value_of
 from aepo.types import ToolCall
 
 SEARCH = '{"name": "search", "arguments": {"query": "x"}}'
@@ -231,4 +231,22 @@ def test_answers_in_tags_and_the_first_style_that_finds_one() -> None:
 
 
 def test_thinking_is_left_out_also_where_it_does_not_end() -> None:
-    assert without_thinking("<think>a</think>b<think>c") == "b"
+    assert without_thinking("<think>a</think>b") == "b"
+    assert without_thinking("\n<think>a</think>\n<think>b</think>c") == "c"
+    assert without_thinking("<think>a</think><think>b") == ""
+    assert without_thinking("a<think>b</think>c") == "a<think>b</think>c"
+
+
+def test_a_million_openings_of_thinking_are_read_at_once() -> None:
+    start = time.perf_counter()
+    without_thinking("<think>" * 1_000_000)
+    without_thinking("<think></think>" * 500_000 + "<think>")
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
+def test_numbers_that_are_not_finite_are_no_json(number: str) -> None:
+    with pytest.raises(Unreadable, match="a number is too long or no number"):
+        load_json(f'{{"x": [{number}]}}')
+    with pytest.raises(Unreadable, match="parameter 'x': expected number"):
+        value_of(number, "x", {"properties": {"x": {"type": "number"}}})

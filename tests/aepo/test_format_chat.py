@@ -12,6 +12,7 @@ from format_templates import CHATML, GEMMA, HERMES_TAGS, QWEN, QWEN3, family, to
 
 from aepo.agents.formats.chat import ChatTemplateFormat
 from aepo.agents.formats.chat_template import assistant, tool_result, user
+from aepo.agents.protocol import AgentError
 from aepo.types import ToolCall, ToolResult
 
 SCHEMAS = [
@@ -203,8 +204,49 @@ def test_thinking_is_no_call_and_no_answer() -> None:
     assert (turn.content, turn.calls) == ("Now", (ToolCall("search", {"query": "x"}),))
     turn = read(chat, toy, f"<think>{call}<|im_end|>")  # it never ends to think
     assert (turn.calls, turn.answered, turn.answer, turn.well_formed) == ((), True, None, False)
-    turn = read(chat, toy, "<think>a</think>It is 4. <think>or 5<|im_end|>")
-    assert (turn.answer, turn.well_formed) == ("It is 4.", False)
+    turn = read(chat, toy, "<think>a</think> <think>b</think>It is 4.<|im_end|>")
+    assert (turn.answer, turn.well_formed) == ("It is 4.", True)
+    turn = read(chat, toy, "<think>a</think>It is 4. <think>or 5<|im_end|>")  # only a turn's beginning is thinking
+    assert (turn.answer, turn.well_formed) == ("It is 4. <think>or 5", False)
+
+
+@pytest.mark.parametrize("text", ["a<think>b</think>c", "<think>", "</think>", "</think><think>"])
+def test_arguments_that_hold_tags_of_thinking_stay_as_they_are(text: str) -> None:
+    call = f'<tool_call>\n{{"name": "search", "arguments": {{"query": "{text}"}}}}\n</tool_call>'
+    chat, toy = make("qwen3"), family("qwen3")
+    for before in ("", "<think>hm</think>"):
+        turn = read(chat, toy, f"{before}{call}<|im_end|>")
+        assert (turn.calls, turn.well_formed) == ((ToolCall("search", {"query": text}),), True)
+    opened = read(make("drops_thinking"), family("drops_thinking"), f"hm</think>{call}<|im_end|>")
+    assert (opened.calls, opened.well_formed) == ((ToolCall("search", {"query": text}),), True)
+
+
+@pytest.mark.parametrize(
+    ("returned", "problem"),
+    [
+        ((None, ()), "returned None as the content, expected a text"),
+        (
+            ("", [{"name": "search"}]),
+            "returned {'name': 'search'} as a call, expected ToolCall",
+        ),
+        (("", [ToolCall("search", "x")]), "as a call, expected ToolCall(tool, arguments by name)"),
+        (("", None), "returned None as the calls, expected a list of ToolCall"),
+        ("", "failed: ValueError: not enough values to unpack"),
+    ],
+)
+def test_what_a_parser_of_ones_own_returns_is_checked(monkeypatch, returned, problem: str) -> None:
+    chat, toy = make("qwen3"), family("qwen3")
+    monkeypatch.setattr(chat, "_parse", lambda text, schemas: returned)
+    with pytest.raises(AgentError, match=re.escape(problem)) as error:
+        read(chat, toy, "hm<|im_end|>")
+    assert str(error.value).startswith("format.calls: hermes, for 'hm', ")
+
+
+def test_exit_in_a_parser_is_a_fault(monkeypatch) -> None:
+    chat, toy = make("qwen3"), family("qwen3")
+    monkeypatch.setattr(chat, "_parse", lambda text, schemas: sys.exit(0))
+    with pytest.raises(AgentError, match=r"format\.calls: hermes, for 'hm', failed: SystemExit: 0"):
+        read(chat, toy, "hm<|im_end|>")
 
 
 def test_a_turn_that_begins_inside_thinking() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from format_templates import CHATML, QWEN, family, tokenizer
 
 from aepo.agents.formats.make import make_format
+from aepo.agents.protocol import AgentError
 from aepo.agents.tools.toolbox import schema_of_tool
 from aepo.config import FormatConfig
 
@@ -127,3 +129,28 @@ def test_the_format_of_the_guide(tmp_path, monkeypatch) -> None:
     told = made.decode(made.prompt_tokens([{"role": "user", "content": "Q"}]))
     assert told == "Call <search>words</search>, and end with <answer>ANSWER IN CAPITALS</answer>.\nQ\n"
     assert made.stop_strings == ("</search>", "</answer>")
+
+
+@pytest.mark.parametrize(
+    ("turn", "problem"),
+    [
+        ("Turn('a', None)", "read returned None as the content, expected a text"),
+        ("Turn(1, 'a')", "read returned 1 as the text, expected a text"),
+        ("Turn('a', 'a', (), True, 4)", "read returned 4 as the answer, expected a text"),
+        ("Turn('a', 'a', [{}])", "read returned {} as a call, expected ToolCall"),
+        ("'a'", "read returned 'a', expected a Turn"),
+        ("exit(0)", "read failed: SystemExit: 0"),
+    ],
+)
+def test_what_a_format_of_ones_own_reads_is_checked(tmp_path, monkeypatch, turn: str, problem: str) -> None:
+    (tmp_path / "format_that_reads.py").write_text(
+        "from aepo.agents.formats.tags import TagsFormat\nfrom aepo.types import Turn\n\n\n"
+        "class Own(TagsFormat):\n    def __init__(self, settings, language_model, schemas, *, tool_instructions):\n"
+        "        super().__init__(language_model.tokenizer, language_model.vocab_size, language_model.eos_ids)\n\n"
+        f"    def read(self, token_ids, finish_reason):\n        return {turn}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "format_that_reads", raising=False)
+    with pytest.raises(AgentError, match=re.escape(problem)) as caught:
+        make(BARE, name="format_that_reads:Own").read([1], "eos")
+    assert str(caught.value).startswith("format.name = 'format_that_reads:Own': read")

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -407,3 +408,129 @@ def test_names_and_weights(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_tokens_of_a_response_are_given() -> None:
     assert totals(lambda completion_ids: [float(ids == list(tokens("8"))) for ids in completion_ids]) == [0.0, 1.0]
+
+
+# Faults of the user's code.
+
+
+class Silent(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class Odd:
+    """Its own methods raise."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no text")
+
+    def item(self) -> float:
+        raise KeyError("nothing")
+
+    tolist = item
+
+
+async def leaves_later(question: Question, response: Response) -> float:
+    await asyncio.sleep(0)
+    sys.exit(0)
+
+
+def leaves(question: Question, response: Response) -> float:
+    sys.exit(0)
+
+
+@pytest.mark.parametrize(
+    "function", [leaves, leaves_later, lambda question, response: leaves_later(question, response)]
+)
+def test_exit_is_a_fault_and_not_the_end_of_the_run(function: Any) -> None:
+    problem = r"reward \S+, question 't', path 0: SystemExit: 0( \(test_rewards_adapt.py, line \d+\))?$"
+    with pytest.raises(RewardError, match=problem):
+        totals(function)
+
+
+def test_ctrl_c_in_a_reward_ends_the_run() -> None:
+    def interrupted(question: Question, response: Response) -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        totals(interrupted)
+
+
+def test_an_exception_without_a_text_is_named() -> None:
+    def silent(question: Question, response: Response) -> float:
+        raise Silent
+
+    with pytest.raises(RewardError, match=r"path 0: Silent: its message cannot be shown \(RuntimeError\) \(test_rew"):
+        totals(silent)
+
+
+def test_values_whose_own_methods_raise() -> None:
+    with pytest.raises(RewardError, match="path 0: expected a number or None, got Odd a value that cannot be shown"):
+        totals(lambda question, response: Odd())
+    with pytest.raises(RewardError, match="expected a list of 2 numbers or None, one per completion, got Odd"):
+        totals(lambda completions: Odd())
+
+
+def test_components_have_texts_as_names() -> None:
+    with pytest.raises(RewardError, match="path 0: expected texts as names of components, got int 1"):
+        totals(lambda question, response: Reward(1.0, {"a": 1.0, 1: 2.0}, True))  # type: ignore[dict-item]
+
+
+def test_success_is_true_or_false() -> None:
+    def says(success: Any) -> Any:
+        return GroupReward(lambda question, response: Reward(0.0, {}, success))(TEXT, (SEVEN,))[0].success  # type: ignore[union-attr]
+
+    assert [says(value) for value in (True, False, np.bool_(True), np.bool_(False), 1, 0.0)] == [True, False] * 3
+    for value in ("no", None, 0.5, [True]):
+        with pytest.raises(RewardError, match="path 0: expected True or False as the Reward's success, got"):
+            says(value)
+
+
+def test_arrays_beside_verls_score_are_no_components() -> None:
+    function = GroupReward(lambda solution_str: {"score": 1.0, "one": np.array([2.0]), "many": np.array([1.0, 2.0])})
+    assert [dict(value.components) for value in function(TEXT, (SEVEN,)) if value] == [{"one": 2.0}]
+
+
+def test_verls_data_source_is_the_column_and_else_the_kind() -> None:
+    seen: list[str] = []
+
+    def look(data_source: str, solution_str: str) -> float:
+        seen.append(data_source)
+        return 0.0
+
+    for data in ({"data_source": "column"}, {}):
+        GroupReward(look)(Question("d", "?", "7", "kind", data), (SEVEN,))
+    assert seen == ["column", "kind"]
+
+
+def test_what_a_function_changes_in_a_question_no_other_call_sees() -> None:
+    data: dict[str, Any] = {"seen": [0], "nested": {"list": [0]}, "extra_info": {"list": [0]}}
+    question, expected = Question("m", "?", [7], "", data), {"seen": 1, "nested": 1, "extra_info": 1}
+
+    def ours(question: Question, response: Response) -> float:
+        lengths = {
+            name: len(value["list"] if isinstance(value, dict) else value) for name, value in question.data.items()
+        }
+        question.data["seen"].append(1)
+        question.data["nested"]["list"].append(1)
+        question.data["extra_info"]["list"].append(1)
+        question.data["answer"] = "8"  # type: ignore[index]
+        question.answer.append(1)
+        return float(lengths == expected)
+
+    def trl(completions: Any, seen: Any, nested: Any) -> list[float]:
+        values = []
+        for one, other in zip(seen, nested, strict=True):
+            values.append(float(len(one) + len(other["list"]) == 2))
+            one.append(1)
+            other["list"].append(1)
+        return values
+
+    def verl(solution_str: str, ground_truth: Any, extra_info: Any) -> float:
+        ground_truth.append(1)
+        extra_info["list"].append(1)
+        return float(len(extra_info["list"]) + len(ground_truth) == 4)
+
+    for function in (ours, trl, verl):
+        assert totals(function, question) == [1.0, 1.0]
+    assert (question.answer, data) == ([7], {"seen": [0], "nested": {"list": [0]}, "extra_info": {"list": [0]}})

@@ -11,6 +11,7 @@ import pytest
 from scoring_toys import CharacterFormat, ToyTask, tokens, tree_of
 
 from aepo.agents.protocol import RewardValue, Task
+from aepo.agents.rewards.make import make_rewards
 from aepo.scoring import RewardError, Scorer, read_response, read_responses
 from aepo.types import Question, Response, Reward
 
@@ -255,3 +256,58 @@ def test_judges_are_not_tried() -> None:
         raise AssertionError("it was asked")
 
     scorer_of(ToyTask(judge, right)).try_out(QUESTION)
+
+
+def named(name: str, value: Any) -> Callable[..., Any]:
+    def function(question: Question, response: Response) -> Any:
+        return value
+
+    function.__name__ = name
+    return function
+
+
+@pytest.mark.parametrize("name", ["mean", "std", "format", "tool_calls"])
+def test_functions_with_names_of_the_metrics_are_refused(name: str) -> None:
+    expected = f"task.rewards: expected another name than '{name}' for a function of test_scoring, reward.{name} is"
+    with pytest.raises(ValueError, match=expected):
+        scorer_of(ToyTask(named(name, 1.0)))
+
+
+def test_our_own_format_reward_has_its_name() -> None:
+    [scored] = Scorer(make_rewards({"format": 1.0}), CharacterFormat()).score([tree_of(QUESTION, ["{7}"])])
+    assert scored.rewards[0].components == {"format": 1.0, "tool_calls": 1.0}
+
+
+@pytest.mark.parametrize("value", [Reward(1.0, {"std": 1.0}, True), Reward(1.0, {"mean": 1.0}, True)])
+def test_components_with_names_of_the_metrics_are_refused(value: Reward) -> None:
+    [name] = value.components
+    expected = f"reward own, question 'q1', path 0: expected another name for its component '{name}', reward.{name} is"
+    scorer = Scorer({named("own", value): 1.0}, CharacterFormat())
+    with pytest.raises(RewardError, match=expected):
+        scorer.score([tree_of(QUESTION, ["{7}"])])
+    with pytest.raises(RewardError, match="expected another name for its component"):
+        scorer.try_out(QUESTION)
+    two = Scorer({named("own", value): 1.0, right: 1.0}, CharacterFormat())
+    assert f"own.{name}" in two.score([tree_of(QUESTION, ["{7}"])])[0].rewards[0].components
+
+
+def test_a_component_does_not_replace_the_functions_value() -> None:
+    def own(solution_str: str) -> dict[str, float]:
+        return {"score": 1.0, "own": 0.25}
+
+    with pytest.raises(
+        RewardError, match=r"reward own, question 'q1', path 0: .* component 'own', reward.own is logged"
+    ):
+        Scorer({own: 1.0}, CharacterFormat()).score([tree_of(QUESTION, ["{7}"])])
+
+
+def test_a_weighted_sum_that_is_not_finite_names_the_functions() -> None:
+    expected = r"question 'q1', path 0: expected a finite weighted sum .*, got 100 \* 1e\+308 \(huge\) = inf"
+    with pytest.raises(RewardError, match=expected):
+        Scorer({named("huge", 1e308): 100.0}, CharacterFormat()).score([tree_of(QUESTION, ["{7}"])])
+
+
+def test_the_first_function_decides_success_whatever_its_name() -> None:
+    scorer = Scorer({named("zero", 0.0): 1.0, named("alpha", 1.0): 1.0}, CharacterFormat())
+    [scored] = scorer.score([tree_of(QUESTION, ["{7}"])])
+    assert (scored.rewards[0].total, scored.rewards[0].success) == (1.0, False)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 THINK, END_THINK = "<think>", "</think>"
-_THOUGHT = re.compile(rf"{THINK}.*?(?:{END_THINK}|\Z)", re.DOTALL)
+_THOUGHTS = re.compile(rf"(?:\s*{THINK}.*?{END_THINK})*", re.DOTALL)
 _TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _BRACE = re.compile(r"\\f?boxed\s*\{|\\.|[{}]", re.DOTALL)
 
@@ -17,13 +17,20 @@ class FindAnswer(Protocol):
 
 
 def without_thinking(text: str) -> str:
-    """What is outside <think> and </think>; thinking that does not end goes on to the end."""
-    return _THOUGHT.sub("", text)
+    """What follows the thinking that a turn begins with; thinking that does not end goes on to the end.
+
+    Elsewhere, in the arguments of a call say, <think> is a text like another one.
+    """
+    return _behind_thoughts(text) if thinking_ends(text) else ""
 
 
 def thinking_ends(text: str) -> bool:
-    """Whether the last thought has its end."""
-    return text.rfind(THINK) <= text.rfind(END_THINK)
+    """Whether the thinking that a turn begins with, if it does, has its end."""
+    return not _behind_thoughts(text).lstrip().startswith(THINK)
+
+
+def _behind_thoughts(text: str) -> str:
+    return text[_THOUGHTS.match(text).end() :]  # type: ignore[union-attr]  # matches nothing, too
 
 
 def tagged(content: str) -> str | None:

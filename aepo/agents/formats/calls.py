@@ -7,11 +7,13 @@ A parser of your own is a function (text, schemas) -> (content, calls), or a cla
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from aepo.registry import place_of, resolve
+from aepo.agents.protocol import USER_ERRORS, problem_of
+from aepo.registry import resolve
 from aepo.types import ToolCall
 
 Schemas = Mapping[str, Mapping[str, Any]]
@@ -212,7 +214,12 @@ def _refuse(constant: str) -> Any:
     raise ValueError(constant)
 
 
-_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse)
+def _finite(digits: str) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else _refuse(digits)
+
+
+_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse, parse_float=_finite)
 
 
 def _sound(value: Any) -> Any:
@@ -238,8 +245,8 @@ def find_parser(name: str) -> CallParser:
     if isinstance(parser, type):
         try:
             parser = parser()
-        except Exception as error:  # whatever the user's code does
-            problem = f"{type(error).__name__}: {error}{place_of(error, parser)}"
+        except USER_ERRORS as error:
+            problem = problem_of(error, parser)
             raise ValueError(f"format.calls = {name!r}: making one without arguments failed: {problem}") from error
     if not callable(parser):
         raise ValueError(f"format.calls = {name!r}: expected a parser (text, schemas) -> (content, calls)")

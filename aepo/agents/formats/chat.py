@@ -11,9 +11,10 @@ from aepo.agents.formats.answers import STYLES, THINK, thinking_ends, without_th
 from aepo.agents.formats.calls import Parsed, find_parser
 from aepo.agents.formats.chat_template import ChatTemplate, ToolSchema
 from aepo.agents.formats.continuation import Continuation
+from aepo.agents.formats.own import checked_calls
 from aepo.agents.formats.self_test import find_call_parser, rewritten_history
 from aepo.agents.formats.text import Protect, TextTokenizer
-from aepo.agents.protocol import blamed
+from aepo.agents.protocol import AgentError, blamed, shown
 from aepo.types import Message, TokenIds, ToolResult, Turn
 
 SHOWN_CHARS = 80  # of a text that a parser failed on
@@ -91,7 +92,7 @@ class ChatTemplateFormat:
         if not ended:
             return Turn(text, outside.strip(), well_formed=False)
         content, calls = self._said(outside) if self.calls else (outside.strip(), ())
-        well_formed = thinking_ends(whole) and all(call.problem is None for call in calls)
+        well_formed = thinking_ends(whole) and THINK not in content and all(call.problem is None for call in calls)
         if calls:
             return Turn(text, content, calls, well_formed=well_formed)
         answer = self._find_answer(content)
@@ -101,7 +102,10 @@ class ChatTemplateFormat:
         """What is said, and the calls. AgentError: a parser of the user's own failed."""
         with blamed(f"format.calls: {self.calls}, for {text[:SHOWN_CHARS]!r},", self._parse):
             content, calls = self._parse(text, self._schemas)
-            return content, tuple(calls)
+        what = f"format.calls: {self.calls}, for {text[:SHOWN_CHARS]!r},"
+        if not isinstance(content, str):
+            raise AgentError(f"{what} returned {shown(content)} as the content, expected a text")
+        return content, checked_calls(calls, what)
 
     def result_tokens(self, turn: Turn, results: Sequence[ToolResult]) -> TokenIds:
         """What comes behind the end-of-turn token, which the model wrote: only such a turn has calls."""

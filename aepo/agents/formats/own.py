@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from aepo.agents.protocol import AgentError, ChatFormat, blamed
-from aepo.types import Message, TokenIds, ToolResult, Turn
+from aepo.agents.protocol import AgentError, ChatFormat, blamed, shown
+from aepo.types import Message, TokenIds, ToolCall, ToolResult, Turn
 
 NEEDED = ("name", "eos_ids", "stop_strings", "vocab_size", "prompt_tokens", "read", "result_tokens", "decode")
+
+
+def checked_calls(calls: Any, what: str) -> tuple[ToolCall, ...]:
+    """The calls that the user's own parser or format returned. AgentError: they are none. what: who did."""
+    if not isinstance(calls, (list, tuple)):
+        raise AgentError(f"{what} returned {shown(calls)} as the calls, expected a list of ToolCall")
+    for call in calls:
+        if not (isinstance(call, ToolCall) and isinstance(call.tool, str) and isinstance(call.arguments, Mapping)):
+            raise AgentError(f"{what} returned {shown(call)} as a call, expected ToolCall(tool, arguments by name)")
+    return tuple(calls)
 
 
 class OwnFormat:
@@ -36,7 +46,12 @@ class OwnFormat:
     def read(self, token_ids: Sequence[int], finish_reason: Literal["stop", "eos", "length"]) -> Turn:
         turn = self._call(self._made.read, token_ids, finish_reason)
         if not isinstance(turn, Turn):
-            raise AgentError(f"{self._setting}: read returned {turn!r}, expected a Turn")
+            raise AgentError(f"{self._setting}: read returned {shown(turn)}, expected a Turn")
+        texts = {"text": turn.text, "content": turn.content, "answer": turn.answer or ""}
+        for name, text in texts.items():
+            if not isinstance(text, str):
+                raise AgentError(f"{self._setting}: read returned {shown(text)} as the {name}, expected a text")
+        checked_calls(turn.calls, f"{self._setting}: read")
         return turn
 
     def result_tokens(self, turn: Turn, results: Sequence[ToolResult]) -> TokenIds:
@@ -56,9 +71,8 @@ class OwnFormat:
         except (TypeError, ValueError):
             tokens = ()
         if not tokens or min(tokens) < 0 or max(tokens) >= self.vocab_size:
-            shown = repr(found) if len(repr(found)) <= 80 else f"{repr(found)[:77]}..."
             raise AgentError(
-                f"{self._setting}: {method.__name__} returned {shown}, expected one or more tokens from 0 to "
+                f"{self._setting}: {method.__name__} returned {shown(found)}, expected one or more tokens from 0 to "
                 f"{self.vocab_size - 1}"
             )
         return tokens

@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from aepo.agents.protocol import AgentError, RewardFunction
-from aepo.agents.rewards.arguments import OURS, TRL, VERL, trl_arguments, verl_arguments
-from aepo.registry import place_of, plain
+from aepo.agents.protocol import USER_ERRORS, AgentError, RewardFunction, problem_of, shown
+from aepo.agents.rewards.arguments import OURS, TRL, VERL, own_copy, trl_arguments, verl_arguments
+from aepo.registry import plain
 from aepo.types import Question, Response, Reward
 
 Signature = Literal["ours", "trl", "verl"]
@@ -93,26 +93,31 @@ class GroupReward:
             each = [verl_arguments(question, r, self._parameters, self._takes_all) for r in responses]
             return [lambda a=a: function(**a) for a in each]  # type: ignore[misc]
         names = [name for name in self._parameters if name.lstrip("_") in OURS]
-        given = [{"question": question, "response": response} for response in responses]
+        given = [{"question": own_copy(question), "response": response} for response in responses]
         return [lambda g=g: function(**{name: g[name.lstrip("_")] for name in names}) for g in given]  # type: ignore[misc]
 
     def _guarded(self, call: Callable[[], Any], question: Question, index: int) -> Any:
         try:
             return call()
-        except Exception as error:
+        except USER_ERRORS as error:
             raise self._failed(error, question, index) from error
 
     async def _settle(self, outputs: Sequence[Any], question: Question) -> list[Any]:
         """Wait for all, also where one fails: nothing of the user's runs on afterwards."""
 
-        async def ready(output: Any) -> Any:
-            return output
+        async def ended(output: Any) -> Any:
+            try:
+                return await output if inspect.isawaitable(output) else output
+            except SystemExit as error:  # which would end the event loop
+                return error
 
-        # Awaited as they are: where all of this is cancelled before it begins, Python would miss those inside another.
-        waited = (output if inspect.isawaitable(output) else ready(output) for output in outputs)
-        settled = await asyncio.gather(*waited, return_exceptions=True)
+        try:
+            settled = await asyncio.gather(*map(ended, outputs), return_exceptions=True)
+        finally:  # where all of this is cancelled before it begins, Python would miss what was not awaited
+            for coroutine in filter(inspect.iscoroutine, outputs):
+                coroutine.close()
         for index, output in enumerate(settled):
-            if isinstance(output, Exception):
+            if isinstance(output, USER_ERRORS):
                 raise self._failed(output, question, index) from output
             if isinstance(output, BaseException):
                 raise output
@@ -127,7 +132,10 @@ class GroupReward:
         return [self._value(output, question, index, extra[index]) for index, output in enumerate(outputs)]
 
     def _one_per_path(self, output: Any, question: Question, count: int) -> Sequence[Any]:
-        values = output.tolist() if hasattr(output, "tolist") else output
+        try:
+            values = output.tolist() if hasattr(output, "tolist") else output
+        except Exception:  # whatever the value's own method does
+            values = output
         if isinstance(values, (list, tuple)) and len(values) == count:
             return values
         got = f"{len(values)} values" if isinstance(values, (list, tuple)) else _shown(output)
@@ -141,23 +149,23 @@ class GroupReward:
         if output is None:
             return None
         if isinstance(output, Reward):
-            components = {name: _number(value, f"{where}, {name}") for name, value in output.components.items()}
-            return Value(_number(output.total, where), {**extra, **components}, bool(output.success))
+            components = _components(output.components, where)
+            return Value(_number(output.total, where), {**extra, **components}, _success(output.success, where))
         if self.signature == "verl" and isinstance(output, Mapping):
             if "score" not in output:
                 raise RewardError(f"{where}: expected a number or a dict with 'score', got the keys {list(output)}")
-            others = {name: _number(v, f"{where}, {name}") for name, v in output.items() if _is_number(v)}
-            return Value(_number(output["score"], where), {n: v for n, v in others.items() if n != "score"})
+            others = {name: value for name, value in output.items() if name != "score" and _is_number(value)}
+            return Value(_number(output["score"], where), _components(others, where))
         return Value(_number(output, where), extra)
 
     def _where(self, question: Question, index: int) -> str:
         return f"reward {self.name}, question {question.id!r}, path {index}"
 
-    def _failed(self, error: Exception, question: Question, index: int) -> RewardError:
+    def _failed(self, error: BaseException, question: Question, index: int) -> RewardError:
         where = self._where(question, index)
         if self.signature == "trl":
             where = where.rpartition(",")[0]  # one call for all paths
-        return RewardError(f"{where}: {type(error).__name__}: {error}{place_of(error, self._function)}")
+        return RewardError(f"{where}: {problem_of(error, self._function)}")
 
 
 def _signature(function: Any, name: str) -> tuple[Signature, dict[str, bool], bool]:
@@ -208,17 +216,38 @@ def _name(function: Any) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
+def _components(given: Mapping[Any, Any], where: str) -> dict[str, float]:
+    for name in given:
+        if not isinstance(name, str):
+            raise RewardError(f"{where}: expected texts as names of components, got {_shown(name)}")
+    return {name: _number(value, f"{where}, {name}") for name, value in given.items()}
+
+
+def _success(value: Any, where: str) -> bool:
+    value = _python_value(value)
+    if not isinstance(value, (int, float)) or value not in (True, False):
+        raise RewardError(f"{where}: expected True or False as the Reward's success, got {_shown(value)}")
+    return bool(value)
+
+
 def _is_number(value: Any) -> bool:
-    value = value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else value
-    return isinstance(value, (int, float))
+    return isinstance(_python_value(value), (int, float))
+
+
+def _python_value(value: Any) -> Any:
+    """Of a scalar of numpy or torch, else the value itself."""
+    try:
+        return value.item() if hasattr(value, "item") else value
+    except Exception:  # more than one entry, or whatever the value's own method does
+        return value
 
 
 def _number(value: Any, where: str) -> float:
     """Of Python, numpy or torch. RewardError: it is none, or not finite."""
+    plain_value = _python_value(value)
     try:
-        plain_value = value.item() if hasattr(value, "item") else value
         number = float(plain_value) if isinstance(plain_value, (int, float)) else None
-    except (ValueError, TypeError, OverflowError, RuntimeError):  # more than one entry, or beyond a float
+    except Exception:  # beyond a float, or whatever the value's own method does
         number = None
     if number is None:
         raise RewardError(f"{where}: expected a number or None, got {_shown(value)}")
@@ -228,5 +257,4 @@ def _number(value: Any, where: str) -> float:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+    return f"{type(value).__name__} {shown(value)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from aepo.types import Question, Response
@@ -31,9 +32,11 @@ def trl_arguments(
     count = len(responses)
     in_text = isinstance(question.prompt, str)
     prompt: Any = question.prompt if in_text else [dict(message) for message in question.messages]
-    given: dict[str, Any] = {name: [value] * count for name, value in columns(question).items()}
+    given: dict[str, Any] = {
+        name: [_own_copy(value) for _ in range(count)] for name, value in columns(question).items()
+    }
     given |= {
-        "prompts": [prompt] * count,
+        "prompts": [_own_copy(prompt) for _ in range(count)],
         "completions": [response.text if in_text else as_messages(response) for response in responses],
         "completion_ids": [list(response.token_ids) for response in responses],
         "log_metric": _log_metric(logged, count),
@@ -49,6 +52,7 @@ def trl_arguments(
 def verl_arguments(
     question: Question, response: Response, parameters: Mapping[str, bool], takes_all: bool
 ) -> dict[str, Any]:
+    question = own_copy(question)
     given = {
         "data_source": question.data.get("data_source", question.kind),
         "solution_str": response.text,
@@ -56,6 +60,19 @@ def verl_arguments(
         "extra_info": question.data.get("extra_info"),
     }
     return given if takes_all else {name: given[name] for name in parameters if name in given}
+
+
+def own_copy(question: Question) -> Question:
+    """For one call: what a function changes in it, no later call sees."""
+    prompt, answer, data = map(_own_copy, (question.prompt, question.answer, question.data))
+    return replace(question, prompt=prompt, answer=answer, data=data)
+
+
+def _own_copy(value: Any) -> Any:
+    """With lists and dicts of its own; other objects, an image say, stay the same."""
+    if type(value) in (list, tuple):
+        return type(value)(map(_own_copy, value))
+    return {name: _own_copy(each) for name, each in value.items()} if type(value) is dict else value
 
 
 def columns(question: Question) -> dict[str, Any]:
