@@ -208,6 +208,25 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     assert "a.jsonl:2: expected text in UTF-8, got the byte 0xff" in message_of(tmp_path / "a.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"prompt": "a"}\n'.encode("utf-16"), "expected text in UTF-8, got the byte 0xff"),
+        (b'[{"prompt": "a"}, {"prompt": "b"}]', "expected an object with columns, got list"),
+        (b'{"prompt": "a", "answer": NaN}\n', "expected JSON on one line, got NaN, which JSON does not have"),
+        (b'{"prompt": "a"} {"prompt": "b"}\n', "expected JSON on one line, got Extra data at character 17"),
+        (b"{}\n{}\n", "expected an object with columns, got an empty one"),
+    ],
+)
+def test_a_file_whose_every_row_is_broken(tmp_path: Path, content: bytes, problem: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    found = message_of(tmp_path / "a.jsonl")
+    assert found.startswith("task.train: ")
+    assert f"rows cannot be used: a.jsonl:1: {problem}" in found
+    jsonl(tmp_path / "b.jsonl", ROWS)
+    assert f"a.jsonl:1: {problem}" in message_of(tmp_path / "b.jsonl", tmp_path / "a.jsonl")
+
+
 def test_a_byte_order_mark_is_none_of_the_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"question": "a"}\r\n{"question": "b"}\r\n')
     assert len(FilesTask(tmp_path / "a.jsonl").train) == 1

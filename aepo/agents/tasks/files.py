@@ -56,9 +56,10 @@ class FilesTask(Task):
         }
         if empty := next((split for split, found in rows.items() if not found), None):
             raise ValueError(f"task.{empty}: expected at least one row, got none")
-        self.columns = choose_columns(
-            columns or {}, (row for found in rows.values() for _, _, row in found if isinstance(row, dict))
-        )
+        columned = [row for found in rows.values() for _, _, row in found if isinstance(row, dict) and row]
+        if not columned:  # what is wrong with the rows says more than that they have no columns
+            _questions(rows["train"], {}, "train")
+        self.columns = choose_columns(columns or {}, columned)
         read = {split: _questions(found, self.columns, split) for split, found in rows.items()}
         self.train = read["train"]
         if share is None:
@@ -155,8 +156,8 @@ def _questions(rows: Sequence[_Row], columns: Mapping[Role, str | None], split: 
 def _question(row: Any, place: str, columns: Mapping[Role, str | None], names: Mapping[str, None]) -> Question | BadRow:
     if isinstance(row, BadRow):
         return row
-    if not isinstance(row, dict):
-        return BadRow(f"expected an object with columns, got {type(row).__name__}")
+    if not isinstance(row, dict) or not row:
+        return BadRow(f"expected an object with columns, got {type(row).__name__ if row != {} else 'an empty one'}")
     assert columns["prompt"] is not None
     prompt = read_prompt(look_up(row, columns["prompt"]), columns["prompt"])
     answer = read_answer(row, columns["answer"])
