@@ -101,8 +101,39 @@ def test_a_directory_that_datasets_saved(tmp_path: Path) -> None:
     assert [question.id for question in task.train] == ["train:1", "train:2", "train:3"]
     assert [question.data["extra_info"]["index"] for question in task.train] == [0, 2, 1]
     assert [question.text for question in task.heldout] == ["What is 3 + 1?"]
+    in_a_list = FilesTask([str(tmp_path / "all")])
+    assert (in_a_list.train, in_a_list.heldout) == (task.train, task.heldout)
     only = FilesTask(tmp_path / "all" / "train", 0.4)
     assert (len(only.train), len(only.heldout)) == (2, 1)
+
+
+def test_a_list_of_directories_has_the_held_out_splits_of_all(tmp_path: Path) -> None:
+    for name, first in (("a", 0), ("b", 10)):
+        saved(tmp_path / name / "train", ROWS[first : first + 8])
+        saved(tmp_path / name / "test", ROWS[first + 8 : first + 10])
+        (tmp_path / name / "dataset_dict.json").write_text("{}")
+    extra = jsonl(tmp_path / "extra.jsonl", [{"question": "more?"}])
+    task = FilesTask([str(tmp_path / "a"), str(extra), str(tmp_path / "b")])
+    assert [question.prompt for question in task.train] == [
+        *(row["question"] for row in ROWS[:8]),
+        "more?",
+        *(row["question"] for row in ROWS[10:18]),
+    ]
+    assert [question.id for question in task.heldout] == ["a/test:1", "a/test:2", "b/test:1", "b/test:2"]
+
+
+def test_columns_of_one_name(tmp_path: Path) -> None:
+    """Only the last one would be read."""
+    texts = [pa.array(["a", "b"]), pa.array(["c", "d"])]
+    parquet.write_table(pa.Table.from_arrays(texts, names=["prompt", "prompt"]), tmp_path / "a.parquet")
+    assert "a.parquet: cannot be read as parquet: expected every column once, got 'prompt' twice" in message_of(
+        tmp_path / "a.parquet"
+    )
+    struct = pa.StructArray.from_arrays(texts, names=["x", "x"])
+    parquet.write_table(pa.table({"prompt": texts[0], "s": struct}), tmp_path / "b.parquet")
+    assert "b.parquet: cannot be read as parquet: " in message_of(tmp_path / "b.parquet")
+    path = jsonl(tmp_path / "c.jsonl", ['{"prompt": "a", "prompt": "b"}', '{"prompt": "c"}'])
+    assert "c.jsonl:1: expected JSON on one line, got 'prompt' twice in one object" in message_of(path)
 
 
 def test_what_the_package_datasets_writes(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from aepo.agents.protocol import RewardFunction, Task, Tool
 from aepo.agents.tasks.columns import MISSING, Role, choose_columns, look_up, read_answer, read_prompt
-from aepo.agents.tasks.rows import BadRow, Source, Split, find_sources, saved_split
+from aepo.agents.tasks.rows import BadRow, Source, Split, find_sources, saved_splits
 from aepo.types import Question
 
 HELDOUT_SHARE = 0.1
@@ -22,7 +22,7 @@ class FilesTask(Task):
     """Questions from files; docs/data.md.
 
     train: a .jsonl or .parquet file, a pattern of files, a directory that `datasets` saved, or a list of these.
-    heldout: the same, or a share of `train` in (0, 1), divided by `seed`; None: the test split of such a directory, or
+    heldout: the same, or a share of `train` in (0, 1), divided by `seed`; None: the test splits of such directories, or
     else a tenth. columns: which of them are prompt, answer, id and kind; those not named are guessed.
     ValueError, in one line: files or columns that are not there, rows that cannot be used, or no question.
     """
@@ -43,9 +43,9 @@ class FilesTask(Task):
     ) -> None:
         self.tools, self.environment, self.system = tools, environment, system
         self._rewards = rewards
-        if heldout is None:
-            heldout = saved_split(train, "heldout") or HELDOUT_SHARE
         sources: dict[Split, list[Source]] = {"train": find_sources(train, "train")}
+        if heldout is None:
+            heldout = saved_splits(train, "heldout") or HELDOUT_SHARE
         share = heldout if isinstance(heldout, (int, float)) else None
         if share is None:
             sources["heldout"] = find_sources(heldout, "heldout")
