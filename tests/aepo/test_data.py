@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from aepo.agents.tasks.files import FilesTask, divide
-from aepo.types import Question
+from aepo.types import Message, Question
 
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -176,6 +176,28 @@ def test_a_share_is_held_out(tmp_path: Path) -> None:
     assert FilesTask(path, 0.3, seed=1).heldout != task.heldout
     assert len(FilesTask(path).heldout) in (2, 3)  # a tenth where nothing is said
     assert FilesTask(path).identity["heldout_share"] == 0.1
+
+
+SAME: list[str | tuple[Message, ...]] = [
+    "Caf\u00e9?",
+    "Cafe\u0301?",
+    " Caf\u00e9?\n",
+    ({"role": "user", "content": "Caf\u00e9?"},),
+    ({"content": "Cafe\u0301? ", "role": "user"},),
+]
+
+
+def test_forms_of_one_prompt_are_on_the_same_side(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected at least two different prompts to divide, got 1"):
+        divide([Question(str(i), prompt) for i, prompt in enumerate(SAME)], 0.5, seed=0)
+    path = jsonl(tmp_path / "a.jsonl", [{"prompt": prompt} for prompt in SAME])
+    other = jsonl(tmp_path / "b.jsonl", [{"prompt": "Caf\u00e9?"}, {"prompt": "caf\u00e9?"}])
+    assert FilesTask(other, path).identity["heldout_prompts_in_train"] == 5
+    system = {"role": "system", "content": "Caf\u00e9?"}
+    others: list[str | tuple[Message, ...]] = ["Cafe?", "Ca f\u00e9?", (system,), (system, *Question("", "x").messages)]
+    for different in others:
+        train, heldout = divide([Question("a", SAME[0]), Question("b", different)], 0.5, seed=0)
+        assert (len(train), len(heldout)) == (1, 1)
 
 
 def test_a_small_share_is_at_least_one_question() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -103,7 +104,8 @@ class FilesTask(Task):
 
 
 def divide(questions: Sequence[Question], share: float, seed: int) -> tuple[list[Question], list[Question]]:
-    """Training and held-out questions, each in their order. Those with the same prompt are on the same side.
+    """Training and held-out questions, each in their order. Those with the same prompt are on the same side: its
+    Unicode form, space around it, and whether it is a text or one message of a user make no difference.
 
     ValueError: all have the same prompt.
     """
@@ -127,7 +129,12 @@ def divide(questions: Sequence[Question], share: float, seed: int) -> tuple[list
 
 
 def _prompt_key(question: Question) -> str:
-    return question.prompt if isinstance(question.prompt, str) else json.dumps(question.prompt, default=str)
+    """Equal where people would read the same: after NFC, stripped, a text being what a user says."""
+    plain = [
+        {**message, "content": unicodedata.normalize("NFC", message["content"]).strip()}
+        for message in question.messages
+    ]
+    return json.dumps(plain, sort_keys=True, default=str)
 
 
 def _questions(rows: Sequence[_Row], columns: Mapping[Role, str | None], split: Split) -> list[Question]:
