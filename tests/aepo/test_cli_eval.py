@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,16 @@ def test_mistakes_are_one_line(trained: Path, arguments: list[str], expected: st
     assert done.exit_code == 1
     assert done.output.startswith("error: ")
     assert expected.replace("RUN", str(trained)) in done.output
+    assert len(done.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", [["eval"], ["train", "--resume"]])
+def test_settings_of_a_run_that_are_damaged(trained: Path, tmp_path: Path, command: list[str]) -> None:
+    copy = shutil.copytree(trained, tmp_path / "run")
+    (copy / "config.yaml").write_text("train: {steps: 3\n")
+    done = run(*command, copy)
+    assert done.exit_code == 1
+    assert done.output.startswith(f"error: {copy / 'config.yaml'}, line 2: cannot be read as YAML: ")
     assert len(done.output.splitlines()) == 1
 
 
