@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from aepo.agents.tasks.files import FilesTask, divide
+from aepo.agents.tools.search import SearchTool
 from aepo.types import Message, Question
 
 pa = pytest.importorskip("pyarrow")
@@ -283,6 +284,20 @@ def test_a_file_whose_every_row_is_broken(tmp_path: Path, content: bytes, proble
 def test_a_byte_order_mark_is_none_of_the_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"question": "a"}\r\n{"question": "b"}\r\n')
     assert len(FilesTask(tmp_path / "a.jsonl").train) == 1
+
+
+def test_documents_of_a_search_are_read_as_rows_are(tmp_path: Path) -> None:
+    """A mark at the beginning, or where two files were joined, is none of the text; another encoding is an error."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "red\xc3\xa9"}\r\n\r\n\xef\xbb\xbf{"text": "blue"}\r\n')
+    tool = SearchTool.from_jsonl(path)
+    assert (tool("red\u00e9"), tool("blue")) == ("red\u00e9", "blue")
+    path.write_bytes(b'{"text": "red"}\n{"text": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: expected \{.* in UTF-8, got .*\ufffd"):
+        SearchTool.from_jsonl(path)
+    path.write_bytes('{"text": "red"}\n'.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: expected \{.* in UTF-8, got .*\ufffd"):
+        SearchTool.from_jsonl(path)
 
 
 def test_an_answer_that_is_not_a_number(tmp_path: Path) -> None:
