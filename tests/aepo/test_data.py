@@ -123,6 +123,12 @@ def test_a_list_of_directories_has_the_held_out_splits_of_all(tmp_path: Path) ->
     assert [question.id for question in task.heldout] == ["a/test:1", "a/test:2", "b/test:1", "b/test:2"]
 
 
+def test_rows_of_many_files_are_counted_on(tmp_path: Path) -> None:
+    saved(tmp_path / "all", ROWS[:8], parts=4)
+    task = FilesTask(tmp_path / "all", tmp_path / "all")
+    assert [question.id for question in task.train] == [f"all:{number}" for number in range(1, 9)]
+
+
 def test_columns_of_one_name(tmp_path: Path) -> None:
     """Only the last one would be read."""
     texts = [pa.array(["a", "b"]), pa.array(["c", "d"])]
@@ -241,6 +247,14 @@ def test_values_stay_usable(tmp_path: Path) -> None:
             "message 1 of 'question': expected content of text; images and sounds cannot be read",
         ),
         (
+            {"question": [{"role": "user", "content": [{"type": "text", "text": "Look:"}, {"type": "image"}]}]},
+            "message 1 of 'question': expected content of text; images and sounds cannot be read",
+        ),
+        (
+            {"question": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text"}]}]},
+            "message 1 of 'question': expected content of text; images and sounds cannot be read",
+        ),
+        (
             {"question": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
             "'question' ends with a message of the assistant: expected one that the model is to answer",
         ),
@@ -284,6 +298,12 @@ def test_a_file_whose_every_row_is_broken(tmp_path: Path, content: bytes, proble
 def test_a_byte_order_mark_is_none_of_the_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"question": "a"}\r\n{"question": "b"}\r\n')
     assert len(FilesTask(tmp_path / "a.jsonl").train) == 1
+
+
+def test_parts_of_text_are_lines_of_one(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    path = jsonl(tmp_path / "a.jsonl", [{"prompt": [{"role": "user", "content": parts}]}])
+    assert FilesTask(path, path).train[0].prompt == ({"role": "user", "content": "a\nb"},)
 
 
 def test_documents_of_a_search_are_read_as_rows_are(tmp_path: Path) -> None:
