@@ -6,6 +6,7 @@ are errors that suggest the right one. This module imports no torch. `aepo keys`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -435,20 +436,36 @@ def default_of(item: dataclasses.Field) -> Any:
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Defaults, then the YAML file at `path`, then `section.key=value` overrides (values are YAML too).
 
-    ValueError: a key that does not exist (the nearest right one is named), or a value of the wrong type or range.
+    ValueError, in one line: text that is no YAML, a key that does not exist (the nearest right one is named), or a value
+    of the wrong type or range.
     """
     from omegaconf import OmegaConf
 
     changes: list[tuple[str, Any, str]] = []  # dotted key, value, where it came from
     if path is not None:
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        text = Path(path).read_bytes()
+        with _yaml_of(str(path), lines=True):
+            content = OmegaConf.to_container(OmegaConf.create(text.decode()), resolve=True, throw_on_missing=True)
         changes += [(name, value, f" (in {path})") for name, value in _flatten(content, str(path))]
     for override in overrides:
         name, equals, _ = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r}: expected section.key=value, for example train.steps=20")
-        changes += [(name, OmegaConf.select(OmegaConf.from_dotlist([override]), name), "")]
+        with _yaml_of(f"override {override!r}"):
+            changes += [(name, OmegaConf.select(OmegaConf.from_dotlist([override]), name), "")]
     return _apply(changes)
+
+
+@contextlib.contextmanager
+def _yaml_of(place: str, lines: bool = False) -> Iterator[None]:
+    """ValueError, in one line that names the place: the text there is no YAML."""
+    try:
+        yield
+    except Exception as error:  # not only errors of YAML: those of the values that it makes, too
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if lines and mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0] or "expected sections with keys"
+        raise ValueError(f"{place}{line}: cannot be read as YAML: {problem}") from None
 
 
 def to_yaml(config: Config) -> str:

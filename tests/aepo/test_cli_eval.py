@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,9 @@ def test_another_agent_than_the_run_was_trained_with(
     assert refused.output.startswith(f"error: {trained}: the run was trained with another agent: ")
     assert "task.heldout_questions was 8 and is 5" in refused.output
     assert len(refused.output.splitlines()) == 1
+    other = run("eval", trained, "--temperature", "0.5", "rollout.max_tokens=5")
+    assert other.exit_code == 1, "settings that leave the agent as it is are no consent"
+    assert "the run was trained with another agent: task.heldout_questions was 8 and is 5" in other.output
     meant = run("eval", trained, "task.seed=5")
     assert meant.exit_code == 0, meant.output
     assert "set here: task.seed = 5 (the run: 0)" in meant.output
@@ -157,6 +161,16 @@ def test_mistakes_are_one_line(trained: Path, arguments: list[str], expected: st
     assert done.exit_code == 1
     assert done.output.startswith("error: ")
     assert expected.replace("RUN", str(trained)) in done.output
+    assert len(done.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", [["eval"], ["train", "--resume"]])
+def test_settings_of_a_run_that_are_damaged(trained: Path, tmp_path: Path, command: list[str]) -> None:
+    copy = shutil.copytree(trained, tmp_path / "run")
+    (copy / "config.yaml").write_text("train: {steps: 3\n")
+    done = run(*command, copy)
+    assert done.exit_code == 1
+    assert done.output.startswith(f"error: {copy / 'config.yaml'}, line 2: cannot be read as YAML: ")
     assert len(done.output.splitlines()) == 1
 
 

@@ -68,12 +68,15 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("vllm.endpoints=[http://a,http://a]", "expected different URLs such as http://host:8000"),
         ("vllm.dtype=float64", "expected one of float32, bfloat16, float16 or null"),
         ("train.steps", "expected section.key=value"),
+        ("train.steps=[1", "override 'train.steps=[1': cannot be read as YAML: did not find expected ',' or ']'"),
+        ("run.dir=${nowhere}", "cannot be read as YAML: Interpolation key 'nowhere' not found"),
     ],
 )
 def test_a_wrong_override_says_what_is_right(override: str, expected: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011, the text is compared below
         load_config(overrides=[override])
     assert expected in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_what_the_hints_say_to_set_can_be_set() -> None:
@@ -118,15 +121,26 @@ def test_old_log_probs_follow_the_engine() -> None:
         ("train: 3\n", "section 'train'"),
         ("train:\n  stepz: 3\n", "did you mean 'train.steps'"),
         ("- 1\n", "expected sections with keys"),
+        ("3\n", "expected sections with keys"),
+        ("train: [1\n", "wrong.yaml, line 2: cannot be read as YAML: did not find expected ',' or ']'"),
+        ("train:\n\tsteps: 3\n", "wrong.yaml, line 2: cannot be read as YAML: found character that cannot start"),
+        ("train: {}\ntrain: {}\n", "wrong.yaml, line 2: cannot be read as YAML: found duplicate key train"),
+        ("run: {dir: '${nowhere}'}\n", "wrong.yaml: cannot be read as YAML: Interpolation key 'nowhere' not found"),
+        ("train: {null: 3}\n", "wrong.yaml: cannot be read as YAML: Incompatible key type 'NoneType'"),
+        ("train: {steps: '???'}\n", "wrong.yaml: cannot be read as YAML: Missing mandatory value: steps"),
+        ("train: {steps: !!timestamp x}\n", "wrong.yaml: cannot be read as YAML: "),
+        ("train: \0\n", "wrong.yaml: cannot be read as YAML: unacceptable character #x0000"),
+        ("train: {steps: \udcff}\n", "wrong.yaml: cannot be read as YAML: 'utf-8' codec can't decode byte 0xff"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path: Path, text: str, expected: str) -> None:
     file = tmp_path / "wrong.yaml"
-    file.write_text(text)
+    file.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError) as error:  # noqa: PT011, the text is compared below
         load_config(file)
     assert expected in str(error.value)
     assert "wrong.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_ranges_hold_for_python_callers_too() -> None:

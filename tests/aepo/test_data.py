@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from aepo.agents.tasks.files import FilesTask, divide
-from aepo.types import Question
+from aepo.agents.tools.search import SearchTool
+from aepo.types import Message, Question
 
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -101,8 +102,45 @@ def test_a_directory_that_datasets_saved(tmp_path: Path) -> None:
     assert [question.id for question in task.train] == ["train:1", "train:2", "train:3"]
     assert [question.data["extra_info"]["index"] for question in task.train] == [0, 2, 1]
     assert [question.text for question in task.heldout] == ["What is 3 + 1?"]
+    in_a_list = FilesTask([str(tmp_path / "all")])
+    assert (in_a_list.train, in_a_list.heldout) == (task.train, task.heldout)
     only = FilesTask(tmp_path / "all" / "train", 0.4)
     assert (len(only.train), len(only.heldout)) == (2, 1)
+
+
+def test_a_list_of_directories_has_the_held_out_splits_of_all(tmp_path: Path) -> None:
+    for name, first in (("a", 0), ("b", 10)):
+        saved(tmp_path / name / "train", ROWS[first : first + 8])
+        saved(tmp_path / name / "test", ROWS[first + 8 : first + 10])
+        (tmp_path / name / "dataset_dict.json").write_text("{}")
+    extra = jsonl(tmp_path / "extra.jsonl", [{"question": "more?"}])
+    task = FilesTask([str(tmp_path / "a"), str(extra), str(tmp_path / "b")])
+    assert [question.prompt for question in task.train] == [
+        *(row["question"] for row in ROWS[:8]),
+        "more?",
+        *(row["question"] for row in ROWS[10:18]),
+    ]
+    assert [question.id for question in task.heldout] == ["a/test:1", "a/test:2", "b/test:1", "b/test:2"]
+
+
+def test_rows_of_many_files_are_counted_on(tmp_path: Path) -> None:
+    saved(tmp_path / "all", ROWS[:8], parts=4)
+    task = FilesTask(tmp_path / "all", tmp_path / "all")
+    assert [question.id for question in task.train] == [f"all:{number}" for number in range(1, 9)]
+
+
+def test_columns_of_one_name(tmp_path: Path) -> None:
+    """Only the last one would be read."""
+    texts = [pa.array(["a", "b"]), pa.array(["c", "d"])]
+    parquet.write_table(pa.Table.from_arrays(texts, names=["prompt", "prompt"]), tmp_path / "a.parquet")
+    assert "a.parquet: cannot be read as parquet: expected every column once, got 'prompt' twice" in message_of(
+        tmp_path / "a.parquet"
+    )
+    struct = pa.StructArray.from_arrays(texts, names=["x", "x"])
+    parquet.write_table(pa.table({"prompt": texts[0], "s": struct}), tmp_path / "b.parquet")
+    assert "b.parquet: cannot be read as parquet: " in message_of(tmp_path / "b.parquet")
+    path = jsonl(tmp_path / "c.jsonl", ['{"prompt": "a", "prompt": "b"}', '{"prompt": "c"}'])
+    assert "c.jsonl:1: expected JSON on one line, got 'prompt' twice in one object" in message_of(path)
 
 
 def test_what_the_package_datasets_writes(tmp_path: Path) -> None:
@@ -147,6 +185,28 @@ def test_a_share_is_held_out(tmp_path: Path) -> None:
     assert FilesTask(path).identity["heldout_share"] == 0.1
 
 
+SAME: list[str | tuple[Message, ...]] = [
+    "Caf\u00e9?",
+    "Cafe\u0301?",
+    " Caf\u00e9?\n",
+    ({"role": "user", "content": "Caf\u00e9?"},),
+    ({"content": "Cafe\u0301? ", "role": "user"},),
+]
+
+
+def test_forms_of_one_prompt_are_on_the_same_side(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected at least two different prompts to divide, got 1"):
+        divide([Question(str(i), prompt) for i, prompt in enumerate(SAME)], 0.5, seed=0)
+    path = jsonl(tmp_path / "a.jsonl", [{"prompt": prompt} for prompt in SAME])
+    other = jsonl(tmp_path / "b.jsonl", [{"prompt": "Caf\u00e9?"}, {"prompt": "caf\u00e9?"}])
+    assert FilesTask(other, path).identity["heldout_prompts_in_train"] == 5
+    system = {"role": "system", "content": "Caf\u00e9?"}
+    others: list[str | tuple[Message, ...]] = ["Cafe?", "Ca f\u00e9?", (system,), (system, *Question("", "x").messages)]
+    for different in others:
+        train, heldout = divide([Question("a", SAME[0]), Question("b", different)], 0.5, seed=0)
+        assert (len(train), len(heldout)) == (1, 1)
+
+
 def test_a_small_share_is_at_least_one_question() -> None:
     train, heldout = divide([Question(str(i), f"{i}?") for i in range(3)], 0.01, seed=0)
     assert (len(train), len(heldout)) == (2, 1)
@@ -187,6 +247,14 @@ def test_values_stay_usable(tmp_path: Path) -> None:
             "message 1 of 'question': expected content of text; images and sounds cannot be read",
         ),
         (
+            {"question": [{"role": "user", "content": [{"type": "text", "text": "Look:"}, {"type": "image"}]}]},
+            "message 1 of 'question': expected content of text; images and sounds cannot be read",
+        ),
+        (
+            {"question": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text"}]}]},
+            "message 1 of 'question': expected content of text; images and sounds cannot be read",
+        ),
+        (
             {"question": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
             "'question' ends with a message of the assistant: expected one that the model is to answer",
         ),
@@ -208,9 +276,48 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     assert "a.jsonl:2: expected text in UTF-8, got the byte 0xff" in message_of(tmp_path / "a.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"prompt": "a"}\n'.encode("utf-16"), "expected text in UTF-8, got the byte 0xff"),
+        (b'[{"prompt": "a"}, {"prompt": "b"}]', "expected an object with columns, got list"),
+        (b'{"prompt": "a", "answer": NaN}\n', "expected JSON on one line, got NaN, which JSON does not have"),
+        (b'{"prompt": "a"} {"prompt": "b"}\n', "expected JSON on one line, got Extra data at character 17"),
+        (b"{}\n{}\n", "expected an object with columns, got an empty one"),
+    ],
+)
+def test_a_file_whose_every_row_is_broken(tmp_path: Path, content: bytes, problem: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    found = message_of(tmp_path / "a.jsonl")
+    assert found.startswith("task.train: ")
+    assert f"rows cannot be used: a.jsonl:1: {problem}" in found
+    jsonl(tmp_path / "b.jsonl", ROWS)
+    assert f"a.jsonl:1: {problem}" in message_of(tmp_path / "b.jsonl", tmp_path / "a.jsonl")
+
+
 def test_a_byte_order_mark_is_none_of_the_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"question": "a"}\r\n{"question": "b"}\r\n')
     assert len(FilesTask(tmp_path / "a.jsonl").train) == 1
+
+
+def test_parts_of_text_are_lines_of_one(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    path = jsonl(tmp_path / "a.jsonl", [{"prompt": [{"role": "user", "content": parts}]}])
+    assert FilesTask(path, path).train[0].prompt == ({"role": "user", "content": "a\nb"},)
+
+
+def test_documents_of_a_search_are_read_as_rows_are(tmp_path: Path) -> None:
+    """A mark at the beginning, or where two files were joined, is none of the text; another encoding is an error."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "red\xc3\xa9"}\r\n\r\n\xef\xbb\xbf{"text": "blue"}\r\n')
+    tool = SearchTool.from_jsonl(path)
+    assert (tool("red\u00e9"), tool("blue")) == ("red\u00e9", "blue")
+    path.write_bytes(b'{"text": "red"}\n{"text": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: expected \{.* in UTF-8, got .*\ufffd"):
+        SearchTool.from_jsonl(path)
+    path.write_bytes('{"text": "red"}\n'.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: expected \{.* in UTF-8, got .*\ufffd"):
+        SearchTool.from_jsonl(path)
 
 
 def test_an_answer_that_is_not_a_number(tmp_path: Path) -> None:

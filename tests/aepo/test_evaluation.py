@@ -6,7 +6,7 @@ import itertools
 import json
 import pathlib
 import re
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from trainer_toys import ToyFormat, ToyLanguageModel, toy_agent
@@ -18,7 +18,18 @@ from aepo.evaluation import Evaluator, answer_intervals, answer_metrics, questio
 from aepo.rollout.engines.huggingface import HuggingFaceEngine
 from aepo.rollout.sampler import Sampler
 from aepo.scoring import Scorer
-from aepo.types import FinishReason, Node, Path, Question, Reward, RolloutTree, ScoredTree, ToolCall, ToolResult
+from aepo.types import (
+    ErrorKind,
+    FinishReason,
+    Node,
+    Path,
+    Question,
+    Reward,
+    RolloutTree,
+    ScoredTree,
+    ToolCall,
+    ToolResult,
+)
 
 
 def answer(success: bool, finish_reason: FinishReason = "answered", **changed: object) -> Answer:
@@ -137,9 +148,9 @@ def test_a_file_of_answers_is_whole_or_what_it_was(tmp_path: pathlib.Path) -> No
 
 
 def test_answers_are_read_from_paths_that_share_nodes() -> None:
-    """Two paths, one branched from the other after three calls in one turn, of which two failed."""
+    """Two paths, one branched from the other after calls in one turn, of which one did not fail, and each other way."""
     word, done = ToyFormat()._encode, ToolResult("4", None, 0.1)
-    call, failed = ToolCall("search", {"query": "1"}), ToolResult("error", "raised", 0.1)
+    call, failed = ToolCall("search", {"query": "1"}), [ToolResult("error", kind, 0.1) for kind in get_args(ErrorKind)]
 
     def model(index: int, parent: int, text: str) -> Node:
         tokens = word(text)
@@ -149,7 +160,7 @@ def test_answers_are_read_from_paths_that_share_nodes() -> None:
     nodes = (
         Node(0, None, "prompt", word("? 1 ?")),
         model(1, 0, "<search> 1 </search>"),
-        Node(2, 1, "tool", word("<result> 4 </result>"), calls=(call,) * 3, results=(done, failed, failed)),
+        Node(2, 1, "tool", word("<result> 4 </result>"), calls=(call,) * 7, results=(done, *failed)),
         model(3, 2, "<answer> 7 </answer>"),
         model(4, 2, "2 <answer> 4 4 </answer>"),
     )
@@ -165,8 +176,8 @@ def test_answers_are_read_from_paths_that_share_nodes() -> None:
         True,
         {"digit": 1},
     )
-    assert (first.tool_calls, first.tool_failures, first.tokens) == (3, 2, 3 + 3)
-    assert (second.tool_calls, second.tool_failures, second.tokens) == (3, 2, 3 + 5)
+    assert (first.tool_calls, first.tool_failures, first.tokens) == (7, 6, 3 + 3)
+    assert (second.tool_calls, second.tool_failures, second.tokens) == (7, 6, 3 + 5)
     assert (second.answer, second.finish_reason, second.reward) == (None, "length", 0.5)
 
 

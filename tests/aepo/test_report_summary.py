@@ -60,6 +60,14 @@ def test_tiles_say_what_the_lines_of_the_charts_say(tmp_path):
     assert series["memory.peak_rss_mib"]["values"][-1] == 940
 
 
+@pytest.mark.parametrize(("planned", "words"), [(None, "40 steps"), (40, "40 steps"), (50, "40 of 50 steps")])
+def test_how_far_a_run_has_come(tmp_path, planned, words):
+    run = long_run(tmp_path / "run")
+    (run / "config.yaml").write_text("{}\n" if planned is None else f"train: {{steps: {planned}}}\n")
+    (run / "run.json").write_text(json.dumps({"status": "finished", "wall_seconds": None}))
+    assert summary(read_run(run, "run"))["progress"] == words
+
+
 def test_settings_begin_with_those_that_were_changed(tmp_path):
     run = make_run(tmp_path / "run")
     config = load_config(None, ["train.steps=7", "task.tools=[python]", f"run.dir={run}"])

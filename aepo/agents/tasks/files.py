@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from aepo.agents.protocol import RewardFunction, Task, Tool
 from aepo.agents.tasks.columns import MISSING, Role, choose_columns, look_up, read_answer, read_prompt
-from aepo.agents.tasks.rows import BadRow, Source, Split, find_sources, saved_split
+from aepo.agents.tasks.rows import BadRow, Source, Split, find_sources, saved_splits
 from aepo.types import Question
 
 HELDOUT_SHARE = 0.1
@@ -22,7 +23,7 @@ class FilesTask(Task):
     """Questions from files; docs/data.md.
 
     train: a .jsonl or .parquet file, a pattern of files, a directory that `datasets` saved, or a list of these.
-    heldout: the same, or a share of `train` in (0, 1), divided by `seed`; None: the test split of such a directory, or
+    heldout: the same, or a share of `train` in (0, 1), divided by `seed`; None: the test splits of such directories, or
     else a tenth. columns: which of them are prompt, answer, id and kind; those not named are guessed.
     ValueError, in one line: files or columns that are not there, rows that cannot be used, or no question.
     """
@@ -43,9 +44,9 @@ class FilesTask(Task):
     ) -> None:
         self.tools, self.environment, self.system = tools, environment, system
         self._rewards = rewards
-        if heldout is None:
-            heldout = saved_split(train, "heldout") or HELDOUT_SHARE
         sources: dict[Split, list[Source]] = {"train": find_sources(train, "train")}
+        if heldout is None:
+            heldout = saved_splits(train, "heldout") or HELDOUT_SHARE
         share = heldout if isinstance(heldout, (int, float)) else None
         if share is None:
             sources["heldout"] = find_sources(heldout, "heldout")
@@ -56,9 +57,10 @@ class FilesTask(Task):
         }
         if empty := next((split for split, found in rows.items() if not found), None):
             raise ValueError(f"task.{empty}: expected at least one row, got none")
-        self.columns = choose_columns(
-            columns or {}, (row for found in rows.values() for _, _, row in found if isinstance(row, dict))
-        )
+        columned = [row for found in rows.values() for _, _, row in found if isinstance(row, dict) and row]
+        if not columned:  # what is wrong with the rows says more than that they have no columns
+            _questions(rows["train"], {}, "train")
+        self.columns = choose_columns(columns or {}, columned)
         read = {split: _questions(found, self.columns, split) for split, found in rows.items()}
         self.train = read["train"]
         if share is None:
@@ -102,7 +104,8 @@ class FilesTask(Task):
 
 
 def divide(questions: Sequence[Question], share: float, seed: int) -> tuple[list[Question], list[Question]]:
-    """Training and held-out questions, each in their order. Those with the same prompt are on the same side.
+    """Training and held-out questions, each in their order. Those with the same prompt are on the same side: its
+    Unicode form, space around it, and whether it is a text or one message of a user make no difference.
 
     ValueError: all have the same prompt.
     """
@@ -126,7 +129,12 @@ def divide(questions: Sequence[Question], share: float, seed: int) -> tuple[list
 
 
 def _prompt_key(question: Question) -> str:
-    return question.prompt if isinstance(question.prompt, str) else json.dumps(question.prompt, default=str)
+    """Equal where people would read the same: after NFC, stripped, a text being what a user says."""
+    plain = [
+        {**message, "content": unicodedata.normalize("NFC", message["content"]).strip()}
+        for message in question.messages
+    ]
+    return json.dumps(plain, sort_keys=True, default=str)
 
 
 def _questions(rows: Sequence[_Row], columns: Mapping[Role, str | None], split: Split) -> list[Question]:
@@ -155,8 +163,8 @@ def _questions(rows: Sequence[_Row], columns: Mapping[Role, str | None], split: 
 def _question(row: Any, place: str, columns: Mapping[Role, str | None], names: Mapping[str, None]) -> Question | BadRow:
     if isinstance(row, BadRow):
         return row
-    if not isinstance(row, dict):
-        return BadRow(f"expected an object with columns, got {type(row).__name__}")
+    if not isinstance(row, dict) or not row:
+        return BadRow(f"expected an object with columns, got {type(row).__name__ if row != {} else 'an empty one'}")
     assert columns["prompt"] is not None
     prompt = read_prompt(look_up(row, columns["prompt"]), columns["prompt"])
     answer = read_answer(row, columns["answer"])

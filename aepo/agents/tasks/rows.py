@@ -50,7 +50,7 @@ class BadRow:
 
 def find_sources(given: Any, split: Split) -> list[Source]:
     """The files that a setting names. ValueError: there are none, or they are of another kind."""
-    names = [given] if isinstance(given, (str, Path)) else given
+    names = _names(given)
     setting = f"task.{split}"
     if not isinstance(names, Sequence) or not names or not all(isinstance(name, (str, Path)) for name in names):
         raise ValueError(f"{setting} = {given!r}: expected {KINDS}, or a list of these")
@@ -60,10 +60,18 @@ def find_sources(given: Any, split: Split) -> list[Source]:
     return [Source(name, files) for name, files in zip(_short_names(found), found, strict=True)]
 
 
-def saved_split(given: Any, split: Split) -> Path | None:
-    """That split of a directory with several, if `given` is one and has it."""
-    path = Path(given).expanduser() if isinstance(given, (str, Path)) else None
-    if path is None or not (path / "dataset_dict.json").is_file():
+def saved_splits(given: Any, split: Split) -> list[Path]:
+    """That split of each directory with several that is given and has it."""
+    found = (_saved_split(Path(name).expanduser(), split) for name in _names(given))
+    return [path for path in found if path is not None]
+
+
+def _names(given: Any) -> Any:
+    return [given] if isinstance(given, (str, Path)) else given
+
+
+def _saved_split(path: Path, split: Split) -> Path | None:
+    if not (path / "dataset_dict.json").is_file():
         return None
     return next((path / name for name in SPLITS[split] if (path / name / "state.json").is_file()), None)
 
@@ -72,7 +80,7 @@ def _files(name: str, setting: str, split: Split) -> list[tuple[Path, ...]]:
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / "dataset_dict.json").is_file():
-            inner = saved_split(path, split)
+            inner = _saved_split(path, split)
             if inner is None:
                 raise ValueError(f"{setting} = {name!r}: expected a split {' or '.join(SPLITS[split])} in it")
             path = inner
@@ -132,7 +140,15 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name}, which JSON does not have")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} twice in one object")
+    return found
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object)
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
@@ -144,13 +160,23 @@ def _arrow(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _batches(path: Path, open_batches: Callable[[], Any]) -> Iterator[tuple[int, Any]]:
-    errors = (_pyarrow().ArrowException, OSError)
+    errors = (_pyarrow().ArrowException, OSError, ValueError)
     try:
-        rows = (row for batch in open_batches() for row in batch.to_pylist())
+        rows = (row for batch in open_batches() for row in _batch_rows(batch))
         yield from enumerate(rows, start=1)
     except errors as error:
         problem = str(error).partition("\n")[0]
         raise ValueError(f"{path}: cannot be read as {path.suffix.removeprefix('.')}: {problem}") from None
+
+
+def _batch_rows(batch: Any) -> list[Any]:
+    """ValueError: two columns have one name, of which a row would keep the last."""
+    names = batch.schema.names
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"expected every column once, got {twice!r} twice")
+    rows: list[Any] = batch.to_pylist()
+    return rows
 
 
 def _pyarrow() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -81,13 +82,13 @@ class SearchTool:
         ValueError names a line that is something else. `settings` are those of the class.
         """
         documents = []
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
-                    document = _document(line)
+                if text := line.removeprefix(codecs.BOM_UTF8).strip():
+                    document = _document(text)
                     if document is None:
-                        expected = 'expected {"text": "..."} or {"contents": "..."}'
-                        raise ValueError(f"{path}:{number}: {expected}, got {line[:80].rstrip()!r}")
+                        expected = 'expected {"text": "..."} or {"contents": "..."} in UTF-8'
+                        raise ValueError(f"{path}:{number}: {expected}, got {text[:80].decode(errors='replace')!r}")
                     documents.append(document)
         if not documents:
             raise ValueError(f"{path} has no document")
@@ -125,11 +126,11 @@ def _best(scores: np.ndarray, count: int) -> list[int]:
     return best
 
 
-def _document(line: str) -> str | None:
+def _document(line: bytes) -> str | None:
     """None: there is none that has a word."""
     try:
-        row = json.loads(line)
-    except ValueError:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict):
         return None
