@@ -430,8 +430,8 @@ def default_of(item: dataclasses.Field) -> Any:
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Defaults, then the YAML file at `path`, then `section.key=value` overrides (values are YAML too).
 
-    ValueError, in one line: text that is no YAML, a key that does not exist (the nearest right one is named), or a value
-    of the wrong type or range.
+    ValueError, in one line: text that is no YAML, a key that does not exist (the nearest right one is named), or a
+    value of the wrong type or range.
     """
     from omegaconf import OmegaConf
 
