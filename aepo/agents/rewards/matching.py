@@ -13,14 +13,14 @@ from fractions import Fraction
 
 from aepo.agents.rewards.arithmetic import Number, Unreadable, same_number
 from aepo.agents.rewards.expressions import POINTS, value_of, variables
-from aepo.agents.rewards.latex import Token, tokens_of
+from aepo.agents.rewards.latex import NAMES, Token, tokens_of
 from aepo.agents.rewards.reading import WORDS, Answer, Equation, Expression, Parts, is_constant, is_name, read
 from aepo.agents.rewards.text import same_text
 from aepo.agents.rewards.units import CURRENCIES, SHORT, unit_of
 
 MAX_CHARS = 1000  # longer answers are compared as text
 
-_WORD = re.compile(r"[^\W\d_]+")
+_PLAIN = re.compile(r"[^\W\d_]+(?:\s+[^\W\d_]+)*")
 
 
 @functools.lru_cache(maxsize=1024)  # many paths of a question give the same answer
@@ -34,7 +34,7 @@ def same_math(given: str, answer: str) -> bool:
         return True
     if _in_words(one) and _in_words(other):
         return same_text(*(" ".join(token.text for token in tokens) for tokens in (one, other)))
-    if all(_WORD.fullmatch(text.strip()) for text in (given, answer)):
+    if _plain(given) and _plain(answer):
         return same_text(given, answer)  # act and cat, which could also be products
     try:
         return _same(read(one), read(other))
@@ -49,6 +49,12 @@ def _in_words(tokens: Sequence[Token]) -> bool:
         return said[0].kind in ("text", "name")
     words = all(token.kind in ("text", "name") or token.text in (",", "-", "'", ":", "?", "!") for token in said)
     return words and any(token.kind == "text" and token.text not in WORDS for token in said)
+
+
+def _plain(text: str) -> bool:
+    """Words, not all of them letters or mathematical names."""
+    words = text.split()
+    return _PLAIN.fullmatch(text.strip()) is not None and any(len(word) > 1 and word not in NAMES for word in words)
 
 
 def _same(one: Answer, other: Answer) -> bool:
