@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aepo.agents.rewards.arithmetic import Unreadable
+from aepo.agents.rewards.expressions import POINTS, value_of
 from aepo.agents.rewards.latex import tokens_of
 from aepo.agents.rewards.matching import MAX_CHARS, same_math
 from aepo.agents.rewards.text import normalized, same_text
@@ -141,6 +143,11 @@ SAME = [
     (r"x\in\mathbb{R}", r"(-\infty,\infty)"),
     (r"\{1,2\}", "2,1"),
     ("2x+2y=4", "x+y=2"),
+    ("$5", "5 dollars"),
+    ("x y", "y x"),
+    ("pi r", "r\\pi"),
+    ("-$5", r"-\$5"),
+    ("5 cm and 6 cm", "5, 6"),
 ]
 DIFFERENT = [
     (".5", "5"),
@@ -246,9 +253,18 @@ DIFFERENT = [
     (r"\{\}", r"\{0\}"),
     ("no", "on"),
     ("act", "cat"),
+    ("is on", "is no"),
+    (r"\sqrt{2}", r"\sqrt{2.00000000001}"),
+    (r"\sqrt[3]{28}", "3"),
+    ("(2,3)", "(3,2)"),
     ("AB", "BA"),
     ("x+y=2", "x+y^2=2"),
     ("(1,234)", "1234"),
+    ("$5", "\u00a35"),
+    ("$5", "5 euros"),
+    ("5 pounds", "\u00a35"),
+    ("sqrt x^2", "x"),
+    ("5 cm and 6 m", "5 cm and 6 cm"),
     ("(1,234)", "(1234)"),
 ]
 
@@ -330,6 +346,27 @@ def test_long_answers_are_compared_as_text() -> None:
     assert not same_text("a" * 1_000_000, "a" * 1_000_000)
 
 
+def test_expressions_without_a_value_at_most_points_are_not_the_same() -> None:
+    tower, wide = "e^{{e^{{{}x}}}}+{}", range(POINTS)
+    finite = {k: [p for p in wide if has_value(tower.format(k, 1), p)] for k in (1, 20)}
+    assert finite == {1: list(wide), 20: [1]}  # where x is negative
+    assert same_math(tower.format(1, 1), f"1+{tower.format(1, 0)}")
+    assert not same_math(tower.format(20, 1), f"1+{tower.format(20, 0)}")
+
+
+def has_value(text: str, point: int) -> bool:
+    try:
+        return value_of(tokens_of(text), point) is not None
+    except Unreadable:
+        return False
+
+
+def test_equations_are_compared_at_all_points() -> None:
+    first, second, third = (value_of(tokens_of("x"), point) for point in range(3))
+    assert not same_math("y=0", f"y(1+(x-({first}))(x-({second})))=0")
+    assert not same_math("y=0", f"y(1+(x-({first}))(x-({second}))(x-({third})))=0")
+
+
 PIECES = [
     *("1", "2", "10", ".5", "1,234", "x", "y", "e", "i", "+", "-", "*", "/", "^", "(", ")", "[", "]", "{", "}", "|"),
     *(r"\{", r"\}", ",", ";", "=", "<", "<=", r"\frac", r"\sqrt", r"\pi", r"\infty", "%", r"\%", "!", " ", "_"),
@@ -405,6 +442,10 @@ def test_integers_with_separators(one: int, other: int) -> None:
         ("the A", "a"),
         ("A, B", "a b"),
         ("a cat", "cat"),
+        ("a b", "a b"),
+        ("o-", "o-"),
+        ("2_3", "2_3"),
+        ("_word_", "word"),
         ("Vitamin A", "vitamin a"),
         ("e\u0301", "\u00e9"),
         ("so\u00adft", "soft"),

@@ -21,7 +21,8 @@ _DECIMAL = r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\w))?"
 _NUMBER = re.compile(rf"(?<![\w.])-?\s?{_DECIMAL}(?:\s?/\s?{_DECIMAL})?(?![\d])")
 # What makes another number of the one that stands there, or says that it is not that one.
 _CHANGED = re.compile(
-    r"[\u221a\u221b!<>\u2264\u2265\u2260\u00b1\u03c0\u221e\u2248]|\\(?!\$|boxed|text|math(?:rm|bf)|circ|[%,; ]|\(|\)|\[|\])|-\s*[(\[{|]|\d(?-i:[kKMB])\b|\^(?!\s*\{?\s*\\circ)"
+    r"[\u221a\u221b!<>\u2264\u2265\u2260\u00b1\u03c0\u221e\u2248]|\\(?!boxed|text|math(?:rm|bf)|circ|[$%,; ()\[\]])"
+    r"|-\s*[(\[{|]|\d(?-i:[kKMB])\b|\^(?!\s*\{?\s*\\circ)"
     r"|\b(?:sqrt|log|ln|sin|cos|tan|exp|not|minus|negative|squared|cubed|factorial|pi|dozen|half|halves"
     r"|thirds?|quarters?|tenths?|hundred(?:th)?s?|thousand(?:th)?s?|[mbtr]+illions?)\b|n't\b",
     re.IGNORECASE,

@@ -285,9 +285,13 @@ class _Reader:
 
     def _radicand(self) -> Number:
         """\\sqrt2x is x times the root of 2."""
-        if self.next is not None and self.next.kind == "number":
-            return number_of(self._take().text)
-        return self._atom()
+        if self._is(*_OPENING):
+            return self._atom()
+        number = self.next is not None and self.next.kind == "number"
+        value = number_of(self._take().text) if number else self._atom()
+        if self._is("^"):
+            raise Unreadable("a power under the root or of it")
+        return value
 
     def _operand(self) -> Number:
         """A bracket, or all factors up to the next sign or function: sin 2x."""

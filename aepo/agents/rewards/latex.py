@@ -65,6 +65,7 @@ _DROPPED = re.compile(
 _WRAPPED = re.compile(r"\\(?:boxed|fbox|ensuremath)\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,|\{,\}|,\\!|\\,|[\u00a0\u2009\u202f])\d{3})+(?!\d|,\d|\{,\})")
 _MATRIX = re.compile(r"\\begin\{[pbB]?matrix\}(.*?)\\end\{[pbB]?matrix\}", re.DOTALL)
+_DOLLARS = re.compile(r"(?<!\\)\$(?=\s*[\d.])")  # which are no sign around a formula, where there is one only
 _EMPTY = re.compile(r"\\(?:emptyset|varnothing)(?![a-zA-Z])")
 _REALS = re.compile(r"\\mathbb\s*(?:\{\s*R\s*\}|R(?![a-zA-Z]))")
 _CHOOSE = re.compile(r"\{\s*(\w+)\s*\\choose\s*(\w+)\s*\}")
@@ -100,6 +101,8 @@ def tokens_of(text: str) -> tuple[Token, ...]:
     for _ in range(3):
         text = _WRAPPED.sub(r"\1", text)
     text = _THOUSANDS.sub(lambda match: _joined(match, text), text)
+    if text.count("$") == 1:
+        text = _DOLLARS.sub(r"\\$", text)
     if bold := _BOLD.fullmatch(text):
         text = bold[1].strip().rstrip(".")
     text = _REPEATING.sub(_as_fraction, text)
