@@ -35,7 +35,7 @@ def problem_of(error: BaseException, function: Any) -> str:
         says = " ".join(str(error).split())
     except Exception as failure:
         says = f"its message cannot be shown ({type(failure).__name__})"
-    return f"{type(error).__name__}: {says}{place_of(error, function)}"
+    return f"{type(error).__name__}{f': {says}' if says else ''}{place_of(error, function)}"
 
 
 def shown(value: Any, most: int = 80) -> str:

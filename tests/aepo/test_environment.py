@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import sys
 import threading
 import time
 from typing import Any
@@ -281,7 +282,7 @@ async def hangs_async(self, **_):
 
 def test_failed_or_hung_reset_names_environment_and_question():
     for method, message in [
-        (raises, r"^Faulty.reset raised RuntimeError: RuntimeError: no luck at all \(test_environment.py, line \d+\) "),
+        (raises, r"^Faulty.reset raised RuntimeError: no luck at all \(test_environment.py, line \d+\) "),
         (hangs, r"^Faulty.reset gave no answer: no answer after 0.1 s"),
         (hangs_async, r"^Faulty.reset gave no answer"),
         (lambda self: 3, r"^Faulty.reset returned int, expected a text or None"),
@@ -330,7 +331,7 @@ class TestReward:
         assert reward == value
         assert type(reward) is float
 
-    @pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan"), None, "1.0", [1.0], 1j])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan"), None, "1.0", [1.0], 1j, 10**400])
     def test_what_is_no_finite_number_is_named(self, value):
         with pytest.raises(EnvironmentFailed, match=r"Faulty.get_reward returned no number: .*\(question 'q1'\)"):
             play(failing(get_reward=lambda self: value))
@@ -440,3 +441,35 @@ def test_many_sessions_at_once_do_not_share_anything():
 
     asyncio.run(run())
     assert threading.active_count() < 24
+
+
+def test_exit_in_a_method_is_named_and_ends_no_run():
+    for name in ("__init__", "reset", "get_reward"):
+        for code in (0, None):
+            with pytest.raises(
+                EnvironmentFailed,
+                match=rf"^Faulty.{name} raised SystemExit(: 0)? \(test_environment.py, line \d+\) \(question 'q1'\)$",
+            ):
+                play(failing(**{name: lambda self, code=code: sys.exit(code)}))
+
+
+def test_a_value_that_cannot_be_shown_is_no_reward():
+    class Odd:
+        def __float__(self):
+            raise KeyError("no")
+
+        __repr__ = __float__
+
+    with pytest.raises(EnvironmentFailed, match=r"get_reward returned no number: a value that cannot be shown"):
+        play(failing(get_reward=lambda self: Odd()))
+
+
+def test_a_stateless_tool_that_hangs_does_not_cost_the_environment():
+    def slow() -> str:
+        """Hangs."""
+        time.sleep(0.6)
+        return "late"
+
+    turns = [call("slow")], [call("get", key="a")]
+    (first, second, reward), _ = play(Store, *turns, tools=[slow], timeout=0.2)
+    assert (first, second, reward) == ([("error: no answer after 0.2 s", "timeout")], [("1", None)], 1.0)

@@ -244,6 +244,24 @@ def test_a_million_openings_of_thinking_are_read_at_once() -> None:
     assert time.perf_counter() - start < 2
 
 
+BAD_SCHEMAS = [
+    5,
+    None,
+    True,
+    {"type": None},
+    {"type": [{}]},
+    {"enum": 5},
+    {"anyOf": 5},
+    {"anyOf": [5]},
+    {"$ref": "#/a"},
+]
+
+
+@pytest.mark.parametrize("schema", [{"properties": {"x": each}} for each in BAD_SCHEMAS] + [{"properties": None}])
+def test_where_a_schema_cannot_be_read_a_value_is_a_text(schema) -> None:
+    assert value_of("1", "x", schema) == "1"
+
+
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
 def test_numbers_that_are_not_finite_are_no_json(number: str) -> None:
     with pytest.raises(Unreadable, match="a number is too long or no number"):

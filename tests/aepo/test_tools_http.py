@@ -117,3 +117,34 @@ def test_one_that_is_not_there_is_an_error_before_the_first_step():
         make_tools([url], timeout=5.0)
     assert str(caught.value).startswith(f"task.tools = {url!r}: ")
     assert ask(url, "q")[0].error == "raised"
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_an_error_and_is_not_followed(status):
+    with server(lambda body: [["elsewhere"]]) as (elsewhere, asked_elsewhere):
+        got = []
+
+        class Redirecting(BaseHTTPRequestHandler):
+            def do_POST(self):
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.send_response(status)
+                self.send_header("Location", elsewhere)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def do_GET(self):
+                got.append(self.path)
+
+            def log_message(self, *_):
+                pass
+
+        http = ThreadingHTTPServer(("127.0.0.1", 0), Redirecting)
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        try:
+            (result,) = ask(f"http://127.0.0.1:{http.server_port}/retrieve", "x")
+        finally:
+            http.shutdown()
+            http.server_close()
+    assert result.error == "raised"
+    assert result.text.startswith(f"error: the retriever answered {status} ")
+    assert (asked_elsewhere, got) == ([], [])

@@ -316,3 +316,9 @@ def test_beside_other_tools():
     with contextlib.closing(ToolBox(tools)) as toolbox:
         results = run(toolbox, ("echo", {"text": "a"}), ("upper", {"text": "b"}))
     assert [result.text for result in results] == ["a", "B"]
+
+
+def test_half_of_a_surrogate_pair_in_a_result_is_replaced():
+    with box(hostile(), timeout=5.0) as toolbox:
+        (result,) = run(toolbox, "surrogate")
+    assert (result.text, result.error) == ("half ? of a pair, 😀", None)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aepo.agents.protocol import ToolError
+from aepo.agents.tools.functions import FunctionTool
 from aepo.agents.tools.text import CUT_MARK
 from aepo.agents.tools.toolbox import ToolBox
 from aepo.types import Question, ToolCall, ToolResult
@@ -542,3 +543,77 @@ def test_the_session_of_stateless_tools_is_shared():
     assert session is branch is toolbox.session
     assert not toolbox.stateful
     assert (session.observation, result.text, reward) == (None, "A", None)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "minItems": "a", "prefixItems": 5},
+        {"type": "array", "maxItems": None, "items": True},
+        {"type": "array", "minItems": True, "maxItems": "b", "items": 5},
+        {"type": {}},
+        {"type": [{}, None]},
+        {"enum": "abc"},
+        {"anyOf": 5},
+        {"oneOf": [5, None]},
+        {"allOf": 5},
+        {"type": "object", "properties": 5, "required": 5},
+        {"type": "object", "required": [{}]},
+        {"$ref": 5},
+        5,
+        None,
+    ],
+)
+@pytest.mark.parametrize("value", [[1, 2], {"a": 1}, "x", 3, None])
+def test_a_schema_that_says_nonsense_ends_no_run(schema, value):
+    tool = with_schema({"type": "object", "properties": {"x": schema}, "required": "x"}, lambda given: "called")
+    (result,) = asyncio.run(ToolBox([tool]).run([ToolCall("tool", {"x": value})]))
+    assert result.error in (None, "bad_arguments")
+    assert result.text == "called" or result.text.startswith("error: tool: x must be ")
+
+
+def test_numbers_that_are_not_finite_are_bad_arguments():
+    schema = {"type": "object", "properties": {"x": {"type": "number"}}}
+    for value in ("NaN", "1e999", "-Infinity", float("nan"), float("inf")):
+        (result,) = asyncio.run(ToolBox([with_schema(schema)]).run([ToolCall("tool", {"x": value})]))
+        assert (result.error, result.text[:33]) == ("bad_arguments", "error: tool: x must be a number, ")
+    assert given_to({"x": "1e3"}, schema)[0] == {"x": 1000.0}
+
+
+def test_a_tuple_has_as_many_values_as_it_says():
+    def pair(both: tuple[int, str]) -> str:
+        """Pair.
+
+        Args:
+            both: A number and a text.
+        """
+        return repr(both)
+
+    toolbox = ToolBox([FunctionTool(pair, 5.0)])
+    calls = [ToolCall("pair", {"both": both}) for both in ([1, "a"], [1], [1, "a", 2])]
+    first, *others = asyncio.run(toolbox.run(calls))
+    assert (first.text, first.error) == ("(1, 'a')", None)
+    assert [result.error for result in others] == ["bad_arguments"] * 2
+    assert [" ".join(result.text.split()[2:11]) for result in others] == [
+        "both must be a list of at least 2,",
+        "both must be a list of at most 2,",
+    ]
+
+
+def test_true_is_no_choice_of_one_nor_one_of_true():
+    for choice, value in ((1, True), (True, 1), (0, False), (False, 0)):
+        schema = {"type": "object", "properties": {"x": {"enum": [choice]}}}
+        (result,) = asyncio.run(ToolBox([with_schema(schema)]).run([ToolCall("tool", {"x": value})]))
+        assert result.error == "bad_arguments"
+
+
+async def leaves_async():
+    sys.exit(0)
+
+
+@pytest.mark.parametrize("function", [sys.exit, leaves_async])
+def test_exit_in_a_tool_is_a_result_and_other_calls_go_on(function):
+    toolbox = ToolBox([with_schema({"type": "object"}, lambda _: function())])
+    for _ in range(2):
+        (result,) = asyncio.run(toolbox.run([ToolCall("tool", {})]))
+        assert (result.error, result.text[:17]) == ("raised", "error: SystemExit")

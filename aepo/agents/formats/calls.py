@@ -16,6 +16,7 @@ from aepo.agents.protocol import USER_ERRORS, problem_of
 from aepo.registry import resolve
 from aepo.types import ToolCall
 
+MAX_DEPTH = 8  # of a schema that refers to others
 Schemas = Mapping[str, Mapping[str, Any]]
 Parsed = tuple[str, tuple[ToolCall, ...]]
 CallParser = Callable[[str, Schemas], Parsed]
@@ -130,7 +131,8 @@ def _xml_call(block: re.Match[str], schemas: Schemas) -> ToolCall:
 
 def value_of(text: str, key: str, schema: Mapping[str, Any]) -> Any:
     """The JSON value that a text stands for, where the property `key` of a tool's schema is read."""
-    types = _types(schema.get("properties", {}).get(key, {}), schema)
+    properties = schema.get("properties")
+    types = _types(properties.get(key) if isinstance(properties, Mapping) else None, schema)
     others = types - {"string"}
     if not others:
         return text
@@ -156,21 +158,28 @@ def _type_of(value: Any) -> str:
     return _NAMES.get(type(value), "null")
 
 
-def _types(schema: Mapping[str, Any], root: Mapping[str, Any], depth: int = 0) -> set[str]:
-    """The JSON types that a schema allows; a schema that says nothing allows a text."""
+def _types(schema: Any, root: Mapping[str, Any], depth: int = 0) -> set[str]:
+    """The JSON types that a schema allows; one that says nothing, or nothing that can be read, allows a text."""
+    if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
+        return {"string"}
     reference = schema.get("$ref")
-    if isinstance(reference, str) and depth < 8:
+    if isinstance(reference, str):
         target: Any = root
         for part in reference.removeprefix("#/").split("/"):
             target = target.get(part, {}) if isinstance(target, dict) else {}
         return _types(target, root, depth + 1)
     if "type" in schema:
-        return set([schema["type"]] if isinstance(schema["type"], str) else schema["type"])
-    values = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else [])]
+        named = [schema["type"]] if isinstance(schema["type"], str) else _list(schema["type"])
+        return {name for name in named if isinstance(name, str)} or {"string"}
+    values = [*_list(schema.get("enum")), *([schema["const"]] if "const" in schema else [])]
     if values:
         return {_type_of(value) for value in values}
-    variants = [*schema.get("anyOf", ()), *schema.get("oneOf", ()), *schema.get("allOf", ())]
+    variants = [variant for keyword in ("anyOf", "oneOf", "allOf") for variant in _list(schema.get(keyword))]
     return set().union(*(_types(variant, root, depth + 1) for variant in variants)) or {"string"}
+
+
+def _list(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else []
 
 
 def json_call(value: Any, key: str) -> ToolCall:

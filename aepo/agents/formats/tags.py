@@ -29,8 +29,9 @@ class TagTool:
     @property
     def text_parameter(self) -> str | None:
         """The parameter that gets the text: the only one, or the only required one. None: the text is a JSON object."""
-        names = list(self.parameters.get("properties", {}))
-        required = list(self.parameters.get("required", []))
+        names = list(self.parameters.get("properties") or {})
+        given = self.parameters.get("required")
+        required = given if isinstance(given, list) else []
         if len(names) == 1:
             return names[0]
         return required[0] if len(required) == 1 else None
@@ -38,7 +39,7 @@ class TagTool:
     @property
     def usage(self) -> str:
         """The tag as the model is shown it."""
-        properties = self.parameters.get("properties", {})
+        properties = self.parameters.get("properties") or {}
         if not properties:
             inside = ""
         elif self.text_parameter is not None:
@@ -53,7 +54,7 @@ class TagTool:
             return {self.text_parameter: value_of(text, self.text_parameter, self.parameters)}
         if not text.strip() and not self.parameters.get("required"):
             return {}
-        names = ", ".join(self.parameters.get("properties", {}))
+        names = ", ".join(self.parameters.get("properties") or {})
         if not names:
             raise Unreadable("expected nothing between the tags")
         value = load_json(text)

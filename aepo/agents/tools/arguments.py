@@ -1,12 +1,14 @@
 """Checks the arguments that a model wrote against a tool's JSON schema, and repairs what is only written differently.
 
 Of JSON schema it knows type, nullable, enum, const, properties, required, additionalProperties, items, prefixItems,
-anyOf, oneOf, allOf and $ref within the schema. What it does not know it does not check: the tool will.
+anyOf, oneOf, allOf and $ref within the schema. What it does not know, or what a schema says in another form than it
+should, it does not check: the tool will.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,10 +57,11 @@ class _Check:
 
     def call(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         schema = self._resolved(self._root)
-        properties = schema.get("properties")
-        others = schema.get("additionalProperties", properties is None)  # unlike in JSON schema: a typo is an error
-        properties = properties or {}
-        required = schema.get("required") or ()
+        others = schema.get(
+            "additionalProperties", "properties" not in schema
+        )  # unlike in JSON schema: typos are errors
+        properties = _mapping(schema.get("properties"))
+        required = _names(schema.get("required"))
         problems = [f"{name} is missing" for name in required if name not in arguments]
         fit = {}
         for name, value in arguments.items():
@@ -89,13 +92,13 @@ class _Check:
         types = _types(schema)
         if types:
             value = self._of_type(value, types, schema, place, repair)
-        choices = [schema["const"]] if "const" in schema else schema.get("enum")
-        if isinstance(choices, Sequence):
+        choices = _choices(schema)
+        if choices is not None:
             value = self._of_choices(value, choices, place, repair)
         for keyword in ALTERNATIVES:
-            if schema.get(keyword):
-                value = self._alternative(value, schema, schema[keyword], place, repair)
-        for part in schema.get("allOf") or ():
+            if alternatives := _list(schema.get(keyword)):
+                value = self._alternative(value, schema, alternatives, place, repair)
+        for part in _list(schema.get("allOf")):
             value = self.value(value, part, place, repair)
         if isinstance(value, Mapping):
             return self._object(value, schema, place, repair)
@@ -132,9 +135,9 @@ class _Check:
         raise _Mismatch(place, self._words(schema), value)
 
     def _object(self, value: Mapping[str, Any], schema: Schema, place: str, repair: bool) -> dict[str, Any]:
-        properties = schema.get("properties") or {}
+        properties = _mapping(schema.get("properties"))
         others = schema.get("additionalProperties", True)
-        for name in schema.get("required") or ():
+        for name in _names(schema.get("required")):
             if name not in value:
                 raise _Mismatch(place, f"an object with {name!r}", value)
         for name in value:
@@ -146,11 +149,14 @@ class _Check:
         }
 
     def _array(self, value: list[Any], schema: Schema, place: str, repair: bool) -> list[Any]:
-        first = schema.get("prefixItems") or ()
-        if schema.get("minItems", len(first) if "maxItems" in schema else 0) > len(value):
-            raise _Mismatch(place, f"a list of at least {schema.get('minItems', len(first))}", value)
-        if schema.get("maxItems", len(value)) < len(value):
-            raise _Mismatch(place, f"a list of at most {schema['maxItems']}", value)
+        first = _list(schema.get("prefixItems"))
+        # Unlike in JSON schema, prefixItems alone says how many: so the tuples of Python are written.
+        least = _count(schema.get("minItems"), len(first))
+        most = _count(schema.get("maxItems"), len(first) if first and "items" not in schema else len(value))
+        if least > len(value):
+            raise _Mismatch(place, f"a list of at least {least}", value)
+        if most < len(value):
+            raise _Mismatch(place, f"a list of at most {most}", value)
         return [
             self.value(each, first[i] if i < len(first) else schema.get("items"), f"{place}[{i}]", repair)
             for i, each in enumerate(value)
@@ -176,10 +182,10 @@ class _Check:
     def _words(self, schema: Schema) -> str:
         """What a schema asks for, as one would say it."""
         schema = self._resolved(schema)
-        choices = [schema["const"]] if "const" in schema else schema.get("enum")
-        if isinstance(choices, Sequence):
+        choices = _choices(schema)
+        if choices is not None:
             return _one_of(choices)
-        alternatives = [each for keyword in ALTERNATIVES for each in schema.get(keyword) or ()]
+        alternatives = [each for keyword in ALTERNATIVES for each in _list(schema.get(keyword))]
         of_alternatives = [words for each in alternatives for words in self._words(each).split(" or ")]
         words = [WORDS.get(name, name) for name in _types(schema)] or of_alternatives
         if schema.get("nullable") is True:
@@ -209,12 +215,36 @@ KINDS: dict[str, tuple[type, ...]] = {
 
 def _types(schema: Schema) -> list[str]:
     given = schema.get("type")
-    return [given] if isinstance(given, str) else list(given or ())
+    return [given] if isinstance(given, str) else _names(given)
+
+
+def _choices(schema: Schema) -> Sequence[Any] | None:
+    """None: any value may be chosen."""
+    choices = [schema["const"]] if "const" in schema else schema.get("enum")
+    return choices if isinstance(choices, list | tuple) else None
+
+
+def _list(given: Any) -> Sequence[Any]:
+    return given if isinstance(given, list | tuple) else ()
+
+
+def _names(given: Any) -> list[str]:
+    return [name for name in _list(given) if isinstance(name, str)]
+
+
+def _mapping(given: Any) -> Mapping[str, Any]:
+    return given if isinstance(given, Mapping) else {}
+
+
+def _count(given: Any, otherwise: int) -> int:
+    return given if isinstance(given, int) and not isinstance(given, bool) else otherwise
 
 
 def _is(value: Any, name: str) -> bool:
     if isinstance(value, bool) and name != "boolean":
         return name not in KINDS
+    if name == "number" and isinstance(value, float):
+        return math.isfinite(value)
     return name not in KINDS or isinstance(value, KINDS[name])  # a type that we do not know: the tool will
 
 

@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from aepo.agents.protocol import AgentError
+from aepo.agents.protocol import AgentError, shown
 from aepo.agents.tools.functions import FunctionTool
-from aepo.agents.tools.text import cut
+from aepo.agents.tools.text import cut, described
 from aepo.agents.tools.toolbox import ToolBox
 from aepo.registry import place_of
 from aepo.types import Question, ToolCall, ToolResult
@@ -100,11 +100,11 @@ class Instances:
         value = await self._invoke(instance.get_reward, "get_reward", question)
         try:
             number = math.nan if isinstance(value, str) else float(value)  # numpy's and torch's numbers too
-        except (TypeError, ValueError):
+        except Exception:  # beyond a float, or whatever the value's own method does
             number = math.nan
         if not math.isfinite(number):
-            shown = f": {cut(repr(value), SHOWN_CHARS)}, expected a finite number"
-            raise self.failure("get_reward", question, "returned no number", shown)
+            detail = f": {shown(value, SHOWN_CHARS)}, expected a finite number"
+            raise self.failure("get_reward", question, "returned no number", detail)
         return number
 
     async def release(self, instance: Any, question: Question) -> None:
@@ -134,11 +134,13 @@ class Instances:
         result = await self._toolbox.call(attempt, {})
         if result.error is None:
             return attempt.value
-        problem = cut(" ".join(result.text.removeprefix("error: ").split()), PROBLEM_CHARS)
-        if attempt.error is None:  # words of the ToolBox
+        error = attempt.error
+        said = result.text.removeprefix("error: ") if error is None else described(error)
+        problem = cut(" ".join(said.split()), PROBLEM_CHARS)
+        if error is None:  # words of the ToolBox
             raise self.failure(name, question, "gave no answer", f": {problem}")
-        raised = f"raised {type(attempt.error).__name__}"
-        raise self.failure(name, question, raised, f": {problem}{place_of(attempt.error, method)}") from attempt.error
+        detail = f"{f': {problem}' if problem else ''}{place_of(error, method)}"
+        raise self.failure(name, question, f"raised {type(error).__name__}", detail) from error
 
 
 class _Attempt:

@@ -15,6 +15,13 @@ MAX_ANSWER_BYTES = 2**24
 NO_RESULTS = "no results"
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: followed as a GET, it would send the query to a host that nobody named."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 class RetrieveTool:
     """Posts {"queries": [query], "topk": top_k, "return_scores": true} and returns the documents that come back.
 
@@ -37,6 +44,7 @@ class RetrieveTool:
         self.timeout = timeout
         self._url = url
         self._top_k = top_k
+        self._opener = urllib.request.build_opener(_NoRedirects)
 
     def __call__(self, query: str) -> str:
         answer = self._post({"queries": [query], "topk": self._top_k, "return_scores": True})
@@ -51,7 +59,7 @@ class RetrieveTool:
         data = json.dumps(body).encode()
         request = urllib.request.Request(self._url, data, {"Content-Type": "application/json"}, method="POST")
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            with self._opener.open(request, timeout=self.timeout) as response:
                 answer = response.read(MAX_ANSWER_BYTES + 1)
         except urllib.error.HTTPError as error:
             with error:

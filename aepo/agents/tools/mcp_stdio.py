@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import os
 import re
 import shutil
@@ -132,6 +133,8 @@ class StdioServer:
                 return None  # a notification
             with contextlib.suppress(ValueError):
                 return SessionMessage(jsonrpc_message_adapter.validate_json(line, by_name=False))
+            with contextlib.suppress(ValueError, RecursionError):
+                return SessionMessage(jsonrpc_message_adapter.validate_json(_sound(line), by_name=False))
         self._no_message = self._no_message or _shown(line)
         return None
 
@@ -172,6 +175,11 @@ async def _lines(stream: asyncio.StreamReader, limit: int) -> AsyncIterator[tupl
         length += len(begins)
     if length:
         yield bytes(kept), length
+
+
+def _sound(line: bytes) -> bytes:
+    """The JSON without escapes such as \\ud83d that stand alone, which only Python's own parser reads."""
+    return json.dumps(json.loads(line), ensure_ascii=False).encode("utf-8", "replace")
 
 
 def _shown(line: bytes) -> str:

@@ -26,6 +26,8 @@ def call(name, arguments):
     """A result, or None: there will be no answer."""
     if name == "echo":
         return text(arguments.get("text", ""))
+    if name == "surrogate":
+        return text("half \ud83d of a pair, \ud83d\ude00")
     if name == "pid":
         return text(str(os.getpid()))
     if name == "slow":
@@ -75,6 +77,7 @@ NAMES = (
     "structured",
     "nothing",
     "requests",
+    "surrogate",
 )
 
 
