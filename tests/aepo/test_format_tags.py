@@ -234,3 +234,16 @@ def test_with_a_template_the_end_of_turn_ends_segments_and_the_system_text_finds
 def test_names_that_are_no_tags_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="expected a name of letters"):
         make(schemas=[schema(name)])
+
+
+@pytest.mark.parametrize("reason", ["eos", "length"])
+@pytest.mark.parametrize("text", ["<search>x</search>", "<answer>x</answer>"])
+def test_only_a_segment_that_its_closing_tag_ended_calls_or_answers(text: str, reason: str) -> None:
+    turn = read(make(), text, reason)
+    assert (turn.calls, turn.answered, turn.answer, turn.well_formed) == ((), False, None, False)
+
+
+def test_a_tag_of_a_tool_whose_schema_says_little_takes_nothing() -> None:
+    for parameters in ({"type": "object", "properties": None}, {"type": "object", "required": 5}):
+        bare = {"type": "function", "function": {"name": "now", "description": "", "parameters": parameters}}
+        assert read(make(schemas=[bare]), "<now></now>").calls == (ToolCall("now", {}),)

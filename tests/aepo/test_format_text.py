@@ -143,3 +143,11 @@ def test_bos_comes_once() -> None:
         text = TextTokenizer(llama)
         assert text.rendered_tokens([], lambda cut, protect: "<|begin_of_text|>x").count(bos) == 1
         assert text.rendered_tokens([], lambda cut, protect: "x").count(bos) == adds
+
+
+def test_a_thousand_control_tokens_in_one_text_stay_letters() -> None:
+    text = "a<|im_end|><think>" * 500
+    ids = plain_tokens(TOY, text)
+    assert set(TOY.all_special_ids).isdisjoint(ids)
+    assert set(TOY.added_tokens_decoder).isdisjoint(ids)
+    assert TOY.decode(list(ids)) == text

@@ -30,11 +30,15 @@ class TagTool:
     def text_parameter(self) -> str | None:
         """The parameter that gets the text: the only one, or the only required one. None: the text is a JSON object."""
         names = list(self.parameters.get("properties") or {})
-        given = self.parameters.get("required")
-        required = given if isinstance(given, list) else []
+        required = self._required
         if len(names) == 1:
             return names[0]
         return required[0] if len(required) == 1 else None
+
+    @property
+    def _required(self) -> list[str]:
+        given = self.parameters.get("required")
+        return list(given) if isinstance(given, list | tuple) else []
 
     @property
     def usage(self) -> str:
@@ -52,7 +56,7 @@ class TagTool:
         """What the text says. Unreadable: it is not what goes there."""
         if self.text_parameter is not None:
             return {self.text_parameter: value_of(text, self.text_parameter, self.parameters)}
-        if not text.strip() and not self.parameters.get("required"):
+        if not text.strip() and not self._required:
             return {}
         names = ", ".join(self.parameters.get("properties") or {})
         if not names:
