@@ -14,7 +14,7 @@ from fractions import Fraction
 from aepo.agents.rewards.arithmetic import Number, Unreadable, same_number
 from aepo.agents.rewards.expressions import POINTS, value_of, variables
 from aepo.agents.rewards.latex import NAMES, Token, tokens_of
-from aepo.agents.rewards.reading import WORDS, Answer, Equation, Expression, Parts, is_constant, is_name, read
+from aepo.agents.rewards.reading import WORDS, Answer, Equation, Expression, Parts, is_constant, is_name, names_of, read
 from aepo.agents.rewards.text import same_text
 from aepo.agents.rewards.units import CURRENCIES, SHORT, unit_of
 
@@ -77,20 +77,16 @@ def _same_set(ones: Sequence[Answer], others: Sequence[Answer]) -> bool:
     left = list(others)
     if len(ones) != len(left) or not ones:
         return False
-    named = len(_names(ones)) > 1 or len(_names(others)) > 1
+    named = len(set(names_of(ones))) > 1 or len(set(names_of(others))) > 1
     for one in ones:
-        found = (index for index, other in enumerate(left) if not named or bool(_names([one])) == bool(_names([other])))
+        found = (
+            index for index, other in enumerate(left) if not named or bool(names_of([one])) == bool(names_of([other]))
+        )
         index = next((index for index in found if _same(one, left[index])), None)
         if index is None:
             return False
         del left[index]
     return True
-
-
-def _names(answers: Sequence[Answer]) -> set[str]:
-    """The variables that the parts are about."""
-    equations = {"".join(t.text for t in part.left.tokens) for part in answers if isinstance(part, Equation)}
-    return equations | {part.of for part in answers if isinstance(part, Parts) and part.of}
 
 
 def _same_equation(one: Answer, other: Answer) -> bool:
@@ -101,7 +97,7 @@ def _same_equation(one: Answer, other: Answer) -> bool:
         return _proportional(one, other)
     equation, value = (one, other) if isinstance(one, Equation) else (other, one)
     assert isinstance(equation, Equation)
-    if isinstance(value, Parts) and value.of and not _names([equation]) <= {value.of}:
+    if isinstance(value, Parts) and value.of and set(names_of([equation])) - {value.of}:
         return False
     if is_name(equation.left.tokens) or _true(equation):
         return _same(equation.right, value)

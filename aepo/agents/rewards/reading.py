@@ -48,8 +48,15 @@ def read(tokens: tuple[Token, ...]) -> Answer:
     if len(items := _split(tokens, (",", ";", *WORDS))) > 1:
         parts = tuple(part for item in items if item for part in _flat(read(item)))
         said = [word for word in WORDS if len(_split(tokens, (word,))) > 1]
+        names = names_of(parts)
+        if len(set(names)) > 1:
+            mixed = "or" in said and len([sign for sign in (",", ";", *WORDS) if len(_split(tokens, (sign,))) > 1]) > 1
+            if mixed or len(set(names)) < len(names):
+                raise Unreadable("which conditions belong together")
         limits = any(isinstance(part, Parts) and part.of for part in parts)
-        return _joined(parts, said) if said and limits else Parts("set", parts)
+        if said and limits:
+            return _joined(parts, said)
+        return Parts("any" if said == ["or"] and len(set(names)) > 1 else "set", parts)
     if tokens[:1] and len(inside := _split(tokens, ("in",))) == 2 and len(inside[0]) <= 4:
         return _of(read(inside[1]), inside[0])  # x in (2, 3)
     if any(_split_relations(tokens)[1]):
@@ -59,6 +66,12 @@ def read(tokens: tuple[Token, ...]) -> Answer:
     if any(token.text in ("pm", "mp") for token in tokens):
         return _both_signs(tokens)
     return Expression(tokens)
+
+
+def names_of(answers: Sequence[Answer]) -> list[str]:
+    """The variables that the parts are about."""
+    equations = ["".join(t.text for t in part.left.tokens) for part in answers if isinstance(part, Equation)]
+    return equations + [part.of for part in answers if isinstance(part, Parts) and part.of]
 
 
 def _joined(parts: tuple[Answer, ...], said: list[str]) -> Parts:

@@ -69,4 +69,4 @@ def _unit_name(word: str) -> str | None:
     lower = word.lower()
     if len(lower) < 4:
         return None
-    return _UNITS.get(lower) or (_UNITS.get(lower[:-1]) if lower.endswith("s") and len(lower) > 4 else None)
+    return _UNITS.get(lower) or (_UNITS.get(lower[:-1]) if lower.endswith("s") else None)
