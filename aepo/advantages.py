@@ -14,9 +14,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from aepo.agents.protocol import AgentError
+from aepo.agents.protocol import AgentError, blamed
 from aepo.config import PolicyConfig
-from aepo.registry import place_of, resolve_function
+from aepo.registry import resolve_function
 from aepo.types import TokenIds, Trajectory
 from aepo_kernels.advantages import batch_advantages, group_advantages, rewards_equal
 
@@ -117,12 +117,8 @@ def _per_path(rewards: Tensor, questions: Tensor, settings: AdvantageSettings) -
     if settings.own is None:
         return batch_advantages(rewards) if settings.kind == "batch" else group_advantages(rewards, questions)
     name = getattr(settings.own, "__qualname__", repr(settings.own))
-    try:
+    with blamed(f"policy.advantage: {name}", settings.own):
         found = torch.as_tensor(settings.own(rewards.clone(), questions.clone()), dtype=torch.float64).detach()
-    except Exception as error:
-        raise AgentError(
-            f"policy.advantage: {name} failed: {type(error).__name__}: {error}{place_of(error, settings.own)}"
-        ) from error
     if found.shape != rewards.shape:
         raise AgentError(f"policy.advantage: {name} returned shape {list(found.shape)}, expected {list(rewards.shape)}")
     if not found.isfinite().all():

@@ -11,7 +11,7 @@ import torch
 
 from aepo.agents.agent import Agent
 from aepo.agents.formats.make import make_format
-from aepo.agents.protocol import RewardFunction, Task
+from aepo.agents.protocol import USER_ERRORS, RewardFunction, Task
 from aepo.agents.rewards.builtin import BUILTIN
 from aepo.agents.rewards.make import make_rewards
 from aepo.agents.tasks.facts.warmstart import warm_started
@@ -128,7 +128,7 @@ def _own_task(settings: TaskConfig) -> Task:
     _check_options(cls, settings.options)
     try:
         return cls(**settings.options)
-    except Exception as error:  # whatever the user's code does
+    except USER_ERRORS as error:  # whatever the user's code does
         problem = f"{type(error).__name__}: {error}{place_of(error, cls)}"
         raise ValueError(f"task.name = {settings.name!r}: making it failed: {problem}") from error
 

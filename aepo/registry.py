@@ -94,7 +94,7 @@ def _import(module: str, asked: str) -> ModuleType:
         there = _names(missing, (found.name for found in pkgutil.iter_modules(where or [])))
         place = f"package {parent}" if parent else f"{here} and the installed packages"
         raise ValueError(f"{asked}: no module {error.name!r} in {place}; {'it' if parent else here} {there}") from None
-    except Exception as error:  # whatever the user's file does
+    except (Exception, SystemExit) as error:  # whatever the user's file does, exit() too
         problem = f"{type(error).__name__}: {error}"
         place = "" if isinstance(error, SyntaxError) else _place(error)  # whose text names it
         raise ValueError(f"{asked}: importing {module} failed: {problem}{place}") from error

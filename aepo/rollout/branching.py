@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from aepo.agents.protocol import AgentError
+from aepo.agents.protocol import AgentError, blamed
 from aepo.config import RolloutConfig
-from aepo.registry import place_of, resolve_function
+from aepo.registry import resolve_function
 from aepo.types import BranchDecision, BudgetDecision
 
 
@@ -95,12 +95,9 @@ def decide_branch(
 
 def _chance(rule: BranchRule, point: BranchPoint) -> float:
     name = getattr(rule, "__qualname__", repr(rule))
-    try:
+    with blamed(f"rollout.branch_rule: {name}", rule):
         chance = rule(point)
         number = float(chance)
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error}{place_of(error, rule)}"
-        raise AgentError(f"rollout.branch_rule: {name} failed: {problem}") from error
     if not math.isfinite(number):
         raise AgentError(f"rollout.branch_rule: {name} returned {chance!r}: expected a finite number")
     return number

@@ -166,6 +166,7 @@ def test_an_advantage_of_ones_own() -> None:
         (lambda rewards, questions: rewards[:1], r"returned shape \[1\], expected \[2\]"),
         (lambda rewards, questions: rewards / 0, "returned nan for path 0|returned inf for path 0"),
         (lambda rewards, questions: rewards.item(), "failed: RuntimeError"),
+        (lambda rewards, questions: exit(0), "failed: SystemExit: 0"),
     ],
 )
 def test_an_advantage_that_fails_is_named(function, text: str) -> None:

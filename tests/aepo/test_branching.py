@@ -107,6 +107,7 @@ def test_a_rule_of_ones_own_takes_the_place_of_the_formula() -> None:
     [
         (lambda point: math.nan, "returned nan: expected a finite number"),
         (lambda point: None, "failed: TypeError"),
+        (lambda point: exit(0), "failed: SystemExit: 0"),
         (lambda point: point.entropy, "AttributeError: 'BranchPoint' object has no attribute 'entropy'"),
     ],
 )

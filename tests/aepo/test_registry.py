@@ -32,6 +32,12 @@ def test_the_current_directory_can_be_imported_from(folder: Path) -> None:
     assert resolve("pieces.mine:A.B", "a.setting") == 7
 
 
+def test_a_module_that_exits_is_a_fault_and_no_success(folder: Path) -> None:
+    (folder / "leaving.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(ValueError, match=r"importing leaving failed: SystemExit: 0 \(leaving.py, line 2\)"):
+        resolve("leaving:anything", "a.setting")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -12,7 +12,7 @@ from aepo.agents.formats.chat import ChatTemplateFormat
 from aepo.agents.formats.chat_template import ChatTemplate, ToolSchema
 from aepo.agents.formats.own import OwnFormat
 from aepo.agents.formats.tags import TagsFormat
-from aepo.agents.protocol import ChatFormat
+from aepo.agents.protocol import USER_ERRORS, ChatFormat
 from aepo.config import FormatConfig
 from aepo.registry import place_of, resolve
 
@@ -112,7 +112,7 @@ def _own(
         raise ValueError(f"format.name = {settings.name!r}: expected a class; it is of type {type(cls).__name__}")
     try:
         made = cls(settings, language_model, schemas, tool_instructions=tool_instructions)
-    except Exception as error:  # whatever the user's code does
+    except USER_ERRORS as error:  # whatever the user's code does
         problem = f"{type(error).__name__}: {error}{place_of(error, cls)}"
         raise ValueError(f"format.name = {settings.name!r}: making it failed: {problem}") from error
     return OwnFormat(made, f"format.name = {settings.name!r}")

@@ -20,6 +20,7 @@ from aepo.agents.formats.chat_template import (
     user,
 )
 from aepo.agents.formats.continuation import calling
+from aepo.agents.protocol import USER_ERRORS
 from aepo.registry import place_of
 from aepo.types import ToolCall
 
@@ -88,7 +89,7 @@ def _reads(name: str, parser: CallParser, text: str) -> bool:
     try:
         _, calls = parser(without_thinking(text), {KNOWN_NAME: KNOWN_SCHEMA})
         return tuple(calls) == (KNOWN_CALL,)
-    except Exception as error:  # of the user's own parser
+    except USER_ERRORS as error:  # of the user's own parser
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
             f"format.calls = {name!r}: expected that it returns (content, calls) for {text!r}, it raised "

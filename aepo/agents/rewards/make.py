@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from aepo.agents.protocol import RewardFunction
+from aepo.agents.protocol import USER_ERRORS, RewardFunction
 from aepo.agents.rewards.adapt import FORMS, GroupReward
 from aepo.agents.rewards.builtin import BUILTIN
 from aepo.registry import resolve
@@ -39,7 +39,7 @@ def _function(name: str, setting: str) -> RewardFunction:
     if isinstance(found, type):
         try:
             found = found()
-        except Exception as error:  # whatever the user's code does
+        except USER_ERRORS as error:  # whatever the user's code does
             problem = f"{type(error).__name__}: {error}"
             raise ValueError(f"{setting} = {name!r}: making one without arguments failed: {problem}") from error
     if not callable(found):
