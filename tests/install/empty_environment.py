@@ -46,9 +46,10 @@ def make_environment(folder: Path, requirements: Iterable[str], left_out: Contai
     packages = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
     for distribution in closure(requirements, left_out).values():
         for name in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
-            link = packages / name
-            if not link.exists():  # packages that several distributions share are linked once
-                link.symlink_to(Path(str(distribution.locate_file(name))))
+            link, target = packages / name, Path(str(distribution.locate_file(name)))
+            # Packages that several distributions share are linked once; one may have taken a file of another with it.
+            if target.exists() and not link.exists():
+                link.symlink_to(target)
     return python
 
 
