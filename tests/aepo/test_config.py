@@ -165,3 +165,8 @@ def test_committed_configurations_load(path: Path) -> None:
 def test_importing_the_configuration_imports_no_torch() -> None:
     code = "import sys, aepo.config, aepo.types; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_task_of_an_almost_right_name_is_said_before_its_data() -> None:
+    with pytest.raises(ValueError, match=r"^task.name = 'file': expected facts, .*: did you mean 'files'\?$"):
+        load_config(overrides=["task.name=file", "task.train=rows.jsonl"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from door_toys import FILES, MINE, OWN, SMALL, Done, aepo, save_chat_model, write_home, write_rows
 
+from aepo.agents.agent import changes
 from aepo.run_log import read_facts, read_records
 
 TOOLS = '''
@@ -200,3 +201,11 @@ def test_a_run_that_was_moved(home: Path) -> None:
     rolled = aepo("rollout", "archive/moved", "--out", "trees", "--questions", "2")
     assert rolled.code == 0, rolled.output
     assert not Path("run").exists()
+
+
+def test_hashes_are_shown_by_their_beginning() -> None:
+    was, now = "a1" * 32, "b2" * 32
+    assert changes({"task": {"data": was}}, {"task": {"data": now}}) == [
+        "task.data was a1a1a1a1a1a1.. and is b2b2b2b2b2b2.."
+    ]
+    assert changes({"task": {"name": "x"}}, {"task": {"name": "y"}}) == ["task.name was 'x' and is 'y'"]

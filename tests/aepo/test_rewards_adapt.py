@@ -534,3 +534,9 @@ def test_what_a_function_changes_in_a_question_no_other_call_sees() -> None:
     for function in (ours, trl, verl):
         assert totals(function, question) == [1.0, 1.0]
     assert (question.answer, data) == ([7], {"seen": [0], "nested": {"list": [0]}, "extra_info": {"list": [0]}})
+
+
+def test_weights_that_are_all_zero_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^task.rewards = .*: expected a weight that is not 0"):
+        make_rewards({"math": 0, "format": 0.0})
+    assert list(make_rewards({"math": 0, "format": 0.1}).values()) == [0.0, 0.1]
