@@ -11,6 +11,7 @@ import importlib
 import inspect
 import pkgutil
 import sys
+import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 SHOWN = 8  # names in an error
+INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
 def resolve(name: str, setting: str) -> Any:
@@ -120,9 +122,12 @@ def _refuse_hidden(module: str, asked: str) -> None:
 
 
 def _place(error: BaseException) -> str:
+    """The last line of the user's own files; that of an installed one where only such ones ran. A fault that json or
+    a hook of sys.exit() raises is mended where they were called."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
-    last = frames[-1]
-    return "" if last.filename == __file__ else f" ({Path(last.filename).name}, line {last.lineno})"
+    frames = [f for f in frames if f.filename != __file__]
+    own = [f for f in frames if not f.filename.startswith(INSTALLED)] or frames
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
 
 
 def _own_names(owner: Any) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _sitebuiltins  # defines exit()
 import json
 import sys
 from pathlib import Path
@@ -32,7 +33,12 @@ def test_the_current_directory_can_be_imported_from(folder: Path) -> None:
     assert resolve("pieces.mine:A.B", "a.setting") == 7
 
 
-def test_a_module_that_exits_is_a_fault_and_no_success(folder: Path) -> None:
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_module_that_exits_is_a_fault_and_no_success(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, hooked: bool
+) -> None:
+    if hooked:  # wandb puts a function of its own in sys.exit's place: once it is imported, that raises
+        monkeypatch.setattr(sys, "exit", _sitebuiltins.Quitter("exit", ""))
     (folder / "leaving.py").write_text("import sys\nsys.exit(0)\n")
     with pytest.raises(ValueError, match=r"importing leaving failed: SystemExit: 0 \(leaving.py, line 2\)"):
         resolve("leaving:anything", "a.setting")
@@ -57,6 +63,11 @@ def test_a_module_that_exits_is_a_fault_and_no_success(folder: Path) -> None:
         ("broken:f", "importing broken failed: SyntaxError: invalid syntax (broken.py, line 2)"),
         ("raising:f", "importing raising failed: ZeroDivisionError: division by zero (raising.py, line 2)"),
         ("lacking:f", "importing lacking failed: No module named 'not_there' (lacking.py, line 1)"),
+        (
+            "reading:f",
+            "importing reading failed: JSONDecodeError: Expecting value: line 1 column 1 (char 0) (reading.py, line 3)",
+        ),
+        ("asking:f", "importing asking failed: ZeroDivisionError: division by zero (raising.py, line 2)"),
     ],
 )
 def test_a_name_that_leads_nowhere_says_what_is_there(folder: Path, name: str, message: str) -> None:
@@ -66,6 +77,8 @@ def test_a_name_that_leads_nowhere_says_what_is_there(folder: Path, name: str, m
     (folder / "broken.py").write_text("x = 1\ndef f(:\n")
     (folder / "raising.py").write_text("\n1 / 0\n")
     (folder / "lacking.py").write_text("import not_there\n")
+    (folder / "reading.py").write_text("import json\n\njson.loads('no json')\n")
+    (folder / "asking.py").write_text("import raising\n")
     (folder / "pieces").mkdir()
     for file in ("__init__.py", "mine.py", "other.py"):
         (folder / "pieces" / file).write_text("")
