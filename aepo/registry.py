@@ -19,7 +19,8 @@ from types import ModuleType
 from typing import Any
 
 SHOWN = 8  # names in an error
-INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+INSTALLED = ("<frozen", *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
+"""How the names of files begin that are nobody's own."""
 
 
 def resolve(name: str, setting: str) -> Any:
