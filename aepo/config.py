@@ -130,6 +130,9 @@ class FormatConfig(Section):
     answer: Literal["auto", "tag", "boxed", "turn"] = key(
         "auto", "the answer is in <answer>, in \\boxed{}, or the last turn; auto: the first of these that is there"
     )
+    chat_template_kwargs: dict[str, Any] = key(
+        {}, "chat: arguments of the template's own, such as {enable_thinking: false}"
+    )
 
 
 @dataclass(frozen=True)
@@ -434,7 +437,8 @@ def default_of(item: dataclasses.Field) -> Any:
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the YAML file at `path`, then `section.key=value` overrides (values are YAML too).
+    """Defaults, then the YAML file at `path`, then `section.key=value` overrides (values are YAML too); of a setting
+    that has keys, `section.setting.key=value` changes one.
 
     ValueError, in one line: text that is no YAML, a key that does not exist (the nearest right one is named), or a
     value of the wrong type or range.
@@ -447,12 +451,20 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         with _yaml_of(str(path), lines=True):
             content = OmegaConf.to_container(OmegaConf.create(text.decode()), resolve=True, throw_on_missing=True)
         changes += [(name, value, f" (in {path})") for name, value in _flatten(content, str(path))]
+    keyed = {entry.name for entry in all_keys() if isinstance(entry.default, dict)}
     for override in overrides:
         name, equals, _ = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r}: expected section.key=value, for example train.steps=20")
         with _yaml_of(f"override {override!r}"):
-            changes += [(name, OmegaConf.select(OmegaConf.from_dotlist([override]), name), "")]
+            given = OmegaConf.from_dotlist([override])
+            OmegaConf.resolve(given)
+        setting = ".".join(name.split(".")[:2])
+        if setting != name and setting in keyed:  # one of its keys: the others stay
+            before = [value for known, value, _ in changes if known == setting and isinstance(value, Mapping)]
+            changes += [(setting, OmegaConf.merge(*before[-1:], OmegaConf.select(given, setting)), "")]
+        else:
+            changes += [(name, OmegaConf.select(given, name), "")]
     return _apply(changes)
 
 

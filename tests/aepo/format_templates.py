@@ -101,7 +101,8 @@ QWEN = (
 """
 )
 
-# Qwen 3: thinking stays in the turns after the last question of the user, and is dropped before it.
+# Qwen 3: thinking stays in the turns after the last question of the user, and is dropped before it. With
+# enable_thinking=false a turn begins behind empty thinking.
 QWEN3 = (
     _TOOLS_IN_SYSTEM
     + """\
@@ -127,14 +128,20 @@ QWEN3 = (
     + """\
     {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{%- endif %}
 """
 )
 
 # QwQ and the distilled R1: a turn begins inside <think>, and thinking of earlier turns is dropped.
 DROPS_THINKING = QWEN3.replace("loop.index0 > ns.last and", "false and").replace(
-    "{{- '<|im_start|>assistant\\n' }}{%- endif %}\n", "{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}\n"
+    "</think>\\n\\n' }}{%- endif %}\n{%- endif %}", "</think>\\n\\n' }}{%- else %}{{- '<think>\\n' }}{%- endif %}\n{%- endif %}"
 )
+
+# DeepSeek V3.1: only what answers the user begins inside <think>, what follows the results of tools does not.
+THINKS_FIRST = DROPS_THINKING.replace("{%- else %}{{- '<think>", "{%- elif messages[-1].role == 'user' %}{{- '<think>")
 
 # Qwen3-Coder: calls as XML.
 QWEN3_CODER = (
@@ -244,6 +251,7 @@ FAMILIES = {
     "qwen": lambda: tokenizer(QWEN, CHATML, HERMES_TAGS, eos="<|im_end|>", name="qwen"),
     "qwen3": lambda: tokenizer(QWEN3, CHATML, HERMES_TAGS, eos="<|im_end|>", name="qwen3"),
     "drops_thinking": lambda: tokenizer(DROPS_THINKING, CHATML, HERMES_TAGS, eos="<|im_end|>", name="drops_thinking"),
+    "thinks_first": lambda: tokenizer(THINKS_FIRST, CHATML, HERMES_TAGS, eos="<|im_end|>", name="thinks_first"),
     "qwen3_coder": lambda: tokenizer(QWEN3_CODER, CHATML, HERMES_TAGS, eos="<|im_end|>", name="qwen3_coder"),
     "llama3": lambda: tokenizer(
         LLAMA3,

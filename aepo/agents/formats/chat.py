@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from aepo.agents.formats.answers import STYLES, THINK, thinking_ends, without_thinking
 from aepo.agents.formats.calls import Parsed, find_parser
-from aepo.agents.formats.chat_template import ChatTemplate, ToolSchema
+from aepo.agents.formats.chat_template import NONE, ChatTemplate, ToolSchema
 from aepo.agents.formats.continuation import Continuation
 from aepo.agents.formats.own import checked_calls
 from aepo.agents.formats.self_test import find_call_parser, rewritten_history
@@ -25,6 +25,7 @@ class ChatTemplateFormat:
 
     vocab_size, eos_ids: of the model. schemas: of the tools, as OpenAI functions. calls: a parser (`calls.PARSERS`,
     or package.module:Name), or "auto", the one that reads what the template writes. answer: a style (`answers.STYLES`).
+    arguments: of the template's own, by name.
 
     A segment that ends with an end-of-turn token either calls tools or answers. One that was cut off at a length limit
     does neither: calls in it are not run.
@@ -45,18 +46,19 @@ class ChatTemplateFormat:
         *,
         calls: str = "auto",
         answer: str = "auto",
+        arguments: Mapping[str, Any] = NONE,
     ) -> None:
         if answer not in STYLES:
             raise ValueError(f"format.answer = {answer!r}: expected one of {', '.join(STYLES)}")
         self._find_answer = STYLES[answer]
         self._text = TextTokenizer(tokenizer)
-        self._template = _template(tokenizer, schemas, calls)
+        self.template = _template(tokenizer, schemas, calls, arguments)
         self._schemas = {str(s["function"]["name"]): s["function"].get("parameters") or {} for s in schemas}
         self.vocab_size = vocab_size
-        self.eos_ids = self._template.turn_ends(eos_ids)
+        self.eos_ids = self.template.turn_ends(eos_ids)
         if not self.eos_ids:
             raise ValueError(
-                f"the chat template of {self._template.name} ends no turn with a token, and the model has "
+                f"the chat template of {self.template.name} ends no turn with a token, and the model has "
                 "no end-of-text token; set format.name=tags"
             )
         self.calls: str | None = None  # the name of the parser
@@ -65,29 +67,29 @@ class ChatTemplateFormat:
             self._prepare_calls(calls)
         elif calls != "auto":
             raise ValueError(f"format.calls = {calls!r}: expected auto, there are no tools to call")
-        if self._text.bos and not self._template.generation_prompt.startswith(self._text.decode(self._text.bos)):
-            self.warnings += (f"chat template of {self._template.name}: it writes no BOS; it is put in front here",)
+        if self._text.bos and not self.template.generation_prompt.startswith(self._text.decode(self._text.bos)):
+            self.warnings += ("the chat template writes no BOS; it is put in front here",)
 
     def _prepare_calls(self, calls: str) -> None:
         turn_ends = [text for text in (self._text.decode([token]) for token in self.eos_ids) if text]
         name = next(iter(self._schemas))
-        self.calls, self._parse = find_call_parser(self._template, turn_ends, calls)
-        self._continuation = Continuation(self._template, self._text, turn_ends, name)
-        self.warnings = rewritten_history(self._template, name)
+        self.calls, self._parse = find_call_parser(self.template, turn_ends, calls)
+        self._continuation = Continuation(self.template, self._text, turn_ends, name)
+        self.warnings = rewritten_history(self.template, name)
 
     def prompt_tokens(self, messages: Sequence[Message]) -> TokenIds:
         """The dialogue with the tools and the beginning of the model's turn. ValueError: the template refuses it."""
         return self._text.rendered_tokens(messages, self._render)
 
     def _render(self, messages: Sequence[Message], protect: Protect) -> str:
-        return self._template.render(messages, generate=True, protect=protect)
+        return self.template.render(messages, generate=True, protect=protect)
 
     def read(self, token_ids: Sequence[int], finish_reason: Literal["stop", "eos", "length"]) -> Turn:
         """Calls, or the answer: a turn that ends without a call has answered. Thinking counts as neither."""
         ended = finish_reason == "eos"
         has_end = ended and len(token_ids) > 0 and token_ids[-1] in self.eos_ids
         text = self.decode(token_ids[:-1] if has_end else token_ids)
-        whole = THINK + text if self._template.opens_thinking else text
+        whole = THINK + text if self.template.opens_thinking else text
         outside = without_thinking(whole)
         if not ended:
             return Turn(text, outside.strip(), well_formed=False)
@@ -116,9 +118,11 @@ class ChatTemplateFormat:
         return self._text.decode(token_ids)
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, schemas: Sequence[ToolSchema], calls: str) -> ChatTemplate:
+def _template(
+    tokenizer: PreTrainedTokenizerBase, schemas: Sequence[ToolSchema], calls: str, arguments: Mapping[str, Any]
+) -> ChatTemplate:
     """The template; where it shows no tools, with the Hermes convention if `calls` asks for that."""
-    template = ChatTemplate(tokenizer, schemas)
+    template = ChatTemplate(tokenizer, schemas, arguments=arguments)
     if calls != "auto":
         find_parser(calls)  # first of all, whether there is one
     if not schemas or template.shows_tools:
@@ -129,4 +133,4 @@ def _template(tokenizer: PreTrainedTokenizerBase, schemas: Sequence[ToolSchema],
             f"format.calls = {calls!r}: the chat template of {template.name} does not show tools ({names}); set "
             "format.name=tags, or format.calls=hermes, which describes them in the system message"
         )
-    return ChatTemplate(tokenizer, schemas, hermes=True)
+    return ChatTemplate(tokenizer, schemas, hermes=True, arguments=arguments)

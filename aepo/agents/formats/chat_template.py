@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -11,11 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from aepo.agents.formats.answers import THINK
 from aepo.agents.formats.calls import Unreadable, load_json
 from aepo.agents.formats.hermes_text import as_text
+from aepo.agents.formats.template_arguments import own_arguments
 from aepo.agents.formats.text import Protect, content_text
 from aepo.types import Message, ToolCall
 
 ToolSchema = Mapping[str, Any]
 """{"type": "function", "function": {"name": .., "description": .., "parameters": ..}}"""
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 # Words that dialogues of our own hold, to be found again in their renderings.
 WORDS = ("askedprobe", "systemprobe", "saidprobe", "thoughtprobe", "valueprobe", "resultprobe")
@@ -27,35 +30,55 @@ class TemplateRefused(ValueError):
 
 
 class ChatTemplate:
-    """hermes: tools are described, called and answered in text, because the template shows none.
+    """hermes: tools are described, called and answered in text, because the template shows none. arguments: of the
+    template's own (`format.chat_template_kwargs`), for every rendering.
 
-    ValueError: there is no template, or it does not even take a question.
+    ValueError: there is no template, it does not read an argument, or does not even take a question.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, schemas: Sequence[ToolSchema] = (), *, hermes: bool = False
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        schemas: Sequence[ToolSchema] = (),
+        *,
+        hermes: bool = False,
+        arguments: Mapping[str, Any] = NONE,
     ) -> None:
         self._tokenizer = tokenizer
         self._schemas = list(schemas)
-        self._hermes = hermes
+        self.hermes = hermes
+        self._arguments = arguments
         self.name = str(tokenizer.name_or_path or type(tokenizer).__name__)
         if used := [word for word in WORDS if word in repr(schemas)]:
             raise ValueError(f"tools: expected that no schema holds the word {used[0]!r}, which the format looks for")
         if not tokenizer.chat_template:
             raise ValueError(f"tokenizer {self.name}: expected a chat template, it has none; set format.name=tags")
+        self._check_arguments()
         self.generation_prompt = self.render([user(ASKED)], generate=True)
         """Of a dialogue that is one question."""
+
+    def _check_arguments(self) -> None:
+        if not self._arguments:
+            return
+        source = self._tokenizer.get_chat_template(tools=[dict(schema) for schema in self._schemas] or None)
+        read = own_arguments(source, self._tokenizer.special_tokens_map)
+        for name in self._arguments:
+            if name not in read:
+                raise ValueError(
+                    f"format.chat_template_kwargs.{name}: expected an argument that the chat template of {self.name} "
+                    f"reads and is not given anyway: {', '.join(read) or 'it has none'}"
+                )
 
     def render(self, messages: Sequence[Message], *, generate: bool = False, protect: Protect = str) -> str:
         """generate: with the beginning of the model's next turn. protect: for the texts in the tools' schemas, which
         may come from a server. TemplateRefused: the template does not take the dialogue."""
         dialogue = [_with_objects(message) for message in messages]
         schemas = [_protected(schema, protect) for schema in self._schemas]
-        if self._hermes:
+        if self.hermes:
             dialogue = as_text(dialogue, schemas)
         if dialogue and dialogue[0].get("role") == "system" and not self.has_system_role:
             dialogue = _system_in_front(dialogue)
-        return self._apply(dialogue, generate, () if self._hermes else schemas)
+        return self._apply(dialogue, generate, () if self.hermes else schemas)
 
     @cached_property
     def has_system_role(self) -> bool:
@@ -99,6 +122,7 @@ class ChatTemplate:
                 tools=[dict(schema) for schema in schemas] or None,
                 tokenize=False,
                 add_generation_prompt=generate,
+                **self._arguments,
             )
         except Exception as error:  # whatever a template does with what it did not expect
             problem = " ".join(str(error).split())

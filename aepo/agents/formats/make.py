@@ -44,6 +44,11 @@ def make_format(
     name, reason = (
         (settings.name, "format.name") if settings.name != "auto" else _choose(settings, language_model, schemas)
     )
+    if settings.chat_template_kwargs and name != "chat":
+        raise ValueError(
+            f"format.chat_template_kwargs = {settings.chat_template_kwargs!r}: expected none with the format {name} "
+            f"({reason}), only chat has its dialogues from the template"
+        )
     made: Any
     if name == "tags":
         made = _tags(settings, language_model, schemas, tool_instructions)
@@ -55,18 +60,42 @@ def make_format(
             schemas,
             calls=settings.calls,
             answer=settings.answer,
+            arguments=settings.chat_template_kwargs,
         )
     else:
         made = _own(settings, language_model, schemas, tool_instructions)
     calls = getattr(made, "calls", None)
-    made.chosen = f"format {name}{f', calls as {calls}' if calls else ''}: {reason}"
+    given = ", ".join(f"{argument}={value!r}" for argument, value in settings.chat_template_kwargs.items())
+    notes = _notes(made, language_model)
+    made.chosen = (
+        f"format {name}{given and f' with {given}'}{f', calls as {calls}' if calls else ''}: "
+        f"{'; '.join([reason, *notes])}"
+    )
     made.identity = {
         "name": name,
         "calls": calls,
         "answer": "tag" if name == "tags" else settings.answer,
         "chat_template": _digest(language_model.tokenizer, schemas),
+        "chat_template_kwargs": dict(settings.chat_template_kwargs) or None,
+        "notes": notes or None,
+        "warnings": list(made.warnings) or None,
     }
     return made
+
+
+def _notes(made: Any, language_model: TokenModel) -> list[str]:
+    """What of the format was found out from the model, where it is not as usual."""
+    template: ChatTemplate | None = getattr(made, "template", None)
+    others = [token for token in made.eos_ids if token not in language_model.eos_ids]
+    notes = [f"turns also end with {made.decode([token])}" for token in others]
+    if template is None:
+        return notes
+    found = {
+        "turns begin inside <think>": template.opens_thinking,
+        "tools described in the system text": template.hermes,
+        "system text in front of the first user message": not template.has_system_role,
+    }
+    return [*notes, *(note for note, there in found.items() if there)]
 
 
 def _choose(settings: FormatConfig, language_model: TokenModel, schemas: Sequence[ToolSchema]) -> tuple[str, str]:
@@ -77,7 +106,7 @@ def _choose(settings: FormatConfig, language_model: TokenModel, schemas: Sequenc
         return "chat", "the model has a chat template, and there are no tools"
     if settings.calls != "auto":
         return "chat", f"format.calls = {settings.calls}"
-    if ChatTemplate(language_model.tokenizer, schemas).shows_tools:
+    if ChatTemplate(language_model.tokenizer, schemas, arguments=settings.chat_template_kwargs).shows_tools:
         return "chat", "the model's chat template shows tools"
     return "tags", "the model's chat template does not show tools"
 

@@ -76,13 +76,13 @@ def rewritten_history(template: ChatTemplate, name: str) -> tuple[str, ...]:
     thinking = template.render([user(ASKED), thought, tool_result(0, name, "first")], generate=True)
     keeps_beginning = once.startswith(prompt)
     findings = {
-        f"it begins a turn with {prompt[-40:]!r}, which it leaves out of earlier turns": not keeps_beginning,
-        "it leaves out what a turn says beside its calls": SAID not in once,
-        "it drops the thinking of earlier turns": SAID in once and THOUGHT not in thinking,
-        "it renders a turn in another way once another one follows": keeps_beginning and not twice.startswith(once),
-        "it shows ids of calls, which the model does not write": call_id(0) in once,
+        f"begins a turn with {prompt[-40:]!r}, which it leaves out of earlier turns": not keeps_beginning,
+        "leaves out what a turn says beside its calls": SAID not in once,
+        "drops the thinking of earlier turns": SAID in once and THOUGHT not in thinking,
+        "renders a turn in another way once another one follows": keeps_beginning and not twice.startswith(once),
+        "shows ids of calls, which the model does not write": call_id(0) in once,
     }
-    return tuple(f"chat template of {template.name}: {finding}" for finding, there in findings.items() if there)
+    return tuple(f"the chat template {finding}" for finding, there in findings.items() if there)
 
 
 def _reads(name: str, parser: CallParser, text: str) -> bool:

@@ -96,9 +96,9 @@ class TagsFormat:
         self._end = re.compile("|".join(map(re.escape, self.stop_strings)))
         tags = [f"<{slash}{name}>" for name in (*self._tools, *RESERVED_NAMES) for slash in ("", "/")]
         self._text = TextTokenizer(tokenizer, letters=tags)
-        self._template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self.template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
         self.vocab_size = vocab_size
-        self.eos_ids = self._template.turn_ends(eos_ids) if self._template else tuple(sorted(eos_ids))
+        self.eos_ids = self.template.turn_ends(eos_ids) if self.template else tuple(sorted(eos_ids))
 
     def prompt_tokens(self, messages: Sequence[Message]) -> TokenIds:
         """What comes before the first generated token. ValueError: the chat template refuses the dialogue."""
@@ -143,8 +143,8 @@ class TagsFormat:
             told = instructions(list(self._tools.values()), protect)
         if told:
             messages = _with_system(messages, told)
-        if self._template is not None:
-            return self._template.render(messages, generate=True)
+        if self.template is not None:
+            return self.template.render(messages, generate=True)
         return "".join(f"{content_text(message)}\n" for message in messages)
 
 
