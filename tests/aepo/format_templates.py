@@ -137,7 +137,8 @@ QWEN3 = (
 
 # QwQ and the distilled R1: a turn begins inside <think>, and thinking of earlier turns is dropped.
 DROPS_THINKING = QWEN3.replace("loop.index0 > ns.last and", "false and").replace(
-    "</think>\\n\\n' }}{%- endif %}\n{%- endif %}", "</think>\\n\\n' }}{%- else %}{{- '<think>\\n' }}{%- endif %}\n{%- endif %}"
+    "</think>\\n\\n' }}{%- endif %}\n{%- endif %}",
+    "</think>\\n\\n' }}{%- else %}{{- '<think>\\n' }}{%- endif %}\n{%- endif %}",
 )
 
 # DeepSeek V3.1: only what answers the user begins inside <think>, what follows the results of tools does not.

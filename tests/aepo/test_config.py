@@ -27,6 +27,20 @@ def test_file_then_overrides(tmp_path: Path) -> None:
     assert config.policy.eps_low is None, "null: the preset's own value"
 
 
+def test_one_key_of_a_setting_that_has_keys(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("format:\n  chat_template_kwargs: {enable_thinking: false}\n")
+    name = "format.chat_template_kwargs"
+    config = load_config(file, [f"{name}.date_string=2024-07-26", f"{name}.effort=null"])
+    assert config.format.chat_template_kwargs == {"enable_thinking": False, "date_string": "2024-07-26", "effort": None}
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
+    replaced = load_config(file, [f"{name}={{a: 1}}", f"{name}.b=2"])
+    assert replaced.format.chat_template_kwargs == {"a": 1, "b": 2}
+    own = load_config(overrides=["task.name=mine:Task", "task.options.data.sums.size=3", "task.options.data.seed=1"])
+    assert own.task.options == {"data": {"sums": {"size": 3}, "seed": 1}}
+
+
 def test_yaml_round_trip(tmp_path: Path) -> None:
     config = load_config(overrides=["policy.preset=reinforce++", "run.dir=runs/a b", "policy.dual_clip=inf"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
@@ -69,6 +83,9 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("vllm.dtype=float64", "expected one of float32, bfloat16, float16 or null"),
         ("train.steps", "expected section.key=value"),
         ("train.steps=[1", "override 'train.steps=[1': cannot be read as YAML: did not find expected ',' or ']'"),
+        ("format.chat_template_kwarg.a=1", "unknown key 'format.chat_template_kwarg.a': did you mean 'format.chat_te"),
+        ("format.chat_template_kwargs=false", "format.chat_template_kwargs = False: expected keys with values"),
+        ("task.options.a=${nowhere}", "cannot be read as YAML: Interpolation key 'nowhere' not found"),
         ("run.dir=${nowhere}", "cannot be read as YAML: Interpolation key 'nowhere' not found"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from format_templates import CHATML, QWEN, family, tokenizer
+from format_templates import CHATML, QWEN, QWEN3, family, tokenizer
 
 from aepo.agents.formats.make import make_format
 from aepo.agents.protocol import AgentError
@@ -41,10 +42,14 @@ class Search:
         return query
 
 
+OF_GEMMA = "system text in front of the first user message; turns also end with <end_of_turn>"
 BARE = tokenizer(None, CHATML, eos="<|im_end|>", name="bare")
 
 
+TOOLLESS = tokenizer(QWEN3.replace("if tools", "if false"), CHATML, eos="<|im_end|>")
 SEARCH = (Search(),)
+ARGUMENTS = {"chat_template_kwargs": {"enable_thinking": False}}
+REFUSED = "format.chat_template_kwargs = {'enable_thinking': False}: expected none with the format"
 
 
 def make(toy, tools=SEARCH, tool_instructions=None, **settings):
@@ -56,19 +61,38 @@ def make(toy, tools=SEARCH, tool_instructions=None, **settings):
     ("toy", "tools", "settings", "chosen"),
     [
         (family("qwen"), (Search(),), {}, "format chat, calls as hermes: the model's chat template shows tools"),
-        (family("gemma"), (Search(),), {}, "format tags: the model's chat template does not show tools"),
-        (family("gemma"), (), {}, "format chat: the model has a chat template, and there are no tools"),
+        (
+            family("qwen3"),
+            (Search(),),
+            {"chat_template_kwargs": {"enable_thinking": False}},
+            "format chat with enable_thinking=False, calls as hermes: the model's chat template shows tools",
+        ),
+        (
+            family("drops_thinking"),
+            (),
+            {"chat_template_kwargs": {"enable_thinking": True}},
+            "format chat with enable_thinking=True: the model has a chat template, and there are no tools; the first "
+            "turn begins inside <think>",
+        ),
+        (family("gemma"), (Search(),), {}, f"format tags: the model's chat template does not show tools; {OF_GEMMA}"),
+        (family("gemma"), (), {}, f"format chat: the model has a chat template, and there are no tools; {OF_GEMMA}"),
         (BARE, (Search(),), {}, "format tags: the model has no chat template"),
         (BARE, (), {}, "format tags: the model has no chat template"),
-        (family("gemma"), (Search(),), {"calls": "hermes"}, "format chat, calls as hermes: format.calls = hermes"),
+        (
+            family("gemma"),
+            (Search(),),
+            {"calls": "hermes"},
+            f"format chat, calls as hermes: format.calls = hermes; tools described in the system text; {OF_GEMMA}",
+        ),
         (family("qwen"), (Search(),), {"name": "tags"}, "format tags: format.name"),
-        (family("gemma"), (), {"name": "chat"}, "format chat: format.name"),
+        (family("gemma"), (), {"name": "chat"}, f"format chat: format.name; {OF_GEMMA}"),
     ],
 )
 def test_the_format_that_fits_and_why(toy, tools, settings, chosen: str) -> None:
     made = make(toy, tools, **settings)
     assert made.chosen == chosen
     assert made.name == made.identity["name"] == chosen.split()[1].strip(":,")
+    assert made.identity["notes"] == (chosen.split("; ")[1:] or None)
     assert made.vocab_size == len(toy) + 7
 
 
@@ -78,8 +102,16 @@ def test_what_a_run_remembers() -> None:
         "calls": "hermes",
         "answer": "boxed",
         "chat_template": hashlib.sha256(QWEN.encode()).hexdigest(),
+        "chat_template_kwargs": None,
+        "notes": None,
+        "warnings": None,
     }
-    assert make(BARE).identity == {"name": "tags", "calls": None, "answer": "tag", "chat_template": None}
+    assert make(BARE).identity == dict.fromkeys(make(family("qwen")).identity) | {"name": "tags", "answer": "tag"}
+    found = make(family("drops_thinking"), chat_template_kwargs={"enable_thinking": True}).identity
+    assert json.loads(json.dumps(found)) == found
+    assert found["chat_template_kwargs"] == {"enable_thinking": True}
+    assert found["notes"] == ["the first turn begins inside <think>"]
+    assert found["warnings"][1:] == ["the chat template drops the thinking of earlier turns"]
 
 
 def test_the_tasks_instructions_reach_the_tags() -> None:
@@ -96,6 +128,11 @@ def test_the_tasks_instructions_reach_the_tags() -> None:
         (BARE, {"name": "tag"}, "format.name = 'tag': expected auto, chat, tags, or package.module:Class"),
         (BARE, {"name": "nowhere_at_all:Own"}, "format.name = 'nowhere_at_all:Own': no module 'nowhere_at_all'"),
         (family("gemma"), {"name": "chat"}, "does not show tools (search)"),
+        (BARE, ARGUMENTS, f"{REFUSED} tags (the model has no chat template), only chat"),
+        (family("gemma"), ARGUMENTS, "format.chat_template_kwargs.enable_thinking: expected an argument that the chat"),
+        (TOOLLESS, ARGUMENTS, f"{REFUSED} tags (the model's chat template does not show tools), only chat"),
+        (family("qwen3"), {"name": "tags", **ARGUMENTS}, f"{REFUSED} tags (format.name), only chat"),
+        (family("qwen3"), {"name": "own:Format", **ARGUMENTS}, f"{REFUSED} own:Format (format.name), only chat"),
     ],
 )
 def test_bad_settings_are_one_line(toy, settings, message: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from aepo.agents.formats.answers import STYLES, THINK, thinking_ends, without_thinking
+from aepo.agents.formats.answers import END_THINK, STYLES, THINK, thinking_ends, without_thinking
 from aepo.agents.formats.calls import Parsed, find_parser
 from aepo.agents.formats.chat_template import NONE, ChatTemplate, ToolSchema
 from aepo.agents.formats.continuation import Continuation
@@ -61,6 +61,7 @@ class ChatTemplateFormat:
                 f"the chat template of {self.template.name} ends no turn with a token, and the model has "
                 "no end-of-text token; set format.name=tags"
             )
+        self._opens_thinking = {self.template.opens_thinking}  # of first turns, and of those that follow results
         self.calls: str | None = None  # the name of the parser
         self.warnings: tuple[str, ...] = ()
         if schemas:
@@ -75,6 +76,7 @@ class ChatTemplateFormat:
         name = next(iter(self._schemas))
         self.calls, self._parse = find_call_parser(self.template, turn_ends, calls)
         self._continuation = Continuation(self.template, self._text, turn_ends, name)
+        self._opens_thinking.add(self._continuation.opens_thinking)
         self.warnings = rewritten_history(self.template, name)
 
     def prompt_tokens(self, messages: Sequence[Message]) -> TokenIds:
@@ -89,7 +91,7 @@ class ChatTemplateFormat:
         ended = finish_reason == "eos"
         has_end = ended and len(token_ids) > 0 and token_ids[-1] in self.eos_ids
         text = self.decode(token_ids[:-1] if has_end else token_ids)
-        whole = THINK + text if self.template.opens_thinking else text
+        whole = THINK + text if self._began_inside_thinking(text) else text
         outside = without_thinking(whole)
         if not ended:
             return Turn(text, outside.strip(), well_formed=False)
@@ -99,6 +101,12 @@ class ChatTemplateFormat:
             return Turn(text, content, calls, well_formed=well_formed)
         answer = self._find_answer(content)
         return Turn(text, content, (), True, answer, well_formed and answer is not None)
+
+    def _began_inside_thinking(self, text: str) -> bool:
+        """Where only some turns of a template begin inside <think>, its end without a beginning tells which."""
+        if len(self._opens_thinking) == 1:
+            return True in self._opens_thinking
+        return END_THINK in text.partition(THINK)[0]
 
     def _said(self, text: str) -> Parsed:
         """What is said, and the calls. AgentError: a parser of the user's own failed."""

@@ -111,8 +111,18 @@ class ChatTemplate:
 
     @cached_property
     def opens_thinking(self) -> bool:
-        """Whether the model's turns begin inside <think>, which is then not part of what it writes."""
-        return self.generation_prompt.rstrip().endswith(THINK)
+        """Whether the first turn of the model begins inside <think>, which is then not part of what it writes."""
+        return opens_thinking(self.generation_prompt)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of it is not as with most."""
+        found = {
+            "the first turn begins inside <think>": self.opens_thinking,
+            "tools described in the system text": self.hermes,
+            "system text in front of the first user message": not self.has_system_role,
+        }
+        return tuple(note for note, there in found.items() if there)
 
     def _apply(self, dialogue: Sequence[Message], generate: bool, schemas: Sequence[ToolSchema] = ()) -> str:
         given: Any = [dict(message) for message in dialogue]
@@ -131,6 +141,10 @@ class ChatTemplate:
                 f"{', '.join(str(message.get('role')) for message in dialogue)}: {problem}"
             ) from error
         return str(text)
+
+
+def opens_thinking(prompt: str) -> bool:
+    return prompt.rstrip().endswith(THINK)
 
 
 def user(text: str) -> Message:

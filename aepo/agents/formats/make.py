@@ -84,18 +84,13 @@ def make_format(
 
 
 def _notes(made: Any, language_model: TokenModel) -> list[str]:
-    """What of the format was found out from the model, where it is not as usual."""
+    """What was found out of the model that is not as usual."""
     template: ChatTemplate | None = getattr(made, "template", None)
-    others = [token for token in made.eos_ids if token not in language_model.eos_ids]
-    notes = [f"turns also end with {made.decode([token])}" for token in others]
-    if template is None:
-        return notes
-    found = {
-        "turns begin inside <think>": template.opens_thinking,
-        "tools described in the system text": template.hermes,
-        "system text in front of the first user message": not template.has_system_role,
-    }
-    return [*notes, *(note for note, there in found.items() if there)]
+    ends = sorted(set(made.eos_ids).difference(language_model.eos_ids))
+    return [
+        *(template.notes if template is not None else ()),
+        *(f"turns also end with {made.decode([token])}" for token in ends),
+    ]
 
 
 def _choose(settings: FormatConfig, language_model: TokenModel, schemas: Sequence[ToolSchema]) -> tuple[str, str]:
