@@ -126,7 +126,7 @@ class ChatFormat(Protocol):
 
     name: str
     identity: Mapping[str, Any]  # what a run remembers: name, and what else decides what tokens mean (JSON values)
-    chosen: str  # one line for people: why this format, and these calls
+    chosen: str  # one line for people: why this format, these calls, and what of the model is not as usual
     warnings: tuple[str, ...]  # what inference will do differently from training with this template
     eos_ids: tuple[int, ...]  # tokens that end a segment, ascending
     stop_strings: tuple[str, ...]  # generation also ends with the token that completes one of these

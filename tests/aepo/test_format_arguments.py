@@ -99,6 +99,7 @@ def test_where_only_the_first_turn_begins_inside_thinking() -> None:
     assert (turn.calls, turn.well_formed) == ((ToolCall("search", {"query": "x"}),), True)
     assert read(chat, "thinks_first", "It is 4.").answer == "It is 4."
     assert read(chat, "thinks_first", "<think>or 5</think>It is 4.").answer == "It is 4."
+    assert read(chat, "thinks_first", "It is <think> or </think>.").answer == "It is <think> or </think>."
     assert read(make("drops_thinking"), "drops_thinking", "It is 4.").answer is None, "every turn begins inside"
     assert read(make("thinks_first", ()), "thinks_first", "It is 4.").answer is None, "there is no other turn"
 
@@ -124,7 +125,7 @@ def test_a_template_that_keeps_history_with_an_argument_is_not_warned_of() -> No
         ("{% if x %}{% set a = 1 %}{{ a }}{% elif y %}{{ a }}{% endif %}", ["x", "y"]),
         ("{% for a in a %}{{ a }}{{ loop }}{% if c %}{% break %}{% endif %}{% endfor %}", ["a", "c"]),
         ("{% for a in b if keep %}{% set c = 1 %}{% endfor %}{{ c }}", ["b", "c", "keep"]),
-        ("{% macro m(a, b=c) %}{{ a }}{{ b }}{{ kwargs }}{% endmacro %}{{ m(a) }}", ["a", "c"]),
+        ("{% macro m(a, b=c) %}{{ a }}{{ b }}{{ caller() }}{{ varargs }}{% endmacro %}{{ m(a) }}", ["a", "c"]),
         ("{% set ns = namespace(n=0) %}{% set ns.n = a %}{% set b %}{{ c }}{% endset %}{{ b }}", ["a", "c"]),
         ("{% generation %}{{ a }}{% endgeneration %}{{ range(2) }}{{ raise_exception('x') }}{{ strftime_now }}", ["a"]),
         ("{{ messages }}{{ tools }}{{ documents }}{{ add_generation_prompt }}{{ eos_token }}{{ image_token }}", []),
@@ -154,6 +155,14 @@ def test_arguments_that_a_template_does_not_read_are_refused(name: str, argument
         f"format.chat_template_kwargs.{argument}: expected an argument that the chat template of {name} reads and is "
         f"not given anyway: {known}"
     )
+
+
+def test_tools_as_text_with_an_argument() -> None:
+    toy = tokenizer(QWEN3.replace("if tools", "if false"), CHATML, HERMES_TAGS, eos="<|im_end|>")
+    chat = ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS, calls="hermes", arguments=OFF)
+    prompt = chat.decode(chat.prompt_tokens([user("a")]))
+    assert "You may call one or more functions" in prompt
+    assert prompt.endswith("</think>\n\n")
 
 
 def test_a_template_that_is_none_is_one_line() -> None:

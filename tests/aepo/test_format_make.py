@@ -107,6 +107,8 @@ def test_what_a_run_remembers() -> None:
         "warnings": None,
     }
     assert make(BARE).identity == dict.fromkeys(make(family("qwen")).identity) | {"name": "tags", "answer": "tag"}
+    off = make(family("qwen3"), **ARGUMENTS)
+    assert off.decode(off.prompt_tokens([{"role": "user", "content": "Q"}])).endswith("<think>\n\n</think>\n\n")
     found = make(family("drops_thinking"), chat_template_kwargs={"enable_thinking": True}).identity
     assert json.loads(json.dumps(found)) == found
     assert found["chat_template_kwargs"] == {"enable_thinking": True}

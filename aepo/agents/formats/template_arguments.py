@@ -56,7 +56,7 @@ def _read(node: nodes.Node, known: set[str]) -> Iterator[str]:
         known.add(node.name)
     within = known  # what is set in a loop or a macro is not known behind it
     if isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock)):
-        within = known | {"loop", "caller", "varargs", "kwargs"}
+        within = known | {"loop", "caller", "varargs"}
     first = _BEFORE_TARGET.get(type(node).__name__, ())
     for child in node.iter_child_nodes(only=first):
         yield from _read(child, known)
@@ -64,4 +64,4 @@ def _read(node: nodes.Node, known: set[str]) -> Iterator[str]:
         yield from _read(child, within)
 
 
-_BEFORE_TARGET = {"Assign": ("node",), "AssignBlock": ("body",), "For": ("iter",)}
+_BEFORE_TARGET = {"Assign": ("node",), "For": ("iter",)}
