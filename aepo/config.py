@@ -125,7 +125,8 @@ class FormatConfig(Section):
     )
     calls: str = key(
         "auto",
-        "chat: how calls are written: hermes, qwen3_coder, llama3_json, or package.module:Class; auto: by a round trip",
+        "chat: how calls are written: hermes, qwen3_coder, llama3_json, glm45, or package.module:Class; auto: by a "
+        "round trip",
     )
     answer: Literal["auto", "tag", "boxed", "turn"] = key(
         "auto", "the answer is in <answer>, in \\boxed{}, or the last turn; auto: the first of these that is there"

@@ -173,6 +173,46 @@ QWEN3_CODER = (
 """
 )
 
+# GLM 4.5: names of arguments and values in tags; a role ends the turn before it; enable_thinking=false.
+GLM = """\
+{{- '[gMASK]<sop>' }}
+{%- if tools %}
+    {{- '<|system|>\\n# Tools\\n\\n<tools>' }}
+    {%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
+    {{- '\\n</tools>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {{- '<|user|>\\n' + message.content }}
+        {%- if enable_thinking is defined and not enable_thinking %}{{- '/nothink' }}{%- endif %}
+    {%- elif message.role == 'system' %}{{- '<|system|>\\n' + message.content }}
+    {%- elif message.role == 'assistant' %}
+        {%- set content = message.content or '' %}
+        {{- '<|assistant|>' }}
+        {%- if '</think>' in content %}{{- '\\n' + content.split('</think>')[0] | trim + '</think>' }}
+        {%- else %}{{- '\\n<think></think>' }}{%- endif %}
+        {%- set content = content.split('</think>')[-1] | trim %}
+        {%- if content %}{{- '\\n' + content }}{%- endif %}
+        {%- for call in message.tool_calls or [] %}
+            {{- '\\n<tool_call>' + call.function.name }}
+            {%- for key, value in call.function.arguments | items %}
+                {{- '\\n<arg_key>' + key + '</arg_key>\\n<arg_value>' }}
+                {{- (value if value is string else value | tojson) + '</arg_value>' }}
+            {%- endfor %}
+            {{- '\\n</tool_call>' }}
+        {%- endfor %}
+    {%- elif message.role == 'tool' %}
+        {%- if loop.previtem.role != 'tool' %}{{- '<|observation|>' }}{%- endif %}
+        {{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>' }}
+    {%- if enable_thinking is defined and not enable_thinking %}{{- '\\n<think></think>' }}{%- endif %}
+{%- endif %}
+"""
+GLM_ROLES = ("<|user|>", "<|observation|>", "<|assistant|>", "<|system|>")
+
 # Llama 3.1: a date, tools in the first message of the user, one call per turn, results as JSON texts of "ipython".
 LLAMA3 = """\
 {{- bos_token }}
@@ -260,6 +300,13 @@ FAMILIES = {
         bos="<|begin_of_text|>",
         eos="<|eot_id|>",
         name="llama3",
+    ),
+    "glm": lambda: tokenizer(
+        GLM,
+        ("[gMASK]", "<sop>", "<|endoftext|>", *GLM_ROLES),
+        (*HERMES_TAGS, *(f"<{slash}arg_{part}>" for part in ("key", "value") for slash in ("", "/"))),
+        eos="<|endoftext|>",
+        name="glm",
     ),
     "gemma": lambda: tokenizer(
         GEMMA, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), bos="<bos>", eos="<eos>", name="gemma"

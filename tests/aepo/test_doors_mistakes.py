@@ -61,7 +61,7 @@ MISTAKES = {
     ),
     "parser's name": (
         ["task.tools=mine:add", "format.calls=hermess"],
-        "format.calls = 'hermess': expected auto, hermes, qwen3_coder, llama3_json, or package.module:Name",
+        "format.calls = 'hermess': expected auto, hermes, qwen3_coder, llama3_json, glm45, or package.module:Name",
     ),
     "another parser": (["task.tools=mine:add", "format.calls=qwen3_coder"], "qwen3_coder did not read the call that"),
     "own parser": (["task.tools=mine:add", "format.calls=mine:parses_nothing"], "mine:parses_nothing did not read the"),

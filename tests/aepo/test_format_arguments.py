@@ -7,7 +7,7 @@ import html
 import pytest
 from door_toys import FILES, SMALL, aepo, save_chat_model, write_home
 from format_templates import CHATML, HERMES_TAGS, QWEN3, family, tokenizer
-from test_format_chat import CALLS, HOSTILE, SCHEMAS, results
+from test_format_chat import CALLS, HOSTILE, SCHEMAS, eos_ids, results
 
 from aepo.agents.formats.chat import ChatTemplateFormat
 from aepo.agents.formats.chat_template import assistant, tool_result, user
@@ -22,7 +22,7 @@ CALL = '<tool_call>\n{"name": "search", "arguments": {"query": "x"}}\n</tool_cal
 
 def make(name: str, schemas=SCHEMAS, **arguments) -> ChatTemplateFormat:
     toy = family(name)
-    return ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], schemas, arguments=arguments)
+    return ChatTemplateFormat(toy, len(toy), eos_ids(name), schemas, arguments=arguments)
 
 
 def rendered(name: str, messages, *, generate: bool = True, **arguments) -> str:
@@ -87,6 +87,24 @@ def test_without_thinking_a_turn_is_read_from_its_beginning(name: str) -> None:
     assert (turn.content, turn.calls, turn.well_formed) == ("Now", (ToolCall("search", {"query": "x"}),), True)
     assert (read(chat, name, "It is 4.").answer, read(chat, name, "It is 4.").well_formed) == ("It is 4.", True)
     assert read(chat, name, "<think>or 5</think>It is 4.").answer == "It is 4."
+
+
+@pytest.mark.parametrize("arguments", [{}, OFF])
+def test_glm(arguments) -> None:
+    """The token that ends a turn with calls begins the results, and stands there once."""
+    chat, toy = make("glm", **arguments), family("glm")
+    begin, called = [user("What is it?")], assistant("", CALLS)
+    answers = [tool_result(n, call.tool, f"result {n}.") for n, call in enumerate(CALLS)]
+    text = rendered("glm", [*begin, called], generate=False, **arguments)
+    prompt = chat.decode(chat.prompt_tokens(begin))
+    assert prompt == rendered("glm", begin, **arguments)
+    assert prompt.endswith("/nothink<|assistant|>\n<think></think>" if arguments else "it?<|assistant|>")
+    written = toy.encode(f"{text.removeprefix(prompt)}<|observation|>", add_special_tokens=False)
+    turn = chat.read(written, "eos")
+    assert (turn.calls, turn.content, turn.well_formed) == (CALLS, "", True)
+    appended = chat.result_tokens(turn, results("result 0.", "result 1."))
+    whole = rendered("glm", [*begin, called, *answers], **arguments)
+    assert chat.decode((*chat.prompt_tokens(begin), *written, *appended)) == whole
 
 
 def test_where_only_the_first_turn_begins_inside_thinking() -> None:

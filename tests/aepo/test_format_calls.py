@@ -8,7 +8,16 @@ import time
 import pytest
 
 from aepo.agents.formats.answers import boxed, first_of_all, tagged, without_thinking
-from aepo.agents.formats.calls import Unreadable, find_parser, hermes, llama3_json, load_json, qwen3_coder, value_of
+from aepo.agents.formats.calls import (
+    Unreadable,
+    find_parser,
+    glm45,
+    hermes,
+    llama3_json,
+    load_json,
+    qwen3_coder,
+    value_of,
+)
 from aepo.types import ToolCall
 
 SEARCH = '{"name": "search", "arguments": {"query": "x"}}'
@@ -97,6 +106,50 @@ def test_qwen3_coder_reads_values_by_the_schema() -> None:
         "point": {"x": 1}, "anything": "04", "unknown": "1",
     }  # fmt: skip
     assert json.dumps(call.arguments["flag"]) == "true"
+
+
+def glm(name: str, between: str = "\n", **values: str) -> str:
+    inside = [f"<arg_key>{key}</arg_key>{between}<arg_value>{value}</arg_value>" for key, value in values.items()]
+    return "<tool_call>" + between.join([name, *inside, "</tool_call>"])
+
+
+@pytest.mark.parametrize("between", ["\n", ""])
+def test_glm45_reads_values_by_the_schema(between: str) -> None:
+    text = "Now. " + glm("a-b.c", between, text="5", count="3", flag="true", items='["a"]', maybe="null", unknown="1")
+    content, calls = glm45(text + glm("now", between) + " Then.", {"a-b.c": SCHEMA})
+    assert content == "Now.  Then."
+    read = {"text": "5", "count": 3, "flag": True, "items": ["a"], "maybe": None, "unknown": "1"}
+    assert calls == (ToolCall("a-b.c", read), ToolCall("now", {}))
+
+
+def test_glm45_keeps_code_as_it_is() -> None:
+    code = "  if x:\n    print('</arg_value>', '</tool_call>', '<tool_call>f')\n\nprint(1)"
+    calls = (ToolCall("run", {"text": code}), ToolCall("run", {"text": ""}))
+    assert glm45(glm("run", text=code) + "\n" + glm("run", text=""), {"run": SCHEMA}) == ("", calls)
+    assert glm45(glm("run", text=code).removesuffix("\n</tool_call>"), {"run": SCHEMA}) == ("", calls[:1])
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (f"<tool_call>{SEARCH}</tool_call>", None),  # a tool of this name is not there, which the model is told
+        (glm("run", count="x"), "parameter 'count': expected integer, got 'x'"),
+        (glm("", text="x"), "expected the name of a tool after <tool_call>"),
+        (
+            "<tool_call>run(text)\n<arg_key>text</arg_key>x</tool_call>",
+            "got '<arg_key>text</arg_key>x</tool_call>'",
+        ),
+        (
+            "<tool_call>run\nx</tool_call>",
+            "expected <arg_key>key</arg_key><arg_value>value</arg_value>, got 'x</tool_call>'",
+        ),
+        (glm("run", text="x").replace("\n</tool_call>", " x</tool_call>"), "got '<arg_key>text</arg_key>"),
+    ],
+)
+def test_glm45_says_what_is_wrong_and_reads_the_next_call(text: str, problem: str | None) -> None:
+    content, (bad, good) = glm45(text + glm("f", text="a"), {"run": SCHEMA})
+    assert problem is None or problem in str(bad.problem)
+    assert (content, good) == ("", ToolCall("f", {"text": "a"}))
 
 
 def test_qwen3_coder_keeps_code_as_it_is() -> None:
@@ -204,7 +257,9 @@ def test_own_parsers_are_found_by_name(tmp_path, monkeypatch) -> None:
     assert find_parser("own_parser_here:own")("a", {}) == ("a", ())
     with pytest.raises(ValueError, match="expected a parser"):
         find_parser("own_parser_here:number")
-    with pytest.raises(ValueError, match=r"expected auto, hermes, qwen3_coder, llama3_json, or package\.module:Name"):
+    with pytest.raises(
+        ValueError, match=r"expected auto, hermes, qwen3_coder, llama3_json, glm45, or package\.module:Name"
+    ):
         find_parser("hermse")
 
 

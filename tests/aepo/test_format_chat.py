@@ -66,7 +66,13 @@ def make(name: str, schemas=SCHEMAS, **settings) -> ChatTemplateFormat:
     if name == "mistral" and schemas:
         settings = {"calls": "mistral_parser_here:mistral", **settings}
     toy = family(name)
-    return ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], schemas, **settings)
+    return ChatTemplateFormat(toy, len(toy), eos_ids(name), schemas, **settings)
+
+
+def eos_ids(name: str) -> list[int]:
+    """Of the model: one of GLM ends its turns with the role that is next."""
+    toy = family(name)
+    return toy.convert_tokens_to_ids(["<|user|>", "<|observation|>"]) if name == "glm" else [toy.eos_token_id]
 
 
 def rendered(name: str, messages, *, generate: bool = True) -> str:
@@ -164,13 +170,14 @@ def test_results_with_spaces_around_them_are_as_the_template_has_them() -> None:
 
 
 def test_the_parser_is_the_one_that_reads_what_the_template_writes() -> None:
-    found = {name: make(name).calls for name in ("qwen", "qwen3", "qwen3_coder", "llama3", "drops_thinking")}
+    found = {name: make(name).calls for name in ("qwen", "qwen3", "qwen3_coder", "llama3", "drops_thinking", "glm")}
     assert found == {
         "qwen": "hermes",
         "qwen3": "hermes",
         "qwen3_coder": "qwen3_coder",
         "llama3": "llama3_json",
         "drops_thinking": "hermes",
+        "glm": "glm45",
     }
 
 

@@ -28,12 +28,17 @@ class Unreadable(ValueError):
 
 def hermes(text: str, schemas: Schemas) -> Parsed:
     """<tool_call>{"name": .., "arguments": {..}}</tool_call>: Hermes, Qwen 2.5 and 3, and many others."""
+    return _apart(text, _OPENED, lambda opened: _hermes_call(text, opened.end()))
+
+
+def _apart(text: str, opening: re.Pattern[str], call_of: Callable[[re.Match[str]], tuple[ToolCall, int]]) -> Parsed:
+    """What is said, and the calls. call_of: the call that begins there, and where it ends."""
     said, calls, end = [], [], 0
-    for start in _OPENED.finditer(text):
-        if start.start() < end:
+    for opened in opening.finditer(text):
+        if opened.start() < end:
             continue  # inside a string of the call before
-        said.append(text[end : start.start()])
-        call, end = _hermes_call(text, start.end())
+        said.append(text[end : opened.start()])
+        call, end = call_of(opened)
         calls.append(call)
     return "".join([*said, text[end:]]).strip(), tuple(calls)
 
@@ -52,8 +57,12 @@ def _hermes_call(text: str, start: int) -> tuple[ToolCall, int]:
         problem = "expected </tool_call> after the JSON object"
     except Unreadable as error:
         problem = str(error)
+    return ToolCall("", {}, problem), _behind_close(text, start)
+
+
+def _behind_close(text: str, start: int) -> int:
     close = text.find("</tool_call>", start)
-    return ToolCall("", {}, problem), len(text) if close < 0 else close + len("</tool_call>")
+    return len(text) if close < 0 else close + len("</tool_call>")
 
 
 def llama3_json(text: str, schemas: Schemas) -> Parsed:
@@ -127,6 +136,43 @@ def _xml_call(block: re.Match[str], schemas: Schemas) -> ToolCall:
     rest = body[end:].strip()
     problem = f"expected <parameter=key>value</parameter>, got {rest[:40]!r}" if rest else None
     return ToolCall(name, arguments, problem)
+
+
+def glm45(text: str, schemas: Schemas) -> Parsed:
+    """<tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value></tool_call>: GLM 4.5 and later.
+
+    Values are as in `qwen3_coder`, line breaks between the tags do not matter.
+    """
+    return _apart(text, _NAMED, lambda opened: _glm_call(text, opened, schemas))
+
+
+# A value may hold </arg_value> and </tool_call>, as code does: only one that is followed by what can follow it ends the
+# value. It holds no <arg_value>: else a call that cannot be read would take the next one with it.
+_NAMED = re.compile(r"<tool_call>\s*(?P<name>[^<\n]*)")
+_ARGUMENT = re.compile(
+    r"\s*<arg_key>(?P<key>[^<\n]*)</arg_key>\s*<arg_value>(?P<value>(?:(?!<arg_value>).)*?)</arg_value>"
+    r"(?=\s*(?:<arg_key>|</tool_call>|\Z))",
+    re.DOTALL,
+)
+
+
+def _glm_call(text: str, opened: re.Match[str], schemas: Schemas) -> tuple[ToolCall, int]:
+    name, end = opened["name"].strip(), opened.end()
+    problems = [] if name else ["expected the name of a tool after <tool_call>"]
+    arguments: dict[str, Any] = {}
+    while found := _ARGUMENT.match(text, end):
+        key, end = found["key"].strip(), found.end()
+        try:
+            arguments[key] = value_of(found["value"], key, schemas.get(name, {}))
+        except Unreadable as error:
+            problems.append(str(error))
+    if closed := _CLOSED.match(text, end):
+        end = closed.end()
+    else:
+        start, end = end, _behind_close(text, end)
+        rest = text[start:end].strip()
+        problems.append(f"expected <arg_key>key</arg_key><arg_value>value</arg_value>, got {rest[:40]!r}")
+    return ToolCall(name, arguments, problems[0] if problems else None), end
 
 
 def value_of(text: str, key: str, schema: Mapping[str, Any]) -> Any:
@@ -239,7 +285,12 @@ def _sound(value: Any) -> Any:
     return [_sound(item) for item in value] if isinstance(value, list) else value
 
 
-PARSERS: Mapping[str, CallParser] = {"hermes": hermes, "qwen3_coder": qwen3_coder, "llama3_json": llama3_json}
+PARSERS: Mapping[str, CallParser] = {
+    "hermes": hermes,
+    "qwen3_coder": qwen3_coder,
+    "llama3_json": llama3_json,
+    "glm45": glm45,
+}
 
 
 def find_parser(name: str) -> CallParser:
