@@ -231,13 +231,16 @@ def test_a_value_that_may_be_a_text_is_one_where_nothing_else_fits() -> None:
         value_of("5", "items", SCHEMA)
 
 
-@pytest.mark.parametrize("parser", [hermes, qwen3_coder, llama3_json])
+@pytest.mark.parametrize("parser", [hermes, qwen3_coder, llama3_json, glm45])
 def test_parsing_hostile_text_is_linear(parser) -> None:
     pieces = (
         "<tool_call>",
         "<tool_call><function=f>",
         "<function=f><parameter=x>",
         "</parameter>",
+        "<tool_call>f<arg_key>x</arg_key><arg_value>",
+        "<tool_call>f<arg_key>x</arg_key><arg_value></arg_value> ",
+        "</arg_value>",
         '{"name": "f",',
         "{",
     )
