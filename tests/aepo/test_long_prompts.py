@@ -1,8 +1,10 @@
-"""Runs over questions whose prompts fill the model's context: refused at the start, or left out and remembered."""
+"""Questions that cannot be used: refused by every command at the start; long prompts left out and remembered."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,10 @@ from trainer_toys import ToyLanguageModel, ToyTask, toy_agent
 from typer.testing import CliRunner
 
 from aepo import cli, cli_shared
+from aepo.agents.agent import Agent, agent_facts
 from aepo.run_log import read_records
 from aepo.trainer import Trainer
+from aepo.types import Question
 
 DROP = "task.long_prompts=drop"
 SAID = "2 of 12 training prompts fill the model's context: q10 (4 tokens), q11 (4 tokens); expected fewer than 4 tokens"
@@ -84,3 +88,38 @@ def test_eval_and_rollout(command: str, tmp_path: Path, monkeypatch: pytest.Monk
     refused = CliRunner().invoke(cli.app, [command, str(tmp_path / "run"), *out, "task.long_prompts=refuse"])
     assert refused.exit_code == 1
     assert "error: 3 of 4 held-out prompts fill the model's context" in refused.output
+
+
+def coloured(prompts: list, completions: list, colour: list) -> list[float]:
+    return [float(one == "red") for one in colour]
+
+
+def one_without_a_colour(agent: Agent, split: str) -> Agent:
+    """The second of two questions lacks a column that a reward needs."""
+    agent.task.train = agent.task.heldout = [Question(f"q{i}", f"{i}", 1, "", {"colour": "red"}) for i in range(4)]
+    setattr(agent.task, split, [Question("a", "1", 1, "", {"colour": "red"}), Question("b", "2", 1)])
+    return replace(agent, rewards={coloured: 1.0})
+
+
+def one_id_twice(agent: Agent, split: str) -> Agent:
+    setattr(agent.task, split, [Question("a", "1"), Question("a", "2")])
+    return agent
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("spoil", [one_without_a_colour, one_id_twice])
+def test_every_question_is_checked_by_every_command(
+    spoil: Callable[[Agent, str], Agent], split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = {one_without_a_colour: "question 'b': its parameter 'colour' is no column", one_id_twice: "1 ids belong"}
+    agent = spoil(toy_agent(ToyTask()), split)
+    with pytest.raises(ValueError, match=expected[spoil]):
+        Trainer(config_for(tmp_path / "run", "train.questions=2"), agent, ToyLanguageModel())
+    trainer(tmp_path / "run", 9, "train.steps=0").train()
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**facts, **agent_facts(agent)}))
+    monkeypatch.setattr(cli_shared, "load", lambda config: (agent, ToyLanguageModel()))
+    command = ["rollout", "--out", str(tmp_path / "out")] if split == "train" else ["eval"]
+    refused = CliRunner().invoke(cli.app, [*command, str(tmp_path / "run")])
+    assert refused.exit_code == 1
+    assert expected[spoil] in refused.output

@@ -127,8 +127,18 @@ def test_a_format_that_writes_texts_twice_is_noticed() -> None:
     assert fit(Asking(rows), formatted(times=3), count["q40"])[0] == ["q1", "q30"]
 
 
+def test_a_message_with_more_than_its_text_is_always_made_into_tokens() -> None:
+    class Everything:
+        def prompt_tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
+            return (0,) * len(repr(messages))
+
+    rows = [Question(f"q{i}", ({"role": "user", "content": "z" * i},)) for i in range(3)]
+    rows[1] = Question("named", ({**rows[1].prompt[0], "name": "z" * 100},))
+    assert fit(Asking(rows), Everything(), 100)[0] == ["q0", "q2"]
+
+
 def test_what_is_said_of_long_prompts() -> None:
-    rows = [Question(f"q{i}", "z" * (100 if i < 7 else 1)) for i in range(10)]
+    rows = [Question(f"q{i}", "z" * (100 if i < 6 else 110 if i == 6 else 1)) for i in range(10)]
     tokens = len(agent_of(Asking(rows), formatted()).prompt_tokens(rows[0]))
     said = (
         "7 of 10 training prompts fill the model's context: "
