@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from aepo import cli, cli_shared
 from aepo.agents.agent import Agent, agent_facts
+from aepo.rollout.sampler import Sampler
 from aepo.run_log import read_records
 from aepo.trainer import Trainer
 from aepo.types import Question
@@ -119,6 +120,7 @@ def test_every_question_is_checked_by_every_command(
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     (tmp_path / "run" / "run.json").write_text(json.dumps({**facts, **agent_facts(agent)}))
     monkeypatch.setattr(cli_shared, "load", lambda config: (agent, ToyLanguageModel()))
+    monkeypatch.setattr(Sampler, "rollout", None)  # nothing is drawn
     command = ["rollout", "--out", str(tmp_path / "out")] if split == "train" else ["eval"]
     refused = CliRunner().invoke(cli.app, [*command, str(tmp_path / "run")])
     assert refused.exit_code == 1
