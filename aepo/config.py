@@ -98,6 +98,9 @@ class TaskConfig(Section):
         "reward functions, weighted; null: the task's own",
         expected="a list of package.module:function or built-in names, or {name: weight}",
     )
+    long_prompts: Literal["refuse", "drop"] = key(
+        "refuse", "questions whose prompt fills the model's context: end the start and name them, or leave them out"
+    )
     success: float = key(1.0, "a path succeeds where its first reward is at least this")
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from aepo import cli_shared
 from aepo.agents.agent import Agent, agent_facts, changes
+from aepo.agents.question_checks import Context, Split, check_questions, fitting, one_of_each_row
 from aepo.answers import AnsweredQuestion, read_answers, write_answers
 from aepo.checkpoint import checkpoint_path, load_weights
 from aepo.config import Config
@@ -53,7 +54,15 @@ class Player:
     facts: Record
 
     def scorer(self, questions: Sequence[Question]) -> Scorer:
-        return Scorer(self.agent.rewards, self.agent.format, self.config.task.success, questions[:1])
+        return Scorer(self.agent.rewards, self.agent.format, self.config.task.success, one_of_each_row(questions))
+
+    def questions(self, heldout: bool, count: int | None, console: Console) -> Sequence[Question]:
+        """`count` of them, None: all, without those that settings leave out. ValueError: some cannot be used."""
+        split: Split = "held-out" if heldout else "training"
+        chosen = sampled_questions(_questions(self.agent, split), count)
+        check_questions(self.agent, chosen, split)
+        context = Context.of(self.config, self.engine.max_positions)
+        return fitting(self.agent, chosen, split, context, console, drop=self.config.task.long_prompts == "drop")
 
 
 @contextlib.contextmanager
@@ -85,8 +94,7 @@ def run_evaluation(subject: Subject, every: bool, answers: Path | None, json_out
     console = wide_console()
     with loaded(subject, console) as player:
         start = time.perf_counter()
-        heldout = _questions(player.agent, heldout=True)
-        questions = sampled_questions(heldout, None if every else player.config.eval.questions)
+        questions = player.questions(True, None if every else player.config.eval.questions, console)
         evaluator = Evaluator(player.engine, player.agent, player.scorer(questions), player.config)
         answered: list[AnsweredQuestion] = []
         try:
@@ -113,7 +121,7 @@ def run_rollout(subject: Subject, count: int, heldout: bool, out: Path) -> None:
     console = wide_console()
     with loaded(subject, console) as player:
         config, agent = player.config, player.agent
-        questions = sampled_questions(_questions(agent, heldout), count)
+        questions = player.questions(heldout, count, console)
         sampler = Sampler(player.engine, agent, config.rollout, branch_rule(config.rollout))
         at_once, seed = questions_at_once(config, config.rollout.paths), config.run.seed << 32
         scorer = player.scorer(questions)
@@ -142,10 +150,10 @@ def _differences(subject: Subject, run: Path, agent: Agent) -> list[str]:
     return found
 
 
-def _questions(agent: Agent, heldout: bool) -> Sequence[Question]:
-    questions = agent.task.heldout if heldout else agent.task.train
+def _questions(agent: Agent, split: Split) -> Sequence[Question]:
+    questions = agent.task.heldout if split == "held-out" else agent.task.train
     if not len(questions):
-        raise ValueError(f"task {agent.task.name!r} has no {'held-out' if heldout else 'training'} questions")
+        raise ValueError(f"task {agent.task.name!r} has no {split} questions")
     return questions
 
 

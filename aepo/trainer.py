@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from aepo.advantages import Sample, advantage_settings, make_samples
 from aepo.agents.agent import Agent, agent_facts, changes
-from aepo.agents.protocol import Task
+from aepo.agents.question_checks import Context, check_questions, fitting, one_of_each_row
 from aepo.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, save_checkpoint
 from aepo.config import Config, to_yaml
 from aepo.display import Display
@@ -51,19 +51,19 @@ class Trainer:
         resume_step: int | None = None,
         another_agent: bool = False,
     ) -> None:
-        check_sizes(config, agent.task)
-        changed = [] if resume_step is None else changes(read_facts(Path(config.run.dir)), agent_facts(agent))
-        if changed and not another_agent:
-            raise ValueError(
-                f"{config.run.dir}: the run was begun with another agent: {'; '.join(changed)}. Expected the same one, "
-                "or the settings that change it (task.*, format.*) in this command"
-            )
+        check_sizes(config, agent.task.name, agent.task.train, agent.task.heldout)
+        recorded = None if resume_step is None else read_facts(Path(config.run.dir))
+        changed = _changed(config, recorded, agent_facts(agent), another_agent)
         self.config, self.agent, self.language_model = config, agent, language_model
         self.directory = Path(config.run.dir)
         self.advantage_settings = advantage_settings(config.policy)
-        firsts = (agent.task.train[0], agent.task.heldout[0])
-        self.scorer = Scorer(agent.rewards, agent.format, config.task.success, firsts)
-        self.scorer.try_out(firsts[0])
+        self.train_questions = agent.task.train
+        self.heldout: Sequence[Question] = sampled_questions(agent.task.heldout, config.eval.questions)
+        rows = [*one_of_each_row(self.train_questions), *one_of_each_row(self.heldout)]
+        self.scorer = Scorer(agent.rewards, agent.format, config.task.success, rows)
+        self.scorer.try_out(rows[0])
+        check_questions(agent, self.train_questions, "training")
+        check_questions(agent, self.heldout, "held-out")
         rule = branch_rule(config.rollout)
         self.learner = Learner(language_model.model, config, agent.format.decode)
         self.step = 0
@@ -71,12 +71,19 @@ class Trainer:
             path = checkpoint_path(self.directory / "checkpoints", resume_step)
             self.step = load_checkpoint(path, self.learner.model, self.learner.optimizer)
         self.engine = make_engine(config, language_model, agent.format.eos_ids, self.step)
+        self.display = Display(config.train.steps)
         try:
+            dropped = self._drop_long_prompts()
+            changed += _changed(config, recorded, dropped, another_agent)
             self.log = RunLog(
-                self.directory, config, self._facts(), self.step, resumed=resume_step is not None, changed=changed
+                self.directory,
+                config,
+                {**self._facts(), **dropped},
+                self.step,
+                resumed=resume_step is not None,
+                changed=changed,
             )
             self._saved = (self.step, self._heldout_success()) if resume_step is not None else None
-            self.display = Display(config.train.steps)
             self.interrupt = Interrupt()
             self.sampler = Sampler(self.engine, agent, config.rollout, rule)
             self.evaluator = Evaluator(self.engine, agent, self.scorer, config)
@@ -113,7 +120,7 @@ class Trainer:
     def train_step(self) -> None:
         """One rollout batch, and the optimiser steps on it."""
         step, clock = self.step + 1, StageClock(self.display.stage)
-        questions = questions_of_step(self.agent.task.train, self.config.run.seed, step, self.config.train.questions)
+        questions = questions_of_step(self.train_questions, self.config.run.seed, step, self.config.train.questions)
         with clock("rollout"):
             seed = stream(self.config.run.seed, step)
             trees = self.sampler.rollout(questions, seed, progress=self.display.paths, judge=self.scorer.begin)
@@ -183,8 +190,7 @@ class Trainer:
             return
         self.display.stage("evaluation")
         start = time.perf_counter()
-        questions = sampled_questions(self.agent.task.heldout, self.config.eval.questions)
-        answered = list(self.evaluator.answers(questions, self.display.paths))
+        answered = list(self.evaluator.answers(self.heldout, self.display.paths))
         record = {**answer_metrics(answered, self.config.eval.pass_at), "seconds": time.perf_counter() - start}
         best = max((r["success"] for r in self.log.evaluations()), default=-1.0)
         self.log.answers(self.step, answered)
@@ -244,6 +250,17 @@ class Trainer:
             decode=self.agent.format.decode,
         )
 
+    def _drop_long_prompts(self) -> Record:
+        """The entry of run.json. ValueError: there are some, and `task.long_prompts` is not drop; or too few others."""
+        config, context = self.config, Context.of(self.config, self.engine.max_positions)
+        drop, before = config.task.long_prompts == "drop", (len(self.train_questions), len(self.heldout))
+        for_people = self.display.console
+        self.train_questions = fitting(self.agent, self.train_questions, "training", context, for_people, drop=drop)
+        self.heldout = fitting(self.agent, self.heldout, "held-out", context, for_people, drop=drop)
+        check_sizes(config, self.agent.task.name, self.train_questions, self.heldout)
+        train, heldout = before[0] - len(self.train_questions), before[1] - len(self.heldout)
+        return {"long_prompts_dropped": {"train": train, "heldout": heldout}} if drop else {}
+
     def _facts(self) -> Record:
         parameters = sum(p.numel() for p in self.learner.model.parameters())
         return {
@@ -256,14 +273,25 @@ class Trainer:
         }
 
 
-def check_sizes(config: Config, task: Task) -> None:
-    """ValueError where the task is too small for the configuration."""
-    if len(task.train) < config.train.questions:
+def _changed(config: Config, recorded: Record | None, facts: Record, another_agent: bool) -> list[str]:
+    """What of `facts` is not as a resumed run recorded it. ValueError: nobody asked for that."""
+    found = [] if recorded is None else changes(recorded, facts)
+    if found and not another_agent:
         raise ValueError(
-            f"train.questions = {config.train.questions}: expected <= the task's {len(task.train)} training questions"
+            f"{config.run.dir}: the run was begun with another agent: {'; '.join(found)}. Expected the same one, or "
+            "the settings that change it (task.*, format.*) in this command"
         )
-    if not task.heldout:
-        raise ValueError(f"task {task.name!r} has no held-out questions")
+    return found
+
+
+def check_sizes(config: Config, task: str, train: Sequence[Question], heldout: Sequence[Question]) -> None:
+    """ValueError where the task of that name is too small for the configuration."""
+    if len(train) < config.train.questions:
+        raise ValueError(
+            f"train.questions = {config.train.questions}: expected <= the task's {len(train)} training questions"
+        )
+    if not heldout:
+        raise ValueError(f"task {task!r} has no held-out questions")
 
 
 def stream(seed: int, step: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -105,6 +106,18 @@ MISTAKES = {
     "no share": (["task.heldout=2"], "task.heldout = 2: expected files or a share of task.train in (0, 1)"),
     "too few": (["train.questions=50"], "train.questions = 50: expected <= the task's 11 training questions"),
     "system text": (["task.system=prompts/none.txt"], "task.system = 'prompts/none.txt': there is no such file"),
+    "a long prompt": (
+        ["task.train=long.jsonl"],
+        " tokens); expected fewer than 32768 tokens (max_position_embeddings of model.name = 'qwen'); task.",
+    ),
+    "roles": (
+        ["model.name=gemma", "task.train=roles.jsonl"],
+        "question 'roles.jsonl:2': the chat template of gemma refuses a dialogue of roles",
+    ),
+    "no number": (
+        ["task.train=words.jsonl", "task.rewards=numbers"],
+        "1 of 10 training questions have no answer that the reward numbers can compare: words.jsonl:2 ('many')",
+    ),
     # the algorithm
     "advantage": (["policy.advantage=gruop"], "policy.advantage = 'gruop': expected group, batch, gigpo or "),
     "own advantage": (
@@ -137,11 +150,26 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> None:
         home = tmp_path_factory.mktemp("home")
         patch.chdir(home)
         write_home(home)
+        write_bad_rows(home)
         for family in ("qwen", "gemma"):
             save_chat_model(home / family, family)
         save_chat_model(home / "plain", tokenizer(None, eos="<eos>", special=["<eos>"]))
         save_chat_model(home / "lossy", lossy())
         yield
+
+
+def write_bad_rows(home: Path) -> None:
+    """The second of eleven has what no run can use."""
+    user = {"role": "user", "content": "a"}
+    bad = {
+        "long": {"prompt": "z" * 40_000, "answer": "1"},
+        "roles": {"prompt": [user, user], "answer": "1"},
+        "words": {"prompt": "How many?", "answer": "many"},
+    }
+    for name, row in bad.items():
+        rows = [{"prompt": f"{i} + 1?", "answer": str(i + 1)} for i in range(11)]
+        rows[1] = row
+        (home / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def lossy():

@@ -25,6 +25,7 @@ FLOORS = (
     ("aepo.models",),
     ("aepo.agents.formats", "aepo.agents.tools", "aepo.agents.rewards"),
     ("aepo.agents.tasks", "aepo.agents.agent"),
+    ("aepo.agents.question_checks",),
     ("aepo.load",),
     ("aepo.rollout",),
     ("aepo.vllm",),

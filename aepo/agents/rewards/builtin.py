@@ -7,7 +7,7 @@ not apply", where a question has no answer of that sort.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Any
@@ -55,8 +55,7 @@ def math(question: Question, response: Response) -> float | None:
 
 def numbers(question: Question, response: Response) -> float | None:
     """The answer holds one number, and it is the right one. The right one may follow "####", as in GSM8K."""
-    wanted = [_only_number(str(answer).rpartition("####")[2]) for answer in _answers(question)]
-    wanted = [number for number in wanted if number is not None]
+    wanted = _right_numbers(question)
     if not wanted:
         return None
     given = _only_number(response.answer or "")
@@ -65,8 +64,7 @@ def numbers(question: Question, response: Response) -> float | None:
 
 def choice(question: Question, response: Response) -> float | None:
     """The answer names the right letters and no others: "B", "(b)", "B) Paris", "the answer is B"."""
-    wanted = [_letters(str(answer)) for answer in _answers(question)]
-    wanted = [letters for letters in wanted if letters]
+    wanted = _right_letters(question)
     if not wanted:
         return None
     return float(_letters(response.answer or "") in wanted)
@@ -100,6 +98,24 @@ def _answers(question: Question) -> list[Any]:
     answer = question.answer
     several = answer if isinstance(answer, (list, tuple)) else [answer]
     return [one for one in several if one is not None and one != ""]
+
+
+def _right_numbers(question: Question) -> list[Fraction]:
+    found = [_only_number(str(answer).rpartition("####")[2]) for answer in _answers(question)]
+    return [number for number in found if number is not None]
+
+
+def _right_letters(question: Question) -> list[frozenset[str]]:
+    return [letters for answer in _answers(question) if (letters := _letters(str(answer)))]
+
+
+COMPARED: dict[Callable[..., Any], Callable[[Question], Sequence[Any]]] = {
+    exact_match: _answers,
+    math: _answers,
+    numbers: _right_numbers,
+    choice: _right_letters,
+}
+"""What of a question each of these compares answers with. Nothing: it does not apply, whatever is answered."""
 
 
 def _only_number(text: str) -> Fraction | None:
