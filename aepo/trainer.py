@@ -7,13 +7,14 @@ the optimizer and the number of the step: that is what a checkpoint holds, and w
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aepo.advantages import Sample, advantage_settings, make_samples
-from aepo.agents.agent import Agent, agent_facts, changes
+from aepo.agents.agent import Agent, agent_facts, agent_parts, changes
 from aepo.agents.protocol import Task
 from aepo.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, save_checkpoint
 from aepo.config import Config, to_yaml
@@ -23,6 +24,7 @@ from aepo.evaluation import Evaluator, answer_metrics, sampled_questions
 from aepo.interrupt import Interrupt
 from aepo.learner import Learner, Minibatch
 from aepo.metrics import Record, StageClock, loss_metrics, memory_metrics, mismatch_metrics, rollout_metrics
+from aepo.own_code import code_changes, code_facts, code_of, named_part
 from aepo.rollout.branching import branch_rule
 from aepo.rollout.sampler import Sampler
 from aepo.rollout.tree import flatten
@@ -39,7 +41,8 @@ class Trainer:
 
     The language model's weights are trained in place. resume_step: continue from the checkpoint of that step in
     `config.run.dir`; None: a new run, which must not find another one there. ValueError: the run was begun with another
-    agent (task, data, format, tools, rewards), unless `another_agent` says that this is meant: then it is recorded.
+    agent (task, data, format, tools, rewards), unless `another_agent` says that this is meant: then it is recorded. So
+    is code of the user's own that was edited, which a warning on stderr says.
     """
 
     def __init__(
@@ -52,12 +55,21 @@ class Trainer:
         another_agent: bool = False,
     ) -> None:
         check_sizes(config, agent.task)
-        changed = [] if resume_step is None else changes(read_facts(Path(config.run.dir)), agent_facts(agent))
-        if changed and not another_agent:
-            raise ValueError(
-                f"{config.run.dir}: the run was begun with another agent: {'; '.join(changed)}. Expected the same one, "
-                "or the settings that change it (task.*, format.*) in this command"
-            )
+        facts, code = agent_facts(agent), code_of(agent_parts(agent) | _own_functions(config))
+        self._remembered = {**facts, "code": code_facts(code)}  # as it is now: files may change during the run
+        changed = []
+        if resume_step is not None:
+            recorded = read_facts(Path(config.run.dir))
+            changed = changes(recorded, facts)
+            if changed and not another_agent:
+                raise ValueError(
+                    f"{config.run.dir}: the run was begun with another agent: {'; '.join(changed)}. Expected the same "
+                    "one, or the settings that change it (task.*, format.*) in this command"
+                )
+            edited = code_changes(recorded.get("code"), code)
+            for line in edited:
+                print(f"warning: {line}", file=sys.stderr)
+            changed += edited
         self.config, self.agent, self.language_model = config, agent, language_model
         self.directory = Path(config.run.dir)
         self.advantage_settings = advantage_settings(config.policy)
@@ -252,8 +264,18 @@ class Trainer:
                 "parameters": parameters,
                 "vocab_size": self.language_model.vocab_size,
             },
-            **agent_facts(self.agent),
+            **self._remembered,
         }
+
+
+def _own_functions(config: Config) -> dict[str, list[Any]]:
+    """Those of the user's own that are no part of the agent."""
+    policy, rollout = config.policy, config.rollout
+    return {
+        **named_part("policy.loss", policy.loss),
+        **named_part("policy.advantage", policy.advantage),
+        **named_part("rollout.branch_rule", rollout.branch_rule),
+    }
 
 
 def check_sizes(config: Config, task: Task) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aepo.agents.protocol import ChatFormat, RewardFunction, Session, Task, blamed
-from aepo.registry import plain
+from aepo.agents.tools.functions import FunctionTool
+from aepo.registry import plain, resolve
 from aepo.types import Message, Question, TokenIds
 
 if TYPE_CHECKING:
     from aepo.agents.tools.environment import EnvironmentTools
     from aepo.agents.tools.toolbox import ToolBox
+
+NOT_IN_2 = ("task.data.train_data", "task.data.heldout_data")
+"""What run.json of version 2 did not have."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +79,27 @@ def agent_facts(agent: Agent) -> dict[str, Any]:
             "data": dict(agent.task.identity),
         },
         "format": dict(agent.format.identity),
-        "tools": [schema["function"]["name"] for schema in (environment or agent.toolbox).schemas],
+        "tools": {
+            schema["function"]["name"]: {"schema": _hash(schema["function"])}
+            | dict(getattr(agent.toolbox.tools.get(schema["function"]["name"]), "identity", {}))
+            for schema in (environment or agent.toolbox).schemas
+        },
         "environment": None if environment is None else environment.name,
         "rewards": {_full_name(function): weight for function, weight in agent.rewards.items()},
     }
+
+
+def agent_parts(agent: Agent) -> dict[str, list[Any]]:
+    """What the agent is made of, for `aepo.own_code.code_of`."""
+    named = [agent.format.identity.get(key) for key in ("name", "calls")]
+    own = [resolve(name, "format") for name in named if isinstance(name, str) and ":" in name]
+    parts = {f"task {agent.task.name}": [agent.task], f"format {named[0]}": [agent.format, *own]}
+    for name, tool in agent.toolbox.tools.items():
+        thing = tool.function if isinstance(tool, FunctionTool) else tool
+        parts[f"tool {name}"] = [thing, *getattr(tool, "files", ())]
+    if agent.environment is not None:
+        parts[f"environment {agent.environment.name}"] = [agent.environment.instances.environment]
+    return parts | {f"reward {_full_name(function)}": [function] for function in agent.rewards}
 
 
 def _full_name(function: RewardFunction) -> str:
@@ -85,16 +108,32 @@ def _full_name(function: RewardFunction) -> str:
     return f"{found.__module__}:{found.__qualname__}"
 
 
-def changes(recorded: Mapping[str, Any], present: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _hash(value: Any) -> str:
+    """SHA-256 of its JSON form, in its order: a model reads it so."""
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
+
+
+def changes(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
     """What of `present` (`agent_facts`) is not as it was recorded in run.json, each with what was and what is."""
     found = []
-    for key in dict.fromkeys([*recorded, *present]) if prefix else present:  # run.json knows more than the agent
-        was, now, name = recorded.get(key), present.get(key), f"{prefix}{key}"
-        if isinstance(was, Mapping) and isinstance(now, Mapping):
-            found += changes(was, now, f"{name}.")
-        elif was != now:
-            found.append(f"{name} was {_shown(was)} and is {_shown(now)}")
+    for key, now in present.items():  # run.json knows more than the agent
+        was = recorded.get(key)
+        found += _tool_changes(was or (), now) if key == "tools" else _changes(was, now, key)
     return found
+
+
+def _tool_changes(recorded: Collection[str], present: Mapping[str, Any]) -> list[str]:
+    """Of the names, whose order a model reads, too; else of what both have. recorded: names alone in version 2."""
+    if list(recorded) != list(present):
+        return [f"tools was {list(recorded)} and is {list(present)}"]
+    return _changes(recorded, present, "tools") if isinstance(recorded, Mapping) else []
+
+
+def _changes(was: Any, now: Any, name: str) -> list[str]:
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+        keys = [key for key in dict.fromkeys([*was, *now]) if key in was or f"{name}.{key}" not in NOT_IN_2]
+        return [change for key in keys for change in _changes(was.get(key), now.get(key), f"{name}.{key}")]
+    return [] if was == now else [f"{name} was {_shown(was)} and is {_shown(now)}"]
 
 
 def _shown(value: Any) -> str:
