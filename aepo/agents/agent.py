@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from aepo.agents.protocol import ChatFormat, RewardFunction, Session, Task, blamed
+from aepo.agents.protocol import ChatFormat, RewardFunction, Session, Task, blamed, shown
 from aepo.agents.tools.functions import FunctionTool
 from aepo.registry import plain, resolve
 from aepo.types import Message, Question, TokenIds
@@ -76,12 +76,11 @@ def agent_facts(agent: Agent) -> dict[str, Any]:
             "train_questions": len(agent.task.train),
             "heldout_questions": len(agent.task.heldout),
             "system": agent.task.system,
-            "data": dict(agent.task.identity),
+            "data": _identity(agent.task.identity, f"task {agent.task.name}"),
         },
         "format": dict(agent.format.identity),
         "tools": {
-            schema["function"]["name"]: {"schema": _hash(schema["function"])}
-            | dict(getattr(agent.toolbox.tools.get(schema["function"]["name"]), "identity", {}))
+            schema["function"]["name"]: _tool_facts(schema["function"], agent.toolbox)
             for schema in (environment or agent.toolbox).schemas
         },
         "environment": None if environment is None else environment.name,
@@ -108,9 +107,20 @@ def _full_name(function: RewardFunction) -> str:
     return f"{found.__module__}:{found.__qualname__}"
 
 
-def _hash(value: Any) -> str:
-    """SHA-256 of its JSON form, in its order: a model reads it so."""
-    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
+def _tool_facts(schema: Mapping[str, Any], toolbox: ToolBox) -> dict[str, Any]:
+    """A hash of what the model reads of it, in its order, and what it says itself (methods of environments nothing)."""
+    name = schema["name"]
+    identity = _identity(getattr(toolbox.tools.get(name), "identity", {}), f"tool {name}")
+    return {**identity, "schema": hashlib.sha256(json.dumps(schema, default=str).encode()).hexdigest()}
+
+
+def _identity(given: Any, whose: str) -> dict[str, Any]:
+    """As run.json will have it: with lists for tuples. ValueError: it has no such form."""
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(dict(given)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{whose}: identity = {shown(given)}: expected JSON values by name: {error}") from None
+    return found
 
 
 def changes(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
