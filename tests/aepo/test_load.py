@@ -178,6 +178,13 @@ def test_changes_between_a_run_and_an_agent() -> None:
     ]
 
 
+def test_the_order_of_tools_is_read_too() -> None:
+    was = {"tools": {"a": {"schema": "x"}, "b": {"schema": "y"}}}
+    now = {"tools": dict(reversed(was["tools"].items()))}
+    assert changes(was, was) == changes({"tools": ["a", "b"]}, was) == []
+    assert changes(was, now) == ["tools was ['a', 'b'] and is ['b', 'a']"]
+
+
 def test_a_server_that_offers_something_else(model: LanguageModel, home: Path) -> None:
     """Under the same names: what the model reads, or the code alone."""
     pytest.importorskip("mcp")
