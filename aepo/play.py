@@ -16,8 +16,9 @@ from typing import TextIO
 from rich.console import Console
 
 from aepo import cli_shared
-from aepo.agents.agent import Agent, agent_facts, changes
+from aepo.agents.agent import Agent
 from aepo.agents.question_checks import Context, Split, check_questions, fitting, one_of_each_row
+from aepo.agents.remembered import agent_facts, agent_parts, not_as_recorded
 from aepo.answers import AnsweredQuestion, read_answers, write_answers
 from aepo.checkpoint import checkpoint_path, load_weights
 from aepo.config import Config
@@ -34,6 +35,7 @@ from aepo.evaluation import (
 from aepo.evaluation_display import evaluation_tables, progress_display, rollout_table, say, wide_console
 from aepo.metrics import Record, finite, rollout_metrics
 from aepo.models.language_model import LanguageModel
+from aepo.own_code import Code, code_changes, code_facts, code_of, named_part
 from aepo.rollout.branching import branch_rule
 from aepo.rollout.engine import Engine
 from aepo.rollout.sampler import Sampler
@@ -66,24 +68,32 @@ class Player:
 
 
 @contextlib.contextmanager
-def loaded(subject: Subject, console: Console) -> Iterator[Player]:
-    """Weights, agent and engine; says where they are not those of the run. ValueError: nobody asked for that."""
+def loaded(subject: Subject, console: Console, own_rule: str | None = None) -> Iterator[Player]:
+    """Weights, agent and engine; says where they are not those of the run. ValueError: nobody asked for that.
+
+    own_rule: the branch rule, where it is used.
+    """
     config = subject.config
     agent, language_model = cli_shared.load(config)
+    code = code_of(agent_parts(agent) | named_part("rollout.branch_rule", own_rule))
     with contextlib.ExitStack() as stack:
         stack.enter_context(closing(agent))
         for name, was in subject.changed.items():
             say(console, f"set here: {name} = {config_value(config, name)!r} (the run: {was!r})")
         if subject.run is not None and subject.step is not None:
-            for difference in _differences(subject, subject.run, agent):
+            recorded = read_facts(subject.run)
+            meant = any(name.startswith(("task.", "format.")) for name in subject.changed)
+            for difference in not_as_recorded(subject.name, recorded, agent_facts(agent), meant=meant):
                 say(console, f"not as in the run: {difference}")
+            for edited in code_changes(recorded.get("code"), code):
+                say(console, f"warning: {edited}")
             load_weights(checkpoint_path(subject.run / "checkpoints", subject.step), language_model.model)
         else:  # where vLLM gets the weights from
             directory = stack.enter_context(tempfile.TemporaryDirectory())
             config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=directory))
         engine = make_engine(config, language_model, agent.format.eos_ids, subject.step or 0)
         stack.enter_context(closing(engine))
-        yield Player(config, agent, engine, _facts(subject, agent, language_model))
+        yield Player(config, agent, engine, _facts(subject, agent, language_model, code))
 
 
 def run_evaluation(subject: Subject, every: bool, answers: Path | None, json_out: Path | TextIO | None) -> None:
@@ -119,7 +129,7 @@ def run_rollout(subject: Subject, count: int, heldout: bool, out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: expected a new or an empty directory")
     console = wide_console()
-    with loaded(subject, console) as player:
+    with loaded(subject, console, subject.config.rollout.branch_rule) as player:
         config, agent = player.config, player.agent
         questions = player.questions(heldout, count, console)
         sampler = Sampler(player.engine, agent, config.rollout, branch_rule(config.rollout))
@@ -139,17 +149,6 @@ def run_rollout(subject: Subject, count: int, heldout: bool, out: Path) -> None:
                 say(console, f"wrote {out}; look at {page}")
 
 
-def _differences(subject: Subject, run: Path, agent: Agent) -> list[str]:
-    """Of the agent from that of the run: its task, data, format, tools, rewards."""
-    found = changes(read_facts(run), agent_facts(agent))
-    if found and not any(name.startswith(("task.", "format.")) for name in subject.changed):
-        raise ValueError(
-            f"{subject.name}: the run was trained with another agent: {'; '.join(found)}. Expected the same one, or "
-            "the settings that change it (task.*, format.*) in this command"
-        )
-    return found
-
-
 def _questions(agent: Agent, split: Split) -> Sequence[Question]:
     questions = agent.task.heldout if split == "held-out" else agent.task.train
     if not len(questions):
@@ -157,10 +156,11 @@ def _questions(agent: Agent, split: Split) -> Sequence[Question]:
     return questions
 
 
-def _facts(subject: Subject, agent: Agent, language_model: LanguageModel) -> Record:
+def _facts(subject: Subject, agent: Agent, language_model: LanguageModel, code: Code) -> Record:
     parameters = sum(p.numel() for p in language_model.model.parameters())
     model = {"name": subject.config.model.name, "parameters": parameters, "vocab_size": language_model.vocab_size}
-    return {"name": str(subject), "model": model, **agent_facts(agent), **machine_facts()}
+    own = {**agent_facts(agent), "code": code_facts(code)}
+    return {"name": str(subject), "model": model, **own, **machine_facts()}
 
 
 def _record(subject: Subject, agent: Agent, metrics: Record, intervals: Mapping[str, Interval | None]) -> Record:

@@ -36,7 +36,7 @@ from aepo.metrics import Record, finite
 from aepo.saved_trees import tree_entry
 from aepo.types import ScoredTree
 
-FORMAT = 2  # 1 had no facts of an agent but the name and size of its task
+FORMAT = 3  # 1 had no facts of an agent but the name and size of its task; 2 of tools only the names, and no code
 FILES = (
     "config.yaml",
     "run.json",
@@ -71,7 +71,7 @@ class RunLog:
         if resumed:
             self._facts = read_facts(directory)
             self._facts["resumed"].append({"step": step, "time": _now(), **({"changed": changed} if changed else {})})
-            self._facts.update(facts)
+            self._facts.update(facts, version=FORMAT)
             self._start -= self._facts["wall_seconds"] or 0.0  # None: it was killed
             self._cut_back(step)
         else:

@@ -7,14 +7,16 @@ the optimizer and the number of the step: that is what a checkpoint holds, and w
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aepo.advantages import Sample, advantage_settings, make_samples
-from aepo.agents.agent import Agent, agent_facts, changes
+from aepo.agents.agent import Agent
 from aepo.agents.question_checks import Context, check_questions, fitting, one_of_each_row
+from aepo.agents.remembered import agent_facts, agent_parts, not_as_recorded
 from aepo.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, save_checkpoint
 from aepo.config import Config, to_yaml
 from aepo.display import Display
@@ -23,6 +25,7 @@ from aepo.evaluation import Evaluator, answer_metrics, sampled_questions
 from aepo.interrupt import Interrupt
 from aepo.learner import Learner, Minibatch
 from aepo.metrics import Record, StageClock, loss_metrics, memory_metrics, mismatch_metrics, rollout_metrics
+from aepo.own_code import code_changes, code_facts, code_of, named_part
 from aepo.rollout.branching import branch_rule
 from aepo.rollout.sampler import Sampler
 from aepo.rollout.tree import flatten
@@ -39,7 +42,8 @@ class Trainer:
 
     The language model's weights are trained in place. resume_step: continue from the checkpoint of that step in
     `config.run.dir`; None: a new run, which must not find another one there. ValueError: the run was begun with another
-    agent (task, data, format, tools, rewards), unless `another_agent` says that this is meant: then it is recorded.
+    agent (task, data, format, tools, rewards), unless `another_agent` says that this is meant: then it is recorded. So
+    is code of the user's own that was edited, which a warning on stderr says.
     """
 
     def __init__(
@@ -52,8 +56,13 @@ class Trainer:
         another_agent: bool = False,
     ) -> None:
         check_sizes(config, agent.task.name, agent.task.train, agent.task.heldout)
+        facts, code = agent_facts(agent), code_of(agent_parts(agent) | _own_functions(config))
+        self._remembered = {**facts, "code": code_facts(code)}  # as it is now: files may change during the run
         recorded = None if resume_step is None else read_facts(Path(config.run.dir))
-        changed = _changed(config, recorded, agent_facts(agent), another_agent)
+        changed = not_as_recorded(config.run.dir, recorded, facts, meant=another_agent)
+        edited = [] if recorded is None else code_changes(recorded.get("code"), code)
+        for line in edited:
+            print(f"warning: {line}", file=sys.stderr)
         self.config, self.agent, self.language_model = config, agent, language_model
         self.directory = Path(config.run.dir)
         self.advantage_settings = advantage_settings(config.policy)
@@ -74,14 +83,14 @@ class Trainer:
         self.display = Display(config.train.steps)
         try:
             dropped = self._drop_long_prompts()
-            changed += _changed(config, recorded, dropped, another_agent)
+            changed += not_as_recorded(config.run.dir, recorded, dropped, meant=another_agent)
             self.log = RunLog(
                 self.directory,
                 config,
                 {**self._facts(), **dropped},
                 self.step,
                 resumed=resume_step is not None,
-                changed=changed,
+                changed=[*changed, *edited],
             )
             self._saved = (self.step, self._heldout_success()) if resume_step is not None else None
             self.interrupt = Interrupt()
@@ -269,19 +278,18 @@ class Trainer:
                 "parameters": parameters,
                 "vocab_size": self.language_model.vocab_size,
             },
-            **agent_facts(self.agent),
+            **self._remembered,
         }
 
 
-def _changed(config: Config, recorded: Record | None, facts: Record, another_agent: bool) -> list[str]:
-    """What of `facts` is not as a resumed run recorded it. ValueError: nobody asked for that."""
-    found = [] if recorded is None else changes(recorded, facts)
-    if found and not another_agent:
-        raise ValueError(
-            f"{config.run.dir}: the run was begun with another agent: {'; '.join(found)}. Expected the same one, or "
-            "the settings that change it (task.*, format.*) in this command"
-        )
-    return found
+def _own_functions(config: Config) -> dict[str, list[Any]]:
+    """Those of the user's own that are no part of the agent."""
+    policy, rollout = config.policy, config.rollout
+    return {
+        **named_part("policy.loss", policy.loss),
+        **named_part("policy.advantage", policy.advantage),
+        **named_part("rollout.branch_rule", rollout.branch_rule),
+    }
 
 
 def check_sizes(config: Config, task: str, train: Sequence[Question], heldout: Sequence[Question]) -> None:

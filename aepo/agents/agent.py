@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aepo.agents.protocol import ChatFormat, RewardFunction, Session, Task, blamed
-from aepo.registry import plain
 from aepo.types import Message, Question, TokenIds
 
 if TYPE_CHECKING:
@@ -59,45 +58,3 @@ def _with(messages: tuple[Message, ...], observation: str) -> tuple[Message, ...
     else:
         content = [*content, {"type": "text", "text": observation}]
     return (*before, {**last, "content": content})
-
-
-def agent_facts(agent: Agent) -> dict[str, Any]:
-    """What a run remembers of its agent (run.json), and what a later one of the same run must agree with."""
-    environment = agent.environment
-    return {
-        "task": {
-            "name": agent.task.name,
-            "train_questions": len(agent.task.train),
-            "heldout_questions": len(agent.task.heldout),
-            "system": agent.task.system,
-            "data": dict(agent.task.identity),
-        },
-        "format": dict(agent.format.identity),
-        "tools": [schema["function"]["name"] for schema in (environment or agent.toolbox).schemas],
-        "environment": None if environment is None else environment.name,
-        "rewards": {_full_name(function): weight for function, weight in agent.rewards.items()},
-    }
-
-
-def _full_name(function: RewardFunction) -> str:
-    """As settings name it: functions of one name in two modules are two."""
-    found = plain(function)
-    return f"{found.__module__}:{found.__qualname__}"
-
-
-def changes(recorded: Mapping[str, Any], present: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What of `present` (`agent_facts`) is not as it was recorded in run.json, each with what was and what is."""
-    found = []
-    for key in dict.fromkeys([*recorded, *present]) if prefix else present:  # run.json knows more than the agent
-        was, now, name = recorded.get(key), present.get(key), f"{prefix}{key}"
-        if isinstance(was, Mapping) and isinstance(now, Mapping):
-            found += changes(was, now, f"{name}.")
-        elif was != now:
-            found.append(f"{name} was {_shown(was)} and is {_shown(now)}")
-    return found
-
-
-def _shown(value: Any) -> str:
-    """Of a hash the beginning."""
-    is_hash = isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
-    return f"{value[:12]}.." if is_hash else repr(value)

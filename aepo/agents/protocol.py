@@ -68,7 +68,8 @@ class Tool(Protocol):
 
     A call may block, raise, return nothing, or be a coroutine: the `ToolBox` runs calls concurrently, gives up waiting
     after `timeout` and turns every failure into a short error text. A tool that holds processes or connections has a
-    method `close()`, which the `ToolBox` calls when it is closed itself.
+    method `close()`, which the `ToolBox` calls when it is closed itself. One that answers from data may have an
+    `identity`, a mapping of JSON values (a hash of its documents, say): a run remembers it, and another run must agree.
     """
 
     name: str
@@ -185,7 +186,11 @@ class Task:
     @property
     def identity(self) -> Mapping[str, Any]:
         """What a run remembers of the data, and another run of the same task must agree with: JSON values."""
-        return {"train": content_hash(self.train), "heldout": content_hash(self.heldout)}
+        splits = {"train": self.train, "heldout": self.heldout}
+        return {
+            **{split: content_hash(questions) for split, questions in splits.items()},
+            **{f"{split}_data": data_hash(questions) for split, questions in splits.items()},
+        }
 
     def messages(self, question: Question, *, chat: bool) -> tuple[Message, ...]:
         """The dialogue that a question begins with. chat: whether the model has a chat template."""
@@ -207,4 +212,15 @@ def content_hash(questions: Sequence[Question]) -> str:
     digest = hashlib.sha256()
     for question in questions:
         digest.update(json.dumps([question.id, question.prompt, question.answer], default=str).encode())
+    return digest.hexdigest()
+
+
+def data_hash(questions: Sequence[Question]) -> str | None:
+    """SHA-256 of kinds and data, which rewards and environments read; None: some of it has no JSON form."""
+    digest = hashlib.sha256()
+    try:
+        for question in questions:
+            digest.update(json.dumps([question.kind, dict(question.data)]).encode())
+    except (TypeError, ValueError, RecursionError):
+        return None
     return digest.hexdigest()

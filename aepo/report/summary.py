@@ -172,7 +172,7 @@ def _facts(run: Run) -> Iterator[tuple[str, Any]]:
         yield "data", task.get("data")
     if isinstance(facts.get("format"), Mapping):  # a number in older runs: of the files
         yield "format", facts["format"]
-    for name in ("tools", "environment", "rewards"):
+    for name in ("tools", "environment", "rewards", "code"):
         yield name, facts.get(name)
     if run.series and train and rollout:
         yield "batch", f"{train.get('questions')} questions x {rollout.get('paths')} paths per step"
@@ -189,7 +189,12 @@ def _facts(run: Run) -> Iterator[tuple[str, Any]]:
     yield "commit", (facts.get("commit") or "")[:12]
     yield "started", facts.get("started")
     yield "status", facts.get("status")
-    yield "resumed", [f"at step {resume['step']}" for resume in facts.get("resumed", [])]
+    yield "resumed", [_resumed(resume) for resume in facts.get("resumed", [])]
+
+
+def _resumed(resume: Mapping[str, Any]) -> str:
+    changed = "; ".join(resume.get("changed", ()))
+    return f"at step {resume['step']}{f' ({changed})' if changed else ''}"
 
 
 def _words(value: Any) -> str:

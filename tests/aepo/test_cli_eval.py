@@ -122,12 +122,12 @@ def test_another_agent_than_the_run_was_trained_with(
     monkeypatch.setattr(cli_shared, "load", lambda config: (toy_agent(ToyTask(heldout=5)), ToyLanguageModel()))
     refused = run("eval", trained)
     assert refused.exit_code == 1
-    assert refused.output.startswith(f"error: {trained}: the run was trained with another agent: ")
+    assert refused.output.startswith(f"error: {trained}: the run was begun with another agent: ")
     assert "task.heldout_questions was 8 and is 5" in refused.output
     assert len(refused.output.splitlines()) == 1
     other = run("eval", trained, "--temperature", "0.5", "rollout.max_tokens=5")
     assert other.exit_code == 1, "settings that leave the agent as it is are no consent"
-    assert "the run was trained with another agent: task.heldout_questions was 8 and is 5" in other.output
+    assert "the run was begun with another agent: task.heldout_questions was 8 and is 5" in other.output
     meant = run("eval", trained, "task.seed=5")
     assert meant.exit_code == 0, meant.output
     assert "set here: task.seed = 5 (the run: 0)" in meant.output

@@ -129,7 +129,7 @@ def test_what_a_run_remembers(home: Path) -> None:
     assert facts["task"]["system"] == "Be brief."
     assert all(len(digest) == 64 for digest in facts["task"]["data"].values())
     assert facts["format"]["name"] == "mine:Counting"
-    assert facts["tools"] == ["move", "add"]
+    assert list(facts["tools"]) == ["move", "add"]
     assert facts["environment"] == "World"
     builtin = "aepo.agents.rewards.builtin:environment"
     assert facts["rewards"] == {"mine:length": 1, "mine:calls": 0.5, "mine:judge": -0.25, builtin: 2}

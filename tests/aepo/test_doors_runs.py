@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from door_toys import FILES, MINE, OWN, SMALL, Done, aepo, save_chat_model, write_home, write_rows
 
-from aepo.agents.agent import changes
+from aepo.agents.remembered import changes
 from aepo.run_log import read_facts, read_records
 
 TOOLS = '''
@@ -115,8 +115,10 @@ def test_what_has_changed_on_the_disk(home: Path, change) -> None:
     assert Path("run/run.json").read_text() == before
     meant = aepo("train", "--resume", "run", "train.steps=2", setting)
     assert meant.code == 0, meant.output
-    (changed,) = read_facts(Path("run"))["resumed"][-1]["changed"]
+    changed, *edited = read_facts(Path("run"))["resumed"][-1]["changed"]
     assert changed.startswith(expected)
+    parts = "tool add, tool double, reward mine:length, reward mine:calls"
+    assert edited == ([f"{parts}: mine.py is not as it was in the run"] if change is add_tool else [])
     assert aepo("train", "--resume", "run", "train.steps=3").code == 0, "what is is now what was"
 
 

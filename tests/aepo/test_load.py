@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from door_toys import FILES, OWN, SMALL, aepo, own_modules, save_chat_model, write_home
 
-from aepo.agents.agent import Agent, changes
+from aepo.agents.agent import Agent
 from aepo.agents.protocol import AgentError
+from aepo.agents.remembered import agent_facts, agent_parts, changes
 from aepo.agents.rewards.builtin import BUILTIN
 from aepo.config import load_config
 from aepo.load import load_agent, load_model, load_task
 from aepo.models.language_model import LanguageModel
+from aepo.own_code import Code, code_changes, code_facts, code_of
 from aepo.run_log import read_facts, read_records
 from aepo.types import Question, ToolCall
 
@@ -174,6 +177,77 @@ def test_changes_between_a_run_and_an_agent() -> None:
         "rewards.m:b was 1.0 and is None",
         "rewards.n:b was None and is 1.0",
     ]
+
+
+def test_what_is_told_of_a_template_may_be_told_otherwise() -> None:
+    """A release that words a warning in another way must not refuse the runs of the one before."""
+    was = {"format": {"name": "chat", "chat_template": "1", "notes": ["a"], "warnings": None}}
+    now = {"format": {"name": "chat", "chat_template": "1", "notes": ["b"], "warnings": ["c"]}}
+    assert changes(was, now) == changes({"format": {"name": "chat", "chat_template": "1"}}, now) == []
+    now["format"]["chat_template_kwargs"] = {"enable_thinking": False}
+    assert changes(was, now) == ["format.chat_template_kwargs was None and is {'enable_thinking': False}"]
+
+
+def test_the_order_of_tools_is_read_too() -> None:
+    was = {"tools": {"a": {"schema": "x"}, "b": {"schema": "y"}}}
+    now = {"tools": dict(reversed(was["tools"].items()))}
+    assert changes(was, was) == changes({"tools": ["a", "b"]}, was) == []
+    assert changes(was, now) == ["tools was ['a', 'b'] and is ['b', 'a']"]
+
+
+def test_a_server_that_offers_something_else(model: LanguageModel, home: Path) -> None:
+    """Under the same names: what the model reads, or the code alone."""
+    pytest.importorskip("mcp")
+    source = (Path(__file__).parents[2] / "examples" / "own_agent" / "calculator_server.py").read_text()
+
+    def remembered(text: str) -> tuple[dict[str, Any], Code]:
+        (home / "server.py").write_text(text)
+        agent = agent_of(model, "task.tools=['mcp:python server.py']")
+        agent.close()
+        return agent_facts(agent), code_of(agent_parts(agent))
+
+    facts, code = remembered(source)
+    assert list(facts["tools"]) == ["add", "subtract", "multiply"]
+    edited, edited_code = remembered(source.replace("return a + b", "return b + a"))
+    assert changes(facts, edited) == []
+    assert code_changes(code_facts(code), edited_code) == [
+        "tool add, tool subtract, tool multiply: server.py is not as it was in the run"
+    ]
+    other, _ = remembered(source.replace("The sum of two numbers", "Both numbers together"))
+    (change,) = changes(facts, other)
+    assert change.startswith("tools.add.schema was ")
+
+
+class Told:
+    """A tool that says what it answers from."""
+
+    name, timeout, description = "told", 1.0, "Says it."
+    parameters: ClassVar[dict[str, Any]] = {"type": "object", "properties": {}}
+
+    def __init__(self, identity: Any) -> None:
+        self.identity = identity
+
+    def __call__(self) -> str:
+        return "it"
+
+
+def facts_of(model: LanguageModel, identity: Any) -> dict[str, Any]:
+    task = load_task(load_config(None, FILES[1:]).task)
+    task.tools = (Told(identity),)
+    return agent_facts(load_agent(load_config(None, FILES[1:]), model, task))
+
+
+def test_what_a_tool_says_itself(model: LanguageModel) -> None:
+    one, two = facts_of(model, {"sizes": (1, 2)}), facts_of(model, {"sizes": (1, 3)})
+    assert changes(json.loads(json.dumps(one)), one) == [], "as it comes back from run.json"
+    assert changes(one, two) == ["tools.told.sizes was [1, 2] and is [1, 3]"]
+    assert one["tools"]["told"].keys() == {"sizes", "schema"}
+
+
+@pytest.mark.parametrize("identity", ["abc", 5, {"a": object()}])
+def test_what_a_tool_says_wrongly(model: LanguageModel, identity: Any) -> None:
+    with pytest.raises(ValueError, match=r"^tool told: identity = .*: expected JSON values by name: "):
+        facts_of(model, identity)
 
 
 def test_a_task_derived_from_another_has_its_own_name(home: Path) -> None:

@@ -13,7 +13,8 @@ from trainer_toys import ToyLanguageModel, ToyTask, toy_agent
 from typer.testing import CliRunner
 
 from aepo import cli, cli_shared
-from aepo.agents.agent import Agent, agent_facts
+from aepo.agents.agent import Agent
+from aepo.agents.remembered import agent_facts
 from aepo.rollout.sampler import Sampler
 from aepo.run_log import read_records
 from aepo.trainer import Trainer

@@ -235,7 +235,7 @@ def test_a_task_class_and_a_format_of_ones_own(model, tmp_path):
     assert facts["format"]["name"] == "react_format:React"
     assert facts["task"]["name"] == "Letters"
     assert facts["task"]["train_questions"] + facts["task"]["heldout_questions"] == 45
-    assert facts["tools"] == ["count"]
+    assert list(facts["tools"]) == ["count"]
 
     config = load_config(overrides=[*own, f"model.name={model('museum')}"])
     with closing(load_agent(config, load_model(config.model, config.warm_start))) as agent:

@@ -71,7 +71,7 @@ def test_the_commands_of_the_page_run_in_an_empty_folder(tmp_path):
     done = subprocess.run([bash, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     agent = tmp_path / "my_agent"
-    assert json.loads((agent / "runs" / "museum" / "run.json").read_text())["tools"] == ["search"]
+    assert list(json.loads((agent / "runs" / "museum" / "run.json").read_text())["tools"]) == ["search"]
     assert (agent / "runs" / "museum" / "report.html").exists()
     assert list((agent / "before").glob("*.html"))
 

@@ -285,6 +285,18 @@ def over_http(port):
         process.wait()
 
 
+def test_files_of_a_command(tmp_path, monkeypatch):
+    """A run remembers them: the server's code."""
+    with box(hostile()) as toolbox:
+        assert {tuple(tool.files) for tool in toolbox.tools.values()} == {(SERVERS / "hostile.py",)}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mcp").write_text("")
+    for spec in ("mcp:python -m server", "mcp+http://localhost:8000/mcp", f"mcp:npx server {tmp_path}"):
+        server = module.McpServer(spec, 1.0)
+        assert server.files == []
+        server.close()
+
+
 def test_over_http():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

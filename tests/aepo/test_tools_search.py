@@ -129,6 +129,18 @@ def test_bad_jsonl_names_the_line(tmp_path, line):
         SearchTool.from_jsonl(path)
 
 
+def test_its_identity(tmp_path):
+    """The documents in their order, and how many are returned: not where they are."""
+    assert SearchTool(["a b", "c"]).identity == SearchTool(["a b", "c"], name="find").identity
+    others = [["a b"], ["a", "b c"], ["c", "a b"], ["a b", "d"]]
+    found = [SearchTool(documents).identity["sha256"] for documents in (["a b", "c"], *others)]
+    assert len(set(found)) == 5
+    assert SearchTool(["a b", "c"], top_k=2).identity == {"documents": 2, "top_k": 2, "sha256": found[0]}
+    for name in ("one.jsonl", "two.jsonl"):
+        (tmp_path / name).write_text('{"text": "a b"}\n{"contents": "c"}\n')
+        assert SearchTool.from_jsonl(tmp_path / name).identity["sha256"] == found[0]
+
+
 def test_an_empty_file(tmp_path):
     (tmp_path / "corpus.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"corpus\.jsonl has no document"):

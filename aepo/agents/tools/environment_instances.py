@@ -44,7 +44,7 @@ class Instances:
         self.name = environment.__name__
         self.forks = hasattr(environment, "fork")
         self.methods = {name: FunctionTool(getattr(environment, name), timeout) for name in tool_names(environment)}
-        self._class: Callable[[], Any] = environment
+        self.environment = environment
         self._toolbox = toolbox
         self._timeout = timeout
         self._in_use: dict[int, object] = {}  # by id
@@ -65,7 +65,7 @@ class Instances:
         row = copy.deepcopy(row_of(question))  # the instance may keep and change what it is given
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in self._reset_takes.values()):
             row = {name: value for name, value in row.items() if name in self._reset_takes}
-        instance = self._use(await self._invoke(self._class, "__init__", question), "__init__", question)
+        instance = self._use(await self._invoke(self.environment, "__init__", question), "__init__", question)
         try:
             said = await self._invoke(functools.partial(instance.reset, **row), "reset", question)
             if said is not None and not isinstance(said, str):

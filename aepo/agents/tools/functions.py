@@ -36,7 +36,7 @@ class FunctionTool:
     """
 
     def __init__(self, function: Callable[..., Any], timeout: float) -> None:
-        self._function = function
+        self.function = function
         self.timeout = timeout
         fault = functools.partial(_fault, function)
         self.name: str = getattr(_code_of(function), "__name__", "")
@@ -84,16 +84,16 @@ class FunctionTool:
 
     def __call__(self, **arguments: Any) -> Any:
         hints = self._hints
-        return self._function(**{name: python_value(value, hints.get(name, Any)) for name, value in arguments.items()})
+        return self.function(**{name: python_value(value, hints.get(name, Any)) for name, value in arguments.items()})
 
     def __repr__(self) -> str:
-        return f"FunctionTool({self.name} of {_place(self._function)})"
+        return f"FunctionTool({self.name} of {_place(self.function)})"
 
     def bind(self, instance: object) -> FunctionTool:
         """Of a method's function: the tool that calls it on `instance`. (A static one needs none.)"""
         bound = copy.copy(self)
         if self._needs_instance:
-            bound._function = self._function.__get__(instance)
+            bound.function = self.function.__get__(instance)
         return bound
 
 

@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from aepo.agents.protocol import Tool, ToolError
@@ -39,6 +40,11 @@ class McpTool:
         self.description: str = listed.description or listed.title or ""
         self.parameters: Mapping[str, Any] = {"type": "object", **listed.input_schema}
         self.timeout = server.timeout + GRACE_SECONDS
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """Those that the server's command names: its code."""
+        return self._server.files
 
     def __call__(self, **arguments: Any) -> str:
         return self._server.call(self.name, arguments)
@@ -97,6 +103,12 @@ class McpServer:
         self._starting: asyncio.Lock | None = None
         self._closed = False
         atexit.register(self.close)
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """Words of the command that are files."""
+        scheme, _, command = self.spec.partition(":")
+        return [path for word in shlex.split(command) if (path := Path(word)).is_file()] if scheme == "mcp" else []
 
     def start(self, start_seconds: float) -> list[Any]:
         """Open the session; the tools that the server lists. `ServerError` if that fails."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import os
 import re
@@ -93,6 +94,14 @@ class SearchTool:
         if not documents:
             raise ValueError(f"{path} has no document")
         return cls(documents, **settings)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What a run remembers: the number of documents, a hash of them, and how many are returned."""
+        digest = hashlib.sha256()
+        for document in self._documents:
+            digest.update(json.dumps(document).encode())
+        return {"documents": len(self._documents), "sha256": digest.hexdigest(), "top_k": self._top_k}
 
     def __call__(self, query: str) -> str:
         wanted = words(query)
