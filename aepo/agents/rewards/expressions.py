@@ -28,7 +28,7 @@ from aepo.agents.rewards.arithmetic import (
 from aepo.agents.rewards.latex import FUNCTIONS, Token
 
 MAX_DEPTH = 40
-POINTS = 4  # numbers that each variable is tried with; one is negative
+POINTS = 4  # numbers that each variable is tried with; the first is positive
 
 _OPENING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
 _DERIVATIVE = re.compile(r"frac\{?d[^}]*\}?\{d[^\W\d]|d[^\W\d]?/d[^\W\d]")  # not d times something
@@ -120,9 +120,14 @@ class _Reader:
             return False
         return (
             self.next.kind == "name"
-            or self._is("(", "[", "{", "frac", "binom")
+            or self._is("(", "[", "frac", "binom")
+            or (self._is("{") and not self._group_of_digits())
             or (self._is("|") and not self._in_bars)
         )
+
+    def _group_of_digits(self) -> bool:
+        """{5}{6} is printed as 56."""
+        return any(token.kind == "number" for token in self._tokens[self._at + 1 : self._at + 2])
 
     def _signed(self) -> Number:
         negative = False
@@ -249,7 +254,8 @@ class _Reader:
             name += f"({complex(self._atom()):.9g})"  # what it is applied to
         seed = zlib.crc32(f"{name} {self._point}".encode())
         size = Fraction(seed % 1999 + 501, 997)  # between 0.5 and 2.5
-        return -size if self._point == 1 else size
+        # Negative at some of the other points, where neighbours in the alphabet differ: |xy| is not xy.
+        return -size if self._point and (1 + sum(name.encode()) % 7) >> (self._point - 1) & 1 else size
 
     def _subscript(self) -> list[Token]:
         if not self._is("{"):
