@@ -28,7 +28,7 @@ from aepo.agents.rewards.arithmetic import (
 from aepo.agents.rewards.latex import FUNCTIONS, Token
 
 MAX_DEPTH = 40
-POINTS = 4  # numbers that each variable is tried with; the first is positive
+POINTS = 5  # numbers that each variable is tried with: small ones, and two larger than 20, of which one is negative
 
 _OPENING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
 _DERIVATIVE = re.compile(r"frac\{?d[^}]*\}?\{d[^\W\d]|d[^\W\d]?/d[^\W\d]")  # not d times something
@@ -254,8 +254,14 @@ class _Reader:
             name += f"({complex(self._atom()):.9g})"  # what it is applied to
         seed = zlib.crc32(f"{name} {self._point}".encode())
         size = Fraction(seed % 1999 + 501, 997)  # between 0.5 and 2.5
-        # Negative at some of the other points, where neighbours in the alphabet differ: |xy| is not xy.
-        return -size if self._point and (1 + sum(name.encode()) % 7) >> (self._point - 1) & 1 else size
+        if self._point == 0:
+            return size
+        # Where it is negative differs between neighbours in the alphabet: |xy| is not xy.
+        negative = (1 + sum(name.encode()) % 7) >> min(self._point - 1, 2) & 1
+        if self._point >= 3:
+            size *= 40  # |x + 3| is not x + 3
+            negative ^= self._point == 4
+        return -size if negative else size
 
     def _subscript(self) -> list[Token]:
         if not self._is("{"):

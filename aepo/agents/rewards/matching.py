@@ -52,7 +52,7 @@ def _words(tokens: Sequence[Token]) -> str:
     if _CLOCK.fullmatch(said):
         return said
     if "number" in kinds or len(tokens) == 1:
-        return said if kinds <= {"text", "name"} else ""
+        return said if kinds and kinds <= {"text", "name"} else ""
     spelt = [a.kind == b.kind == "name" and len(a.text + b.text) == 2 and not b.spaced for a, b in pairwise(tokens)]
     if not (any(spelt) or any(token.kind == "text" and token.text not in WORDS for token in tokens)):
         return ""
@@ -124,14 +124,17 @@ def _proportional(one: Equation, other: Equation) -> bool:
         return False
     ratios = []
     for point in range(POINTS):
-        differences = [
-            complex(value_of(equation.left.tokens, point)) - complex(value_of(equation.right.tokens, point))
-            for equation in (one, other)
-        ]
-        if 0 in differences:
+        try:
+            first, second = (
+                complex(value_of(equation.left.tokens, point)) - complex(value_of(equation.right.tokens, point))
+                for equation in (one, other)
+            )
+        except (Unreadable, ArithmeticError):
+            continue
+        if 0 in (first, second):
             raise Unreadable("an equation that holds everywhere, or nowhere to be told")
-        ratios.append(differences[0] / differences[1])
-    return all(abs(ratio - ratios[0]) <= 1e-9 * abs(ratios[0]) for ratio in ratios)
+        ratios.append(first / second)
+    return len(ratios) * 2 > POINTS and all(abs(ratio - ratios[0]) <= 1e-9 * abs(ratios[0]) for ratio in ratios)
 
 
 def _same_expression(one: Expression, other: Expression) -> bool:

@@ -58,7 +58,7 @@ def read(tokens: tuple[Token, ...]) -> Answer:
         if said and limits:
             return _joined(parts, said)
         return Parts("any" if said == ["or"] and len(set(names)) > 1 else "set", parts)
-    if tokens[:1] and len(inside := _split(tokens, ("in",))) == 2 and len(inside[0]) <= 4:
+    if len(inside := _split(tokens, ("in",))) == 2 and (is_name(inside[0]) or _are_names(inside[0])):
         return _of(read(inside[1]), inside[0])  # x in (2, 3)
     if relations := _outside(tokens, _FLIPPED):
         return _relation(_split(tokens, tuple(_FLIPPED)), relations)
