@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -372,6 +375,9 @@ DIFFERENT = [
     (r"1-\cos(10^{-9})", "0"),
     (r"1-\cos\frac{1}{10^6}", "0"),
     (r"2^{10^{-20}}", "1"),
+    (r"\sin(10^{16})", r"\sin(10^{16}+1)"),
+    (r"\arctan(10^{13})", r"\frac{\pi}{2}"),
+    ("x_{1,234}", "x_{1234}"),
     (r"\sqrt[2]{10^{-700}\pi}", "0"),
     ("1,2 or 3,4", "1,3 or 2,4"),
     ("1 and 2 or 3 and 4", "1 and 3 or 2 and 4"),
@@ -555,6 +561,57 @@ def test_integers_with_separators(one: int, other: int) -> None:
     for written in (f"{one:,}", f"{one:,}".replace(",", "{,}"), f"{one}.0", f"+{one}" if one >= 0 else f"\u2212{-one}"):
         assert same_math(written, str(other)) == (one == other)
         assert same_math(written, str(one))
+
+
+small = st.integers(-9, 9)
+
+
+@settings(max_examples=60, deadline=2000)
+@given(st.lists(small, min_size=2, max_size=4), st.sampled_from("xyzt"), st.sampled_from([0, 1, -7]))
+def test_factored_and_expanded_polynomials(roots: list[int], name: str, off: int) -> None:
+    coefficients = [1]
+    for root in roots:
+        coefficients = [a - root * b for a, b in zip([*coefficients, 0], [0, *coefficients], strict=True)]
+    coefficients[-1] += off
+    degree = len(roots)
+    expanded = "+".join(f"{c}{name}^{{{degree - power}}}" for power, c in enumerate(coefficients))
+    factored = "".join(f"({name}-{root})" for root in roots).replace("--", "+")
+    assert same_math(factored, expanded) == (off == 0)
+    assert same_math(f"w={factored}", f"2w-2({expanded})=0") == (off == 0)
+
+
+@settings(max_examples=100, deadline=2000)
+@given(st.lists(st.integers(0, 999), min_size=2, max_size=4), st.randoms(use_true_random=False))
+def test_only_sets_have_no_order(numbers: list[int], random: Any) -> None:
+    other = random.sample(numbers, len(numbers))
+    assert same_math(", ".join(map(str, numbers)), r"\{" + ",".join(map(str, other)) + r"\}")
+    for opening, closing in ("()", "[]"):
+        one, two = (opening + ",".join(map(str, listed)) + closing for listed in (numbers, other))
+        assert same_math(one, two) == (numbers == other)
+        assert not same_math(one, "".join(map(str, numbers)))
+    more = [*other[:-1], other[-1] + 1]
+    assert not same_math(" or ".join(map(str, numbers)), ", ".join(map(str, more)))
+
+
+@settings(max_examples=100, deadline=2000)
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(2, 40), st.integers(1, 40))
+def test_mixed_numbers_and_radicals(whole: int, times: int, under: int, top: int) -> None:
+    assert same_math(rf"\sqrt{{{times**2 * under}}}", rf"{times}\sqrt{{{under}}}")
+    assert not same_math(rf"\sqrt{{{times**2 * under + 1}}}", rf"{times}\sqrt{{{under}}}")
+    assert same_math(rf"\frac{{{top}}}{{\sqrt{{{under}}}}}", rf"\frac{{{top}\sqrt{{{under}}}}}{{{under}}}")
+    if top < under:
+        for mixed in (rf"{whole}\frac{{{top}}}{{{under}}}", f"{whole} {top}/{under}"):
+            assert same_math(f"-{mixed}", f"-{whole * under + top}/{under}")
+            assert not same_math(mixed, f"{whole * top}/{under}")
+
+
+@settings(max_examples=100, deadline=2000)
+@given(st.decimals(1, 10, places=3), st.integers(-20, 20), st.integers(-20, 20))
+def test_scientific_notation(mantissa: Decimal, power: int, other: int) -> None:
+    value = str(Fraction(mantissa) * Fraction(10) ** other)
+    for times in (r"\times ", r"\cdot", "x", " x ", "*", "\u00d7"):
+        assert same_math(f"{mantissa}{times}10^{{{power}}}", value) == (power == other)
+    assert same_math(f"{mantissa}e{power}", value) == (power == other)
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,10 @@ def apply(name: str, value: Number, root: Fraction, base: Number | None) -> Numb
         return absolute(value)
     if base is not None:
         return cmath.log(value) / cmath.log(base)
-    result = _FUNCTIONS[name](value := _size(value))
+    value = _size(value)
+    if 1e6 < abs(value) < math.inf and name not in ("ln", "log", "exp"):
+        raise Unreadable("too large an angle")  # sin(10^{16}) has no digit that is sure
+    result = _FUNCTIONS[name](value)
     if name in ("sin", "cos", "tan", "cot", "sec", "csc"):
         if abs(result) > 1e14:
             raise Unreadable("a pole")

@@ -64,7 +64,7 @@ _DROPPED = re.compile(
 _LEAD = re.compile(r"(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*:)\s*:?", re.IGNORECASE)
 _FORMULA = re.compile(r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\((.*)\\\)|\\\[(.*)\\\]", re.DOTALL)
 _BOX = re.compile(r"\\(?:boxed|fbox|ensuremath)\s*\{")
-_BRACKET = re.compile(r"(?P<group>(?<=[\w}\]^])\{)|(?P<parts>\\?\{|[(\[])|[)\]}]")
+_BRACKET = re.compile(r"(?P<group>(?<=[a-zA-Z0-9}\]^])\{)|(?P<parts>\\?\{|[(\[])|[)\]}]")
 _TEXT_WITH_NUMBER = re.compile(r"\\(?:text(?:bf|rm|it|sf|normal)?|math(?:rm|bf|sf)|mbox)\s*\{([^{}]*\d[^{}]*)\}")
 _TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))")
 _INDEX = re.compile(r"_\s*\{(\w)\}(?![\w.])")
