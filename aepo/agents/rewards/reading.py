@@ -121,8 +121,6 @@ def _listed(tokens: tuple[Token, ...]) -> tuple[list[tuple[Token, ...]], list[st
         items.pop()  # 5,
     if len(items) > 2 and not items[-2] and words[-1]:
         del items[-2]  # , and
-    if not all(items):
-        raise Unreadable("a part is missing")
     return items, separators
 
 
@@ -188,8 +186,6 @@ def _bracketed(tokens: tuple[Token, ...]) -> Parts | None:
     items = _split(tokens[1:-1], (",", ";"))
     if not items[-1]:
         items.pop()
-    if not all(items):
-        raise Unreadable("a part is missing")
     if kind == "{}":
         return Parts("set", tuple(map(read, items)))
     if len(items) < 2 and not _has_commas(tokens[1:-1]):
