@@ -138,9 +138,8 @@ def _ascii(text: str) -> str:
 
 
 def _without_stop(text: str) -> str:
-    """One full stop at the end; 0.333... goes on."""
-    text = text.strip()
-    return text if text.endswith("..") else text.removesuffix(".").strip()
+    """One full stop at the end only: 0.333... goes on."""
+    return text.strip().removesuffix(".").strip()
 
 
 def _without_box(text: str) -> str:
