@@ -22,7 +22,6 @@ _FUNCTIONS: dict[str, Callable[[complex], complex]] = {
     "arctan": cmath.atan,
     "ln": cmath.log,
     "log": cmath.log10,
-    "exp": cmath.exp,
 }
 
 
@@ -148,15 +147,19 @@ def apply(name: str, value: Number, root: Fraction, base: Number | None) -> Numb
         return absolute(value)
     if base is not None:
         return cmath.log(value) / cmath.log(base)
+    if name in ("ln", "log"):
+        return _FUNCTIONS[name](_floating(value))
     value = _size(value)
-    if 1e6 < abs(value) < math.inf and name not in ("ln", "log", "exp"):
+    if name == "exp":
+        return _not_lost(cmath.exp(value))
+    if 1e6 < abs(value) < math.inf:
         raise Unreadable("too large an angle")  # sin(10^{16}) has no digit that is sure
     result = _FUNCTIONS[name](value)
     if name in ("sin", "cos", "tan", "cot", "sec", "csc"):
         if abs(result) > 1e14:
             raise Unreadable("a pole")
         return _rounded(result, abs(value))
-    return result if name != "exp" else _not_lost(result)
+    return result
 
 
 def absolute(value: Number) -> Number:

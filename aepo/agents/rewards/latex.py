@@ -58,8 +58,8 @@ _COMMANDS = {  # what says the same in other words
     "colon": ":",
 }
 _DROPPED = re.compile(
-    r"\\(?:boxed|fbox|ensuremath|left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|quad|qquad|!|,|;|:|\(|\)|\[|\])(?![a-zA-Z])"
-    r"|\\ |(?<=\S)~|(?<!\\)\$"  # "~5" is about 5
+    r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|quad|qquad|!|,|;|:|\(|\)|\[|\])(?![a-zA-Z])"
+    r"|\\(?:boxed|fbox|ensuremath)(?![a-zA-Z])|\\ |(?<=\S)~|(?<!\\)\$"  # "~5" is about 5
 )
 _LEAD = re.compile(r"(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*:)\s*:?", re.IGNORECASE)
 _FORMULA = re.compile(r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\((.*)\\\)|\\\[(.*)\\\]", re.DOTALL)
@@ -108,7 +108,8 @@ def tokens_of(text: str) -> tuple[Token, ...]:
     if not text.isascii():
         text = _ascii(text)
     text = _without_stop(text)
-    text = _LEAD.sub("", text, count=1).strip() if _LEAD.match(text) else text
+    if lead := _LEAD.match(text):
+        text = text[lead.end() :].strip()
     if formula := _FORMULA.fullmatch(text):
         text = _without_stop(formula[formula.lastindex or 0])
     text = _TEXT_WITH_NUMBER.sub(r" \1 ", _without_box(text))
