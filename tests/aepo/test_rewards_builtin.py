@@ -75,7 +75,7 @@ def value(name: str, answer: Any, given: str) -> float | None:
         ("numbers", "5", r"\boxed{5}", 1),
         ("numbers", "5", r"$x = 5$", 1),
         ("numbers", "24", "#### 1 #### 24", 0),
-        *(("numbers", "5", text, 0) for text in ("5x", "5 x", "5i", "x/5", "x - 5", "5-x", "5*(2)", "(3)*5", "x+5")),
+        *(("numbers", "5", text, 0) for text in ("5x", "5 x", "5i", "x/5", "x - 5", "5-x", "5*(x)", "(x)+5", "x+5")),
         *(("numbers", "5", text, 0) for text in ("5 fifths", "5 sevenths", "5 millionths", "twice 5", "double 5")),
         *(
             ("numbers", "5", text, 0)
