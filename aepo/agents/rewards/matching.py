@@ -53,7 +53,7 @@ def _words(tokens: Sequence[Token]) -> str:
         return said
     if len(tokens) == 1:
         return said if kinds and kinds <= {"text", "name"} else ""
-    if "number" in kinds and (signs or tokens[0].kind != "text"):
+    if "number" in kinds and tokens[0].kind != "text":
         return ""  # Route 66, but not 66 routes
     spelt = [a.kind == b.kind == "name" and len(a.text + b.text) == 2 and not b.spaced for a, b in pairwise(tokens)]
     if not (any(spelt) or any(token.kind == "text" and token.text not in WORDS for token in tokens)):
