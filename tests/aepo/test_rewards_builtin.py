@@ -75,6 +75,16 @@ def value(name: str, answer: Any, given: str) -> float | None:
         ("numbers", "5", r"\boxed{5}", 1),
         ("numbers", "5", r"$x = 5$", 1),
         ("numbers", "24", "#### 1 #### 24", 0),
+        *(("numbers", "5", text, 0) for text in ("5x", "5 x", "5i", "x/5", "x - 5", "5-x", "5*(x)", "(x)+5", "x+5")),
+        *(("numbers", "5", text, 0) for text in ("5 fifths", "5 sevenths", "5 millionths", "twice 5", "double 5")),
+        *(
+            ("numbers", "5", text, 0)
+            for text in ("at least 5", "at most 5", "more than 5", "less than $5", "5 or more")
+        ),
+        *(("numbers", "5", text, 0) for text in ("5 or more", "5...", "5\u2026", "triple 5")),
+        *(("numbers", "5", text, 1) for text in ("$5/hour", "5 km/h", "5 months", "5m", "5 more than Tom", "5 a day")),
+        ("exact_match", "5", "5!", 0),
+        ("exact_match", "Yes", "yes!", 1),
         ("numbers", "#### 1 #### 24", "24", 1),
         ("exact_match", "O", "O-", 0),
         ("exact_match", "B", "B-", 0),

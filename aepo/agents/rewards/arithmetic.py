@@ -22,7 +22,6 @@ _FUNCTIONS: dict[str, Callable[[complex], complex]] = {
     "arctan": cmath.atan,
     "ln": cmath.log,
     "log": cmath.log10,
-    "exp": cmath.exp,
 }
 
 
@@ -35,8 +34,8 @@ def same_number(one: Number, other: Number) -> bool:
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return one == other
     try:
-        return cmath.isclose(complex(one), complex(other), rel_tol=1e-12)
-    except OverflowError:
+        return cmath.isclose(_floating(one), _floating(other), rel_tol=1e-12)
+    except (OverflowError, Unreadable):
         return False
 
 
@@ -54,10 +53,28 @@ def _bounded(value: Fraction) -> Fraction:
     return value
 
 
+def _floating(value: Number) -> complex:
+    """Below 1e-290 little is left of a number: e^{-740} would be e^{-740.001}, and e^{-1000} zero."""
+    result = complex(value)
+    if value and abs(result) < 1e-290:
+        raise Unreadable("too small a number")
+    return result
+
+
+def _not_lost(result: complex, *factors: Number) -> complex:
+    if not result and all(factors):
+        raise Unreadable("too small a number")
+    return result
+
+
 def add(one: Number, other: Number) -> Number:
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return _bounded(one + other)
-    return _rounded(complex(one) + complex(other), max(abs(complex(one)), abs(complex(other))))
+    left, right = _floating(one), _floating(other)
+    small, large = sorted((abs(left), abs(right)))
+    if 0 < small < 1e-10 * large < math.inf:
+        raise Unreadable("a term that is lost in rounding")  # 1 + e^{-40} is not 1
+    return _rounded(left + right, large)
 
 
 def _rounded(value: complex, size: float) -> complex:
@@ -69,14 +86,14 @@ def multiply(one: Number, other: Number) -> Number:
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return _bounded(one * other)
     if one == -1:
-        return -complex(other)  # of infinity, too
-    return complex(one) * complex(other)
+        return -_floating(other)  # of infinity, too
+    return _not_lost(_floating(one) * _floating(other), one, other)
 
 
 def divide(one: Number, other: Number) -> Number:
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return _bounded(one / other)
-    return complex(one) / complex(other)
+    return _not_lost(_floating(one) / _floating(other), one)
 
 
 def raised(base: Number, exponent: Number) -> Number:
@@ -89,7 +106,15 @@ def raised(base: Number, exponent: Number) -> Number:
             return base ** (whole if abs(whole) < MAX_BITS else (2 + whole % 2) * (1 if whole > 0 else -1))
         if exponent.denominator <= 1000 and base > 0:
             return raised(root_of(base, exponent.denominator), Fraction(exponent.numerator))
-    return complex(base) ** complex(exponent)
+    return _not_lost(_floating(base) ** _size(exponent), base)
+
+
+def _size(argument: Number) -> complex:
+    """What a function or a power is taken of: near zero they differ from their limit by less than rounding."""
+    result = _floating(argument)
+    if argument and abs(result) < 1e-5:  # the cosine of 1e-6 is 1 - 5e-13
+        raise Unreadable("too small an argument")
+    return result
 
 
 def root_of(value: Number, degree: int) -> Number:
@@ -101,7 +126,8 @@ def root_of(value: Number, degree: int) -> Number:
             top, bottom = _whole_root(value.numerator, degree), _whole_root(value.denominator, degree)
             if top is not None and bottom is not None:
                 return Fraction(top, bottom)
-    return cmath.sqrt(value) if degree == 2 else complex(value) ** (1 / degree)
+    value = _floating(value)
+    return cmath.sqrt(value) if degree == 2 else value ** (1 / degree)
 
 
 def _whole_root(number: int, degree: int) -> int | None:
@@ -121,11 +147,18 @@ def apply(name: str, value: Number, root: Fraction, base: Number | None) -> Numb
         return absolute(value)
     if base is not None:
         return cmath.log(value) / cmath.log(base)
-    result = _FUNCTIONS[name](complex(value))
+    if name in ("ln", "log"):
+        return _FUNCTIONS[name](_floating(value))
+    value = _size(value)
+    if name == "exp":
+        return _not_lost(cmath.exp(value))
+    if 1e6 < abs(value) < math.inf:
+        raise Unreadable("too large an angle")  # sin(10^{16}) has no digit that is sure
+    result = _FUNCTIONS[name](value)
     if name in ("sin", "cos", "tan", "cot", "sec", "csc"):
         if abs(result) > 1e14:
             raise Unreadable("a pole")
-        return _rounded(result, abs(complex(value)))
+        return _rounded(result, abs(value))
     return result
 
 

@@ -22,9 +22,13 @@ _NUMBER = re.compile(rf"(?<![\w.])-?\s?{_DECIMAL}(?:\s?/\s?{_DECIMAL})?(?![\d])"
 # What makes another number of the one that stands there, or says that it is not that one.
 _CHANGED = re.compile(
     r"[\u221a\u221b!<>\u2264\u2265\u2260\u00b1\u03c0\u221e\u2248]|\\(?!boxed|text|math(?:rm|bf)|circ|[$%,; ()\[\]])"
-    r"|-\s*[(\[{|]|\d(?-i:[kKMB])\b|\^(?!\s*\{?\s*\\circ)"
+    r"|-\s*[(\[{|]|\d\s*(?-i:(?![mgshJNWVL])[a-zA-Z])\b(?<!\s[aI])"  # 5x, but 5m and 5 a day
+    r"|\^(?!\s*\{?\s*\\circ)|\d\s*(?:\.\.|\u2026)"
+    r"|(?:\b[a-z]|[)\]}])\s*[-+*/]\s*[\d.]|[\d.]\s*[-+*/]\s*(?:[a-z]\b|[(\[{])"  # x + 5
     r"|\b(?:sqrt|log|ln|sin|cos|tan|exp|not|minus|negative|squared|cubed|factorial|pi|dozen|half|halves"
-    r"|thirds?|quarters?|tenths?|hundred(?:th)?s?|thousand(?:th)?s?|[mbtr]+illions?)\b|n't\b",
+    r"|thirds?|quarters?|(?:fif|six|seven|eigh|nin|ten|twelf|hundred|thousand|[mbtr]+illion)ths?"
+    r"|hundreds?|thousands?|[mbtr]+illions?|twice|double|triple|at\s+(?:least|most)"
+    r"|(?:more|less|fewer|greater|larger|smaller)\s+than(?=\W*\d)|or\s+(?:more|less|fewer))\b|n't\b",
     re.IGNORECASE,
 )
 _SIGN = re.compile(r"-\s?\\?[$\u00a3\u00a5\u20ac]\s?(?=[\d.])")

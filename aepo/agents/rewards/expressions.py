@@ -28,7 +28,7 @@ from aepo.agents.rewards.arithmetic import (
 from aepo.agents.rewards.latex import FUNCTIONS, Token
 
 MAX_DEPTH = 40
-POINTS = 4  # numbers that each variable is tried with; one is negative
+POINTS = 5  # numbers that each variable is tried with: small ones, and two larger than 20, of which one is negative
 
 _OPENING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
 _DERIVATIVE = re.compile(r"frac\{?d[^}]*\}?\{d[^\W\d]|d[^\W\d]?/d[^\W\d]")  # not d times something
@@ -53,11 +53,19 @@ def value_of(tokens: Sequence[Token], point: int = 0) -> Number:
         raise Unreadable(str(error)) from None
     if reader.next is not None:
         raise Unreadable(f"{reader.next.text!r} is left over")
+    if reader.long and not isinstance(value, Fraction):
+        raise Unreadable("more digits than are compared")  # \sqrt{10^{15}+1} is not \sqrt{10^{15}+2}
     return value
 
 
 def variables(tokens: Sequence[Token]) -> set[str]:
     return {t.text for t in tokens if t.kind == "name" and t.text not in _CONSTANTS and t.text not in FUNCTIONS}
+
+
+def _is_long(value: Number) -> bool:
+    return isinstance(value, Fraction) and any(
+        part > 10**12 and part // math.gcd(part, 10**30) > 10**12 for part in (abs(value.numerator), value.denominator)
+    )
 
 
 class _Reader:
@@ -69,13 +77,15 @@ class _Reader:
         self._depth = 0
         self._point = point
         self._in_bars = 0
+        self.long = False  # a rational number in it has more than 12 digits that are not zeros at the end
 
     @property
     def next(self) -> Token | None:
         return self._tokens[self._at] if self._at < len(self._tokens) else None
 
     def _is(self, *signs: str) -> bool:
-        return self.next is not None and self.next.kind == "sign" and self.next.text in signs
+        token = self.next
+        return token is not None and token.kind == "sign" and token.text in signs
 
     def _take(self) -> Token:
         if self.next is None:
@@ -97,6 +107,8 @@ class _Reader:
             sign = self._take().text
             term = self._product()
             total = add(total, term if sign == "+" else multiply(Fraction(-1), term))
+            if _is_long(total) and not variables(self._tokens):
+                self.long = True
         self._depth -= 1
         return total
 
@@ -120,9 +132,14 @@ class _Reader:
             return False
         return (
             self.next.kind == "name"
-            or self._is("(", "[", "{", "frac", "binom")
+            or self._is("(", "[", "frac", "binom")
+            or (self._is("{") and not self._group_of_digits())
             or (self._is("|") and not self._in_bars)
         )
+
+    def _group_of_digits(self) -> bool:
+        """{5}{6} is printed as 56."""
+        return any(token.kind == "number" for token in self._tokens[self._at + 1 : self._at + 2])
 
     def _signed(self) -> Number:
         negative = False
@@ -186,7 +203,9 @@ class _Reader:
     def _atom(self) -> Number:
         token = self._take()
         if token.kind == "number":
-            return self._mixed(number_of(token.text))
+            number = number_of(token.text)
+            self.long |= _is_long(number)
+            return self._mixed(number)
         if token.kind == "name":
             return self._function(token.text) if token.text in FUNCTIONS else self._variable(token.text)
         if token.text in _OPENING:
@@ -249,7 +268,14 @@ class _Reader:
             name += f"({complex(self._atom()):.9g})"  # what it is applied to
         seed = zlib.crc32(f"{name} {self._point}".encode())
         size = Fraction(seed % 1999 + 501, 997)  # between 0.5 and 2.5
-        return -size if self._point == 1 else size
+        if self._point == 0:
+            return size
+        # Where it is negative differs between neighbours in the alphabet: |xy| is not xy.
+        negative = (1 + sum(name.encode()) % 7) >> min(self._point - 1, 2) & 1
+        if self._point >= 3:
+            size *= 40  # |x + 3| is not x + 3
+            negative ^= self._point == 4
+        return -size if negative else size
 
     def _subscript(self) -> list[Token]:
         if not self._is("{"):

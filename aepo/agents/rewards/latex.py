@@ -38,12 +38,10 @@ _SIGNS = {
     "\u2208": "\\in ",
     "\u00b1": "\\pm ",
     "\u00b0": "^\\circ ",
-    "\u00b2": "^2",
-    "\u00b3": "^3",
-    "\u00bd": "\\frac{1}{2}",
-    "\u00bc": "\\frac{1}{4}",
-    "\u00be": "\\frac{3}{4}",
 }
+_RAISED = re.compile("[\u00b2\u00b3\u00b9\u2070-\u207f]+")
+_LOWERED = re.compile("[\u2080-\u208e]+")
+_FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 _COMMANDS = {  # what says the same in other words
     **dict.fromkeys(("cdot", "times", "ast"), "*"),
     **dict.fromkeys(("div",), "/"),
@@ -57,14 +55,25 @@ _COMMANDS = {  # what says the same in other words
     **dict.fromkeys(("rbrace", "}"), "\\}"),
     **dict.fromkeys(("lvert", "rvert", "vert", "mid"), "|"),
     **{"%": "%", "$": "$", "degree": "circ", "infinity": "infty", "cup": "cup", "lbrack": "[", "rbrack": "]"},
+    "colon": ":",
 }
 _DROPPED = re.compile(
     r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|quad|qquad|!|,|;|:|\(|\)|\[|\])(?![a-zA-Z])"
-    r"|\\ |~|(?<!\\)\$"
+    r"|\\(?:boxed|fbox|ensuremath)(?![a-zA-Z])|\\ |(?<=\S)~|(?<!\\)\$"  # "~5" is about 5
 )
-_WRAPPED = re.compile(r"\\(?:boxed|fbox|ensuremath)\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
+_LEAD = re.compile(r"(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*:)\s*:?", re.IGNORECASE)
+_FORMULA = re.compile(r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\((.*)\\\)|\\\[(.*)\\\]", re.DOTALL)
+_BOX = re.compile(r"\\(?:boxed|fbox|ensuremath)\s*\{")
+_BRACKET = re.compile(r"(?P<group>(?<=[a-zA-Z0-9}\]^])\{)|(?P<parts>\\?\{|[(\[])|[)\]}]")
+_TEXT_WITH_NUMBER = re.compile(r"\\(?:text(?:bf|rm|it|sf|normal)?|math(?:rm|bf|sf)|mbox)\s*\{([^{}]*\d[^{}]*)\}")
+_TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))")
+_INDEX = re.compile(r"_\s*\{(\w)\}(?![\w.])")
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,|\{,\}|,\\!|\\,|[\u00a0\u2009\u202f])\d{3})+(?!\d|,\d|\{,\})")
-_MATRIX = re.compile(r"\\begin\{[pbB]?matrix\}(.*?)\\end\{[pbB]?matrix\}", re.DOTALL)
+_MATRIX = re.compile(
+    r"\\begin\{[pbB]?matrix\}(.*?)\\end\{[pbB]?matrix\}"
+    r"|\\left\s*[(\[]\s*\\begin\{array\}\{[lcr]+\}(.*?)\\end\{array\}\s*\\right\s*[)\]]",
+    re.DOTALL,
+)
 _DOLLARS = re.compile(r"(?<!\\)\$(?=\s*[\d.])")  # which are no sign around a formula, where there is one only
 _EMPTY = re.compile(r"\\(?:emptyset|varnothing)(?![a-zA-Z])")
 _REALS = re.compile(r"\\mathbb\s*(?:\{\s*R\s*\}|R(?![a-zA-Z]))")
@@ -96,27 +105,67 @@ class Token:
 @functools.lru_cache(maxsize=1024)
 def tokens_of(text: str) -> tuple[Token, ...]:
     """Spaces, sizes of brackets, dollar signs around formulas and thousands separators are gone."""
-    text = unicodedata.normalize("NFC", text).translate(DASHES)
-    text = "".join(_SIGNS.get(c, c) for c in text).strip().rstrip(".").strip()
-    for _ in range(3):
-        text = _WRAPPED.sub(r"\1", text)
+    if not text.isascii():
+        text = _ascii(text)
+    text = _without_stop(text)
+    if lead := _LEAD.match(text):
+        text = text[lead.end() :].strip()
+    if formula := _FORMULA.fullmatch(text):
+        text = _without_stop(formula[formula.lastindex or 0])
+    text = _TEXT_WITH_NUMBER.sub(r" \1 ", _without_box(text))
     text = _THOUSANDS.sub(lambda match: _joined(match, text), text)
     if text.count("$") == 1:
         text = _DOLLARS.sub(r"\\$", text)
     if bold := _BOLD.fullmatch(text):
-        text = bold[1].strip().rstrip(".")
+        text = _without_stop(bold[1])
+    text = _INDEX.sub(r"_\1", _TIMES_TEN.sub("*", text))
     text = _REPEATING.sub(_as_fraction, text)
     text = _REALS.sub(r"(-\\infty,\\infty)", text)
     text = _CHOOSE.sub(r"\\binom{\1}{\2}", _EMPTY.sub(r"\\{\\}", text))
-    text = _MATRIX.sub(lambda match: _as_tuples(match[1]), text)
+    text = _MATRIX.sub(lambda match: _as_tuples(match[1] or match[2] or ""), text)
     text = _DROPPED.sub(" ", text)
     return tuple(token for match in _TOKEN.finditer(text) for token in _read(match, text))
 
 
+def _ascii(text: str) -> str:
+    """Signs, raised and lowered digits and fractions as LaTeX; x\u00b2\u00b3 is x^{23}."""
+    text = unicodedata.normalize("NFC", text)
+    text = _RAISED.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}", text)
+    text = _LOWERED.sub(lambda match: f"_{{{unicodedata.normalize('NFKC', match[0])}}}", text)
+    text = _FRACTION.sub(
+        lambda match: "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", match[0]).split("\u2044")), text
+    )
+    return "".join(_SIGNS.get(c, c) for c in text.translate(DASHES))
+
+
+def _without_stop(text: str) -> str:
+    """One full stop at the end only: 0.333... goes on."""
+    return text.strip().removesuffix(".").strip()
+
+
+def _without_box(text: str) -> str:
+    """What is boxed, where this is all. A box of a part stays a group: two of them are no product."""
+    while box := _BOX.match(text):
+        depth = 1
+        for end in range(box.end(), len(text)):
+            depth += (text[end] == "{") - (text[end] == "}")
+            if depth == 0:
+                break
+        if depth or end < len(text) - 1:
+            break
+        text = _without_stop(text[box.end() : -1])
+    return text
+
+
 def _joined(match: re.Match[str], text: str) -> str:
-    """The number without its separators; inside brackets a comma divides, as in (1,234)."""
-    before = text[: match.start()]
-    inside = sum(map(before.count, "([")) > sum(map(before.count, ")]")) or before.count("\\{") > before.count("\\}")
+    """The number without its separators; a comma divides in (1,234) and in {1,234}, not in \\sqrt{1,234}."""
+    opened: list[bool] = []
+    for bracket in _BRACKET.finditer(text, 0, match.start()):
+        if bracket.lastgroup:
+            opened.append(bracket.lastgroup == "parts")
+        else:
+            opened[-1:] = []
+    inside = opened[-1:] == [True]
     if inside and "," in match[0].replace("{,}", "").replace(",\\!", ""):
         return match[0]
     return re.sub(r"\D", "", match[0])
@@ -130,7 +179,7 @@ def _as_fraction(match: re.Match[str]) -> str:
 
 
 def _as_tuples(matrix: str) -> str:
-    rows = [row for row in re.split(r"\\\\", matrix) if row.strip()]
+    rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", matrix) if row.strip()]
     return "((" + "),(".join(row.replace("&", ",") for row in rows) + "),)"
 
 
@@ -139,7 +188,7 @@ def _read(match: re.Match[str], text: str) -> list[Token]:
     if match["text"] is not None:
         inner = match["inner"].strip()
         kind: Literal["name", "text"] = "name" if inner in NAMES else "text"
-        return [Token(kind, inner, spaced)] if inner else []
+        return [Token(kind, inner, spaced or match["inner"][0].isspace())] if inner else []
     if match["number"] is not None:
         return [Token("number", match["number"], spaced)]
     if match["command"] is not None:

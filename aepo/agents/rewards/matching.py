@@ -10,17 +10,18 @@ import functools
 import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from itertools import pairwise
 
 from aepo.agents.rewards.arithmetic import Number, Unreadable, same_number
 from aepo.agents.rewards.expressions import POINTS, value_of, variables
-from aepo.agents.rewards.latex import NAMES, Token, tokens_of
+from aepo.agents.rewards.latex import Token, tokens_of
 from aepo.agents.rewards.reading import WORDS, Answer, Equation, Expression, Parts, is_constant, is_name, names_of, read
 from aepo.agents.rewards.text import same_text
 from aepo.agents.rewards.units import CURRENCIES, SHORT, unit_of
 
 MAX_CHARS = 1000  # longer answers are compared as text
-
-_PLAIN = re.compile(r"[^\W\d_]+(?:\s+[^\W\d_]+)*")
+_PUNCTUATION = frozenset(",-':?!(){}")
+_CLOCK = re.compile(r"\d{1,2}:\d\d(?::\d\d)?(?:\s*[ap]\.?\s*m\.?)?", re.IGNORECASE)
 
 
 @functools.lru_cache(maxsize=1024)  # many paths of a question give the same answer
@@ -32,29 +33,34 @@ def same_math(given: str, answer: str) -> bool:
         return False
     if one == other:
         return True
-    if _in_words(one) and _in_words(other):
-        return same_text(*(" ".join(token.text for token in tokens) for tokens in (one, other)))
-    if _plain(given) and _plain(answer):
-        return same_text(given, answer)  # act and cat, which could also be products
+    said, wanted = _words(one), _words(other)
+    if said and wanted:
+        return same_text(said, wanted) and (said == wanted or max(map(len, (said, wanted))) > 1)  # x is not X
     try:
         return _same(read(one), read(other))
     except (Unreadable, ArithmeticError, RecursionError):
         return False
 
 
-def _in_words(tokens: Sequence[Token]) -> bool:
-    """An answer that is no formula: words, or one letter, perhaps in brackets."""
-    said = [token for token in tokens if token.text not in ("(", ")", "{", "}")]
-    if len(said) == 1:
-        return said[0].kind in ("text", "name")
-    words = all(token.kind in ("text", "name") or token.text in (",", "-", "'", ":", "?", "!") for token in said)
-    return words and any(token.kind == "text" and token.text not in WORDS for token in said)
-
-
-def _plain(text: str) -> bool:
-    """Words, not all of them letters or mathematical names."""
-    words = text.split()
-    return _PLAIN.fullmatch(text.strip()) is not None and any(len(word) > 1 and word not in NAMES for word in words)
+def _words(tokens: Sequence[Token]) -> str:
+    """What is said where it is no formula: words, one letter, a time of day. Perhaps in brackets."""
+    while len(tokens) > 2 and (tokens[0].text, tokens[-1].text) in (("(", ")"), ("{", "}")):
+        tokens = tokens[1:-1]
+    signs = {token.text for token in tokens if token.kind == "sign"}
+    kinds = {token.kind for token in tokens} - {"sign"}
+    said = "".join(" " * token.spaced + token.text for token in tokens).strip()
+    if _CLOCK.fullmatch(said):
+        return said
+    if len(tokens) == 1:
+        return said if kinds and kinds <= {"text", "name"} else ""
+    if "number" in kinds and tokens[0].kind != "text":
+        return ""  # Route 66, but not 66 routes
+    spelt = [a.kind == b.kind == "name" and len(a.text + b.text) == 2 and not b.spaced for a, b in pairwise(tokens)]
+    if not (any(spelt) or any(token.kind == "text" and token.text not in WORDS for token in tokens)):
+        return ""
+    # Signs are punctuation between words only: n! ways are not n ways.
+    lone = [token for token in tokens if token.kind == "name"]
+    return said if not signs or (not lone and signs <= _PUNCTUATION) else ""
 
 
 def _same(one: Answer, other: Answer) -> bool:
@@ -67,22 +73,27 @@ def _same(one: Answer, other: Answer) -> bool:
             return False
         if one.kind in ("set", "union", "all", "any"):
             return _same_set(one.items, other.items)
-        return len(one.items) == len(other.items) and all(map(_same, one.items, other.items))
+        return len(one.items) == len(other.items) and all(map(_same_part, one.items, other.items))
     parts, single = (one, other) if isinstance(one, Parts) else (other, one)
     return isinstance(parts, Parts) and parts.kind == "set" and _same_set(parts.items, (single,))
+
+
+def _same_part(one: Answer, other: Answer) -> bool:
+    """Alone, {1} is 1; as a part of something it is not."""
+    return isinstance(one, Parts) == isinstance(other, Parts) and _same(one, other)
 
 
 def _same_set(ones: Sequence[Answer], others: Sequence[Answer]) -> bool:
     """In any order, each as often. Where several variables are named, each part must say whose it is."""
     left = list(others)
-    if len(ones) != len(left) or not ones:
+    if len(ones) != len(left):
         return False
     named = len(set(names_of(ones))) > 1 or len(set(names_of(others))) > 1
     for one in ones:
         found = (
             index for index, other in enumerate(left) if not named or bool(names_of([one])) == bool(names_of([other]))
         )
-        index = next((index for index in found if _same(one, left[index])), None)
+        index = next((index for index in found if _same_part(one, left[index])), None)
         if index is None:
             return False
         del left[index]
@@ -115,14 +126,17 @@ def _proportional(one: Equation, other: Equation) -> bool:
         return False
     ratios = []
     for point in range(POINTS):
-        differences = [
-            complex(value_of(equation.left.tokens, point)) - complex(value_of(equation.right.tokens, point))
-            for equation in (one, other)
-        ]
-        if 0 in differences:
+        try:
+            first, second = (
+                complex(value_of(equation.left.tokens, point)) - complex(value_of(equation.right.tokens, point))
+                for equation in (one, other)
+            )
+        except (Unreadable, ArithmeticError):
+            continue
+        if 0 in (first, second):
             raise Unreadable("an equation that holds everywhere, or nowhere to be told")
-        ratios.append(differences[0] / differences[1])
-    return all(abs(ratio - ratios[0]) <= 1e-9 * abs(ratios[0]) for ratio in ratios)
+        ratios.append(first / second)
+    return len(ratios) * 2 > POINTS and all(abs(ratio - ratios[0]) <= 1e-9 * abs(ratios[0]) for ratio in ratios)
 
 
 def _same_expression(one: Expression, other: Expression) -> bool:
@@ -135,6 +149,8 @@ def _same_expression(one: Expression, other: Expression) -> bool:
         units = [unit_of(tail) for tail in (tail_one, tail_other) if tail]
         if None in units or (len(units) == 2 and units[0] != units[1]):
             return False
+        if len(units) == 1 and next((t.kind for t in tail_one or tail_other if t.kind != "sign"), "") == "name":
+            return False  # 5 m are metres where the other one says so; m may be a variable
     return _same_values(bare_one, bare_other)
 
 
@@ -177,7 +193,8 @@ def _quantity(tokens: tuple[Token, ...]) -> tuple[tuple[Token, ...], tuple[Token
         token, before = tokens[index], tokens[index - 1]
         after_value = before.kind == "number" or before.text in (")", "}")
         short = token.kind == "name" and token.text in SHORT and token.spaced and before.kind == "number"
-        if after_value and (token.kind == "text" or short or token.text in ("%", "\u00a2", *CURRENCIES)):
+        unit = short or token.text in ("%", "\u00a2", *CURRENCIES)
+        if (after_value and unit) or (token.kind == "text" and (after_value or before.kind == "name")):
             return tokens[:index], tokens[index:]
         if token.text == "^" and "circ" in [t.text for t in tokens[index + 1 : index + 3]]:
             return tokens[:index], tokens[index:]

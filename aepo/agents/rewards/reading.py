@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
 from aepo.agents.rewards.arithmetic import Unreadable, same_number
@@ -45,22 +45,23 @@ def read(tokens: tuple[Token, ...]) -> Answer:
     tokens = _without_outer_brackets(tokens)
     if len(unions := _split(tokens, ("cup",))) > 1:
         return Parts("union", tuple(map(read, unions)))
-    if len(items := _split(tokens, (",", ";", *WORDS))) > 1:
-        parts = tuple(part for item in items if item for part in _flat(read(item)))
-        said = [word for word in WORDS if len(_split(tokens, (word,))) > 1]
+    items, separators = _listed(tokens)
+    if separators:
+        parts = tuple(part for item in items for part in _flat(item))
+        said = [word for word in WORDS if word in separators]
         names = names_of(parts)
-        if len(set(names)) > 1:
-            mixed = "or" in said and len([sign for sign in (",", ";", *WORDS) if len(_split(tokens, (sign,))) > 1]) > 1
-            if mixed or len(set(names)) < len(names):
-                raise Unreadable("which conditions belong together")
+        if len(set(names)) > 1 and (
+            ("or" in said and len(set(separators)) > 1) or len(set(names)) < len(names) or len(names) < len(parts)
+        ):
+            raise Unreadable("which conditions belong together")
         limits = any(isinstance(part, Parts) and part.of for part in parts)
         if said and limits:
             return _joined(parts, said)
         return Parts("any" if said == ["or"] and len(set(names)) > 1 else "set", parts)
-    if tokens[:1] and len(inside := _split(tokens, ("in",))) == 2 and len(inside[0]) <= 4:
+    if len(inside := _split(tokens, ("in",))) == 2 and (is_name(inside[0]) or _are_names(inside[0])):
         return _of(read(inside[1]), inside[0])  # x in (2, 3)
-    if any(_split_relations(tokens)[1]):
-        return _relation(*_split_relations(tokens))
+    if relations := _outside(tokens, _FLIPPED):
+        return _relation(_split(tokens, tuple(_FLIPPED)), relations)
     if (bracketed := _bracketed(tokens)) is not None:
         return bracketed
     if any(token.text in ("pm", "mp") for token in tokens):
@@ -76,8 +77,6 @@ def names_of(answers: Sequence[Answer]) -> list[str]:
 
 def _joined(parts: tuple[Answer, ...], said: list[str]) -> Parts:
     """Conditions: x < 3 or x > 5 is a union, x > 1 and x < 3 an interval."""
-    if len(said) > 1:
-        raise Unreadable("both and and or")
     same = len({part.of if isinstance(part, Parts) else "" for part in parts}) == 1
     if said == ["or"]:
         return Parts("union" if same else "any", parts)
@@ -111,8 +110,25 @@ def _of(answer: Answer, name: Sequence[Token]) -> Answer:
     return replace(answer, of="".join(token.text for token in name))
 
 
-def _flat(answer: Answer) -> tuple[Answer, ...]:
-    return answer.items if isinstance(answer, Parts) and answer.kind == "set" else (answer,)
+def _listed(tokens: tuple[Token, ...]) -> tuple[list[tuple[Token, ...]], list[str]]:
+    """1, 2, and 3: the items, and what stands between them. A word comes once, at the end, or everywhere."""
+    separators = _outside(tokens, (",", ";", *WORDS))
+    items = _split(tokens, (",", ";", *WORDS))
+    words = [sign in WORDS for sign in separators]
+    if len(set(separators)) > 1 and (len({*separators} - {*WORDS}) != 1 or sum(words) != 1 or not words[-1]):
+        raise Unreadable("which parts belong together")
+    if separators and not items[-1] and not words[-1]:
+        items.pop()  # 5,
+    if len(items) > 2 and not items[-2] and words[-1]:
+        del items[-2]  # , and
+    return items, separators
+
+
+def _flat(item: tuple[Token, ...]) -> tuple[Answer, ...]:
+    """The two of a \\pm; but a set in a list is one thing, and so is what is said of a variable."""
+    answer = read(item)
+    listed = isinstance(answer, Parts) and answer.kind == "set" and not answer.of and item[0].text not in ("\\{", "{")
+    return answer.items if listed and isinstance(answer, Parts) else (answer,)
 
 
 def _without_outer_brackets(tokens: tuple[Token, ...]) -> tuple[Token, ...]:
@@ -151,22 +167,25 @@ def _split(tokens: Sequence[Token], signs: Sequence[str]) -> list[tuple[Token, .
     return [tuple(part) for part in parts]
 
 
-def _split_relations(tokens: tuple[Token, ...]) -> tuple[list[tuple[Token, ...]], list[str]]:
-    signs = []
+def _outside(tokens: Sequence[Token], signs: Container[str]) -> list[str]:
+    """Those of the signs that are outside of brackets."""
+    found = []
     depth = 0
     for token in tokens:
         depth += (token.text in _OPENING) - (token.text in _CLOSING)
-        if depth == 0 and token.text in _FLIPPED:
-            signs.append(token.text)
-    return _split(tokens, tuple(_FLIPPED)), signs
+        if depth == 0 and token.text in signs and (token.kind == "sign" or token.text in WORDS):
+            found.append(token.text)
+    return found
 
 
 def _bracketed(tokens: tuple[Token, ...]) -> Parts | None:
     """A tuple, an interval or a set."""
-    if len(tokens) < 3 or tokens[0].text not in _OPENING or not _closes(tokens):
+    if len(tokens) < 2 or tokens[0].text not in _OPENING or not _closes(tokens):
         return None
     kind = f"{tokens[0].text}{tokens[-1].text}".replace("\\", "")
-    items = [part for part in _split(tokens[1:-1], (",", ";")) if part]
+    items = _split(tokens[1:-1], (",", ";"))
+    if not items[-1]:
+        items.pop()
     if kind == "{}":
         return Parts("set", tuple(map(read, items)))
     if len(items) < 2 and not _has_commas(tokens[1:-1]):
@@ -185,9 +204,9 @@ def _relation(sides: list[tuple[Token, ...]], signs: list[str]) -> Answer:
         raise Unreadable("a relation needs two sides")
     if set(signs) == {"="}:
         if len(sides) > 2 and is_constant(sides[-1]):
-            for side in filter(is_constant, sides[1:-1]):
-                if not same_number(value_of(side), value_of(sides[-1])):
-                    raise Unreadable("two values")
+            for side in sides[1:-1]:
+                if is_name(side) or (is_constant(side) and not same_number(value_of(side), value_of(sides[-1]))):
+                    raise Unreadable("two values, or two variables")
             return Equation(Expression(sides[0]), Expression(sides[-1]))
         if len(sides) == 2:
             right = read(sides[1])

@@ -14,9 +14,9 @@ _THOUSANDS = re.compile(r"(?<![\w.,])([1-9]\d{0,2})((?:,\d{3})+)(?![\w,])")
 _SPACED_SIGN = re.compile(rf"(?<![\w)\]}}])([-+])\s+(?=[{_CURRENCIES}]?\.?\d)")
 _DASH = re.compile(r"(?<=[^\W\d])-(?=\w)|(?<=\w)-(?=[^\W\d])")  # between words
 # Marks that change nothing, unless they stand between two digits, before one as its sign or point, join a word to
-# another (x_1), or are the minus behind a word (O-).
+# another (x_1), or are the minus behind a word (O-) or the factorial behind a digit.
 _MARK = re.compile(
-    r"""(?!(?<=\d)[^\w\s]\d)(?!(?<=[^\W_])(?:_[^\W_]|-(?![-\w])))(?!(?<!\w)\.\d)(?!(?<!\w)-[^\s-])[-.,;:!?'"`\u00b4\u2018\u2019\u201c\u201d\u2026()\[\]{}_*]"""
+    r"""(?!(?<=\d)[^\w\s]\d)(?!(?<=[^\W_])(?:_[^\W_]|-(?![-\w])))(?!(?<!\w)\.\d)(?!(?<!\w)-[^\s-])(?!(?<=\d)!)[-.,;:!?'"`\u00b4\u2018\u2019\u201c\u201d\u2026()\[\]{}_*]"""
 )
 _BARE_POINT = re.compile(r"(?<![\w.])\.(?=\d)")
 _ZEROS = re.compile(r"(?<![\w.])(\d+)(?:\.0+|(\.\d*[1-9])0+)(?![\w.])")
