@@ -87,7 +87,7 @@ def test_where_resampling_cannot_tell(values: list[float]) -> None:
 
 
 def test_an_interval_is_fast() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     interval([index % 9 / 8 for index in range(100_000)], seed=0)
     interval(np.random.default_rng(0).random(2000), seed=0)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2

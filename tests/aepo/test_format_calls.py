@@ -245,9 +245,9 @@ def test_parsing_hostile_text_is_linear(parser) -> None:
         "{",
     )
     for piece in pieces:
-        start = time.perf_counter()
+        start = time.process_time()
         parser(piece * 5_000, {})
-        assert time.perf_counter() - start < 1.0, piece
+        assert time.process_time() - start < 1.0, piece
 
 
 def test_own_parsers_are_found_by_name(tmp_path, monkeypatch) -> None:
@@ -296,10 +296,10 @@ def test_thinking_is_left_out_also_where_it_does_not_end() -> None:
 
 
 def test_a_million_openings_of_thinking_are_read_at_once() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     without_thinking("<think>" * 1_000_000)
     without_thinking("<think></think>" * 500_000 + "<think>")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 BAD_SCHEMAS = [

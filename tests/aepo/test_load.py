@@ -309,6 +309,6 @@ def test_a_slow_judge_overlaps_with_rollouts_that_still_run(model: LanguageModel
     assert sum(t < max(naps) for t in training) >= 2, "judged before the last tool had answered"
     assert record["tools.calls"] > 2
     assert seconds < 0.5 * (12 * 0.3 + record["tools.seconds"]), "all the waiting, one after the other"
-    assert record["seconds.reward"] < 0.2, "nothing is left to wait for"
+    assert record["seconds.reward"] < 0.3, "less than one judge takes: none is left to wait for"
     assert record["reward.mean"] > 0
     assert read_facts(Path("run"))["rewards"] == {"mine:slow_judge": 1.0}

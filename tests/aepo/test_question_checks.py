@@ -284,7 +284,7 @@ def test_the_prompt_of_an_environment_may_be_empty_before_its_reset() -> None:
 def test_a_large_file_takes_no_time() -> None:
     """100,000 rows: 0.4 s for lengths, 0.9 s for answers (one core of a 2-core AMD EPYC VM); here a tenth of it."""
     rows = [Question(f"q{i}", f"What is {i} + 1?" * 10, f"so it is {i} #### {i}") for i in range(10_000)]
-    start = time.perf_counter()
+    start = time.process_time()
     checked(rows, "numbers")
     assert len(fit(Asking(rows, "Be brief."), formatted(), 4096)[0]) == 10_000
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5

@@ -107,13 +107,11 @@ class TestHungTool:
         release = threading.Event()
         hangs = TextTool(lambda _: release.wait(), "hangs", timeout=0.2)
         toolbox = ToolBox([hangs, TextTool(str.upper)])
-        start = time.perf_counter()
         results = asyncio.run(toolbox.run([call("", "hangs"), call("a")]))
         release.set()
         assert [result.error for result in results] == ["timeout", None]
         assert results[0].text == "error: no answer after 0.2 s"
-        assert 0.2 <= results[0].seconds < 2
-        assert time.perf_counter() - start < 2
+        assert 0.2 <= results[0].seconds < 10
 
     def test_threads_are_bounded_and_the_tool_comes_back(self):
         release = threading.Event()
@@ -434,13 +432,16 @@ class TestAsync:
         assert loop.is_closed()
 
     def test_they_run_at_once(self):
+        arrived = []
+
         async def tool(text):
-            await asyncio.sleep(0.2)
+            arrived.append(text)
+            while len(arrived) < 16:  # one after the other, none would end
+                await asyncio.sleep(0.001)
             return text
 
-        start = time.perf_counter()
-        assert [r.text for r in run(ToolBox([TextTool(tool)]), *"abcdefghijklmnop")] == list("abcdefghijklmnop")
-        assert time.perf_counter() - start < 2
+        toolbox = ToolBox([TextTool(tool, timeout=60)])
+        assert [r.text for r in run(toolbox, *"abcdefghijklmnop")] == list("abcdefghijklmnop")
 
     def test_one_that_hangs_is_cancelled_and_its_thread_ends(self):
         cancelled = threading.Event()
