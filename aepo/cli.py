@@ -153,7 +153,7 @@ def keys(pattern: Annotated[str, typer.Argument(help="Only keys that contain thi
     chosen = [entry for entry in all_keys() if pattern in entry.name]
     if not chosen:
         words = {word for entry in all_keys() for word in (entry.name, *entry.name.split("."))}
-        near = difflib.get_close_matches(pattern, words, 1, 0.5)
+        near = difflib.get_close_matches(pattern, words, 1)
         fail(f"no key contains {pattern!r}{f': did you mean {near[0]!r}?' if near else ''}")
     for entry in chosen:
         typer.echo(f"{entry.name} = {json.dumps(entry.default)}\n    {entry.help} ({entry.expected})")

@@ -42,14 +42,14 @@ def load(config: Config) -> tuple[Agent, LanguageModel]:
     with WarmStartDisplay() as display:
         language_model = load_model(config.model, config.warm_start, device=device(config), progress=display.update)
     agent = load_agent(config, language_model, task)
-    typer.echo(_described(config, agent))
+    typer.echo(described(config, agent))
     typer.echo(agent.format.chosen)
     for warning in agent.format.warnings:
         typer.echo(f"warning: {warning}", err=True)
     return agent, language_model
 
 
-def _described(config: Config, agent: Agent) -> str:
+def described(config: Config, agent: Agent) -> str:
     """What is played, in a line: the default task is easily not what was meant with a model of one's own."""
     task = agent.task
     text = f"task {task.name}: {len(task.train)} training and {len(task.heldout)} held-out questions"

@@ -85,7 +85,9 @@ def test_resume_from_a_corrupt_checkpoint_names_the_file_and_the_way_out(tmp_pat
         (["train", "--resume", "nowhere", "--overwrite"], "expected no --config, no --overwrite"),
         (["eval", "nowhere"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
-        (["keys", "nosuchkey"], "no key contains 'nosuchkey'"),
+        (["keys", "nosuchkey"], "no key contains 'nosuchkey'\n"),
+        (["keys", "lerning_rate"], "no key contains 'lerning_rate': did you mean 'learning_rate'?"),
+        (["keys", "taks"], "did you mean 'task'?"),
     ],
 )
 def test_mistakes_are_one_line_not_a_traceback(arguments: list[str], expected: str) -> None:

@@ -17,6 +17,7 @@ from aepo.agents.agent import Agent
 from aepo.agents.protocol import AgentError
 from aepo.agents.remembered import agent_facts, agent_parts, changes
 from aepo.agents.rewards.builtin import BUILTIN
+from aepo.cli_shared import described
 from aepo.config import load_config
 from aepo.load import load_agent, load_model, load_task
 from aepo.models.language_model import LanguageModel
@@ -56,6 +57,17 @@ def test_the_task_that_is_named() -> None:
     assert (len(files.train), len(files.heldout)) == (6, 6)
     other = load_task(load_config(None, [*FILES[1:], "task.heldout=0.5", "task.seed=4"]).task)
     assert [q.id for q in files.heldout] != [q.id for q in other.heldout]
+
+
+def test_what_is_played_is_said(model: LanguageModel) -> None:
+    files = load_config(None, [*FILES[1:], "task.heldout=0.5"])
+    said = described(files, load_agent(files, model))
+    assert said == "task files: 6 training and 6 held-out questions, prompt from 'prompt', answer from 'answer'"
+    facts = load_config(None, ["model.name=qwen"])
+    said = described(facts, load_agent(facts, model))
+    assert said.endswith(" (the demo's; task.name=files and task.train, or --config, for yours)")
+    tiny = load_config(None)
+    assert described(tiny, load_agent(tiny, model)).endswith(" held-out questions")
 
 
 @pytest.mark.parametrize("given", ["Count.", "system.txt", "Read system.txt", "two\nlines.txt"])
