@@ -589,3 +589,20 @@ def _type_in_words(hint: Any) -> str:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(_type_in_words(argument) for argument in arguments)
     return _WORDS[hint]
+
+
+def changed_settings(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    """By its dotted name each setting that differs: what it was, and what it is."""
+    names = [entry.name for entry in all_keys()]
+    values = {name: (config_value(before, name), config_value(now, name)) for name in names}
+    return {name: (was, value) for name, (was, value) in values.items() if was != value}
+
+
+def config_value(config: Config, name: str) -> Any:
+    section, _, setting = name.partition(".")
+    return getattr(getattr(config, section), setting)
+
+
+def named_settings(overrides: Sequence[str]) -> set[str]:
+    """Those that `section.key=value` overrides give, also where it is one key of a setting."""
+    return {".".join(override.partition("=")[0].split(".")[:2]) for override in overrides}

@@ -15,10 +15,10 @@ from door_toys import FILES, OWN, SMALL, aepo, own_modules, save_chat_model, wri
 
 from aepo.agents.agent import Agent
 from aepo.agents.protocol import AgentError
-from aepo.agents.remembered import agent_facts, agent_parts, changes
+from aepo.agents.remembered import MEANT_BY, agent_facts, agent_parts, changes, not_as_recorded
 from aepo.agents.rewards.builtin import BUILTIN
 from aepo.cli_shared import described
-from aepo.config import load_config
+from aepo.config import all_keys, load_config
 from aepo.load import load_agent, load_model, load_task
 from aepo.models.language_model import LanguageModel
 from aepo.own_code import Code, code_changes, code_facts, code_of
@@ -191,13 +191,54 @@ def test_changes_between_a_run_and_an_agent() -> None:
     ]
 
 
+def test_the_order_in_a_schema_is_read_too() -> None:
+    def tools(*names: str) -> dict[str, Any]:
+        return {"tools": {"f": {"schema": {"parameters": {"properties": {name: {} for name in names}}}}}}
+
+    assert changes(tools("a", "b"), tools("a", "b")) == []
+    assert changes(tools("a", "b"), tools("b", "a")) == [
+        "tools.f.schema: its keys, which the model reads, are in another order"
+    ]
+
+
+def test_only_a_setting_that_explains_a_difference_allows_it() -> None:
+    was = {"task": {"data": "1"}, "tools": {"f": {"schema": {"description": "x"}}}, "rewards": {"m:r": 1.0}}
+    now = {"task": {"data": "2"}, "tools": {"f": {"schema": {"description": "y"}}}, "rewards": {"m:r": 1.0}}
+    for named in ((), ("task.tool_timeout", "format.name", "train.steps"), ("task.tools",), ("task.rewards",)):
+        with pytest.raises(
+            ValueError, match=r"^run: .* another agent: task\.data was '1' and is '2'\. Expected the same "
+        ):
+            not_as_recorded("run", was, now, named=named)
+    with pytest.raises(ValueError, match=r"another agent: tools\.f\.schema.description was 'x' and is 'y'\. "):
+        not_as_recorded("run", was, now, named=["task.train"])
+    both = ["task.data was '1' and is '2'", "tools.f.schema.description was 'x' and is 'y'"]
+    assert not_as_recorded("run", was, now, named=["task.train", "task.tools"]) == both
+    assert not_as_recorded("run", was, now, named=["task.name"]) == both
+    assert not_as_recorded("run", None, now, named=()) == not_as_recorded("run", was, was, named=()) == []
+
+
+def test_every_part_of_an_agent_can_be_meant(model: LanguageModel) -> None:
+    agent = agent_of(model)
+    assert agent_facts(agent).keys() | {"long_prompts_dropped"} == MEANT_BY.keys()
+    settings = {entry.name for entry in all_keys()}
+    assert all(any(s.startswith(name) for s in settings) for names in MEANT_BY.values() for name in names)
+
+
+def test_the_code_of_a_parser_of_ones_own(model: LanguageModel) -> None:
+    parts = agent_parts(agent_of(model, "task.tools=mine:add", "format.calls=mine:Quoted"))
+    assert "mine.py" in code_of({"format": parts["format chat"]})["format"]
+
+
 def test_what_is_told_of_a_template_may_be_told_otherwise() -> None:
     """A release that words a warning in another way must not refuse the runs of the one before."""
     was = {"format": {"name": "chat", "chat_template": "1", "notes": ["a"], "warnings": None}}
     now = {"format": {"name": "chat", "chat_template": "1", "notes": ["b"], "warnings": ["c"]}}
     assert changes(was, now) == changes({"format": {"name": "chat", "chat_template": "1"}}, now) == []
-    now["format"]["chat_template_kwargs"] = {"enable_thinking": False}
-    assert changes(was, now) == ["format.chat_template_kwargs was None and is {'enable_thinking': False}"]
+    now["format"] |= {"chat_template_kwargs": {"enable_thinking": False}, "answer": "tag"}
+    assert changes(was, now) == [
+        "format.chat_template_kwargs was None and is {'enable_thinking': False}",
+        "format.answer was None and is 'tag'",
+    ]
 
 
 def test_the_order_of_tools_is_read_too() -> None:
@@ -227,7 +268,7 @@ def test_a_server_that_offers_something_else(model: LanguageModel, home: Path) -
     ]
     other, _ = remembered(source.replace("The sum of two numbers", "Both numbers together"))
     (change,) = changes(facts, other)
-    assert change.startswith("tools.add.schema was ")
+    assert change.startswith("tools.add.schema.description was 'The sum of two numbers.' and is 'Both ")
 
 
 class Told:
@@ -256,7 +297,7 @@ def test_what_a_tool_says_itself(model: LanguageModel) -> None:
     assert one["tools"]["told"].keys() == {"sizes", "schema"}
 
 
-@pytest.mark.parametrize("identity", ["abc", 5, {"a": object()}])
+@pytest.mark.parametrize("identity", ["abc", 5, {"a": object()}, {"a": float("nan")}, {"a": {1, 2}}, {("a", 1): 2}])
 def test_what_a_tool_says_wrongly(model: LanguageModel, identity: Any) -> None:
     with pytest.raises(ValueError, match=r"^tool told: identity = .*: expected JSON values by name: "):
         facts_of(model, identity)
