@@ -74,7 +74,7 @@ def _files(things: Iterable[Any], read: Callable[[Path], bytes | None]) -> Itera
             yield _name(module, Path(file)), _digest(content)
             modules += _imports(module, content or b"")
         elif name in homes:
-            yield (name, None) if file is None else _version(name)
+            yield _version(name)
 
 
 def _homes(thing: Any, depth: int = 0) -> Iterator[str]:
@@ -131,7 +131,7 @@ def _name(module: ModuleType, file: Path) -> str:
 
 
 def _version(module: str) -> tuple[str, str | None]:
-    """The installed package that a module belongs to."""
+    """The installed package that a module belongs to; None: to none, as what a notebook defines."""
     top = module.partition(".")[0]
     for distribution in importlib.metadata.packages_distributions().get(top, ()):
         return distribution, importlib.metadata.version(distribution)
