@@ -101,7 +101,7 @@ class TaskConfig(Section):
     long_prompts: Literal["refuse", "drop"] = key(
         "refuse", "questions whose prompt fills the model's context: end the start and name them, or leave them out"
     )
-    success: float = key(1.0, "a path succeeds where its first reward is at least this")
+    success: float = key(1.0, "a path succeeds where the first reward that applies (docs/rewards.md) is at least this")
 
     def __post_init__(self) -> None:
         super().__post_init__()

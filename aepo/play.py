@@ -62,7 +62,7 @@ class Player:
         """`count` of them, None: all, without those that settings leave out. ValueError: some cannot be used."""
         split: Split = "held-out" if heldout else "training"
         chosen = sampled_questions(_questions(self.agent, split), count)
-        check_questions(self.agent, chosen, split)
+        check_questions(self.agent, chosen, split, console)
         context = Context.of(self.config, self.engine.max_positions)
         return fitting(self.agent, chosen, split, context, console, drop=self.config.task.long_prompts == "drop")
 

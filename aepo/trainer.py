@@ -69,8 +69,9 @@ class Trainer:
         rows = [*one_of_each_row(self.train_questions), *one_of_each_row(self.heldout)]
         self.scorer = Scorer(agent.rewards, agent.format, config.task.success, rows)
         self.scorer.try_out(rows[0])
-        check_questions(agent, self.train_questions, "training")
-        check_questions(agent, self.heldout, "held-out")
+        self.display = Display(config.train.steps)
+        check_questions(agent, self.train_questions, "training", self.display.console)
+        check_questions(agent, self.heldout, "held-out", self.display.console)
         rule = branch_rule(config.rollout)
         self.learner = Learner(language_model.model, config, agent.format.decode)
         self.step = 0
@@ -78,7 +79,6 @@ class Trainer:
             path = checkpoint_path(self.directory / "checkpoints", resume_step)
             self.step = load_checkpoint(path, self.learner.model, self.learner.optimizer)
         self.engine = make_engine(config, language_model, agent.format.eos_ids, self.step)
-        self.display = Display(config.train.steps)
         try:
             dropped = self._drop_long_prompts()
             changed += not_as_recorded(config.run.dir, recorded, dropped, named=named)

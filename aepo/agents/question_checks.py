@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from aepo.agents.agent import Agent
-from aepo.agents.protocol import blamed, shown
+from aepo.agents.protocol import RewardFunction, blamed, shown
 from aepo.agents.rewards.builtin import COMPARED
 from aepo.config import Config
 from aepo.types import Message, Question
@@ -49,9 +49,12 @@ class Context:
         return cls(positions, f"what vLLM serves of {model}")
 
 
-def check_questions(agent: Agent, questions: Sequence[Question], split: Split) -> None:
-    """ValueError: two questions of one id, a column that the environment needs and some lack, or answers that no
-    reward can compare. Needs no engine."""
+def check_questions(agent: Agent, questions: Sequence[Question], split: Split, console: Console) -> None:
+    """Says which built-in rewards apply to some questions only. Needs no engine.
+
+    ValueError: two questions of one id, a column that the environment needs and some lack, answers that no reward can
+    compare, or a built-in reward that can compare none of all training answers.
+    """
     if not isinstance(questions, (list, tuple)):
         return
     counts = Counter(question.id for question in questions)
@@ -64,7 +67,7 @@ def check_questions(agent: Agent, questions: Sequence[Question], split: Split) -
     if agent.environment is not None:
         for question in one_of_each_row(questions):
             agent.environment.check(question)
-    _check_answers(agent, questions, split)
+    _check_answers(agent, questions, split, console)
 
 
 def one_of_each_row(questions: Sequence[Question]) -> list[Question]:
@@ -77,18 +80,42 @@ def one_of_each_row(questions: Sequence[Question]) -> list[Question]:
     return list(firsts.values())
 
 
-def _check_answers(agent: Agent, questions: Sequence[Question], split: Split) -> None:
-    if not all(function in COMPARED for function in agent.rewards):
-        return  # another one may apply
-    readers = [COMPARED[function] for function in agent.rewards]
-    silent = [question for question in questions if not any(read(question) for read in readers)]
-    if silent:
-        names = " or ".join(function.__name__ for function in agent.rewards)
-        raise ValueError(
-            f"{len(silent)} of {len(questions)} {split} questions have no answer that the reward {names} can compare: "
-            f"{_first(f'{q.id} ({shown(q.answer, 40)})' for q in silent)}; expected one, or a reward that always "
-            "applies, such as format"
-        )
+def _check_answers(agent: Agent, questions: Sequence[Question], split: Split, console: Console) -> None:
+    silent = {
+        function: [question for question in questions if not COMPARED[function](question)]
+        for function in agent.rewards
+        if function in COMPARED
+    }
+    whole = split == "training" and len(questions) == len(agent.task.train)  # a sample may miss those with answers
+    if whole and (idle := [function for function, rest in silent.items() if len(rest) == len(questions)]):
+        expected = "at least one (task.columns names the column of answers), or task.rewards without it"
+        raise _not_compared(idle, questions, questions, split, expected)
+    if silent and len(silent) == len(agent.rewards):  # no other one may apply
+        ids = set.intersection(*({question.id for question in rest} for rest in silent.values()))
+        if rest := [question for question in questions if question.id in ids]:
+            expected = "one: leave such rows out, or add a reward of your own for them"
+            raise _not_compared(silent, rest, questions, split, expected)
+    for function, rest in silent.items():
+        if rest:
+            console.print(
+                f"reward {function.__name__} applies to {len(questions) - len(rest)} of {len(questions)} {split} "
+                "questions: the others have no answer that it can compare",
+                markup=False,
+            )
+
+
+def _not_compared(
+    functions: Iterable[RewardFunction],
+    some: Sequence[Question],
+    questions: Sequence[Question],
+    split: Split,
+    expected: str,
+) -> ValueError:
+    return ValueError(
+        f"{len(some)} of {len(questions)} {split} questions have no answer that the reward "
+        f"{' or '.join(function.__name__ for function in functions)} can compare: "
+        f"{_first(f'{q.id} ({shown(q.answer, 40)})' for q in some)}; expected {expected}"
+    )
 
 
 def fitting(

@@ -80,7 +80,10 @@ def environment(question: Question, response: Response) -> float | None:
 
 
 def format(question: Question, response: Response) -> float:
-    """1 for a path on which every turn was what the chat format allows, and the last one answered."""
+    """1 for a path on which every turn was what the chat format allows, and the last one answered.
+
+    It says nothing about success, unless it is the only function (`aepo.scoring`).
+    """
     return float(response.well_formed)
 
 
