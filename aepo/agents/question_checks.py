@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from aepo.agents.agent import Agent
-from aepo.agents.protocol import RewardFunction, blamed, shown
+from aepo.agents.protocol import AgentError, RewardFunction, blamed, shown
 from aepo.agents.rewards.builtin import COMPARED
 from aepo.config import Config
 from aepo.types import Message, Question
@@ -27,6 +27,9 @@ LONG_WORK = 1000  # prompts; 2 seconds at 3 kB each (SmolLM2, one core of a 2-co
 # character (checked over all of Unicode 15). NFKC makes 3.3 to 11 of one for 41 signs, U+FDFA first: a text of these
 # alone, a token a byte, is left to the check when it is drawn.
 GROWTH = 3
+
+PROBE = 'say "no" & <go>, 5% \\ it\'s ' * 5 + "end"
+"""What JSON, HTML, URLs and wrapping write in another way."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,8 @@ def _too_long(
     """Tokens by id. Only prompts that could be too long are made into tokens.
 
     Dialogues of the same roles have the same text of the template, with the tools. So one has at most the tokens of
-    the shortest of them and the bytes of its own texts, of those that the shortest has not (a system text, examples).
+    the shortest of them and the bytes of its own texts, of those that the shortest has not (a system text, examples),
+    where the format writes texts as they are.
     """
     groups: dict[tuple[str, ...], list[tuple[int, tuple[str, ...]]]] = defaultdict(list)
     unbounded: list[int] = []
@@ -164,14 +168,11 @@ def _too_long(
     for group in groups.values():
         sizes = [sum(map(_most_tokens, texts)) for _, texts in group]
         shortest, known = group[sizes.index(min(sizes))]
-        longest, most = group[sizes.index(max(sizes))]
         try:
             counts[shortest] = _tokens(agent, questions[shortest])
         except ValueError as error:
             raise ValueError(f"{error} ({len(group)} of {len(questions)} {split} questions have its roles)") from error
-        counts[longest] = _tokens(agent, questions[longest])
-        # Always made, to see that the bound holds: a format of the user's own may write texts twice.
-        if counts[longest] > _bound(counts[shortest], known, most):
+        if not _writes_as_they_are(agent, agent.task.messages(questions[shortest], chat=agent.chat)):
             unbounded += [index for index, _ in group]
         elif counts[shortest] + max(sizes) >= positions:
             unbounded += [index for index, texts in group if _bound(counts[shortest], known, texts) >= positions]
@@ -183,6 +184,15 @@ def _too_long(
     ):
         counts[index] = _tokens(agent, questions[index])
     return {questions[index].id: count for index, count in sorted(counts.items()) if count >= positions}
+
+
+def _writes_as_they_are(agent: Agent, messages: Sequence[Message]) -> bool:
+    """Whether every text of a dialogue with these roles is in its prompt once: templates can quote or repeat them."""
+    try:
+        tokens = agent.format.prompt_tokens(tuple({**message, "content": PROBE} for message in messages))
+        return agent.format.decode(tokens).count(PROBE) == len(messages)
+    except (AgentError, ValueError):  # a format of the user's own need not know these letters
+        return False
 
 
 def _bound(count: int, known: Sequence[str], texts: Sequence[str]) -> int:

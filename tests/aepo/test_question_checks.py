@@ -19,7 +19,7 @@ from aepo.agents.agent import Agent
 from aepo.agents.formats.chat import ChatTemplateFormat
 from aepo.agents.formats.tags import TagsFormat
 from aepo.agents.protocol import AgentError, ChatFormat, RewardFunction, Task
-from aepo.agents.question_checks import Context, Split, _most_tokens, check_questions, fitting, one_of_each_row
+from aepo.agents.question_checks import PROBE, Context, Split, _most_tokens, check_questions, fitting, one_of_each_row
 from aepo.agents.rewards.builtin import BUILTIN, COMPARED
 from aepo.agents.tools.environment import EnvironmentTools
 from aepo.agents.tools.toolbox import ToolBox
@@ -47,6 +47,9 @@ class Counting:
         self.made += 1
         *before, last = messages
         return self.inner.prompt_tokens([*before, {**last, "content": last["content"] * self.times}])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.inner.decode(token_ids)
 
 
 def formatted(name: str = "qwen", times: int = 1) -> Counting:
@@ -127,10 +130,28 @@ def test_a_format_that_writes_texts_twice_is_noticed() -> None:
     assert fit(Asking(rows), formatted(times=3), count["q40"])[0] == ["q1", "q30"]
 
 
+@pytest.mark.parametrize("written", ["tojson", "urlencode", "wordwrap(20)", "replace('a', 'aaaa')"])
+def test_a_template_that_writes_texts_in_another_way(written: str) -> None:
+    """The longest text is not the longest prompt: quotes are escaped, spaces broken, letters repeated."""
+    made = family("qwen")
+    made.chat_template = made.chat_template.replace("message.content", f"(message.content|{written})")
+    rows = [Question("short", "x")]
+    rows += [Question(f"q{i}", text * 40) for i, text in enumerate(('"', "%", " a b", "a", "\\", "&"))]
+    rows.append(Question("longest", "z" * 170))
+    chat = ChatTemplateFormat(made, len(made), (made.eos_token_id,))
+    count = {q.id: len(agent_of(Asking(rows), chat).prompt_tokens(q)) for q in rows}
+    for limit in sorted(count.values())[1:]:
+        short = [name for name, tokens in count.items() if tokens < limit]
+        assert fit(Asking(rows), chat, limit)[0] == short
+
+
 def test_a_message_with_more_than_its_text_is_always_made_into_tokens() -> None:
     class Everything:
         def prompt_tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
             return (0,) * len(repr(messages))
+
+        def decode(self, token_ids: Sequence[int]) -> str:
+            return PROBE
 
     rows = [Question(f"q{i}", ({"role": "user", "content": "z" * i},)) for i in range(3)]
     rows[1] = Question("named", ({**rows[1].prompt[0], "name": "z" * 100},))
