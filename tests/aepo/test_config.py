@@ -187,3 +187,9 @@ def test_importing_the_configuration_imports_no_torch() -> None:
 def test_a_task_of_an_almost_right_name_is_said_before_its_data() -> None:
     with pytest.raises(ValueError, match=r"^task.name = 'file': expected facts, .*: did you mean 'files'\?$"):
         load_config(overrides=["task.name=file", "task.train=rows.jsonl"])
+
+
+def test_a_whole_number_where_a_number_or_a_word_may_stand() -> None:
+    alpha = load_config(overrides=["rollout.branch_alpha=1"]).rollout.branch_alpha
+    assert (alpha, type(alpha)) == (1.0, float)
+    assert load_config(overrides=["rollout.branch_alpha=uniform"]).rollout.branch_alpha == "uniform"

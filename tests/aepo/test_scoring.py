@@ -340,3 +340,19 @@ def test_the_first_function_decides_success_whatever_its_name() -> None:
     scorer = Scorer({named("zero", 0.0): 1.0, named("alpha", 1.0): 1.0}, CharacterFormat())
     [scored] = scorer.score([tree_of(QUESTION, ["{7}"])])
     assert (scored.rewards[0].total, scored.rewards[0].success) == (1.0, False)
+
+
+def test_what_two_judges_say_is_kept_apart() -> None:
+    """Also where the order of the functions is not that of their names."""
+
+    async def seven(question: Question, response: Response) -> float:
+        return float(response.answer == "7")
+
+    async def always(question: Question, response: Response) -> float:
+        return 0.25
+
+    [scored] = scorer_of(ToyTask(seven, always)).score([tree_of(QUESTION, ["{7}", "{8}"])])
+    assert [(r.components["seven"], r.components["always"], r.success) for r in scored.rewards] == [
+        (1.0, 0.25, True),
+        (0.0, 0.25, False),
+    ]
