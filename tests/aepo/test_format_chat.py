@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from format_templates import CHATML, GEMMA, HERMES_TAGS, QWEN, QWEN3, family, tokenizer
+from format_templates import CHATML, DROPS_THINKING, FAMILIES, GEMMA, HERMES_TAGS, QWEN, QWEN3, family, tokenizer
 
 from aepo.agents.formats.chat import ChatTemplateFormat
-from aepo.agents.formats.chat_template import assistant, tool_result, user
+from aepo.agents.formats.chat_template import ChatTemplate, assistant, tool_result, user
 from aepo.agents.protocol import AgentError
 from aepo.types import ToolCall, ToolResult
 
@@ -70,9 +70,7 @@ def make(name: str, schemas=SCHEMAS, **settings) -> ChatTemplateFormat:
 
 
 def eos_ids(name: str) -> list[int]:
-    """Of the model: one of GLM ends its turns with the role that is next."""
-    toy = family(name)
-    return toy.convert_tokens_to_ids(["<|user|>", "<|observation|>"]) if name == "glm" else [toy.eos_token_id]
+    return [family(name).eos_token_id]
 
 
 def rendered(name: str, messages, *, generate: bool = True) -> str:
@@ -183,10 +181,10 @@ def test_the_parser_is_the_one_that_reads_what_the_template_writes() -> None:
 
 def test_warnings_name_what_a_chat_server_renders_in_another_way() -> None:
     assert make("qwen").warnings == make("qwen3").warnings == make("qwen3_coder").warnings == ()
-    assert [line[:63] for line in make("drops_thinking").warnings] == [
-        "the chat template begins a turn with '|im_end|>\\n<|im_start|>as",
+    assert make("drops_thinking").warnings == (
+        "the chat template begins a turn with '<think>\\n', which it leaves out of earlier turns",
         "the chat template drops the thinking of earlier turns",
-    ]
+    )
     (line,) = make("llama3").warnings
     assert "leaves out what a turn says beside its calls" in line
     assert any("ids of calls" in line for line in make("mistral").warnings)
@@ -194,6 +192,18 @@ def test_warnings_name_what_a_chat_server_renders_in_another_way() -> None:
     toy = tokenizer(rewriting, CHATML, HERMES_TAGS, eos="<|im_end|>")
     (line,) = ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS).warnings
     assert "another way once another one follows" in line
+    moving = QWEN.replace("{%- if tools %}", "{%- if tools and messages | length == 1 %}")
+    toy = tokenizer(moving, CHATML, HERMES_TAGS, eos="<|im_end|>")
+    (line,) = ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS).warnings
+    assert line == "the chat template renders a question in another way once a turn follows"
+
+
+def test_what_is_left_out_of_earlier_turns_is_whole() -> None:
+    """<think> and <tool_call>, which follows it in earlier turns here, begin with the same letters."""
+    silent = DROPS_THINKING.replace("{{- content }}", "").replace("if loop.index0 or content", "if loop.index0")
+    toy = tokenizer(silent, CHATML, HERMES_TAGS, eos="<|im_end|>")
+    line, *_ = ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS).warnings
+    assert line == "the chat template begins a turn with '<think>\\n', which it leaves out of earlier turns"
 
 
 def read(chat: ChatTemplateFormat, toy, text: str, reason: str = "eos"):
@@ -273,6 +283,27 @@ def test_a_turn_that_was_cut_off_neither_calls_nor_answers(reason: str) -> None:
     assert (turn.text, turn.calls, turn.answered, turn.well_formed) == (text, (), False, False)
 
 
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"mistral"}))
+def test_a_turn_of_nothing_but_control_tokens_and_tags_is_not_well_formed(name: str) -> None:
+    toy = family(name)
+    chat = make(name, **({"calls": "hermes"} if name == "gemma" else {}))
+    header = next(token for token in ("<|im_start|>", "<|start_header_id|>", "<|system|>", "<start_of_turn>")
+                  if token in toy.get_vocab())  # fmt: skip
+    tags = ["</think>"] if name == "llama3" else ["</think>", "</tool_call>", "</tool_response>"]
+    if name == "qwen3_coder":
+        tags += ["</function>", "</parameter></function>\n</tool_call>"]
+    thought = "</think>" if chat.template.opens_thinking else ""
+    end = toy.convert_ids_to_tokens(chat.eos_ids[0])
+    for text in ("", header, *tags, f"{tags[-1]}\n{header}", tags[-1] * 2):
+        turn = read(chat, toy, f"{thought}{text}{end}")
+        assert (turn.calls, turn.answered, turn.well_formed) == ((), True, False), text
+    for text in ("4", "</div>", f"4{tags[-1]}"):
+        assert read(chat, toy, f"{thought}{text}{end}").well_formed, text
+    without = make(name, ())
+    assert not read(without, toy, f"{thought}{header}{end}").well_formed
+    assert read(without, toy, f"{thought}4{end}").well_formed
+
+
 def test_a_call_that_cannot_be_read_gets_an_answer_too() -> None:
     chat, toy = make("qwen"), family("qwen")
     turn = read(chat, toy, "<tool_call>\nsearch\n</tool_call><|im_end|>")
@@ -311,6 +342,31 @@ def test_the_end_of_turn_ends_segments_too() -> None:
     assert chat.eos_ids == tuple(sorted((end_of_turn, eos)))
     assert chat.stop_strings == ()
     assert read(chat, toy, "4<end_of_turn>").text == "4"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_family_has_other_ends_than_those_of_its_turns(name: str) -> None:
+    """Whatever the model's configuration knows; a turn of GLM has no end, its model stops at the role that is next."""
+    ends = {"glm": ["<|user|>", "<|observation|>"], "llama3": ["<|eot_id|>"], "gemma": ["<end_of_turn>"]}
+    toy, expected = family(name), ends.get(name) or ["</s>" if name == "mistral" else "<|im_end|>"]
+    template = ChatTemplate(toy, SCHEMAS, hermes=name == "gemma")
+    for known in ([], toy.convert_tokens_to_ids(expected[:1]), toy.convert_tokens_to_ids(expected)):
+        assert template.turn_ends(known) == tuple(sorted(toy.convert_tokens_to_ids(expected)))
+    other = toy.convert_tokens_to_ids("A")
+    assert template.turn_ends([other]) == tuple(sorted([other, *toy.convert_tokens_to_ids(expected)]))
+
+
+def test_an_end_that_the_last_turn_lacks_is_found() -> None:
+    toy = tokenizer(
+        QWEN.replace(
+            "        {{- '<|im_end|>\\n' }}\n    {%- elif message.role == 'tool'",
+            "        {%- if not loop.last %}{{- '<|im_end|>\\n' }}{%- endif %}\n    {%- elif message.role == 'tool'",
+        ),
+        CHATML, HERMES_TAGS, eos="<|endoftext|>",
+    )  # fmt: skip
+    assert ChatTemplate(toy).render([user("a"), assistant("b")]).endswith("b")
+    chat = ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS)
+    assert chat.eos_ids == tuple(sorted(toy.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])))
 
 
 def test_a_turn_that_ends_with_the_models_own_token_needs_no_other() -> None:
@@ -397,7 +453,15 @@ UNENDING = QWEN.replace("<|im_end|>", "").replace("<|im_start|>", "\n")
         (lambda: family("qwen"), {"answer": "box"}, "format.answer = 'box': expected one of auto, tag, boxed, turn"),
         (lambda: tokenizer(None, CHATML, name="bare"), {}, "tokenizer bare: expected a chat template, it has none"),
         (lambda: tokenizer(UNENDING, name="endless"), {}, "the chat template of endless ends no turn with a token"),
-        (lambda: tokenizer(FORGETS_RESULTS, CHATML, eos="<|im_end|>"), {}, "does not show results of tools"),
+        (
+            lambda: tokenizer(FORGETS_RESULTS, CHATML, eos="<|im_end|>"), {},
+            "does not show results of tools: 'resultprobe0x' and 'resultprobe1x' became '\\n<|im_start|>user",
+        ),
+        (
+            lambda: tokenizer(UNENDING, CHATML, eos="<|endoftext|>"), {},
+            "has no token that ends a turn with a call: from there to the result it writes "
+            "'\"}}\\n</tool_call>\\n\\nuser\\n<tool_response>\\n'; set format.name=tags",
+        ),
         (lambda: tokenizer("{{ raise_exception('no\nway') }}", CHATML, name="no"), {}, "of no refuses a dialogue"),
     ],
 )  # fmt: skip
