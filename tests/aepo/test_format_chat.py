@@ -8,7 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from format_templates import CHATML, DROPS_THINKING, FAMILIES, GEMMA, HERMES_TAGS, QWEN, QWEN3, family, tokenizer
+from format_templates import (
+    CHATML,
+    DROPS_THINKING,
+    FAMILIES,
+    GEMMA,
+    GLM,
+    GLM_ROLES,
+    HERMES_TAGS,
+    QWEN,
+    QWEN3,
+    family,
+    tokenizer,
+)
 
 from aepo.agents.formats.chat import ChatTemplateFormat
 from aepo.agents.formats.chat_template import ChatTemplate, assistant, tool_result, user
@@ -192,8 +204,7 @@ def test_warnings_name_what_a_chat_server_renders_in_another_way() -> None:
     toy = tokenizer(rewriting, CHATML, HERMES_TAGS, eos="<|im_end|>")
     (line,) = ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS).warnings
     assert "another way once another one follows" in line
-    moving = QWEN.replace("{%- if tools %}", "{%- if tools and messages | length == 1 %}")
-    toy = tokenizer(moving, CHATML, HERMES_TAGS, eos="<|im_end|>")
+    toy = tokenizer(MOVES_TOOLS, CHATML, HERMES_TAGS, eos="<|im_end|>")
     (line,) = ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS).warnings
     assert line == "the chat template renders a question in another way once a turn follows"
 
@@ -356,6 +367,18 @@ def test_no_family_has_other_ends_than_those_of_its_turns(name: str) -> None:
     assert template.turn_ends([other]) == tuple(sorted([other, *toy.convert_tokens_to_ids(expected)]))
 
 
+@pytest.mark.parametrize(
+    ("template", "special", "ends"),
+    [(QWEN, CHATML, ["<|im_end|>"]), (GLM, ("<|endoftext|>", *GLM_ROLES), ["<|user|>", "<|observation|>"])],
+)
+def test_an_end_of_the_whole_dialogue_is_none_of_a_turn(template: str, special, ends) -> None:
+    """As that of Phi 3 writes it."""
+    whole = template + "{%- if not add_generation_prompt %}{{- '<|endoftext|>' }}{%- endif %}"
+    toy = tokenizer(whole, special, HERMES_TAGS, eos="<|endoftext|>")
+    chat = ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS)
+    assert chat.eos_ids == tuple(sorted(toy.convert_tokens_to_ids(["<|endoftext|>", *ends])))
+
+
 def test_an_end_that_the_last_turn_lacks_is_found() -> None:
     toy = tokenizer(
         QWEN.replace(
@@ -440,6 +463,7 @@ def test_descriptions_of_tools_stay_letters() -> None:
 
 
 FORGETS_RESULTS = QWEN.replace("+ message.content + '\\n</tool_response>'", "}}{{ ''")
+MOVES_TOOLS = QWEN.replace("{%- if tools %}", "{%- if tools and messages | length == 1 %}")
 UNENDING = QWEN.replace("<|im_end|>", "").replace("<|im_start|>", "\n")
 
 
@@ -449,6 +473,10 @@ UNENDING = QWEN.replace("<|im_end|>", "").replace("<|im_start|>", "\n")
         (lambda: family("gemma"), {}, "does not show tools (search, add-two.v1); set format.name=tags, or"),
         (lambda: family("mistral"), {}, "did not read the call that the chat template of mistral wrote as '[TOOL"),
         (lambda: family("qwen"), {"calls": "qwen3_coder"}, "format.calls = 'qwen3_coder': qwen3_coder did not read"),
+        (
+            lambda: tokenizer(MOVES_TOOLS, CHATML, eos="<|im_end|>"), {"calls": "qwen3_coder"},
+            "the chat template of toy wrote as '<|im_end|>\\n<|im_start|>assistant\\n<tool_call>",
+        ),
         (lambda: family("qwen"), {"calls": "hermse"}, "format.calls = 'hermse': expected auto, hermes"),
         (lambda: family("qwen"), {"answer": "box"}, "format.answer = 'box': expected one of auto, tag, boxed, turn"),
         (lambda: tokenizer(None, CHATML, name="bare"), {}, "tokenizer bare: expected a chat template, it has none"),
