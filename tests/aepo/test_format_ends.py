@@ -83,3 +83,10 @@ def test_a_turn_of_nothing_but_control_tokens_and_tags_is_not_well_formed(name: 
     without = make(name, ())
     assert not read(without, toy, f"{thought}{header}{end}").well_formed
     assert read(without, toy, f"{thought}4{end}").well_formed
+
+
+def test_special_tokens_of_spaces_cost_no_time() -> None:
+    """120 spaces are ones and pairs in 10^24 ways: an expression that tries them all does not end."""
+    toy = tokenizer(QWEN, (*CHATML, "  "), HERMES_TAGS, eos="<|im_end|>")
+    chat = ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS)
+    assert read(chat, toy, f"<|im_start|>{'  ' * 60}4<|im_end|>").well_formed

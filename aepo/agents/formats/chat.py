@@ -65,7 +65,8 @@ class ChatTemplateFormat:
         self._opens_thinking = {self.template.opens_thinking}  # of first turns, and of those that follow results
         self.calls: str | None = None  # the name of the parser
         self.warnings: tuple[str, ...] = ()
-        marks = {THINK, END_THINK, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)}
+        special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        marks = {THINK, END_THINK, *(text for text in special if text.strip())}
         if schemas:
             marks.update(written_tags(self.template, next(iter(self._schemas))))
         self._says_nothing = re.compile(f"(?:\\s|{'|'.join(map(re.escape, sorted(marks)))})*")
