@@ -498,7 +498,7 @@ def _apply(changes: Sequence[tuple[str, Any, str]]) -> Config:
     known = {entry.name: entry for entry in all_keys()}
     for name, _, where in changes:
         if name not in known:
-            raise ValueError(f"unknown key {name!r}{where}{_suggestion(name, list(known))}; `aepo keys` lists all keys")
+            raise ValueError(f"unknown key {name!r}{where}{_suggestion(name, _names())}; `aepo keys` lists all keys")
     sections: dict[str, Any] = {}
     last = {name: (value, where) for name, value, where in changes}  # lists and mappings are replaced as a whole
     for name, (value, where) in last.items():
@@ -526,12 +526,21 @@ def _flatten(content: Any, path: str) -> Iterator[tuple[str, Any]]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected sections with keys, got {type(content).__name__}")
     sections = [item.name for item in dataclasses.fields(Config)]
+    known = [*sections, *_names()]
     for section, settings in content.items():
         if section not in sections:
-            raise ValueError(f"unknown section {section!r} (in {path}){_suggestion(str(section), sections)}")
+            above, _, name = str(section).partition(".")
+            hint = f": expected {name!r} below {above!r}" if section in _names() else _suggestion(str(section), known)
+            raise ValueError(f"unknown section {section!r} (in {path}){hint}")
         if not isinstance(settings, dict):
             raise ValueError(f"section {section!r} (in {path}): expected keys below it, got {settings!r}")
         yield from ((f"{section}.{name}", value) for name, value in settings.items())
+
+
+def _names() -> list[str]:
+    """Every dotted key, and the keys of a setting that its help gives as an example: {enable_thinking: false}."""
+    examples = [f"{entry.name}.{name}" for entry in all_keys() for name in re.findall(r"\{(\w+):", entry.help)]
+    return [*(entry.name for entry in all_keys()), *examples]
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:

@@ -83,6 +83,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("vllm.dtype=float64", "expected one of float32, bfloat16, float16 or null"),
         ("train.steps", "expected section.key=value"),
         ("train.steps=[1", "override 'train.steps=[1': cannot be read as YAML: did not find expected ',' or ']'"),
+        ("format.enable_thinking=false", ": did you mean 'format.chat_template_kwargs.enable_thinking'?"),
         ("format.chat_template_kwarg.a=1", "unknown key 'format.chat_template_kwarg.a': did you mean 'format.chat_te"),
         ("format.chat_template_kwargs=false", "format.chat_template_kwargs = False: expected keys with values"),
         ("task.options.a=${nowhere}", "cannot be read as YAML: Interpolation key 'nowhere' not found"),
@@ -134,7 +135,13 @@ def test_old_log_probs_follow_the_engine() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("trian:\n  steps: 1\n", "unknown section 'trian'"),
+        ("trian:\n  steps: 1\n", "unknown section 'trian' (in"),
+        ("trian:\n  steps: 1\n", ": did you mean 'train'?"),
+        ("chat_template_kwargs: {a: 1}\n", ": did you mean 'format.chat_template_kwargs'?"),
+        ("enable_thinking: false\n", ": did you mean 'format.chat_template_kwargs.enable_thinking'?"),
+        ("format: {enable_thinking: false}\n", ": did you mean 'format.chat_template_kwargs.enable_thinking'?"),
+        ("train.steps: 3\n", "unknown section 'train.steps' (in"),
+        ("train.steps: 3\n", ": expected 'steps' below 'train'"),
         ("train: 3\n", "section 'train'"),
         ("train:\n  stepz: 3\n", "did you mean 'train.steps'"),
         ("- 1\n", "expected sections with keys"),
