@@ -56,6 +56,16 @@ def test_an_end_that_the_last_turn_lacks_is_found() -> None:
     assert chat.eos_ids == tuple(sorted(toy.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])))
 
 
+def test_a_template_of_one_question() -> None:
+    toy = family("qwen")
+    toy.chat_template = (
+        "{%- if messages|selectattr('role', 'equalto', 'user')|list|length > 1 %}{{- raise_exception('one') }}"
+        "{%- endif %}" + QWEN
+    )
+    chat = ChatTemplateFormat(toy, len(toy), [toy.convert_tokens_to_ids("A")], SCHEMAS)
+    assert toy.convert_tokens_to_ids("<|im_end|>") in chat.eos_ids
+
+
 def test_a_turn_that_ends_with_the_models_own_token_needs_no_other() -> None:
     toy = tokenizer(
         QWEN.replace("'<|im_end|>\\n'", "'<|endoftext|><|im_end|>\\n'"), CHATML, HERMES_TAGS, eos="<|im_end|>"

@@ -114,7 +114,11 @@ class ChatTemplate:
         return tuple(sorted(known))
 
     def _behind(self, word: str, before: str, dialogue: Sequence[Message]) -> str:
-        return self.render(dialogue).partition(word)[2].partition(before)[0]
+        try:
+            text = self.render(dialogue)
+        except TemplateRefused:  # it need not take a second question
+            text = self.render(dialogue[:-1])
+        return text.partition(word)[2].partition(before)[0]
 
     def _add_end(self, known: set[int], turn: str, followed: str) -> None:
         """turn, followed: what is behind a word of the model's, without and with a next message."""
