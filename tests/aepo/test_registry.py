@@ -190,9 +190,12 @@ def test_modules_that_raise_when_they_are_looked_at(folder: Path) -> None:
     expected = r"^a.setting = 'closed:VALU': 'VALU' of closed failed: KeyError: 'VALU' \(closed.py, line 2\)$"
     with pytest.raises(ValueError, match=expected):
         resolve("closed:VALU", "a.setting")
-    (folder / "holding.py").write_text(f"{HOSTILE}\nraising.__dict__['__module__'] = 3\n")
-    with pytest.raises(ValueError, match=r"holding has no 'functio'; has function, "):
-        resolve("holding:functio", "a.setting")
+    (folder / "shy.py").write_text(
+        "class Shy:\n    def __getattr__(self, name):\n        raise ERRORS.get(name, KeyError)\n"
+    )
+    (folder / "shy.py").open("a").write("ERRORS = {'x': AttributeError}\nshy = Shy()\n")
+    with pytest.raises(ValueError, match=r"^a.setting = 'shy:shy.x': Shy has no 'x'; has none$"):
+        resolve("shy:shy.x", "a.setting")
 
 
 def test_the_command_line_says_it_before_the_model_is_made(folder: Path) -> None:
