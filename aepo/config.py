@@ -112,6 +112,9 @@ class TaskConfig(Section):
             value = getattr(self, setting)
             if value not in (None, {}) and self.name != "files":
                 raise ValueError(f"task.{setting} = {value!r}: expected task.name = files with it, got {self.name!r}")
+        for role, column in self.columns.items():
+            if not isinstance(column, str):
+                raise ValueError(f"task.columns.{role} = {column!r}: expected the name of a column")
         if self.options and self.name in ("facts", "files"):
             raise ValueError(f"task.options = {self.options!r}: expected none with task.name = {self.name}")
 
@@ -460,16 +463,28 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         name, equals, _ = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r}: expected section.key=value, for example train.steps=20")
+        setting = ".".join(name.split(".")[:2])
+        if setting in keyed and not _KEYS.fullmatch(name.removeprefix(setting)):
+            raise ValueError(
+                f"override {override!r}: expected names between dots behind {setting}, without brackets and quotes; "
+                f"other keys are written {setting}='{{key: value}}'"
+            )
         with _yaml_of(f"override {override!r}"):
             given = OmegaConf.from_dotlist([override])
             OmegaConf.resolve(given)
-        setting = ".".join(name.split(".")[:2])
+            value: Any = OmegaConf.to_container(given, throw_on_missing=True)
+        for part in setting.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
         if setting != name and setting in keyed:  # one of its keys: the others stay
             before = [value for known, value, _ in changes if known == setting and isinstance(value, Mapping)]
-            changes += [(setting, OmegaConf.merge(*before[-1:], OmegaConf.select(given, setting)), "")]
+            changes += [(setting, OmegaConf.to_container(OmegaConf.merge(*before[-1:], value)), "")]
         else:
-            changes += [(name, OmegaConf.select(given, name), "")]
+            changes += [(name, value, "")]
     return _apply(changes)
+
+
+_KEYS = re.compile(r"(\.(?! )([^.\[\]\"'\\]|\\\.)+(?<! ))*")
+"""Behind a setting that has keys: .key.key; a dot of a key's own is written \\."""
 
 
 @contextlib.contextmanager
@@ -502,6 +517,8 @@ def _apply(changes: Sequence[tuple[str, Any, str]]) -> Config:
     sections: dict[str, Any] = {}
     last = {name: (value, where) for name, value, where in changes}  # lists and mappings are replaced as a whole
     for name, (value, where) in last.items():
+        if left := next((text for text in _texts(value) if "${" in text), None):  # it would be looked up once more
+            raise ValueError(f"{name}{where}: expected texts without '${{', got {left!r}")
         section, _, setting = name.partition(".")
         before = sections.get(section, OmegaConf.structured(typing.get_type_hints(Config)[section]))
         hint = _hint(section, setting)
@@ -516,6 +533,15 @@ def _apply(changes: Sequence[tuple[str, Any, str]]) -> Config:
             raise ValueError(f"{name} = {value!r}{where}: expected {known[name].expected}{hint}") from None
     made: dict[str, Any] = {section: OmegaConf.to_object(settings) for section, settings in sections.items()}
     return Config(**made)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All in it."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (Mapping, Sequence)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)
 
 
 def _hint(section: str, setting: str) -> Any:

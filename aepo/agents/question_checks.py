@@ -76,7 +76,7 @@ def check_questions(agent: Agent, questions: Sequence[Question], split: Split, c
 def one_of_each_row(questions: Sequence[Question]) -> list[Question]:
     """The first question; of a list or tuple, the first with each set of columns."""
     if not isinstance(questions, (list, tuple)):
-        return list(questions[:1])
+        return [questions[0]] if len(questions) else []  # one of the user's own need know no slices
     firsts: dict[tuple[str, ...], Question] = {}
     for question in questions:
         firsts.setdefault(tuple(question.data), question)

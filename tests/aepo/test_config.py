@@ -37,6 +37,8 @@ def test_one_key_of_a_setting_that_has_keys(tmp_path: Path) -> None:
     assert load_config(tmp_path / "config.yaml") == config
     replaced = load_config(file, [f"{name}={{a: 1}}", f"{name}.b=2"])
     assert replaced.format.chat_template_kwargs == {"a": 1, "b": 2}
+    replaced = load_config(overrides=[f"{name}.a\\.b=1", f"{name}.c d-e.0=2"])
+    assert replaced.format.chat_template_kwargs == {"a.b": 1, "c d-e": {"0": 2}}
     own = load_config(overrides=["task.name=mine:Task", "task.options.data.sums.size=3", "task.options.data.seed=1"])
     assert own.task.options == {"data": {"sums": {"size": 3}, "seed": 1}}
 
@@ -88,6 +90,21 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("format.chat_template_kwargs=false", "format.chat_template_kwargs = False: expected keys with values"),
         ("task.options.a=${nowhere}", "cannot be read as YAML: Interpolation key 'nowhere' not found"),
         ("run.dir=${nowhere}", "cannot be read as YAML: Interpolation key 'nowhere' not found"),
+        ("run.dir=???", "cannot be read as YAML: Missing mandatory value: dir"),
+        ("run.dir=\\${seed}", "run.dir: expected texts without '${', got '${seed}'"),
+        *(
+            (f"format.chat_template_kwargs{given}", expected)
+            for given, expected in {
+                ".a=???": "cannot be read as YAML: Missing mandatory value: a",
+                "={a: [{b: '???'}]}": "cannot be read as YAML: Missing mandatory value: b",
+                ".a=\\${x}": "format.chat_template_kwargs: expected texts without '${', got '${x}'",
+                "={a: [{b: '\\${x}'}]}": "format.chat_template_kwargs: expected texts without '${', got '${x}'",
+            }.items()
+        ),
+        *(
+            (f"task.options.{keys}=1", "expected names between dots behind task.options, without brackets and quotes")
+            for keys in ("a[0]", "a[b]", '"a.b"', "'a'", "", ".a", "a.", "a..b", " a", "a ")
+        ),
     ],
 )
 def test_a_wrong_override_says_what_is_right(override: str, expected: str) -> None:
@@ -95,6 +112,14 @@ def test_a_wrong_override_says_what_is_right(override: str, expected: str) -> No
         load_config(overrides=[override])
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override", ["task.columns.prompt=[q]", "task.columns={prompt: [q]}", "task.columns.prompt.x=1"]
+)
+def test_a_column_that_is_no_name(override: str) -> None:
+    with pytest.raises(ValueError, match=r"^task\.columns\.prompt = .*: expected the name of a column$"):
+        load_config(overrides=["task.name=files", override])
 
 
 def test_what_the_hints_say_to_set_can_be_set() -> None:

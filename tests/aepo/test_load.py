@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from door_toys import FILES, OWN, SMALL, aepo, own_modules, save_chat_model, wri
 
 from aepo.agents.agent import Agent
 from aepo.agents.protocol import AgentError
+from aepo.agents.question_checks import one_of_each_row
 from aepo.agents.remembered import MEANT_BY, agent_facts, agent_parts, changes, not_as_recorded
 from aepo.agents.rewards.builtin import BUILTIN
 from aepo.cli_shared import described
@@ -301,6 +303,162 @@ def test_what_a_tool_says_itself(model: LanguageModel) -> None:
 def test_what_a_tool_says_wrongly(model: LanguageModel, identity: Any) -> None:
     with pytest.raises(ValueError, match=r"^tool told: identity = .*: expected JSON values by name: "):
         facts_of(model, identity)
+
+
+OWN_TASK = """
+import collections
+import numpy as np
+from aepo.agents.protocol import Task
+from aepo.types import Question
+
+ROWS = [Question(f"q{{i}}", f"What is {{i}}?", i) for i in range(6)]
+
+
+class Lazy:
+    count, most, made = 6, 6, []
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        self.made.append(index)
+        if type(index) is not int:
+            raise TypeError("an int")
+        if index >= self.most:
+            raise IndexError(index)
+        return ROWS[index % 6]
+
+
+class Lying(Lazy):
+    count = 9
+
+
+class Endless(Lazy):
+    most = 10**9
+
+
+class Short(list):
+    def __len__(self):
+        return 9
+
+
+def fair(question, response):
+    return 1.0
+
+
+class Own(Task):
+    train = heldout = ROWS
+
+    def reward(self, question, response):
+        return 1.0
+    {body}
+"""
+
+
+def own_task(home: Path, body: str, model: LanguageModel, *settings: str) -> Agent:
+    shutil.rmtree(home / "__pycache__", ignore_errors=True)
+    sys.modules.pop("own", None)
+    (home / "own.py").write_text(OWN_TASK.format(body=body))
+    return load_agent(load_config(None, ["task.name=own:Own", "model.name=x", *settings]), model)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("(one for one in ROWS)", "train: expected a list of questions, or what has len() and [index], got generator"),
+        ("set(ROWS[:0])", "train: expected a list of questions, or what has len() and [index], got set"),
+        ("{'a': ROWS}", "train: expected a list of questions, or what has len() and [index], got dict"),
+        ("'a text'", "train: expected a list of questions, or what has len() and [index], got str"),
+        ("None", "train: expected a list of questions, or what has len() and [index], got NoneType"),
+        ("[*ROWS, {'prompt': 'a'}]", "train[6]: expected a Question, got dict {'prompt': 'a'}"),
+        ("np.array(['a', 'b'])", "train[0]: expected a Question, got str_ "),
+        ("[Question(['a'], 'b')]", "train[0], question ['a']: id = ['a']: expected text, got list"),
+        ("[Question('1', 'b'), Question(1, 'b')]", "train[1], question 1: id = 1: expected text, got int"),
+        ("[Question('a', None)]", "train[0], question 'a': prompt = None: expected text or messages, got NoneType"),
+        ("[Question('a', ['b'])]", "train[0], question 'a': prompt = ['b']: expected text or messages, got list"),
+        ("[Question('a', 'b', 1, '', None)]", "train[0], question 'a': data = None: expected columns by name, got"),
+        ("Lying()", "train[8] failed: IndexError: 8 (own.py, line "),
+        ("Short(ROWS)", "train: expected the 9 questions that its len() says, got 6"),
+        ("property(lambda self: 1 / 0)", "train failed: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_questions_of_ones_own_that_are_none(home: Path, model: LanguageModel, train: str, message: str) -> None:
+    with pytest.raises(AgentError) as caught:
+        own_task(home, f"train = {train}", model)
+    assert str(caught.value).startswith(f"task Own: {message}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("train", ["Lazy()", "Endless()", "collections.deque(ROWS)", "np.array(ROWS, dtype=object)"])
+def test_sequences_of_ones_own(home: Path, model: LanguageModel, train: str) -> None:
+    """Without slices, and where asking for a question beyond the last one is no error: as many as len() says."""
+    agent = own_task(home, f"train = {train}", model, "task.environment=mine:World")
+    assert [question.id for question in one_of_each_row(agent.task.train)] == ["q0"]
+    in_a_list = own_task(home, "train = list(ROWS)", model)
+    assert agent.task.identity == in_a_list.task.identity
+    agent.close()
+    in_a_list.close()
+
+
+def test_of_a_lazy_sequence_the_first_and_the_last_question_are_made(home: Path, model: LanguageModel) -> None:
+    agent = own_task(home, "train = Lazy()", model)
+    assert set(sys.modules["own"].Lazy.made) == {0, 5}
+    agent.close()
+    sys.modules["own"].ROWS[3] = "no question"
+    with pytest.raises(AgentError, match=r"^task Own: train\[3\]: expected a Question, got str 'no question'$"):
+        _ = agent.task.identity
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("'hello'", "expected one message or more, got str 'hello'"),
+        ("()", "expected one message or more, got tuple ()"),
+        ("None", "expected one message or more, got NoneType None"),
+        ("question.messages[0]", "expected one message or more, got dict {"),
+        ("(message for message in question.messages)", "expected one message or more, got generator"),
+        ("[{'role': 'user'}]", "expected content in message 1 of 1, got {'role': 'user'}"),
+        ("[*question.messages, {'role': 'user', 'content': 5}]", "expected content in message 2 of 2, got {'role'"),
+        ("1 / 0", "failed: ZeroDivisionError: division by zero (own.py, line "),
+    ],
+)
+def test_messages_that_say_nothing(home: Path, model: LanguageModel, messages: str, message: str) -> None:
+    body = "def messages(self, question, *, chat):\n        "
+    body += f"return {messages} if question.id == 'q4' else question.messages"
+    for settings in ([], ["format.name=tags"]):
+        with pytest.raises(AgentError) as caught:
+            own_task(home, body, model, *settings)
+        assert str(caught.value).startswith(f"task Own: messages of question 'q4' {message}".replace("' exp", "': exp"))
+
+
+def test_messages_that_need_no_content(home: Path, model: LanguageModel) -> None:
+    """Calls of a tool have none, and what an environment says at the start comes behind the last message."""
+    call = "{'role': 'assistant', 'tool_calls': [{'function': {'name': 'add', 'arguments': {}}}]}"
+    body = "def messages(self, question, *, chat):\n        return [*question.messages, "
+    own_task(home, f"{body}{call}, *question.messages]", model).close()
+    own_task(home, f"{body}{{'role': 'user'}}]", model, "task.environment=mine:World").close()
+    with pytest.raises(AgentError, match="expected content in message 2 of 3"):
+        own_task(home, f"{body}{{'role': 'user'}}, *question.messages]", model, "task.environment=mine:World")
+    own_task(home, "train = [Question('a', ())]\n" + f"    {body}{{'role': 'user', 'content': 'b'}}]", model).close()
+
+
+def test_answers_that_built_in_rewards_cannot_read(home: Path, model: LanguageModel) -> None:
+    for answer in ("np.array([1, 2])", "[1, np.array([1, 2])]"):
+        train = f"train = [*ROWS, Question('a', 'b', {answer})]"
+        with pytest.raises(AgentError) as caught:
+            own_task(home, train, model, "task.rewards=[own:fair, math]")
+        expected = "expected text, a number or a list of these for the reward math, got "
+        assert str(caught.value).startswith(f"task Own: train: answer of question 'a': {expected}")
+        own_task(home, train, model).close()  # a reward of ones own may
+    own_task(home, "train = [Question('a', 'b', np.float64(2))]", model, "task.rewards=math").close()
+
+
+def test_a_large_task_takes_no_time(home: Path, model: LanguageModel) -> None:
+    """100,000 questions: 0.4 s (one core of a 2-core AMD EPYC VM); here a tenth of it."""
+    own_task(home, "train = ROWS * 10", model).close()
+    start = time.process_time()
+    own_task(home, "train = [Question(str(i), 'b', i) for i in range(10_000)]", model).close()
+    assert time.process_time() - start < 5
 
 
 def test_a_task_derived_from_another_has_its_own_name(home: Path) -> None:
