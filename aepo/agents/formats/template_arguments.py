@@ -32,11 +32,11 @@ class _Generation(Extension):
 
 
 def own_arguments(source: str, tokens: Iterable[str] = ()) -> dict[str, bool]:
-    """Names that the template may read of its arguments and is not given anyway, ascending; True: it reads the name
-    before it sets it, if it does. tokens: names of special tokens that the tokenizer has beside the usual ones.
-    ValueError: it is no Jinja template.
+    """Names that the template may look up in its arguments and is not given anyway, ascending. True: it surely does;
+    False: it sets the name before it reads it. tokens: names of special tokens that the tokenizer has beside the usual
+    ones. ValueError: it is no Jinja template.
 
-    Jinja also looks up a name that is set in some branches only: whether such a one is ever read unset is not known.
+    Jinja looks up a name that is set in some branches only, and whether it is ever read unset is not known.
     """
     environment = Environment(extensions=["jinja2.ext.loopcontrols", _Generation])
     try:
@@ -49,7 +49,7 @@ def own_arguments(source: str, tokens: Iterable[str] = ()) -> dict[str, bool]:
         raise ValueError(f"the chat template cannot be parsed: line {getattr(error, 'lineno', '?')}: {error}") from None
     except RecursionError:  # rendering it would fail, too
         raise ValueError("the chat template cannot be parsed: an expression in it is nested too deeply") from None
-    return {name: first.get(name, True) for name in sorted(looked_up - GIVEN - set(environment.globals) - set(tokens))}
+    return {name: first.get(name, True) for name in sorted(looked_up - GIVEN - set(tokens))}
 
 
 def _names(node: nodes.Node) -> Iterator[nodes.Name]:
@@ -61,6 +61,4 @@ def _names(node: nodes.Node) -> Iterator[nodes.Name]:
         yield from _names(child)
 
 
-_VALUES: dict[type[nodes.Node], tuple[str, ...]] = {
-    nodes.Assign: ("node",), nodes.For: ("iter",), nodes.With: ("values",)
-}  # fmt: skip
+_VALUES: dict[type[nodes.Node], tuple[str, ...]] = {nodes.Assign: ("node",), nodes.For: ("iter",)}
