@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Collection
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -91,7 +92,8 @@ def train(
 
         aepo train --resume runs/demo train.steps=200
     """
-    from aepo.config import load_config
+    from aepo.config import load_config, named_settings
+    from aepo.run_log import read_facts
 
     with explained():
         if resume is None:
@@ -101,10 +103,10 @@ def train(
         else:
             if config is not None or overwrite:
                 raise ValueError("--resume continues a run with its own settings: expected no --config, no --overwrite")
+            read_facts(resume)
             settings = load_config(resume / "config.yaml", [*(overrides or ()), f"run.dir={resume}"])
             step = cli_shared.newest_step(resume) if from_step is None else from_step
-        another_agent = any(override.startswith(("task.", "format.")) for override in overrides or ())
-        _train(settings, step, overwrite, another_agent)
+        _train(settings, step, overwrite, named_settings(overrides or ()))
 
 
 app.command("eval")(cli_eval.evaluate)
@@ -235,11 +237,11 @@ def main() -> None:
     app()
 
 
-def _train(config: Config, resume_step: int | None, overwrite: bool, another_agent: bool) -> None:
+def _train(config: Config, resume_step: int | None, overwrite: bool, named: Collection[str]) -> None:
     from aepo.advantages import advantage_settings
     from aepo.own_loss import own_loss, try_own_loss
     from aepo.rollout.branching import branch_rule
-    from aepo.run_log import refuse_existing_run, remove_run
+    from aepo.run_log import naming_its_directory, refuse_existing_run, remove_run
 
     directory = Path(config.run.dir)  # what is wrong with it is said before minutes of work on the model
     advantage_settings(config.policy)
@@ -254,12 +256,12 @@ def _train(config: Config, resume_step: int | None, overwrite: bool, another_age
         if overwrite:
             remove_run(directory)
         refuse_existing_run(directory)
-    agent, language_model = cli_shared.load(config)
+    with naming_its_directory(None if resume_step is None else directory):
+        agent, language_model = cli_shared.load(config)
     with closing(agent):
         from aepo.trainer import Trainer
 
-        another = resume_step is not None and another_agent
-        Trainer(config, agent, language_model, resume_step=resume_step, another_agent=another).train()
+        Trainer(config, agent, language_model, resume_step=resume_step, named=named).train()
     typer.echo(f"finished: {directory}. Look at it with: aepo report {directory}")
 
 

@@ -101,7 +101,7 @@ class TaskConfig(Section):
     long_prompts: Literal["refuse", "drop"] = key(
         "refuse", "questions whose prompt fills the model's context: end the start and name them, or leave them out"
     )
-    success: float = key(1.0, "a path succeeds where its first reward is at least this")
+    success: float = key(1.0, "a path succeeds where the first reward that applies (docs/rewards.md) is at least this")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,6 +112,9 @@ class TaskConfig(Section):
             value = getattr(self, setting)
             if value not in (None, {}) and self.name != "files":
                 raise ValueError(f"task.{setting} = {value!r}: expected task.name = files with it, got {self.name!r}")
+        for role, column in self.columns.items():
+            if not isinstance(column, str):
+                raise ValueError(f"task.columns.{role} = {column!r}: expected the name of a column")
         if self.options and self.name in ("facts", "files"):
             raise ValueError(f"task.options = {self.options!r}: expected none with task.name = {self.name}")
 
@@ -460,16 +463,28 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         name, equals, _ = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r}: expected section.key=value, for example train.steps=20")
+        setting = ".".join(name.split(".")[:2])
+        if setting in keyed and not _KEYS.fullmatch(name.removeprefix(setting)):
+            raise ValueError(
+                f"override {override!r}: expected names between dots behind {setting}, without brackets and quotes; "
+                f"other keys are written {setting}='{{key: value}}'"
+            )
         with _yaml_of(f"override {override!r}"):
             given = OmegaConf.from_dotlist([override])
             OmegaConf.resolve(given)
-        setting = ".".join(name.split(".")[:2])
+            value: Any = OmegaConf.to_container(given, throw_on_missing=True)
+        for part in setting.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
         if setting != name and setting in keyed:  # one of its keys: the others stay
             before = [value for known, value, _ in changes if known == setting and isinstance(value, Mapping)]
-            changes += [(setting, OmegaConf.merge(*before[-1:], OmegaConf.select(given, setting)), "")]
+            changes += [(setting, OmegaConf.to_container(OmegaConf.merge(*before[-1:], value)), "")]
         else:
-            changes += [(name, OmegaConf.select(given, name), "")]
+            changes += [(name, value, "")]
     return _apply(changes)
+
+
+_KEYS = re.compile(r"(\.(?! )([^.\[\]\"'\\]|\\\.)+(?<! ))*")
+"""Behind a setting that has keys: .key.key; a dot of a key's own is written \\."""
 
 
 @contextlib.contextmanager
@@ -498,10 +513,12 @@ def _apply(changes: Sequence[tuple[str, Any, str]]) -> Config:
     known = {entry.name: entry for entry in all_keys()}
     for name, _, where in changes:
         if name not in known:
-            raise ValueError(f"unknown key {name!r}{where}{_suggestion(name, list(known))}; `aepo keys` lists all keys")
+            raise ValueError(f"unknown key {name!r}{where}{_suggestion(name, _names())}; `aepo keys` lists all keys")
     sections: dict[str, Any] = {}
     last = {name: (value, where) for name, value, where in changes}  # lists and mappings are replaced as a whole
     for name, (value, where) in last.items():
+        if left := next((text for text in _texts(value) if "${" in text), None):  # it would be looked up once more
+            raise ValueError(f"{name}{where}: expected texts without '${{', got {left!r}")
         section, _, setting = name.partition(".")
         before = sections.get(section, OmegaConf.structured(typing.get_type_hints(Config)[section]))
         hint = _hint(section, setting)
@@ -518,6 +535,15 @@ def _apply(changes: Sequence[tuple[str, Any, str]]) -> Config:
     return Config(**made)
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """All in it."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (Mapping, Sequence)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)
+
+
 def _hint(section: str, setting: str) -> Any:
     return typing.get_type_hints(typing.get_type_hints(Config)[section])[setting]
 
@@ -526,12 +552,21 @@ def _flatten(content: Any, path: str) -> Iterator[tuple[str, Any]]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected sections with keys, got {type(content).__name__}")
     sections = [item.name for item in dataclasses.fields(Config)]
+    known = [*sections, *_names()]
     for section, settings in content.items():
         if section not in sections:
-            raise ValueError(f"unknown section {section!r} (in {path}){_suggestion(str(section), sections)}")
+            above, _, name = str(section).partition(".")
+            hint = f": expected {name!r} below {above!r}" if section in _names() else _suggestion(str(section), known)
+            raise ValueError(f"unknown section {section!r} (in {path}){hint}")
         if not isinstance(settings, dict):
             raise ValueError(f"section {section!r} (in {path}): expected keys below it, got {settings!r}")
         yield from ((f"{section}.{name}", value) for name, value in settings.items())
+
+
+def _names() -> list[str]:
+    """Every dotted key, and the keys of a setting that its help gives as an example: {enable_thinking: false}."""
+    examples = [f"{entry.name}.{name}" for entry in all_keys() for name in re.findall(r"\{(\w+):", entry.help)]
+    return [*(entry.name for entry in all_keys()), *examples]
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:
@@ -589,3 +624,20 @@ def _type_in_words(hint: Any) -> str:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(_type_in_words(argument) for argument in arguments)
     return _WORDS[hint]
+
+
+def changed_settings(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    """By its dotted name each setting that differs: what it was, and what it is."""
+    names = [entry.name for entry in all_keys()]
+    values = {name: (config_value(before, name), config_value(now, name)) for name in names}
+    return {name: (was, value) for name, (was, value) in values.items() if was != value}
+
+
+def config_value(config: Config, name: str) -> Any:
+    section, _, setting = name.partition(".")
+    return getattr(getattr(config, section), setting)
+
+
+def named_settings(overrides: Sequence[str]) -> set[str]:
+    """Those that `section.key=value` overrides give, also where it is one key of a setting."""
+    return {".".join(override.partition("=")[0].split(".")[:2]) for override in overrides}

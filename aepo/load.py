@@ -11,8 +11,19 @@ import torch
 
 from aepo.agents.agent import Agent
 from aepo.agents.formats.make import make_format
-from aepo.agents.protocol import USER_ERRORS, RewardFunction, Task
-from aepo.agents.rewards.builtin import BUILTIN
+from aepo.agents.protocol import (
+    USER_ERRORS,
+    AgentError,
+    RewardFunction,
+    Task,
+    blamed,
+    dialogue,
+    every_question,
+    problem_of,
+    question_at,
+    shown,
+)
+from aepo.agents.rewards.builtin import BUILTIN, COMPARED
 from aepo.agents.rewards.make import make_rewards
 from aepo.agents.tasks.facts.warmstart import warm_started
 from aepo.agents.tools.environment import EnvironmentTools
@@ -22,7 +33,8 @@ from aepo.config import Config, ModelConfig, TaskConfig, WarmStartConfig
 from aepo.models.language_model import LanguageModel
 from aepo.models.small import Progress
 from aepo.models.smollm2 import model_directory
-from aepo.registry import place_of, resolve
+from aepo.registry import error_text, resolve
+from aepo.types import Question
 
 
 def load_model(
@@ -50,7 +62,8 @@ def load_model(
 
 
 def load_task(settings: TaskConfig) -> Task:
-    """The task by its name, with its data. ValueError, in one line: there is none, or its data cannot be used."""
+    """The task by its name, with its data. ValueError, in one line: there is none, or its data cannot be used.
+    AgentError: questions of the user's own class cannot be asked for, or are none."""
     if ":" in settings.name:
         task = _own_task(settings)
     elif settings.name == "facts":
@@ -66,9 +79,9 @@ def load_task(settings: TaskConfig) -> Task:
 
         _check_options(ReasoningGymTask, settings.options)
         task = ReasoningGymTask(**{"seed": settings.seed, **settings.options})
-    for split, questions in (("training", task.train), ("held-out", task.heldout)):
-        if len(questions) == 0:
-            raise ValueError(f"task.name = {settings.name!r}: expected at least one {split} question, it has none")
+    for split, words in (("train", "training"), ("heldout", "held-out")):
+        if not _checked_questions(task, split):
+            raise ValueError(f"task {task.name}: expected at least one {words} question, it has none")
     if settings.system is not None:
         task.system = _text_or_file(settings.system)
     return task
@@ -77,18 +90,25 @@ def load_task(settings: TaskConfig) -> Task:
 def load_agent(config: Config, language_model: LanguageModel, task: Task | None = None) -> Agent:
     """Task, tools, environment, format and rewards of a configuration, for a model; `close` it.
 
-    task: in place of the one that the configuration names. ValueError, in one line, for whatever cannot be used.
+    task: in place of the one that the configuration names. ValueError or AgentError, in one line, for whatever cannot
+    be used.
     """
     settings = config.task
-    task = load_task(settings) if task is None else task
+    if task is None:
+        task = load_task(settings)
+    questions = {split: _checked_questions(task, split) for split in ("train", "heldout")}
     toolbox = ToolBox(make_tools([*task.tools, *settings.tools], settings.tool_timeout, "task.tools"))
     try:
         cls = task.environment if settings.environment is None else resolve(settings.environment, "task.environment")
         rewards = _rewards(settings, task, cls)
         environment = None if cls is None else EnvironmentTools(cls, toolbox, settings.tool_timeout)
-        if environment is not None:
-            for questions in (task.train, task.heldout):
-                environment.check(questions[0])
+        chat = language_model.tokenizer.chat_template is not None
+        for split, checked in questions.items():
+            if environment is not None and checked:
+                environment.check(checked[0])
+            for question in checked:
+                dialogue(task, question, chat=chat, observed=environment is not None)
+                _check_answer(question, rewards, f"task {task.name}: {split}")
         schemas = (environment or toolbox).schemas
         return Agent(
             task=task,
@@ -96,7 +116,7 @@ def load_agent(config: Config, language_model: LanguageModel, task: Task | None 
             toolbox=toolbox,
             environment=environment,
             rewards=rewards,
-            chat=language_model.tokenizer.chat_template is not None,
+            chat=chat,
         )
     except BaseException:
         toolbox.close()
@@ -129,8 +149,48 @@ def _own_task(settings: TaskConfig) -> Task:
     try:
         return cls(**settings.options)
     except USER_ERRORS as error:  # whatever the user's code does
-        problem = f"{type(error).__name__}: {error}{place_of(error, cls)}"
-        raise ValueError(f"task.name = {settings.name!r}: making it failed: {problem}") from error
+        raise ValueError(f"task.name = {settings.name!r}: making it failed: {problem_of(error, cls)}") from error
+
+
+def _checked_questions(task: Task, split: str) -> list[Question]:
+    """All questions of a list or tuple; of another sequence, which may make them when they are asked for, the first
+    and the last. AgentError: it is no sequence, has fewer than its len() says, or what is in it are no questions."""
+    whose = f"task {task.name}: {split}"
+    with blamed(whose, type(task)):
+        questions = getattr(task, split)
+        kind = type(questions)
+        if isinstance(questions, (str, bytes, Mapping)) or not (
+            hasattr(kind, "__len__") and hasattr(kind, "__getitem__")
+        ):
+            raise AgentError(
+                f"{whose}: expected a list of questions, or what has len() and [index], got {kind.__name__}"
+            )
+    with blamed(f"{whose}: len()", kind.__len__):
+        count = len(questions)
+    if not isinstance(questions, (list, tuple)):
+        return [question_at(questions, index, whose) for index in sorted({0, count - 1}) if count]
+    found = list(every_question(questions, whose))
+    if len(found) < count:
+        raise AgentError(f"{whose}: expected the {count} questions that its len() says, got {len(found)}")
+    return found
+
+
+def _check_answer(question: Question, rewards: Mapping[RewardFunction, float], whose: str) -> None:
+    """AgentError: a built-in reward cannot read it. What JSON has can be read."""
+    answer = question.answer
+    if all(type(one) in _JSON for one in (answer if type(answer) in (list, tuple) else (answer,))):
+        return
+    for function in rewards:
+        if function in COMPARED:
+            try:
+                COMPARED[function](question)
+            except Exception as error:
+                got = f"got {type(answer).__name__} {shown(answer)} ({error_text(error)})"
+                expected = f"expected text, a number or a list of these for the reward {function.__name__}"
+                raise AgentError(f"{whose}: answer of question {question.id!r}: {expected}, {got}") from error
+
+
+_JSON = {str, int, float, bool, type(None), list, dict}
 
 
 def _check_options(cls: type[Task], options: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ these import of the user's own. People fix comments, so a change is said and no 
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -58,7 +59,7 @@ def _files(things: Iterable[Any], read: Callable[[Path], bytes | None]) -> Itera
     modules: list[str] = []
     for thing in things:
         if isinstance(thing, Path):
-            yield thing.name, _digest(read(thing))
+            yield str(thing), _digest(read(thing))
         else:
             modules += _homes(thing)
     homes, seen = set(modules), set()
@@ -73,18 +74,26 @@ def _files(things: Iterable[Any], read: Callable[[Path], bytes | None]) -> Itera
             yield _name(module, Path(file)), _digest(content)
             modules += _imports(module, content or b"")
         elif name in homes:
-            yield (name, None) if file is None else _version(name)
+            yield _version(name)
 
 
-def _homes(thing: Any) -> Iterator[str]:
-    """The modules where it is defined; of a class or an object those of its base classes, too."""
-    while isinstance(thing, functools.partial):
-        thing = thing.func
+def _homes(thing: Any, depth: int = 0) -> Iterator[str]:
+    """The modules where it is defined; of a class or an object those of its base classes, too, and of a function or a
+    partial those of the functions and objects that it holds: a decorator's wrapper calls what was decorated."""
+    held: list[Any] = []
+    if isinstance(thing, functools.partial):
+        held = [thing.func, *thing.args, *thing.keywords.values()]
+    for cell in getattr(thing, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # not yet filled
+            held.append(cell.cell_contents)
     found = plain(thing) if callable(thing) else thing
     kind = thing if isinstance(thing, type) else type(getattr(thing, "__self__", thing))
-    for home in (found, *kind.__mro__):
+    for home in (thing, found, *kind.__mro__):
         if isinstance(name := getattr(home, "__module__", None), str):
             yield name
+    for one in held:
+        if callable(one) and depth < 8:  # a function may hold itself
+            yield from _homes(one, depth + 1)
 
 
 def _imports(module: ModuleType, source: bytes) -> list[str]:
@@ -122,7 +131,7 @@ def _name(module: ModuleType, file: Path) -> str:
 
 
 def _version(module: str) -> tuple[str, str | None]:
-    """The installed package that a module belongs to."""
+    """The installed package that a module belongs to; None: to none, as what a notebook defines."""
     top = module.partition(".")[0]
     for distribution in importlib.metadata.packages_distributions().get(top, ()):
         return distribution, importlib.metadata.version(distribution)

@@ -21,7 +21,7 @@ from aepo.agents.question_checks import Context, Split, check_questions, fitting
 from aepo.agents.remembered import agent_facts, agent_parts, not_as_recorded
 from aepo.answers import AnsweredQuestion, read_answers, write_answers
 from aepo.checkpoint import checkpoint_path, load_weights
-from aepo.config import Config
+from aepo.config import Config, config_value
 from aepo.engine_factory import make_engine
 from aepo.estimates import Interval
 from aepo.evaluation import (
@@ -39,10 +39,10 @@ from aepo.own_code import Code, code_changes, code_facts, code_of, named_part
 from aepo.rollout.branching import branch_rule
 from aepo.rollout.engine import Engine
 from aepo.rollout.sampler import Sampler
-from aepo.run_log import machine_facts, read_facts
+from aepo.run_log import machine_facts, naming_its_directory, read_facts
 from aepo.saved_trees import tree_entry
 from aepo.scoring import Scorer
-from aepo.subject import Subject, config_value
+from aepo.subject import Subject
 from aepo.types import Question, ScoredTree
 
 
@@ -62,7 +62,7 @@ class Player:
         """`count` of them, None: all, without those that settings leave out. ValueError: some cannot be used."""
         split: Split = "held-out" if heldout else "training"
         chosen = sampled_questions(_questions(self.agent, split), count)
-        check_questions(self.agent, chosen, split)
+        check_questions(self.agent, chosen, split, console)
         context = Context.of(self.config, self.engine.max_positions)
         return fitting(self.agent, chosen, split, context, console, drop=self.config.task.long_prompts == "drop")
 
@@ -74,7 +74,8 @@ def loaded(subject: Subject, console: Console, own_rule: str | None = None) -> I
     own_rule: the branch rule, where it is used.
     """
     config = subject.config
-    agent, language_model = cli_shared.load(config)
+    with naming_its_directory(subject.run):
+        agent, language_model = cli_shared.load(config)
     code = code_of(agent_parts(agent) | named_part("rollout.branch_rule", own_rule))
     with contextlib.ExitStack() as stack:
         stack.enter_context(closing(agent))
@@ -82,8 +83,7 @@ def loaded(subject: Subject, console: Console, own_rule: str | None = None) -> I
             say(console, f"set here: {name} = {config_value(config, name)!r} (the run: {was!r})")
         if subject.run is not None and subject.step is not None:
             recorded = read_facts(subject.run)
-            meant = any(name.startswith(("task.", "format.")) for name in subject.changed)
-            for difference in not_as_recorded(subject.name, recorded, agent_facts(agent), meant=meant):
+            for difference in not_as_recorded(subject.name, recorded, agent_facts(agent), named=subject.named):
                 say(console, f"not as in the run: {difference}")
             for edited in code_changes(recorded.get("code"), code):
                 say(console, f"warning: {edited}")

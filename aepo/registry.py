@@ -15,7 +15,7 @@ import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 SHOWN = 8  # names in an error
@@ -42,9 +42,11 @@ def resolve(name: str, setting: str) -> Any:
         try:
             found = getattr(found, attribute)
         except AttributeError:
-            owner = getattr(found, "__name__", type(found).__name__)
             there = _names(attribute, _own_names(found))
-            raise ValueError(f"{setting} = {name!r}: {owner} has no {attribute!r}; {there}") from None
+            raise ValueError(f"{setting} = {name!r}: {_name(found)} has no {attribute!r}; {there}") from None
+        except (Exception, SystemExit) as error:  # of a __getattr__ or a property of the user's
+            problem = f"{error_text(error)}{_place(error)}"
+            raise ValueError(f"{setting} = {name!r}: {attribute!r} of {_name(found)} failed: {problem}") from error
     return found
 
 
@@ -56,7 +58,7 @@ def resolve_function(name: str, setting: str, arguments: str) -> Any:
         raise ValueError(f"{setting} = {name!r}: expected a function ({arguments}); it is of type {kind}")
     try:
         signature = inspect.signature(found)
-    except (TypeError, ValueError):  # some built-in ones have none
+    except Exception:  # some built-in ones have none, and a __getattr__ of the user's may raise anything
         return found
     try:
         signature.bind(*arguments.split(", "))
@@ -70,14 +72,30 @@ def plain(function: Any) -> Any:
     """The function behind partial(), decorators and objects that can be called: what messages name."""
     while isinstance(function, functools.partial):
         function = function.func
-    return inspect.unwrap(function if hasattr(function, "__qualname__") else type(function).__call__)
+    if not isinstance(_attribute(function, "__qualname__"), str):
+        function = type(function).__call__
+    try:
+        found = inspect.unwrap(function)
+    except Exception:  # a __getattr__ that raises, or that makes up a __wrapped__ without end
+        return function
+    return found if callable(found) else function
+
+
+def error_text(error: BaseException) -> str:
+    """Its kind and what it says, in one line; also where its text cannot be made."""
+    try:
+        says = " ".join(str(error).split())
+    except Exception as failure:
+        says = f"its message cannot be shown ({type(failure).__name__})"
+    return f"{type(error).__name__}{f': {says}' if says else ''}"
 
 
 def place_of(error: BaseException, function: Any) -> str:
     """The line of the function's file where the error came from, in words; "" where it has none."""
     found = plain(function)
-    code = getattr(found.__init__ if isinstance(found, type) else found, "__code__", None)  # type: ignore[misc]
-    lines = [f for f in traceback.extract_tb(error.__traceback__) if code and f.filename == code.co_filename]
+    code = _attribute(found.__init__ if isinstance(found, type) else found, "__code__")  # type: ignore[misc]
+    file = code.co_filename if isinstance(code, CodeType) else None
+    lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
     return f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
 
 
@@ -98,9 +116,8 @@ def _import(module: str, asked: str) -> ModuleType:
         place = f"package {parent}" if parent else f"{here} and the installed packages"
         raise ValueError(f"{asked}: no module {error.name!r} in {place}; {'it' if parent else here} {there}") from None
     except (Exception, SystemExit) as error:  # whatever the user's file does, exit() too
-        problem = f"{type(error).__name__}: {error}"
         place = "" if isinstance(error, SyntaxError) else _place(error)  # whose text names it
-        raise ValueError(f"{asked}: importing {module} failed: {problem}{place}") from error
+        raise ValueError(f"{asked}: importing {module} failed: {error_text(error)}{place}") from error
     _refuse_hidden(module, asked)
     return found
 
@@ -112,10 +129,10 @@ def _refuse_hidden(module: str, asked: str) -> None:
     found = sys.modules.get(top)
     if file is None or found is None:
         return
-    where = getattr(found, "__file__", None)
+    where = _attribute(found, "__file__")
     if where is not None:
         home = Path(where).parent
-        if (home.parent if hasattr(found, "__path__") else home).resolve() == here.resolve():
+        if (home.parent if _attribute(found, "__path__") else home).resolve() == here.resolve():
             return
     raise ValueError(
         f"{asked}: {top} of {where or 'Python itself'} is found first, and {file} is not used: it needs another name"
@@ -133,13 +150,26 @@ def _place(error: BaseException) -> str:
 
 def _own_names(owner: Any) -> Iterator[str]:
     """Public names that were defined there; what a module imported is not among them."""
-    home = getattr(owner, "__name__", None)
-    for name, value in getattr(owner, "__dict__", {}).items():
+    home = _attribute(owner, "__name__")
+    for name, value in (_attribute(owner, "__dict__") or {}).items():
         imported = isinstance(owner, ModuleType) and (
-            isinstance(value, ModuleType) or getattr(value, "__module__", home) != home
+            isinstance(value, ModuleType) or (_attribute(value, "__module__") or home) != home
         )
         if not name.startswith("_") and not imported:
             yield name
+
+
+def _attribute(owner: Any, name: str) -> Any:
+    """None where there is none, whatever a __getattr__ of the user's does: `getattr` lets all but AttributeError by."""
+    try:
+        return getattr(owner, name, None)
+    except Exception:
+        return None
+
+
+def _name(owner: Any) -> str:
+    name = _attribute(owner, "__name__")
+    return name if isinstance(name, str) else type(owner).__name__
 
 
 def _names(wanted: str, there: Iterable[str]) -> str:

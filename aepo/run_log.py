@@ -13,6 +13,7 @@ A resumed run first cuts all of them back to the step it starts from, so they re
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -22,7 +23,7 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ FILES = (
 
 
 class RunLog:
-    """Writes the files above. `facts` are the model's and the agent's entries of run.json, `changed` how they differ
-    from those that a resumed run was begun with."""
+    """Writes the files above. `facts` are the model's and the agent's entries of run.json, `changed` how they and the
+    settings differ from those that a resumed run was begun with."""
 
     def __init__(
         self,
@@ -77,7 +78,8 @@ class RunLog:
         else:
             refuse_existing_run(directory)
             directory.mkdir(parents=True, exist_ok=True)
-            self._facts = {"version": FORMAT, "started": _now(), **facts, **machine_facts(), "resumed": []}
+            started = {"version": FORMAT, "started": _now(), "directory": str(Path.cwd())}
+            self._facts = {**started, **facts, **machine_facts(), "resumed": []}
         self._trees = directory / "trees"
         self._trees.mkdir(exist_ok=True)
         _replace(directory / "config.yaml", to_yaml(config))
@@ -150,6 +152,18 @@ def read_facts(directory: Path) -> dict[str, Any]:
     if not isinstance(facts, dict):
         raise ValueError(f"{directory / 'run.json'}: expected an object, got {type(facts).__name__}")
     return facts
+
+
+@contextlib.contextmanager
+def naming_its_directory(run: Path | None) -> Iterator[None]:
+    """Settings name files as seen from the directory in which a run was begun: a ValueError in another one says so."""
+    try:
+        yield
+    except ValueError as error:
+        began = None if run is None else read_facts(run).get("directory")
+        if began in (None, str(Path.cwd())):
+            raise
+        raise ValueError(f"{error} ({run} was begun in {began})") from error
 
 
 def refuse_existing_run(directory: Path) -> None:

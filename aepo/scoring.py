@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from aepo.agents.protocol import ChatFormat, RewardFunction
 from aepo.agents.rewards.adapt import GroupReward, RewardError, Value
+from aepo.agents.rewards.builtin import BUILTIN
 from aepo.rollout.tree import path_nodes
 from aepo.types import Node, Question, Response, Reward, RolloutTree, ScoredTree, Turn
 
@@ -36,7 +37,8 @@ class Scorer:
     """Scores paths with reward functions, each with its weight. `questions` are tried before the first path.
 
     The total is the weighted sum of those that apply to the path. It succeeds where the first function that applies
-    gives at least `success`, or, if that function returned a Reward, where this says so.
+    gives at least `success`, or, if that function returned a Reward, where this says so. The built-in `format` does
+    not say what is right: it is not asked unless it is alone, and a path to which no other one applies is no success.
 
     ValueError: two functions of one name, or one that the metrics have, a weight of none, or a function that does not
     fit (`GroupReward`).
@@ -55,6 +57,8 @@ class Scorer:
             raise ValueError("task.rewards: expected at least one reward function, got none")
         rewards = [GroupReward(function) for function in weights]
         self._rewards = dict(zip(_unique_names(rewards), rewards, strict=True))
+        deciding = [name for name, f in zip(self._rewards, weights, strict=True) if f is not BUILTIN["format"]]
+        self._deciding = deciding or list(self._rewards)
         self._weights = {name: _weight(name, w) for name, w in zip(self._rewards, weights.values(), strict=True)}
         self._waiting = {name: reward for name, reward in self._rewards.items() if reward.is_async}
         self._begun: dict[str, tuple[RolloutTree, dict[str, _Column]]] = {}
@@ -118,8 +122,8 @@ class Scorer:
         components = {"format": float(response.well_formed), "tool_calls": float(sum(1 for _ in response.calls))}
         for name, value in values.items():
             components |= self._components(name, value, where)
-        first = next(iter(values.values()))
-        success = first.total >= self._success if first.success is None else first.success
+        first = next((values[name] for name in self._deciding if name in values), None)
+        success = first is not None and (first.total >= self._success if first.success is None else first.success)
         total = sum(self._weights[name] * value.total for name, value in values.items())
         if not math.isfinite(total):
             terms = " + ".join(f"{self._weights[name]:g} * {value.total:g} ({name})" for name, value in values.items())

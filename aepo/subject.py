@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aepo.config import Config, all_keys, load_config
+from aepo.config import Config, changed_settings, load_config, named_settings
 
 BUILT_IN = ("tiny", "smollm2-135m-instruct")
 
@@ -16,13 +16,14 @@ BUILT_IN = ("tiny", "smollm2-135m-instruct")
 @dataclass(frozen=True)
 class Subject:
     """step: of the checkpoint; None: a model that is none of a run. changed: settings that differ from the run's, by
-    their dotted names, with what the run had."""
+    their dotted names, with what the run had. named: those that the command gives, with whatever value."""
 
     name: str
     config: Config
     run: Path | None = None
     step: int | None = None
     changed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    named: Collection[str] = ()
 
     def __str__(self) -> str:
         return self.name if self.step is None else f"{self.name}, step {self.step}"
@@ -66,11 +67,9 @@ def _of_run(name: str, path: Path, overrides: Sequence[str], step: int | None, b
     if step is not None and step not in [one.step for one in there]:
         raise ValueError(f"--step {step}: {name} has {', '.join(str(one.step) for one in there)}")
     before, now = load_config(path / "config.yaml"), load_config(path / "config.yaml", overrides)
-    changed = {
-        key.name: was for key in all_keys() if (was := config_value(before, key.name)) != config_value(now, key.name)
-    }
+    changed = {setting: was for setting, (was, _) in changed_settings(before, now).items()}
     here = dataclasses.replace(now, run=dataclasses.replace(now.run, dir=str(path)))  # it may have been moved
-    return Subject(name, here, path, chosen.step if step is None else step, changed)
+    return Subject(name, here, path, chosen.step if step is None else step, changed, named_settings(overrides))
 
 
 def _of_model(name: str, config: Path | None, overrides: Sequence[str]) -> Subject:
@@ -83,8 +82,3 @@ def _refuse(overrides: Sequence[str], key: str, why: str) -> None:
     for override in overrides:
         if override.startswith(f"{key}="):
             raise ValueError(f"{override}: expected not to be set, {why}")
-
-
-def config_value(config: Config, name: str) -> Any:
-    section, _, setting = name.partition(".")
-    return getattr(getattr(config, section), setting)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from aepo.agents.agent import Agent
 from aepo.agents.question_checks import Context, check_questions, fitting, one_of_each_row
 from aepo.agents.remembered import agent_facts, agent_parts, not_as_recorded
 from aepo.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, save_checkpoint
-from aepo.config import Config, to_yaml
+from aepo.config import Config, changed_settings, load_config, to_yaml
 from aepo.display import Display
 from aepo.engine_factory import make_engine
 from aepo.evaluation import Evaluator, answer_metrics, sampled_questions
@@ -42,8 +42,8 @@ class Trainer:
 
     The language model's weights are trained in place. resume_step: continue from the checkpoint of that step in
     `config.run.dir`; None: a new run, which must not find another one there. ValueError: the run was begun with another
-    agent (task, data, format, tools, rewards), unless `another_agent` says that this is meant: then it is recorded. So
-    is code of the user's own that was edited, which a warning on stderr says.
+    agent (task, data, format, tools, rewards), unless `named`, the settings that were given for this time, holds one
+    that says that it is meant. What differs, settings and edited code too, is printed and recorded.
     """
 
     def __init__(
@@ -53,16 +53,14 @@ class Trainer:
         language_model: LanguageModel,
         *,
         resume_step: int | None = None,
-        another_agent: bool = False,
+        named: Collection[str] = (),
     ) -> None:
         check_sizes(config, agent.task.name, agent.task.train, agent.task.heldout)
         facts, code = agent_facts(agent), code_of(agent_parts(agent) | _own_functions(config))
         self._remembered = {**facts, "code": code_facts(code)}  # as it is now: files may change during the run
         recorded = None if resume_step is None else read_facts(Path(config.run.dir))
-        changed = not_as_recorded(config.run.dir, recorded, facts, meant=another_agent)
+        changed = not_as_recorded(config.run.dir, recorded, facts, named=named)
         edited = [] if recorded is None else code_changes(recorded.get("code"), code)
-        for line in edited:
-            print(f"warning: {line}", file=sys.stderr)
         self.config, self.agent, self.language_model = config, agent, language_model
         self.directory = Path(config.run.dir)
         self.advantage_settings = advantage_settings(config.policy)
@@ -71,8 +69,9 @@ class Trainer:
         rows = [*one_of_each_row(self.train_questions), *one_of_each_row(self.heldout)]
         self.scorer = Scorer(agent.rewards, agent.format, config.task.success, rows)
         self.scorer.try_out(rows[0])
-        check_questions(agent, self.train_questions, "training")
-        check_questions(agent, self.heldout, "held-out")
+        self.display = Display(config.train.steps)
+        check_questions(agent, self.train_questions, "training", self.display.console)
+        check_questions(agent, self.heldout, "held-out", self.display.console)
         rule = branch_rule(config.rollout)
         self.learner = Learner(language_model.model, config, agent.format.decode)
         self.step = 0
@@ -80,10 +79,14 @@ class Trainer:
             path = checkpoint_path(self.directory / "checkpoints", resume_step)
             self.step = load_checkpoint(path, self.learner.model, self.learner.optimizer)
         self.engine = make_engine(config, language_model, agent.format.eos_ids, self.step)
-        self.display = Display(config.train.steps)
         try:
             dropped = self._drop_long_prompts()
-            changed += not_as_recorded(config.run.dir, recorded, dropped, meant=another_agent)
+            changed += not_as_recorded(config.run.dir, recorded, dropped, named=named)
+            changed = [*(_changed_settings(config) if recorded is not None else ()), *changed]
+            for line in changed:
+                self.display.console.print(f"not as in the run: {line}", markup=False, highlight=False)
+            for line in edited:
+                print(f"warning: {line}", file=sys.stderr)
             self.log = RunLog(
                 self.directory,
                 config,
@@ -219,6 +222,7 @@ class Trainer:
                 self.save()
                 saved = checkpoint_path(self.directory / "checkpoints", self.step)
                 self.display.console.print(f"the state after step {self.step} is saved in {saved}")
+                self.display.console.print(f"go on with: aepo train --resume {self.directory}", markup=False)
         finally:
             self.log.close("interrupted" if interrupted else "failed", None if interrupted else str(error))
 
@@ -280,6 +284,13 @@ class Trainer:
             },
             **self._remembered,
         }
+
+
+def _changed_settings(config: Config) -> list[str]:
+    """Since the run was begun, or was last resumed."""
+    before = load_config(Path(config.run.dir) / "config.yaml")
+    changed = changed_settings(before, config)
+    return [f"{name} was {was!r} and is {now!r}" for name, (was, now) in changed.items() if name != "run.dir"]
 
 
 def _own_functions(config: Config) -> dict[str, list[Any]]:

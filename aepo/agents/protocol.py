@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from aepo.registry import place_of
+from aepo.registry import error_text, place_of
 from aepo.types import Message, Question, Response, Reward, TokenIds, ToolCall, ToolResult, Turn
 
 RewardValue = float | Reward | None
@@ -31,11 +32,7 @@ Ctrl-C is none."""
 
 def problem_of(error: BaseException, function: Any) -> str:
     """What was raised, with the line of the function's file, in one line; also where its text cannot be made."""
-    try:
-        says = " ".join(str(error).split())
-    except Exception as failure:
-        says = f"its message cannot be shown ({type(failure).__name__})"
-    return f"{type(error).__name__}{f': {says}' if says else ''}{place_of(error, function)}"
+    return f"{error_text(error)}{place_of(error, function)}"
 
 
 def shown(value: Any, most: int = 80) -> str:
@@ -194,9 +191,10 @@ class Task:
     def identity(self) -> Mapping[str, Any]:
         """What a run remembers of the data, and another run of the same task must agree with: JSON values."""
         splits = {"train": self.train, "heldout": self.heldout}
+        every = {split: f"task {self.name}: {split}" for split in splits}
         return {
-            **{split: content_hash(questions) for split, questions in splits.items()},
-            **{f"{split}_data": data_hash(questions) for split, questions in splits.items()},
+            **{split: content_hash(every_question(splits[split], whose)) for split, whose in every.items()},
+            **{f"{split}_data": data_hash(every_question(splits[split], whose)) for split, whose in every.items()},
         }
 
     def messages(self, question: Question, *, chat: bool) -> tuple[Message, ...]:
@@ -214,7 +212,64 @@ class Closable(Protocol):
     def close(self) -> None: ...
 
 
-def content_hash(questions: Sequence[Question]) -> str:
+def every_question(questions: Sequence[Question], whose: str) -> Iterator[Question]:
+    """All of a sequence that the user may have written, as many as its `len` says. AgentError: asking for one fails,
+    or it is no usable question. whose: how messages begin, "task Sums: train"."""
+    with blamed(whose, getattr(type(questions), "__getitem__", type(questions))):
+        for index, found in enumerate(islice(questions, len(questions))):  # a __getitem__ may know no end
+            yield _usable(found, f"{whose}[{index}]")
+
+
+def question_at(questions: Sequence[Question], index: int, whose: str) -> Question:
+    """One of them. AgentError as above."""
+    with blamed(f"{whose}[{index}]", type(questions).__getitem__):
+        return _usable(questions[index], f"{whose}[{index}]")
+
+
+def _usable(found: Any, place: str) -> Question:
+    if not isinstance(found, Question):
+        raise AgentError(f"{place}: expected a Question, got {type(found).__name__} {shown(found)}")
+    if not isinstance(found.id, str):
+        problem = f"id = {shown(found.id)}: expected text, got {type(found.id).__name__}"
+    elif not isinstance(found.prompt, str) and not _is_dialogue(found.prompt):
+        problem = f"prompt = {shown(found.prompt)}: expected text or messages, got {type(found.prompt).__name__}"
+    elif not isinstance(found.data, Mapping):
+        problem = f"data = {shown(found.data)}: expected columns by name, got {type(found.data).__name__}"
+    else:
+        return found
+    raise AgentError(f"{place}, question {shown(found.id)}: {problem}")
+
+
+def dialogue(task: Task, question: Question, *, chat: bool, observed: bool) -> tuple[Message, ...]:
+    """What the task's `messages` returns. observed: an environment adds to the last one, which may be empty.
+
+    AgentError: it fails, or returns something else than messages that say something.
+    """
+    what = f"task {task.name}: messages of question {question.id!r}"
+    with blamed(what, task.messages):
+        messages = task.messages(question, chat=chat)
+    if not _is_dialogue(messages) or len(messages) == 0:
+        raise AgentError(f"{what}: expected one message or more, got {type(messages).__name__} {shown(messages)}")
+    for index, message in enumerate(messages, start=1):
+        content = message.get("content")
+        if content is None:  # a call of a tool needs none
+            says = any(value is not None for name, value in message.items() if name != "role")
+            right = says or (observed and index == len(messages))
+        else:
+            right = isinstance(content, Collection)
+        if not right:
+            raise AgentError(f"{what}: expected content in message {index} of {len(messages)}, got {shown(message)}")
+    return messages
+
+
+def _is_dialogue(value: Any) -> bool:
+    """Messages, or none: a list, a tuple, an array."""
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Collection):
+        return False
+    return all(isinstance(message, Mapping) for message in value)
+
+
+def content_hash(questions: Iterable[Question]) -> str:
     """SHA-256 of ids, prompts and answers."""
     digest = hashlib.sha256()
     for question in questions:
@@ -222,7 +277,7 @@ def content_hash(questions: Sequence[Question]) -> str:
     return digest.hexdigest()
 
 
-def data_hash(questions: Sequence[Question]) -> str | None:
+def data_hash(questions: Iterable[Question]) -> str | None:
     """SHA-256 of kinds and data, which rewards and environments read; None: some of it has no JSON form."""
     digest = hashlib.sha256()
     try:

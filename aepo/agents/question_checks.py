@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from aepo.agents.agent import Agent
-from aepo.agents.protocol import blamed, shown
+from aepo.agents.protocol import AgentError, RewardFunction, blamed, shown
 from aepo.agents.rewards.builtin import COMPARED
 from aepo.config import Config
 from aepo.types import Message, Question
@@ -27,6 +27,9 @@ LONG_WORK = 1000  # prompts; 2 seconds at 3 kB each (SmolLM2, one core of a 2-co
 # character (checked over all of Unicode 15). NFKC makes 3.3 to 11 of one for 41 signs, U+FDFA first: a text of these
 # alone, a token a byte, is left to the check when it is drawn.
 GROWTH = 3
+
+PROBE = 'say "no" & <go>, 5% \\ it\'s ' * 5 + "end"
+"""What JSON, HTML, URLs and wrapping write in another way."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,12 @@ class Context:
         return cls(positions, f"what vLLM serves of {model}")
 
 
-def check_questions(agent: Agent, questions: Sequence[Question], split: Split) -> None:
-    """ValueError: two questions of one id, a column that the environment needs and some lack, or answers that no
-    reward can compare. Needs no engine."""
+def check_questions(agent: Agent, questions: Sequence[Question], split: Split, console: Console) -> None:
+    """Says which built-in rewards apply to some questions only. Needs no engine.
+
+    ValueError: two questions of one id, a column that the environment needs and some lack, answers that no reward can
+    compare, or a built-in reward that can compare none of all training answers.
+    """
     if not isinstance(questions, (list, tuple)):
         return
     counts = Counter(question.id for question in questions)
@@ -64,31 +70,55 @@ def check_questions(agent: Agent, questions: Sequence[Question], split: Split) -
     if agent.environment is not None:
         for question in one_of_each_row(questions):
             agent.environment.check(question)
-    _check_answers(agent, questions, split)
+    _check_answers(agent, questions, split, console)
 
 
 def one_of_each_row(questions: Sequence[Question]) -> list[Question]:
     """The first question; of a list or tuple, the first with each set of columns."""
     if not isinstance(questions, (list, tuple)):
-        return list(questions[:1])
+        return [questions[0]] if len(questions) else []  # one of the user's own need know no slices
     firsts: dict[tuple[str, ...], Question] = {}
     for question in questions:
         firsts.setdefault(tuple(question.data), question)
     return list(firsts.values())
 
 
-def _check_answers(agent: Agent, questions: Sequence[Question], split: Split) -> None:
-    if not all(function in COMPARED for function in agent.rewards):
-        return  # another one may apply
-    readers = [COMPARED[function] for function in agent.rewards]
-    silent = [question for question in questions if not any(read(question) for read in readers)]
-    if silent:
-        names = " or ".join(function.__name__ for function in agent.rewards)
-        raise ValueError(
-            f"{len(silent)} of {len(questions)} {split} questions have no answer that the reward {names} can compare: "
-            f"{_first(f'{q.id} ({shown(q.answer, 40)})' for q in silent)}; expected one, or a reward that always "
-            "applies, such as format"
-        )
+def _check_answers(agent: Agent, questions: Sequence[Question], split: Split, console: Console) -> None:
+    silent = {
+        function: [question for question in questions if not COMPARED[function](question)]
+        for function in agent.rewards
+        if function in COMPARED
+    }
+    whole = split == "training" and len(questions) == len(agent.task.train)  # a sample may miss those with answers
+    if whole and (idle := [function for function, rest in silent.items() if len(rest) == len(questions)]):
+        expected = "at least one (task.columns names the column of answers), or task.rewards without it"
+        raise _not_compared(idle, questions, questions, split, expected)
+    if silent and len(silent) == len(agent.rewards):  # no other one may apply
+        ids = set.intersection(*({question.id for question in rest} for rest in silent.values()))
+        if rest := [question for question in questions if question.id in ids]:
+            expected = "one: leave such rows out, or add a reward of your own for them"
+            raise _not_compared(silent, rest, questions, split, expected)
+    for function, rest in silent.items():
+        if rest:
+            console.print(
+                f"reward {function.__name__} applies to {len(questions) - len(rest)} of {len(questions)} {split} "
+                "questions: the others have no answer that it can compare",
+                markup=False,
+            )
+
+
+def _not_compared(
+    functions: Iterable[RewardFunction],
+    some: Sequence[Question],
+    questions: Sequence[Question],
+    split: Split,
+    expected: str,
+) -> ValueError:
+    return ValueError(
+        f"{len(some)} of {len(questions)} {split} questions have no answer that the reward "
+        f"{' or '.join(function.__name__ for function in functions)} can compare: "
+        f"{_first(f'{q.id} ({shown(q.answer, 40)})' for q in some)}; expected {expected}"
+    )
 
 
 def fitting(
@@ -121,7 +151,8 @@ def _too_long(
     """Tokens by id. Only prompts that could be too long are made into tokens.
 
     Dialogues of the same roles have the same text of the template, with the tools. So one has at most the tokens of
-    the shortest of them and the bytes of its own texts, of those that the shortest has not (a system text, examples).
+    the shortest of them and the bytes of its own texts, of those that the shortest has not (a system text, examples),
+    where the format writes texts as they are.
     """
     groups: dict[tuple[str, ...], list[tuple[int, tuple[str, ...]]]] = defaultdict(list)
     unbounded: list[int] = []
@@ -137,14 +168,11 @@ def _too_long(
     for group in groups.values():
         sizes = [sum(map(_most_tokens, texts)) for _, texts in group]
         shortest, known = group[sizes.index(min(sizes))]
-        longest, most = group[sizes.index(max(sizes))]
         try:
             counts[shortest] = _tokens(agent, questions[shortest])
         except ValueError as error:
             raise ValueError(f"{error} ({len(group)} of {len(questions)} {split} questions have its roles)") from error
-        counts[longest] = _tokens(agent, questions[longest])
-        # Always made, to see that the bound holds: a format of the user's own may write texts twice.
-        if counts[longest] > _bound(counts[shortest], known, most):
+        if not _writes_as_they_are(agent, agent.task.messages(questions[shortest], chat=agent.chat)):
             unbounded += [index for index, _ in group]
         elif counts[shortest] + max(sizes) >= positions:
             unbounded += [index for index, texts in group if _bound(counts[shortest], known, texts) >= positions]
@@ -156,6 +184,15 @@ def _too_long(
     ):
         counts[index] = _tokens(agent, questions[index])
     return {questions[index].id: count for index, count in sorted(counts.items()) if count >= positions}
+
+
+def _writes_as_they_are(agent: Agent, messages: Sequence[Message]) -> bool:
+    """Whether every text of a dialogue with these roles is in its prompt once: templates can quote or repeat them."""
+    try:
+        tokens = agent.format.prompt_tokens(tuple({**message, "content": PROBE} for message in messages))
+        return agent.format.decode(tokens).count(PROBE) == len(messages)
+    except (AgentError, ValueError):  # a format of the user's own need not know these letters
+        return False
 
 
 def _bound(count: int, known: Sequence[str], texts: Sequence[str]) -> int:

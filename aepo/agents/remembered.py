@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from aepo.agents.agent import Agent
-from aepo.agents.protocol import RewardFunction, shown
+from aepo.agents.protocol import RewardFunction, blamed, shown
 from aepo.agents.tools.functions import FunctionTool
 from aepo.agents.tools.toolbox import ToolBox
 from aepo.registry import plain, resolve
 
+MEANT_BY = {
+    "task": tuple(f"task.{name}" for name in ("name", "options", "seed", "train", "heldout", "columns", "system")),
+    "tools": ("task.tools", "task.environment", "task.name", "task.options"),
+    "environment": ("task.environment", "task.name", "task.options"),
+    "rewards": ("task.rewards", "task.environment", "task.name", "task.options"),
+    "format": ("format.", "task.tools", "task.environment", "task.name", "task.options"),
+    "long_prompts_dropped": ("task.", "format.", "vllm.", "rollout.engine", "model.name"),
+}
+"""By a part of `agent_facts`, the settings (or how they begin) that say in a command that it may differ."""
 NOT_IN_2 = ("task.data.train_data", "task.data.heldout_data")
 """What run.json of version 2 did not have."""
 TOLD = ("format.notes", "format.warnings")
@@ -22,15 +30,17 @@ TOLD = ("format.notes", "format.warnings")
 def agent_facts(agent: Agent) -> dict[str, Any]:
     """What a run remembers of its agent (run.json), and what a later one of the same run must agree with."""
     environment = agent.environment
+    with blamed(f"task {agent.task.name}: identity", type(agent.task)):
+        identity = agent.task.identity
     return {
         "task": {
             "name": agent.task.name,
             "train_questions": len(agent.task.train),
             "heldout_questions": len(agent.task.heldout),
             "system": agent.task.system,
-            "data": _identity(agent.task.identity, f"task {agent.task.name}"),
+            "data": _json(identity, f"task {agent.task.name}: identity"),
         },
-        "format": dict(agent.format.identity),
+        "format": _json(agent.format.identity, "format: identity"),
         "tools": {
             schema["function"]["name"]: _tool_facts(schema["function"], agent.toolbox)
             for schema in (environment or agent.toolbox).schemas
@@ -60,31 +70,40 @@ def _full_name(function: RewardFunction) -> str:
 
 
 def _tool_facts(schema: Mapping[str, Any], toolbox: ToolBox) -> dict[str, Any]:
-    """A hash of what the model reads of it, in its order, and what it says itself (methods of environments nothing)."""
-    name = schema["name"]
-    identity = _identity(getattr(toolbox.tools.get(name), "identity", {}), f"tool {name}")
-    return {**identity, "schema": hashlib.sha256(json.dumps(schema, default=str).encode()).hexdigest()}
+    """What the model reads of it, and what it says itself (methods of environments nothing)."""
+    name, tool = schema["name"], toolbox.tools.get(schema["name"])
+    with blamed(f"tool {name}: identity", type(tool)):
+        identity = getattr(tool, "identity", {})
+    read = {key: value for key, value in schema.items() if key != "name"}
+    return {**_json(identity, f"tool {name}: identity"), "schema": _json(read, f"tool {name}: its schema")}
 
 
-def _identity(given: Any, whose: str) -> dict[str, Any]:
+def _json(given: Any, whose: str) -> dict[str, Any]:
     """As run.json will have it: with lists for tuples. ValueError: it has no such form."""
     try:
-        found: dict[str, Any] = json.loads(json.dumps(dict(given)))
+        found: dict[str, Any] = json.loads(json.dumps(dict(given), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{whose}: identity = {shown(given)}: expected JSON values by name: {error}") from None
+        raise ValueError(f"{whose} = {shown(given)}: expected JSON values by name: {error}") from None
     return found
 
 
 def not_as_recorded(
-    where: str, recorded: Mapping[str, Any] | None, facts: Mapping[str, Any], *, meant: bool
+    where: str, recorded: Mapping[str, Any] | None, facts: Mapping[str, Any], *, named: Collection[str]
 ) -> list[str]:
-    """`changes` since a run, none without one. ValueError: there are some, and nobody meant that. where: for people."""
-    found = [] if recorded is None else changes(recorded, facts)
-    if found and not meant:
-        raise ValueError(
-            f"{where}: the run was begun with another agent: {'; '.join(found)}. Expected the same one, or the "
-            "settings that change it (task.*, format.*) in this command"
-        )
+    """`changes` since a run, none without one. named: the settings that the command gives, with whatever value.
+
+    ValueError, which begins with `where`: some are not meant, no setting says so (`MEANT_BY`).
+    """
+    found: list[str] = []
+    for part, now in facts.items() if recorded is not None else ():
+        differences = changes(recorded or {}, {part: now})
+        if differences and not any(name.startswith(MEANT_BY[part]) for name in named):
+            settings = ", ".join(f"{name}*" if name.endswith(".") else name for name in MEANT_BY[part])
+            raise ValueError(
+                f"{where}: the run was begun with another agent: {'; '.join(differences)}. Expected the same one, or "
+                f"in this command a setting that says that it is meant, as it was or another: {settings}"
+            )
+        found += differences
     return found
 
 
@@ -101,7 +120,14 @@ def _tool_changes(recorded: Collection[str], present: Mapping[str, Any]) -> list
     """Of the names, whose order a model reads, too; else of what both have. recorded: names alone in version 2."""
     if list(recorded) != list(present):
         return [f"tools was {list(recorded)} and is {list(present)}"]
-    return _changes(recorded, present, "tools") if isinstance(recorded, Mapping) else []
+    if not isinstance(recorded, Mapping):
+        return []
+    found = _changes(recorded, present, "tools")
+    for name, now in present.items():
+        was = recorded[name]
+        if was == now and json.dumps(was) != json.dumps(now):
+            found.append(f"tools.{name}.schema: its keys, which the model reads, are in another order")
+    return found
 
 
 def _changes(was: Any, now: Any, name: str) -> list[str]:
@@ -115,4 +141,4 @@ def _changes(was: Any, now: Any, name: str) -> list[str]:
 def _shown(value: Any) -> str:
     """Of a hash the beginning."""
     is_hash = isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
-    return f"{value[:12]}.." if is_hash else repr(value)
+    return f"{value[:12]}.." if is_hash else shown(value)

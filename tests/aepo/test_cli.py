@@ -245,6 +245,7 @@ def test_ctrl_c_in_a_terminal(tmp_path: Path) -> None:
     assert process.returncode == 130, output
     finished = len(read_records(directory / "metrics.jsonl"))
     assert f"the state after step {finished} is saved" in output
+    assert f"go on with: aepo train --resume {directory}" in output
     assert list_checkpoints(directory / "checkpoints")[-1].step == finished
 
 

@@ -37,6 +37,8 @@ def test_one_key_of_a_setting_that_has_keys(tmp_path: Path) -> None:
     assert load_config(tmp_path / "config.yaml") == config
     replaced = load_config(file, [f"{name}={{a: 1}}", f"{name}.b=2"])
     assert replaced.format.chat_template_kwargs == {"a": 1, "b": 2}
+    replaced = load_config(overrides=[f"{name}.a\\.b=1", f"{name}.c d-e.0=2"])
+    assert replaced.format.chat_template_kwargs == {"a.b": 1, "c d-e": {"0": 2}}
     own = load_config(overrides=["task.name=mine:Task", "task.options.data.sums.size=3", "task.options.data.seed=1"])
     assert own.task.options == {"data": {"sums": {"size": 3}, "seed": 1}}
 
@@ -83,10 +85,26 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("vllm.dtype=float64", "expected one of float32, bfloat16, float16 or null"),
         ("train.steps", "expected section.key=value"),
         ("train.steps=[1", "override 'train.steps=[1': cannot be read as YAML: did not find expected ',' or ']'"),
+        ("format.enable_thinking=false", ": did you mean 'format.chat_template_kwargs.enable_thinking'?"),
         ("format.chat_template_kwarg.a=1", "unknown key 'format.chat_template_kwarg.a': did you mean 'format.chat_te"),
         ("format.chat_template_kwargs=false", "format.chat_template_kwargs = False: expected keys with values"),
         ("task.options.a=${nowhere}", "cannot be read as YAML: Interpolation key 'nowhere' not found"),
         ("run.dir=${nowhere}", "cannot be read as YAML: Interpolation key 'nowhere' not found"),
+        ("run.dir=???", "cannot be read as YAML: Missing mandatory value: dir"),
+        ("run.dir=\\${seed}", "run.dir: expected texts without '${', got '${seed}'"),
+        *(
+            (f"format.chat_template_kwargs{given}", expected)
+            for given, expected in {
+                ".a=???": "cannot be read as YAML: Missing mandatory value: a",
+                "={a: [{b: '???'}]}": "cannot be read as YAML: Missing mandatory value: b",
+                ".a=\\${x}": "format.chat_template_kwargs: expected texts without '${', got '${x}'",
+                "={a: [{b: '\\${x}'}]}": "format.chat_template_kwargs: expected texts without '${', got '${x}'",
+            }.items()
+        ),
+        *(
+            (f"task.options.{keys}=1", "expected names between dots behind task.options, without brackets and quotes")
+            for keys in ("a[0]", "a[b]", '"a.b"', "'a'", "", ".a", "a.", "a..b", " a", "a ")
+        ),
     ],
 )
 def test_a_wrong_override_says_what_is_right(override: str, expected: str) -> None:
@@ -94,6 +112,14 @@ def test_a_wrong_override_says_what_is_right(override: str, expected: str) -> No
         load_config(overrides=[override])
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override", ["task.columns.prompt=[q]", "task.columns={prompt: [q]}", "task.columns.prompt.x=1"]
+)
+def test_a_column_that_is_no_name(override: str) -> None:
+    with pytest.raises(ValueError, match=r"^task\.columns\.prompt = .*: expected the name of a column$"):
+        load_config(overrides=["task.name=files", override])
 
 
 def test_what_the_hints_say_to_set_can_be_set() -> None:
@@ -134,7 +160,13 @@ def test_old_log_probs_follow_the_engine() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("trian:\n  steps: 1\n", "unknown section 'trian'"),
+        ("trian:\n  steps: 1\n", "unknown section 'trian' (in"),
+        ("trian:\n  steps: 1\n", ": did you mean 'train'?"),
+        ("chat_template_kwargs: {a: 1}\n", ": did you mean 'format.chat_template_kwargs'?"),
+        ("enable_thinking: false\n", ": did you mean 'format.chat_template_kwargs.enable_thinking'?"),
+        ("format: {enable_thinking: false}\n", ": did you mean 'format.chat_template_kwargs.enable_thinking'?"),
+        ("train.steps: 3\n", "unknown section 'train.steps' (in"),
+        ("train.steps: 3\n", ": expected 'steps' below 'train'"),
         ("train: 3\n", "section 'train'"),
         ("train:\n  stepz: 3\n", "did you mean 'train.steps'"),
         ("- 1\n", "expected sections with keys"),
@@ -187,3 +219,9 @@ def test_importing_the_configuration_imports_no_torch() -> None:
 def test_a_task_of_an_almost_right_name_is_said_before_its_data() -> None:
     with pytest.raises(ValueError, match=r"^task.name = 'file': expected facts, .*: did you mean 'files'\?$"):
         load_config(overrides=["task.name=file", "task.train=rows.jsonl"])
+
+
+def test_a_whole_number_where_a_number_or_a_word_may_stand() -> None:
+    alpha = load_config(overrides=["rollout.branch_alpha=1"]).rollout.branch_alpha
+    assert (alpha, type(alpha)) == (1.0, float)
+    assert load_config(overrides=["rollout.branch_alpha=uniform"]).rollout.branch_alpha == "uniform"

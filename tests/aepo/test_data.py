@@ -391,3 +391,11 @@ def test_a_hundred_thousand_rows_load_in_seconds(tmp_path: Path) -> None:
     start = time.process_time()
     assert len(FilesTask(path).train) == 90_000
     assert time.process_time() - start < 10  # about 2 s where this was written
+
+
+def test_a_share_smaller_than_every_prompt_holds_out_the_rarest_one() -> None:
+    """Of four prompts that come 5, 4, 3 and 2 times, whichever is drawn first."""
+    questions = [Question(f"{prompt} {i}", prompt) for times, prompt in enumerate("abcd", 2) for i in range(times)]
+    for seed in range(8):
+        train, heldout = divide(questions, 0.05, seed)
+        assert ([q.prompt for q in heldout], len(train)) == (["a", "a"], 12)

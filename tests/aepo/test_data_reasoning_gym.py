@@ -9,6 +9,8 @@ import pytest
 from scoring_toys import response_of
 
 from aepo.agents.tasks.reasoning_gym import ReasoningGymTask, _harmless
+from aepo.config import load_config
+from aepo.load import load_task
 
 pytest.importorskip("reasoning_gym")
 
@@ -108,3 +110,13 @@ def test_options_that_cannot_be_used(options: dict[str, Any], problem: str) -> N
     with pytest.raises(ValueError, match=problem) as error:
         ReasoningGymTask(**options)
     assert "\n" not in str(error.value)
+
+
+def test_a_seed_among_the_options_comes_before_the_tasks() -> None:
+    def prompts(*settings: str) -> list[str]:
+        options = ["task.options.dataset=chain_sum", "task.options.size=5", "task.options.heldout=2"]
+        task = load_task(load_config(None, ["task.name=reasoning_gym", *options, *settings]).task)
+        return [question.prompt for question in task.train]
+
+    assert prompts("task.seed=3") != prompts("task.seed=4")
+    assert prompts("task.options.seed=3", "task.seed=4") == prompts("task.seed=3")

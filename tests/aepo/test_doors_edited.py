@@ -178,10 +178,26 @@ def test_a_file_of_many_parts_is_one_line(home: Path) -> None:
 
 
 READ = {
-    "a description": (("my_tool.py", "Add two", "Sum two"), "tools.add.schema was ", "task.tool_timeout=30"),
-    "a parameter": (("my_tool.py", "a: int, b: int", "a: int, b: int = 1"), "tools.add.schema was ", "task.seed=0"),
-    "a method": (("mine.py", "by: how far", "by: how much"), "tools.move.schema was ", "format.calls=auto"),
-    "a document": (("corpus.jsonl", "an attic", "a cellar"), "tools.search.sha256 was ", "task.seed=0"),
+    "a description": (
+        ("my_tool.py", "Add two", "Sum two"),
+        "tools.add.schema.description was 'Add two numbers.' and is 'Sum two numbers.'",
+        "task.tools=[my_tool:add,search:corpus.jsonl]",
+    ),
+    "a parameter": (
+        ("my_tool.py", "a: int, b: int", "a: int, b: int = 1"),
+        "tools.add.schema.parameters.required was ['a', 'b'] and is ['a']",
+        "task.tools=[my_tool:add,search:corpus.jsonl]",
+    ),
+    "a method": (
+        ("mine.py", "by: how far", "by: how much"),
+        "tools.move.schema.parameters.properties.by.description was 'how far' and is 'how much'",
+        "task.environment=my_world:World",
+    ),
+    "a document": (
+        ("corpus.jsonl", "an attic", "a cellar"),
+        "tools.search.sha256 was ",
+        "task.tools=[my_tool:add,search:corpus.jsonl]",
+    ),
     "data of questions": (("cases.json", "1", "2"), "task.data.train_data was ", "task.seed=0"),
     "kinds": (("cases.json", "even", "odd"), "task.data.heldout_data was ", "task.seed=0"),
 }
@@ -195,8 +211,10 @@ def test_what_is_read_under_the_same_name(home: Path, what: str) -> None:
     before = Path("run/run.json").read_text()
     for command in (RESUME, EVAL):
         failure = aepo(*command).failure
-        hashes = r"[0-9a-f]{12}\.\. and is [0-9a-f]{12}\.\.\. Expected the same one, or the settings"
-        assert re.search(f"with another agent: {re.escape(expected)}{hashes}", failure), failure
+        hashes = r"[0-9a-f]{12}\.\. and is [0-9a-f]{12}\.\." if expected.endswith("was ") else ""
+        named = setting.partition("=")[0]
+        rest = rf"{hashes}\. Expected the same one, or in this command a setting .*\b{re.escape(named)}\b"
+        assert re.search(f"with another agent: {re.escape(expected)}{rest}", failure), failure
     assert Path("run/run.json").read_text() == before
     edited = [change[0]] if change[0].endswith(".py") else []
     assert len(warned(aepo(*RESUME, setting))) == len(edited)
@@ -251,7 +269,7 @@ def test_a_run_of_version_2_goes_on(home: Path) -> None:
     assert "changed" not in facts["resumed"][-1]
     assert facts["code"].keys() == {*AGENT, *LEARNING, "mine.py"}
     edit("my_tool.py", "Sum two", "Add two")
-    assert "tools.add.schema was " in aepo(*RESUME).failure
+    assert "tools.add.schema.description was 'Sum two numbers.' and is 'Add two " in aepo(*RESUME).failure
 
 
 def test_a_run_of_version_2_compares_what_it_knew(home: Path) -> None:
@@ -260,8 +278,11 @@ def test_a_run_of_version_2_compares_what_it_knew(home: Path) -> None:
     edit("my_tool.py", "def add", "def plus")
     edit("my_tool.py", "return mine.add", "return 0 * mine.add")
     settings = "task.tools=[my_tool:plus,search:corpus.jsonl]"
-    assert aepo(*RESUME, settings).code == 0
+    assert "begun with another agent: task.system was 'Be brief.'" in aepo(*RESUME, settings).failure
+    done = aepo(*RESUME, settings, "task.seed=0")
+    assert done.code == 0, done.output
     assert read_facts(Path("run"))["resumed"][-1]["changed"] == [
+        "task.tools was ('my_tool:add', 'search:corpus.jsonl') and is ('my_tool:plus', 'search:corpus.jsonl')",
         "task.system was 'Be brief.' and is 'Be.'",
         "tools was ['move', 'add', 'search'] and is ['move', 'plus', 'search']",
     ]

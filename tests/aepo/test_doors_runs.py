@@ -66,7 +66,8 @@ def test_nothing_has_changed(home: Path) -> None:
     resumed, evaluated = both()
     assert resumed.code == 0, resumed.output
     assert evaluated.code == 0, evaluated.output
-    assert "changed" not in read_facts(Path("run"))["resumed"][0]
+    assert read_facts(Path("run"))["resumed"][0]["changed"] == ["train.steps was 1 and is 2"]
+    assert "not as in the run: train.steps was 1 and is 2" in resumed.output
     assert [record["step"] for record in read_records(Path("run/metrics.jsonl"))] == [1, 2]
     assert "not as in the run" not in evaluated.output
     assert aepo("report", "run").code == 0
@@ -115,8 +116,11 @@ def test_what_has_changed_on_the_disk(home: Path, change) -> None:
     assert Path("run/run.json").read_text() == before
     meant = aepo("train", "--resume", "run", "train.steps=2", setting)
     assert meant.code == 0, meant.output
-    changed, *edited = read_facts(Path("run"))["resumed"][-1]["changed"]
+    steps, *rest = read_facts(Path("run"))["resumed"][-1]["changed"]
+    assert steps == "train.steps was 1 and is 2"
+    changed, *edited = [one for one in rest if not one.startswith("task.system was None")]
     assert changed.startswith(expected)
+    assert f"not as in the run: {changed}" in meant.output
     parts = "tool add, tool double, reward mine:length, reward mine:calls"
     assert edited == ([f"{parts}: mine.py is not as it was in the run"] if change is add_tool else [])
     assert aepo("train", "--resume", "run", "train.steps=3").code == 0, "what is is now what was"
@@ -150,7 +154,7 @@ def test_settings_that_change_the_agent(home: Path, setting: str, expected: list
     assert name.partition(".")[2] in Path("run/config.yaml").read_text()
     again = aepo("train", "--resume", "run", "train.steps=3")
     assert again.code == 0, again.output
-    assert "changed" not in read_facts(Path("run"))["resumed"][-1]
+    assert read_facts(Path("run"))["resumed"][-1]["changed"] == ["train.steps was 2 and is 3"]
 
 
 def test_an_evaluation_says_what_is_not_the_runs(home: Path) -> None:
@@ -175,6 +179,21 @@ def test_what_is_gone(home: Path) -> None:
     (home / "system.txt").unlink()
     for done in both():
         assert "task.system = 'system.txt': there is no such file" in done.failure
+
+
+def test_another_directory_than_the_run_was_begun_in(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings name files as seen from there."""
+    (home / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    began = read_facts(Path("../run"))["directory"]
+    for done in both(run="../run"):
+        assert "task.train = 'rows.jsonl': there is no such file, in " in done.failure
+        assert done.failure.endswith(f"elsewhere (../run was begun in {began})")
+
+
+def test_a_run_that_is_not_there(home: Path) -> None:
+    for done in both(run="nowhere"):
+        assert "nowhere: expected a run" in done.failure
 
 
 def test_a_task_that_is_gone(home: Path) -> None:

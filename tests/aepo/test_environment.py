@@ -473,3 +473,36 @@ def test_a_stateless_tool_that_hangs_does_not_cost_the_environment():
     turns = [call("slow")], [call("get", key="a")]
     (first, second, reward), _ = play(Store, *turns, tools=[slow], timeout=0.2)
     assert (first, second, reward) == ([("error: no answer after 0.2 s", "timeout")], [("1", None)], 1.0)
+
+
+def test_an_instance_whose_call_was_cancelled_is_left_alone():
+    entered, leave = [], threading.Event()
+
+    class Slow(Store):
+        def get(self, key: str) -> int:
+            """Read slowly.
+
+            Args:
+                key: where
+            """
+            entered.append(key)
+            leave.wait(30)
+            return 1
+
+    async def run():
+        environments = EnvironmentTools(Slow, ToolBox([]), 30.0)
+        session = await environments.open(QUESTION)
+        turn = asyncio.ensure_future(session.run([call("get", key="a")]))
+        while not entered:
+            await asyncio.sleep(0.001)
+        turn.cancel()
+        leave.set()
+        with pytest.raises(asyncio.CancelledError):
+            await turn
+        [result] = await session.run([call("get", key="b")])
+        assert (result.text, result.error) == ("error: the environment does not respond", "timeout")
+        await session.close()
+        environments.close()
+
+    asyncio.run(run())
+    assert entered == ["a"]

@@ -6,7 +6,7 @@ import itertools
 import json
 import pathlib
 import re
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 from trainer_toys import ToyFormat, ToyLanguageModel, toy_agent
@@ -14,7 +14,14 @@ from trainer_toys import ToyFormat, ToyLanguageModel, toy_agent
 from aepo.answers import Answer, AnsweredQuestion, read_answers, write_answers
 from aepo.config import load_config
 from aepo.estimates import interval
-from aepo.evaluation import Evaluator, answer_intervals, answer_metrics, questions_at_once, sampled_questions
+from aepo.evaluation import (
+    Evaluator,
+    answer_intervals,
+    answer_metrics,
+    questions_at_once,
+    sampled_questions,
+    scored_rollouts,
+)
 from aepo.rollout.engines.huggingface import HuggingFaceEngine
 from aepo.rollout.sampler import Sampler
 from aepo.scoring import Scorer
@@ -252,3 +259,27 @@ def test_what_an_evaluator_asks_the_sampler_for(monkeypatch: pytest.MonkeyPatch)
     assert {seed >> 32 for seed in seeds} == {3, 4}
     assert min(seed % 2**32 for seed in seeds) >= 2**31, "steps are below"
     assert all(judge == scorer.begin for _, judge in asked)
+
+
+def test_two_samples_have_a_pass_at_k() -> None:
+    answered = [AnsweredQuestion(question(0), (answer(True), answer(False)))]
+    record = answer_metrics(answered, pass_at=(1, 2))
+    assert (record["success"], record["pass@1"], record["pass@2"]) == (0.5, 0.5, 1.0)
+
+
+def test_progress_counts_the_paths_of_all_questions() -> None:
+    class Silent:
+        def rollout(self, questions: Any, seed: int, *, progress: Any, judge: Any) -> list[RolloutTree]:
+            for finished in range(1, 4 * len(questions) + 1):  # of four paths each
+                progress(finished, 4 * len(questions))
+            return []
+
+    said: list[tuple[int, int]] = []
+    scorer = Scorer(toy_agent().rewards, ToyFormat())
+    questions = [question(i) for i in range(5)]
+    list(
+        scored_rollouts(
+            cast(Sampler, Silent()), scorer, questions, 0, at_once=2, progress=lambda *numbers: said.append(numbers)
+        )
+    )
+    assert said == [(finished, 20) for finished in range(1, 21)]

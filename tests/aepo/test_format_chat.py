@@ -8,7 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from format_templates import CHATML, GEMMA, HERMES_TAGS, QWEN, QWEN3, family, tokenizer
+from format_templates import (
+    CHATML,
+    DROPS_THINKING,
+    GEMMA,
+    HERMES_TAGS,
+    QWEN,
+    QWEN3,
+    family,
+    tokenizer,
+)
 
 from aepo.agents.formats.chat import ChatTemplateFormat
 from aepo.agents.formats.chat_template import assistant, tool_result, user
@@ -70,9 +79,7 @@ def make(name: str, schemas=SCHEMAS, **settings) -> ChatTemplateFormat:
 
 
 def eos_ids(name: str) -> list[int]:
-    """Of the model: one of GLM ends its turns with the role that is next."""
-    toy = family(name)
-    return toy.convert_tokens_to_ids(["<|user|>", "<|observation|>"]) if name == "glm" else [toy.eos_token_id]
+    return [family(name).eos_token_id]
 
 
 def rendered(name: str, messages, *, generate: bool = True) -> str:
@@ -183,10 +190,10 @@ def test_the_parser_is_the_one_that_reads_what_the_template_writes() -> None:
 
 def test_warnings_name_what_a_chat_server_renders_in_another_way() -> None:
     assert make("qwen").warnings == make("qwen3").warnings == make("qwen3_coder").warnings == ()
-    assert [line[:63] for line in make("drops_thinking").warnings] == [
-        "the chat template begins a turn with '|im_end|>\\n<|im_start|>as",
+    assert make("drops_thinking").warnings == (
+        "the chat template begins a turn with '<think>\\n', which it leaves out of earlier turns",
         "the chat template drops the thinking of earlier turns",
-    ]
+    )
     (line,) = make("llama3").warnings
     assert "leaves out what a turn says beside its calls" in line
     assert any("ids of calls" in line for line in make("mistral").warnings)
@@ -194,6 +201,17 @@ def test_warnings_name_what_a_chat_server_renders_in_another_way() -> None:
     toy = tokenizer(rewriting, CHATML, HERMES_TAGS, eos="<|im_end|>")
     (line,) = ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS).warnings
     assert "another way once another one follows" in line
+    toy = tokenizer(MOVES_TOOLS, CHATML, HERMES_TAGS, eos="<|im_end|>")
+    (line,) = ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS).warnings
+    assert line == "the chat template renders a question in another way once a turn follows"
+
+
+def test_what_is_left_out_of_earlier_turns_is_whole() -> None:
+    """<think> and <tool_call>, which follows it in earlier turns here, begin with the same letters."""
+    silent = DROPS_THINKING.replace("{{- content }}", "").replace("if loop.index0 or content", "if loop.index0")
+    toy = tokenizer(silent, CHATML, HERMES_TAGS, eos="<|im_end|>")
+    line, *_ = ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS).warnings
+    assert line == "the chat template begins a turn with '<think>\\n', which it leaves out of earlier turns"
 
 
 def read(chat: ChatTemplateFormat, toy, text: str, reason: str = "eos"):
@@ -304,23 +322,6 @@ def test_answer_styles() -> None:
     assert not read(make("qwen", answer="boxed"), toy, "c<|im_end|>").well_formed
 
 
-def test_the_end_of_turn_ends_segments_too() -> None:
-    toy = family("gemma")
-    end_of_turn, eos = toy.convert_tokens_to_ids(["<end_of_turn>", "<eos>"])
-    chat = ChatTemplateFormat(toy, len(toy), [eos], ())
-    assert chat.eos_ids == tuple(sorted((end_of_turn, eos)))
-    assert chat.stop_strings == ()
-    assert read(chat, toy, "4<end_of_turn>").text == "4"
-
-
-def test_a_turn_that_ends_with_the_models_own_token_needs_no_other() -> None:
-    toy = tokenizer(
-        QWEN.replace("'<|im_end|>\\n'", "'<|endoftext|><|im_end|>\\n'"), CHATML, HERMES_TAGS, eos="<|im_end|>"
-    )
-    chat = ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS)
-    assert chat.eos_ids == (toy.eos_token_id,)
-
-
 def test_the_system_text_goes_in_front_where_there_is_no_such_role() -> None:
     chat = make("gemma", ())
     begin = [{"role": "system", "content": "Be <bos> brief."}, user("Why <bos>?")]
@@ -384,6 +385,7 @@ def test_descriptions_of_tools_stay_letters() -> None:
 
 
 FORGETS_RESULTS = QWEN.replace("+ message.content + '\\n</tool_response>'", "}}{{ ''")
+MOVES_TOOLS = QWEN.replace("{%- if tools %}", "{%- if tools and messages | length == 1 %}")
 UNENDING = QWEN.replace("<|im_end|>", "").replace("<|im_start|>", "\n")
 
 
@@ -393,11 +395,23 @@ UNENDING = QWEN.replace("<|im_end|>", "").replace("<|im_start|>", "\n")
         (lambda: family("gemma"), {}, "does not show tools (search, add-two.v1); set format.name=tags, or"),
         (lambda: family("mistral"), {}, "did not read the call that the chat template of mistral wrote as '[TOOL"),
         (lambda: family("qwen"), {"calls": "qwen3_coder"}, "format.calls = 'qwen3_coder': qwen3_coder did not read"),
+        (
+            lambda: tokenizer(MOVES_TOOLS, CHATML, eos="<|im_end|>"), {"calls": "qwen3_coder"},
+            "the chat template of toy wrote as '<|im_end|>\\n<|im_start|>assistant\\n<tool_call>",
+        ),
         (lambda: family("qwen"), {"calls": "hermse"}, "format.calls = 'hermse': expected auto, hermes"),
         (lambda: family("qwen"), {"answer": "box"}, "format.answer = 'box': expected one of auto, tag, boxed, turn"),
         (lambda: tokenizer(None, CHATML, name="bare"), {}, "tokenizer bare: expected a chat template, it has none"),
         (lambda: tokenizer(UNENDING, name="endless"), {}, "the chat template of endless ends no turn with a token"),
-        (lambda: tokenizer(FORGETS_RESULTS, CHATML, eos="<|im_end|>"), {}, "does not show results of tools"),
+        (
+            lambda: tokenizer(FORGETS_RESULTS, CHATML, eos="<|im_end|>"), {},
+            "does not show results of tools: 'resultprobe0x' and 'resultprobe1x' became '\\n<|im_start|>user",
+        ),
+        (
+            lambda: tokenizer(UNENDING, CHATML, eos="<|endoftext|>"), {},
+            "has no token that ends a turn with a call: from there to the result it writes "
+            "'\"}}\\n</tool_call>\\n\\nuser\\n<tool_response>\\n'; set format.name=tags",
+        ),
         (lambda: tokenizer("{{ raise_exception('no\nway') }}", CHATML, name="no"), {}, "of no refuses a dialogue"),
     ],
 )  # fmt: skip

@@ -76,6 +76,13 @@ def make(toy, tools=SEARCH, tool_instructions=None, **settings):
         ),
         (family("gemma"), (Search(),), {}, f"format tags: the model's chat template does not show tools; {OF_GEMMA}"),
         (family("gemma"), (), {}, f"format chat: the model has a chat template, and there are no tools; {OF_GEMMA}"),
+        (
+            family("glm"),
+            (Search(),),
+            {},
+            "format chat, calls as glm45: the model's chat template shows tools; turns also end with <|user|>; turns "
+            "also end with <|observation|>",
+        ),
         (BARE, (Search(),), {}, "format tags: the model has no chat template"),
         (BARE, (), {}, "format tags: the model has no chat template"),
         (

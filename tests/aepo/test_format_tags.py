@@ -220,6 +220,17 @@ def test_a_description_does_not_become_control_tokens() -> None:
     assert ids.count(toy.eos_token_id) == 2
 
 
+@pytest.mark.parametrize("text", ["", "<|im_start|>", "</tool_response>", "</result>", "<result>", "</think>\n"])
+def test_a_turn_of_nothing_but_control_tokens_and_tags_is_not_well_formed(text: str) -> None:
+    for closing, reason in (("<|im_end|>", "eos"), ("</answer>", "stop"), ("</search>", "stop")):
+        assert not read(make(), text + closing, reason).well_formed
+
+
+def test_with_a_template_the_role_that_is_next_ends_segments_too() -> None:
+    toy = family("glm")
+    assert make(toy).eos_ids == tuple(sorted(toy.convert_tokens_to_ids(["<|endoftext|>", "<|user|>"])))
+
+
 def test_with_a_template_the_end_of_turn_ends_segments_and_the_system_text_finds_its_place() -> None:
     toy = family("gemma")
     tags = make(toy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ from door_toys import FILES, OWN, SMALL, aepo, own_modules, save_chat_model, wri
 
 from aepo.agents.agent import Agent
 from aepo.agents.protocol import AgentError
-from aepo.agents.remembered import agent_facts, agent_parts, changes
+from aepo.agents.question_checks import one_of_each_row
+from aepo.agents.remembered import MEANT_BY, agent_facts, agent_parts, changes, not_as_recorded
 from aepo.agents.rewards.builtin import BUILTIN
 from aepo.cli_shared import described
-from aepo.config import load_config
+from aepo.config import all_keys, load_config
 from aepo.load import load_agent, load_model, load_task
 from aepo.models.language_model import LanguageModel
 from aepo.own_code import Code, code_changes, code_facts, code_of
@@ -191,13 +193,54 @@ def test_changes_between_a_run_and_an_agent() -> None:
     ]
 
 
+def test_the_order_in_a_schema_is_read_too() -> None:
+    def tools(*names: str) -> dict[str, Any]:
+        return {"tools": {"f": {"schema": {"parameters": {"properties": {name: {} for name in names}}}}}}
+
+    assert changes(tools("a", "b"), tools("a", "b")) == []
+    assert changes(tools("a", "b"), tools("b", "a")) == [
+        "tools.f.schema: its keys, which the model reads, are in another order"
+    ]
+
+
+def test_only_a_setting_that_explains_a_difference_allows_it() -> None:
+    was = {"task": {"data": "1"}, "tools": {"f": {"schema": {"description": "x"}}}, "rewards": {"m:r": 1.0}}
+    now = {"task": {"data": "2"}, "tools": {"f": {"schema": {"description": "y"}}}, "rewards": {"m:r": 1.0}}
+    for named in ((), ("task.tool_timeout", "format.name", "train.steps"), ("task.tools",), ("task.rewards",)):
+        with pytest.raises(
+            ValueError, match=r"^run: .* another agent: task\.data was '1' and is '2'\. Expected the same "
+        ):
+            not_as_recorded("run", was, now, named=named)
+    with pytest.raises(ValueError, match=r"another agent: tools\.f\.schema.description was 'x' and is 'y'\. "):
+        not_as_recorded("run", was, now, named=["task.train"])
+    both = ["task.data was '1' and is '2'", "tools.f.schema.description was 'x' and is 'y'"]
+    assert not_as_recorded("run", was, now, named=["task.train", "task.tools"]) == both
+    assert not_as_recorded("run", was, now, named=["task.name"]) == both
+    assert not_as_recorded("run", None, now, named=()) == not_as_recorded("run", was, was, named=()) == []
+
+
+def test_every_part_of_an_agent_can_be_meant(model: LanguageModel) -> None:
+    agent = agent_of(model)
+    assert agent_facts(agent).keys() | {"long_prompts_dropped"} == MEANT_BY.keys()
+    settings = {entry.name for entry in all_keys()}
+    assert all(any(s.startswith(name) for s in settings) for names in MEANT_BY.values() for name in names)
+
+
+def test_the_code_of_a_parser_of_ones_own(model: LanguageModel) -> None:
+    parts = agent_parts(agent_of(model, "task.tools=mine:add", "format.calls=mine:Quoted"))
+    assert "mine.py" in code_of({"format": parts["format chat"]})["format"]
+
+
 def test_what_is_told_of_a_template_may_be_told_otherwise() -> None:
     """A release that words a warning in another way must not refuse the runs of the one before."""
     was = {"format": {"name": "chat", "chat_template": "1", "notes": ["a"], "warnings": None}}
     now = {"format": {"name": "chat", "chat_template": "1", "notes": ["b"], "warnings": ["c"]}}
     assert changes(was, now) == changes({"format": {"name": "chat", "chat_template": "1"}}, now) == []
-    now["format"]["chat_template_kwargs"] = {"enable_thinking": False}
-    assert changes(was, now) == ["format.chat_template_kwargs was None and is {'enable_thinking': False}"]
+    now["format"] |= {"chat_template_kwargs": {"enable_thinking": False}, "answer": "tag"}
+    assert changes(was, now) == [
+        "format.chat_template_kwargs was None and is {'enable_thinking': False}",
+        "format.answer was None and is 'tag'",
+    ]
 
 
 def test_the_order_of_tools_is_read_too() -> None:
@@ -227,7 +270,7 @@ def test_a_server_that_offers_something_else(model: LanguageModel, home: Path) -
     ]
     other, _ = remembered(source.replace("The sum of two numbers", "Both numbers together"))
     (change,) = changes(facts, other)
-    assert change.startswith("tools.add.schema was ")
+    assert change.startswith("tools.add.schema.description was 'The sum of two numbers.' and is 'Both ")
 
 
 class Told:
@@ -256,10 +299,166 @@ def test_what_a_tool_says_itself(model: LanguageModel) -> None:
     assert one["tools"]["told"].keys() == {"sizes", "schema"}
 
 
-@pytest.mark.parametrize("identity", ["abc", 5, {"a": object()}])
+@pytest.mark.parametrize("identity", ["abc", 5, {"a": object()}, {"a": float("nan")}, {"a": {1, 2}}, {("a", 1): 2}])
 def test_what_a_tool_says_wrongly(model: LanguageModel, identity: Any) -> None:
     with pytest.raises(ValueError, match=r"^tool told: identity = .*: expected JSON values by name: "):
         facts_of(model, identity)
+
+
+OWN_TASK = """
+import collections
+import numpy as np
+from aepo.agents.protocol import Task
+from aepo.types import Question
+
+ROWS = [Question(f"q{{i}}", f"What is {{i}}?", i) for i in range(6)]
+
+
+class Lazy:
+    count, most, made = 6, 6, []
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        self.made.append(index)
+        if type(index) is not int:
+            raise TypeError("an int")
+        if index >= self.most:
+            raise IndexError(index)
+        return ROWS[index % 6]
+
+
+class Lying(Lazy):
+    count = 9
+
+
+class Endless(Lazy):
+    most = 10**9
+
+
+class Short(list):
+    def __len__(self):
+        return 9
+
+
+def fair(question, response):
+    return 1.0
+
+
+class Own(Task):
+    train = heldout = ROWS
+
+    def reward(self, question, response):
+        return 1.0
+    {body}
+"""
+
+
+def own_task(home: Path, body: str, model: LanguageModel, *settings: str) -> Agent:
+    shutil.rmtree(home / "__pycache__", ignore_errors=True)
+    sys.modules.pop("own", None)
+    (home / "own.py").write_text(OWN_TASK.format(body=body))
+    return load_agent(load_config(None, ["task.name=own:Own", "model.name=x", *settings]), model)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("(one for one in ROWS)", "train: expected a list of questions, or what has len() and [index], got generator"),
+        ("set(ROWS[:0])", "train: expected a list of questions, or what has len() and [index], got set"),
+        ("{'a': ROWS}", "train: expected a list of questions, or what has len() and [index], got dict"),
+        ("'a text'", "train: expected a list of questions, or what has len() and [index], got str"),
+        ("None", "train: expected a list of questions, or what has len() and [index], got NoneType"),
+        ("[*ROWS, {'prompt': 'a'}]", "train[6]: expected a Question, got dict {'prompt': 'a'}"),
+        ("np.array(['a', 'b'])", "train[0]: expected a Question, got str_ "),
+        ("[Question(['a'], 'b')]", "train[0], question ['a']: id = ['a']: expected text, got list"),
+        ("[Question('1', 'b'), Question(1, 'b')]", "train[1], question 1: id = 1: expected text, got int"),
+        ("[Question('a', None)]", "train[0], question 'a': prompt = None: expected text or messages, got NoneType"),
+        ("[Question('a', ['b'])]", "train[0], question 'a': prompt = ['b']: expected text or messages, got list"),
+        ("[Question('a', 'b', 1, '', None)]", "train[0], question 'a': data = None: expected columns by name, got"),
+        ("Lying()", "train[8] failed: IndexError: 8 (own.py, line "),
+        ("Short(ROWS)", "train: expected the 9 questions that its len() says, got 6"),
+        ("property(lambda self: 1 / 0)", "train failed: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_questions_of_ones_own_that_are_none(home: Path, model: LanguageModel, train: str, message: str) -> None:
+    with pytest.raises(AgentError) as caught:
+        own_task(home, f"train = {train}", model)
+    assert str(caught.value).startswith(f"task Own: {message}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("train", ["Lazy()", "Endless()", "collections.deque(ROWS)", "np.array(ROWS, dtype=object)"])
+def test_sequences_of_ones_own(home: Path, model: LanguageModel, train: str) -> None:
+    """Without slices, and where asking for a question beyond the last one is no error: as many as len() says."""
+    agent = own_task(home, f"train = {train}", model, "task.environment=mine:World")
+    assert [question.id for question in one_of_each_row(agent.task.train)] == ["q0"]
+    in_a_list = own_task(home, "train = list(ROWS)", model)
+    assert agent.task.identity == in_a_list.task.identity
+    agent.close()
+    in_a_list.close()
+
+
+def test_of_a_lazy_sequence_the_first_and_the_last_question_are_made(home: Path, model: LanguageModel) -> None:
+    agent = own_task(home, "train = Lazy()", model)
+    assert set(sys.modules["own"].Lazy.made) == {0, 5}
+    agent.close()
+    sys.modules["own"].ROWS[3] = "no question"
+    with pytest.raises(AgentError, match=r"^task Own: train\[3\]: expected a Question, got str 'no question'$"):
+        _ = agent.task.identity
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("'hello'", "expected one message or more, got str 'hello'"),
+        ("()", "expected one message or more, got tuple ()"),
+        ("None", "expected one message or more, got NoneType None"),
+        ("question.messages[0]", "expected one message or more, got dict {"),
+        ("(message for message in question.messages)", "expected one message or more, got generator"),
+        ("[{'role': 'user'}]", "expected content in message 1 of 1, got {'role': 'user'}"),
+        ("[*question.messages, {'role': 'user', 'content': 5}]", "expected content in message 2 of 2, got {'role'"),
+        ("1 / 0", "failed: ZeroDivisionError: division by zero (own.py, line "),
+    ],
+)
+def test_messages_that_say_nothing(home: Path, model: LanguageModel, messages: str, message: str) -> None:
+    body = "def messages(self, question, *, chat):\n        "
+    body += f"return {messages} if question.id == 'q4' else question.messages"
+    for settings in ([], ["format.name=tags"]):
+        with pytest.raises(AgentError) as caught:
+            own_task(home, body, model, *settings)
+        assert str(caught.value).startswith(f"task Own: messages of question 'q4' {message}".replace("' exp", "': exp"))
+
+
+def test_messages_that_need_no_content(home: Path, model: LanguageModel) -> None:
+    """Calls of a tool have none, and what an environment says at the start comes behind the last message."""
+    call = "{'role': 'assistant', 'tool_calls': [{'function': {'name': 'add', 'arguments': {}}}]}"
+    body = "def messages(self, question, *, chat):\n        return [*question.messages, "
+    own_task(home, f"{body}{call}, *question.messages]", model).close()
+    own_task(home, f"{body}{{'role': 'user'}}]", model, "task.environment=mine:World").close()
+    with pytest.raises(AgentError, match="expected content in message 2 of 3"):
+        own_task(home, f"{body}{{'role': 'user'}}, *question.messages]", model, "task.environment=mine:World")
+    own_task(home, "train = [Question('a', ())]\n" + f"    {body}{{'role': 'user', 'content': 'b'}}]", model).close()
+
+
+def test_answers_that_built_in_rewards_cannot_read(home: Path, model: LanguageModel) -> None:
+    for answer in ("np.array([1, 2])", "[1, np.array([1, 2])]"):
+        train = f"train = [*ROWS, Question('a', 'b', {answer})]"
+        with pytest.raises(AgentError) as caught:
+            own_task(home, train, model, "task.rewards=[own:fair, math]")
+        expected = "expected text, a number or a list of these for the reward math, got "
+        assert str(caught.value).startswith(f"task Own: train: answer of question 'a': {expected}")
+        own_task(home, train, model).close()  # a reward of ones own may
+    own_task(home, "train = [Question('a', 'b', np.float64(2))]", model, "task.rewards=math").close()
+
+
+def test_a_large_task_takes_no_time(home: Path, model: LanguageModel) -> None:
+    """100,000 questions: 0.4 s (one core of a 2-core AMD EPYC VM); here a tenth of it."""
+    own_task(home, "train = ROWS * 10", model).close()
+    start = time.process_time()
+    own_task(home, "train = [Question(str(i), 'b', i) for i in range(10_000)]", model).close()
+    assert time.process_time() - start < 5
 
 
 def test_a_task_derived_from_another_has_its_own_name(home: Path) -> None:

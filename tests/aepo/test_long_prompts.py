@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from aepo import cli, cli_shared
 from aepo.agents.agent import Agent
 from aepo.agents.remembered import agent_facts
+from aepo.agents.rewards.make import make_rewards
 from aepo.rollout.sampler import Sampler
 from aepo.run_log import read_records
 from aepo.trainer import Trainer
@@ -90,6 +91,23 @@ def test_eval_and_rollout(command: str, tmp_path: Path, monkeypatch: pytest.Monk
     refused = CliRunner().invoke(cli.app, [command, str(tmp_path / "run"), *out, "task.long_prompts=refuse"])
     assert refused.exit_code == 1
     assert "error: 3 of 4 held-out prompts fill the model's context" in refused.output
+
+
+def test_every_command_says_which_rewards_apply_to_some_questions_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "reward numbers applies to 2 of 4 {} questions: the others have no answer that it can compare"
+    agent = toy_agent(ToyTask())
+    agent.task.train = agent.task.heldout = [Question(f"q{i}", f"{i}", i if i < 2 else None) for i in range(4)]
+    agent = replace(agent, rewards=make_rewards(["numbers", "format"]))
+    Trainer(config_for(tmp_path / "run", "train.questions=2", "train.steps=0"), agent, ToyLanguageModel()).train()
+    assert capsys.readouterr().out.splitlines()[:2] == [said.format("training"), said.format("held-out")]
+    monkeypatch.setattr(cli_shared, "load", lambda config: (agent, ToyLanguageModel()))
+    evaluated = CliRunner().invoke(cli.app, ["eval", str(tmp_path / "run")])
+    assert evaluated.exit_code == 0, evaluated.output
+    assert said.format("held-out") in evaluated.output
+    rolled_out = ["rollout", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--questions", "4"]
+    assert said.format("training") in CliRunner().invoke(cli.app, rolled_out).output
 
 
 def coloured(prompts: list, completions: list, colour: list) -> list[float]:

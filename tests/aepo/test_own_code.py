@@ -110,7 +110,32 @@ def test_what_is_ours_is_left_out() -> None:
 
 def test_scripts(home: Path) -> None:
     assert files(Path("late.py")) == {"late.py": digest("late.py")}
-    assert files(home / "late.py", Path("gone.py")) == {"late.py": digest("late.py"), "gone.py": None}
+    (home / "b").mkdir()
+    (home / "b" / "late.py").write_text("")
+    found = files(Path("late.py"), Path("b/late.py"), Path("gone.py"))  # two of one name, as the command has them
+    assert found == {"late.py": digest("late.py"), "b/late.py": hashlib.sha256(b"").hexdigest(), "gone.py": None}
+
+
+@pytest.mark.parametrize("held", ["decorated", "partial", "method", "deep"])
+def test_what_a_function_holds(home: Path, held: str) -> None:
+    """A decorator's wrapper is defined elsewhere than what it calls."""
+    (home / "wrapping.py").write_text("def wrap(f):\n    def g(*given):\n        return f(*given)\n    return g\n")
+    wrap, scores, worlds = importlib.import_module("wrapping").wrap, importlib.import_module("scores"), "worlds.py"
+    world = importlib.import_module("worlds").World()
+    thing, expected = {
+        "decorated": (wrap(scores.small), {"wrapping.py", "scores.py"}),
+        "partial": (functools.partial(wrap(scores.small), judge=world.step), {"wrapping.py", "scores.py", worlds}),
+        "method": (wrap(world.step), {"wrapping.py", worlds, "bases.py"}),
+        "deep": (wrap(wrap(wrap(scores.small))), {"wrapping.py", "scores.py"}),
+    }[held]
+    assert files(thing).keys() >= expected
+
+
+def test_a_function_that_holds_itself() -> None:
+    def again(n: int) -> int:
+        return again(n - 1) if n else 0
+
+    assert "test_own_code.py" in next(iter(files(again)))
 
 
 def test_a_file_that_was_broken_since(home: Path) -> None:

@@ -19,12 +19,12 @@ from aepo.agents.agent import Agent
 from aepo.agents.formats.chat import ChatTemplateFormat
 from aepo.agents.formats.tags import TagsFormat
 from aepo.agents.protocol import AgentError, ChatFormat, RewardFunction, Task
-from aepo.agents.question_checks import Context, _most_tokens, check_questions, fitting, one_of_each_row
+from aepo.agents.question_checks import PROBE, Context, Split, _most_tokens, check_questions, fitting, one_of_each_row
 from aepo.agents.rewards.builtin import BUILTIN, COMPARED
 from aepo.agents.tools.environment import EnvironmentTools
 from aepo.agents.tools.toolbox import ToolBox
 from aepo.config import load_config
-from aepo.types import Message, Question
+from aepo.types import Message, Question, Response
 
 PIECES = ("a word, ", "12345", "\u0344", "\u00e9", "\U0001d160", "\u4e2d\u6587", "<|im_end|>", "\n\n", "\ud800", " ")
 """U+0344 and U+1D160 become 2 and 3 times as many bytes by NFC; a control token and a lone surrogate."""
@@ -47,6 +47,9 @@ class Counting:
         self.made += 1
         *before, last = messages
         return self.inner.prompt_tokens([*before, {**last, "content": last["content"] * self.times}])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.inner.decode(token_ids)
 
 
 def formatted(name: str = "qwen", times: int = 1) -> Counting:
@@ -127,10 +130,28 @@ def test_a_format_that_writes_texts_twice_is_noticed() -> None:
     assert fit(Asking(rows), formatted(times=3), count["q40"])[0] == ["q1", "q30"]
 
 
+@pytest.mark.parametrize("written", ["tojson", "urlencode", "wordwrap(20)", "replace('a', 'aaaa')"])
+def test_a_template_that_writes_texts_in_another_way(written: str) -> None:
+    """The longest text is not the longest prompt: quotes are escaped, spaces broken, letters repeated."""
+    made = family("qwen")
+    made.chat_template = made.chat_template.replace("message.content", f"(message.content|{written})")
+    rows = [Question("short", "x")]
+    rows += [Question(f"q{i}", text * 40) for i, text in enumerate(('"', "%", " a b", "a", "\\", "&"))]
+    rows.append(Question("longest", "z" * 170))
+    chat = ChatTemplateFormat(made, len(made), (made.eos_token_id,))
+    count = {q.id: len(agent_of(Asking(rows), chat).prompt_tokens(q)) for q in rows}
+    for limit in sorted(count.values())[1:]:
+        short = [name for name, tokens in count.items() if tokens < limit]
+        assert fit(Asking(rows), chat, limit)[0] == short
+
+
 def test_a_message_with_more_than_its_text_is_always_made_into_tokens() -> None:
     class Everything:
         def prompt_tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
             return (0,) * len(repr(messages))
+
+        def decode(self, token_ids: Sequence[int]) -> str:
+            return PROBE
 
     rows = [Question(f"q{i}", ({"role": "user", "content": "z" * i},)) for i in range(3)]
     rows[1] = Question("named", ({**rows[1].prompt[0], "name": "z" * 100},))
@@ -206,7 +227,7 @@ class Lazy(Sequence):
 def test_questions_that_are_made_when_they_are_asked_for_are_not() -> None:
     questions = Lazy()
     agent = agent_of(Asking(questions), formatted(), [BUILTIN["math"]])
-    check_questions(agent, questions, "training")
+    check_questions(agent, questions, "training", Console())
     assert fitting(agent, questions, "training", Context(5, ""), Console(), drop=False) is questions
     assert [question.id for question in one_of_each_row(questions)] == ["first"]
 
@@ -224,9 +245,22 @@ def answered(*answers: Any) -> list[Question]:
     return [Question(f"train.jsonl:{number}", "?", answer) for number, answer in enumerate(answers, start=1)]
 
 
-def checked(questions: Sequence[Question], *names: str, more: Sequence[RewardFunction] = ()) -> None:
-    rewards = [*(BUILTIN[name] for name in names), *more]
-    check_questions(agent_of(Asking(questions), formatted(), rewards), questions, "training")
+def checked(
+    questions: Sequence[Question],
+    *names: str,
+    more: Sequence[RewardFunction] = (),
+    split: Split = "training",
+    of: Sequence[Question] | None = None,
+) -> str:
+    """What is said of the questions, which are drawn from the training questions `of` (None: all of them)."""
+    agent = agent_of(Asking(of or questions), formatted(), [*more, *(BUILTIN[name] for name in names)])
+    console = Console(file=io.StringIO(), width=10**6)
+    check_questions(agent, questions, split, console)
+    return console.file.getvalue()
+
+
+def bonus(question: Question, response: Response) -> float:
+    return 1.0
 
 
 def test_answers_that_no_reward_can_compare() -> None:
@@ -236,7 +270,7 @@ def test_answers_that_no_reward_can_compare() -> None:
     assert str(error.value) == (
         "8 of 10 training questions have no answer that the reward numbers can compare: train.jsonl:2 (None), "
         f"train.jsonl:3 ('seven'), train.jsonl:4 ('B'), train.jsonl:6 ('{'x' * 36}...), train.jsonl:7 ('no'), ..; "
-        "expected one, or a reward that always applies, such as format"
+        "expected one: leave such rows out, or add a reward of your own for them"
     )
     with pytest.raises(
         ValueError, match=r"^7 of 10 .* the reward numbers or choice can compare: train.jsonl:2 \(None\)"
@@ -245,8 +279,42 @@ def test_answers_that_no_reward_can_compare() -> None:
     with pytest.raises(ValueError, match=r"^1 of 10 training questions have no answer that the reward math can"):
         checked(rows, "math")
     checked(rows, "numbers", "format")
-    checked(rows, "math", more=[lambda question, response: 1.0])
-    checked(answered("7", ["x", 5]), "numbers")
+    checked(rows, "math", more=[bonus])
+    assert checked(answered("7", ["x", 5]), "numbers") == ""
+
+
+def test_a_reward_that_applies_to_some_questions_only() -> None:
+    rows = answered("7", None, "seven", "B", ["x", 5])
+    numbers = "reward numbers applies to 2 of 5 {} questions: the others have no answer that it can compare\n"
+    assert checked(rows, "numbers", "format") == numbers.format("training")
+    math = "reward math applies to 4 of 5 held-out questions: the others have no answer that it can compare\n"
+    assert checked(rows, "math", "numbers", more=[bonus], split="held-out") == math + numbers.format("held-out")
+    assert checked(rows[:1], "math", "numbers", "format") == ""
+
+
+def test_a_reward_that_applies_to_no_training_question() -> None:
+    """A wrong answer column, whatever else is rewarded."""
+    rows = answered(None, "seven", "", "eight")
+    with pytest.raises(ValueError, match="reward") as error:
+        checked(rows, "numbers", "math", more=[bonus])
+    assert str(error.value) == (
+        "4 of 4 training questions have no answer that the reward numbers can compare: train.jsonl:1 (None), "
+        "train.jsonl:2 ('seven'), train.jsonl:3 (''), train.jsonl:4 ('eight'); expected at least one (task.columns "
+        "names the column of answers), or task.rewards without it"
+    )
+    for names, said in [
+        (["numbers"], "numbers"),
+        (["math", "numbers", "choice", "format"], "numbers or choice"),
+        (["environment", "numbers"], "numbers"),
+    ]:
+        with pytest.raises(ValueError, match=rf"^4 of 4 .* that the reward {said} can compare: .* at least one \("):
+            checked(rows, *names)
+    # Of a few of them it is only said: others may have answers.
+    none = "reward numbers applies to 0 of 4 {} questions: the others have no answer that it can compare\n"
+    assert checked(rows, "numbers", "format", of=answered(*"seven", 8)) == none.format("training")
+    assert checked(rows, "numbers", "format", split="held-out") == none.format("held-out")
+    with pytest.raises(ValueError, match=r"^4 of 4 held-out .* the reward numbers can compare: .* leave such rows out"):
+        checked(rows, "numbers", split="held-out")
 
 
 def test_ids_of_several_questions() -> None:
@@ -270,7 +338,7 @@ def test_columns_that_only_some_rows_have() -> None:
     assert [question.id for question in one_of_each_row(rows)] == ["q0", "q5"]
     environment = EnvironmentTools(Coloured, ToolBox([]), 1.0)
     with pytest.raises(ValueError, match=r"Coloured.reset needs 'colour', question 'q5'"):
-        check_questions(agent_of(Asking(rows), formatted(), (), environment), rows, "training")
+        check_questions(agent_of(Asking(rows), formatted(), (), environment), rows, "training", Console())
 
 
 def test_the_prompt_of_an_environment_may_be_empty_before_its_reset() -> None:

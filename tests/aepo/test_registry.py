@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from aepo.registry import resolve
+from aepo.registry import place_of, plain, resolve, resolve_function
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,6 +127,75 @@ def test_modules_that_hide_nothing(folder: Path) -> None:
     for file in ("__init__.py", "part.py"):
         (folder / "whole" / file).write_text("VALUE = 7\n")
     assert resolve("whole:VALUE", "a.setting") == resolve("whole.part:VALUE", "a.setting") == 7
+
+
+HOSTILE = """
+class Unspeakable(Exception):
+    def __str__(self):
+        raise KeyError("no")
+
+
+class Raising:
+    def __getattr__(self, name):
+        raise KeyError(name)
+
+    def __call__(self, a, b):
+        raise ValueError("called")
+
+
+class Itself(Raising):
+    def __getattr__(self, name):
+        return self
+
+
+class Anew(Raising):
+    def __getattr__(self, name):
+        return type(self)()
+
+
+class Texts(Raising):
+    def __getattr__(self, name):
+        return name
+
+
+def function(a, b): ...
+
+
+raising, itself, anew, texts = Raising(), Itself(), Anew(), Texts()
+"""
+
+
+@pytest.mark.parametrize("name", ["raising", "itself", "anew", "texts"])
+def test_objects_whose_attributes_are_made_up(folder: Path, name: str) -> None:
+    (folder / "hostile.py").write_text(HOSTILE)
+    found = resolve_function(f"hostile:{name}", "a.setting", "a, b")
+    assert callable(plain(found))
+    with pytest.raises(ValueError, match="called") as caught:
+        found(1, 2)
+    assert place_of(caught.value, found) == ("" if name == "texts" else " (hostile.py, line 12)")
+    assert resolve("hostile:function", "a.setting") is plain(resolve("hostile:function", "a.setting"))
+    if name == "raising":
+        with pytest.raises(
+            ValueError, match=r"^a.setting = 'hostile:raising.x': 'x' of Raising failed: KeyError: 'x' \("
+        ):
+            resolve("hostile:raising.x", "a.setting")
+
+
+def test_modules_that_raise_when_they_are_looked_at(folder: Path) -> None:
+    (folder / "hostile.py").write_text(f"{HOSTILE}\nraise Unspeakable\n")
+    with pytest.raises(ValueError, match=r"importing hostile failed: Unspeakable: its message cannot be shown \(KeyE"):
+        resolve("hostile:f", "a.setting")
+    (folder / "closed.py").write_text("def __getattr__(name):\n    raise KeyError(name)\nVALUE = 7\n")
+    assert resolve("closed:VALUE", "a.setting") == 7
+    expected = r"^a.setting = 'closed:VALU': 'VALU' of closed failed: KeyError: 'VALU' \(closed.py, line 2\)$"
+    with pytest.raises(ValueError, match=expected):
+        resolve("closed:VALU", "a.setting")
+    (folder / "shy.py").write_text(
+        "class Shy:\n    def __getattr__(self, name):\n        raise ERRORS.get(name, KeyError)\n"
+    )
+    (folder / "shy.py").open("a").write("ERRORS = {'x': AttributeError}\nshy = Shy()\n")
+    with pytest.raises(ValueError, match=r"^a.setting = 'shy:shy.x': Shy has no 'x'; has none$"):
+        resolve("shy:shy.x", "a.setting")
 
 
 def test_the_command_line_says_it_before_the_model_is_made(folder: Path) -> None:

@@ -153,3 +153,59 @@ def test_format_is_what_the_chat_format_says() -> None:
     question = Question("q", "?")
     assert BUILTIN["format"](question, response_of("x")) == 1.0
     assert BUILTIN["format"](question, response_of("x", "length")) == 0.0
+
+
+FIVE = (
+    "5|5.|5.0|**5**|$5$|$5|5$|\\$5|\u20ac5|5 \u20ac|\u00a35.00|5%|5 %|5 percent|5 apples|She has 5 apples left.|"
+    "She has 5 apples left, and Tom none.|5 more apples than Tom|There are 5 men.|5 boys and girls|5 of them|"
+    "5 in all|5 at a time|5 a day|5 for each child|5 per box|5 is the answer|The answer is 5, I think.|5 DVDs|"
+    "5 TVs|5 CDs|5 eggs|5 pens|5 red balls|5 kids|5 ice creams|5 hot dogs|5 people|5 grandchildren|5 scores|"
+    "The final score is 5.|a score of 5|his score: 5|The pairs cost $5.|5. Pairs are cheaper.|5 pm|5 PM|5:|(5)|"
+    "[5]|\\boxed{5}|\\text{5}|x = 5|5 km|5 kg|5kg|5 KG|5 kgs|5 lbs|5 hrs|5 hours|5 min|5 s|5 m|5m|5 mm|5 mph|"
+    "5 km/h|5 miles per hour|5 sq ft|$5/hour|$5 per hour|$5 an hour|$5 a day|$5 each|$5 in total|$5 for it|"
+    "$5 USD|5 USD|5 dollars|5 bucks|5 cents|5 pts|5 points|5 degrees"
+)
+NOT_FIVE = (
+    "$5 bn|$5bn|\u20ac5 bn|5 bn|5bn|5 Bn|5 BN|$5 m|$5m|$5M|$5 mm|5 MM|\u00a35k|5m dollars|5 m\u20ac|5 mil|5 mn|5mn|"
+    "5 mln|5 bln|5 trn|5 tn|5 crore|5 crores|5 cr|5 lakh|5 lakhs|5 lac|5 score|5 pairs|5 pair|5 gross|5 grand|"
+    "5 milliard|5 quadrillion|5 zillion|5 **crore**|5 (crore)|5\\text{ crore}|5\\text{ bn}|5\\text{bn}|5-score|"
+    "5 **pairs** of shoes|5 million dollars|5 hundred|5 thousandths|5 dozen eggs|half of 5|5 and a half|"
+    "a third of 5|5\u2030|1.5e-3|5e-3|5e3|5e-x|5e|5 e-1|5E|5x|5 x|5i|5M|5 K|5k|5!|\\sqrt{5}|-5|- $5|5^2|5\\pi|5 and 6|"
+    "5-6|5/6|5,6|five|x > 5|at least 5|more than 5|fewer than 5|not 5|isn't 5|minus 5|5 squared|twice 5|"
+    "5 or so 6|(5) bn|$5$ bn|\\boxed{5} bn|5 \\text{MM}"
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "right"), [*((text, 1) for text in FIVE.split("|")), *((text, 0) for text in NOT_FIVE.split("|"))]
+)
+def test_what_says_five(given: str, right: float) -> None:
+    """Things, units and prices are five; large-number words and what is done to the number make another one."""
+    assert value("numbers", "5", given) == right
+
+
+@pytest.mark.parametrize(
+    ("answer", "given", "right"),
+    [
+        ("0.0015", "1.5e-3", 1),
+        ("1.5e-3", "0.0015", 1),
+        ("1.5E-3", "It is 0.0015.", 1),
+        ("1e+5", "100000", 1),
+        ("1.5e-3", "1.5", 0),
+        ("5", "$5 by card", 1),
+        ("1e-3x", "0.001", None),
+        ("5e-x", "5", None),
+        (0, "0", 1),
+        (0.0, "0 apples", 1),
+        (0, "5", 0),
+        ([0, None, ""], "0", 1),
+    ],
+)
+def test_exponents_and_zero(answer: Any, given: str, right: float | None) -> None:
+    assert value("numbers", answer, given) == right
+
+
+@pytest.mark.parametrize("name", ["exact_match", "math", "numbers"])
+def test_zero_is_an_answer(name: str) -> None:
+    assert value(name, 0, "0") == 1
+    assert value(name, 0, "1") == 0

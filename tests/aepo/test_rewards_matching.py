@@ -688,3 +688,55 @@ def test_another_text(one: str, other: str) -> None:
 def test_nothing_is_the_same_as_nothing() -> None:
     assert not same_text("", "")
     assert not same_text("!", "?")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (r"\vec a\times\vec b", r"\vec a\cdot\vec b", False),
+        (r"\vec{v}_1\times\vec{v}_2", r"\vec{v}_1\cdot\vec{v}_2", False),
+        (r"\mathbf{a}\times\mathbf{b}", r"\mathbf{a}\cdot\mathbf{b}", False),
+        (r"\mathbf a\times\mathbf b", r"\mathbf a\cdot\mathbf b", False),
+        (r"\hat i\times\hat j", r"\hat i\cdot\hat j", False),
+        ("\u2207\u00d7F", "\u2207\u00b7F", False),
+        (r"\nabla\times F", r"\nabla\cdot F", False),
+        (r"\vec a\times\vec b", "\\vec a \u00d7 \\vec b", True),
+        (r"3\times10^4\vec v", r"3\cdot10^4\vec v", True),
+        (r"a\times b", r"a\cdot b", True),
+        ("1/2%", "0.005", True),
+        (r"\frac12\%", "1/200", True),
+        ("1/2%", "1/2", True),
+        ("1/2%", "0.5%", True),
+        ("1/2%", "50", False),
+        ("1\u00bd%", "0.015", True),
+        ("1\u00bd%", "1.5%", True),
+        (r"33\frac13\%", "1/3", True),
+        ("-50%", "-0.5", True),
+        ("1 or 2", "1 and 2", False),
+        ("1, 2, or 3", "1, 2 and 3", False),
+        ("1 or 2", "1, 2", True),
+        ("1 and 2", "2, 1", True),
+        ("x = 1 or 2", "x = 1 and 2", True),
+        ("x = 1 or x = 2", "1 and 2", True),
+        ("m*m", "m", False),
+        (r"4\text{ m*m}", r"4\text{ m}^2", True),
+        (r"4\text{ m*m}", r"4\text{ m}", False),
+        (r"4\text{ m*m/m}", r"4\text{ m}", True),
+        (r"1\frac02", "1", False),
+        ("1 0/2", "1", False),
+        ("1 2/2", "2", False),
+        (r"1\frac22", "2", False),
+        ("y=x", "y=1.00001x", False),
+        ("y=x^2+x", "y=x^2+1.0001x", False),
+    ],
+)
+def test_products_of_vectors_percent_of_fractions_and_lists_by_word(one: str, other: str, same: bool) -> None:
+    assert same_math(one, other) == same
+    assert same_math(other, one) == same
+
+
+def test_a_long_right_answer_is_compared_as_text_too() -> None:
+    long = "1+" * (MAX_CHARS // 2 - 1) + "1"
+    assert len(long) < MAX_CHARS < len(long) + 10
+    assert not same_math(long, f"{long}+0+0+0+0")
+    assert not same_math(f"{long}+0+0+0+0", long)

@@ -95,6 +95,30 @@ def test_success_is_the_first_functions() -> None:
     assert (scored.rewards[0].total, scored.rewards[0].success) == (1.5, False)
 
 
+@pytest.mark.parametrize("answer", ["7", None])
+@pytest.mark.parametrize("order", [["numbers", "format"], ["format", "numbers"], ["environment", "format", "numbers"]])
+def test_format_does_not_say_what_is_right(order: list[str], answer: str | None) -> None:
+    """Wherever it stands; and where no other function applies, nothing is right. There is no environment."""
+    scorer = Scorer(make_rewards(order), CharacterFormat())
+    [scored] = scorer.score([tree_of(Question("q1", "?", answer), ["{7}", "{8}", "{7}!"])])
+    assert [reward.total for reward in scored.rewards] == ([2.0, 1.0, 1.0] if answer else [1.0, 1.0, 0.0])
+    assert [reward.success for reward in scored.rewards] == ([True, False, True] if answer else [False] * 3)
+
+
+def test_format_alone_decides() -> None:
+    [scored] = Scorer(make_rewards("format"), CharacterFormat()).score([tree_of(QUESTION, ["{8}", "{7}!"])])
+    assert [reward.success for reward in scored.rewards] == [True, False]
+
+
+def test_a_users_own_function_decides_where_those_before_it_do_not_apply() -> None:
+    def eight(question: Question, response: Response) -> float:
+        return float(response.answer == "8")
+
+    scorer = Scorer({**make_rewards(["numbers", "format"]), eight: 1.0}, CharacterFormat())
+    [scored] = scorer.score([tree_of(Question("q1", "?"), ["{7}", "{8}"])])
+    assert [reward.success for reward in scored.rewards] == [False, True]
+
+
 def test_a_reward_says_itself_what_success_is() -> None:
     class Own(Task):
         def reward(self, question: Question, response: Response) -> Reward:
@@ -332,3 +356,19 @@ def test_the_first_function_decides_success_whatever_its_name() -> None:
     scorer = Scorer({named("zero", 0.0): 1.0, named("alpha", 1.0): 1.0}, CharacterFormat())
     [scored] = scorer.score([tree_of(QUESTION, ["{7}"])])
     assert (scored.rewards[0].total, scored.rewards[0].success) == (1.0, False)
+
+
+def test_what_two_judges_say_is_kept_apart() -> None:
+    """Also where the order of the functions is not that of their names."""
+
+    async def seven(question: Question, response: Response) -> float:
+        return float(response.answer == "7")
+
+    async def always(question: Question, response: Response) -> float:
+        return 0.25
+
+    [scored] = scorer_of(ToyTask(seven, always)).score([tree_of(QUESTION, ["{7}", "{8}"])])
+    assert [(r.components["seven"], r.components["always"], r.success) for r in scored.rewards] == [
+        (1.0, 0.25, True),
+        (0.0, 0.25, False),
+    ]

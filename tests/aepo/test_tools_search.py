@@ -182,3 +182,8 @@ def test_speed(capsys):
     with capsys.disabled():
         print(f"\nsearch: {median_ms:.2f} ms per query, 4000 documents of 40 words")
     assert median_ms < 5  # measured: 0.07 ms
+
+
+def test_its_identity_is_that_of_whole_documents():
+    one, other = (SearchTool(["word " * 10_000 + end]).identity["sha256"] for end in ("a", "b"))
+    assert one != other

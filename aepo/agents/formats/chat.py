@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from aepo.agents.formats.calls import Parsed, find_parser
 from aepo.agents.formats.chat_template import NONE, ChatTemplate, ToolSchema, opens_thinking
 from aepo.agents.formats.continuation import Continuation
 from aepo.agents.formats.own import checked_calls
-from aepo.agents.formats.self_test import find_call_parser, rewritten_history
+from aepo.agents.formats.self_test import find_call_parser, rewritten_history, written_tags
 from aepo.agents.formats.text import Protect, TextTokenizer
 from aepo.agents.protocol import AgentError, blamed, shown
 from aepo.types import Message, TokenIds, ToolResult, Turn
@@ -64,6 +65,11 @@ class ChatTemplateFormat:
             )
         self.calls: str | None = None  # the name of the parser
         self.warnings: tuple[str, ...] = ()
+        special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        marks = {THINK, END_THINK, *(text for text in special if text.strip())}
+        if schemas:
+            marks.update(written_tags(self.template, next(iter(self._schemas))))
+        self._says_nothing = re.compile(f"(?:\\s|{'|'.join(map(re.escape, sorted(marks)))})*")
         if schemas:
             self._prepare_calls(calls)
         elif calls != "auto":
@@ -109,7 +115,8 @@ class ChatTemplateFormat:
         if calls:
             return Turn(text, content, calls, well_formed=well_formed)
         answer = self._find_answer(content)
-        return Turn(text, content, (), True, answer, well_formed and answer is not None)
+        says_something = answer is not None and not self._says_nothing.fullmatch(content)
+        return Turn(text, content, (), True, answer, well_formed and says_something)
 
     def _began_inside_thinking(self, before: Sequence[int] | None) -> bool:
         """Templates that begin only some turns inside <think> are there, DeepSeek V3.1 among them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import takewhile
 from types import MappingProxyType
 from typing import Any
 
@@ -100,15 +101,32 @@ class ChatTemplate:
         return text != without and all(str(schema["function"]["name"]) in text for schema in self._schemas)
 
     def turn_ends(self, eos_ids: Iterable[int]) -> tuple[int, ...]:
-        """The tokens that end a turn, ascending: those of the model, and the first control token behind what a turn
-        says, where none of the model's is there. Many models have another token for the end of a text only."""
+        """The tokens that end a turn, ascending: those of the model, and the first control token behind an answer, and
+        behind a call, where none of them is before what the next message says. Many models have another token for the
+        end of a text only; some templates have no end, and the model stops at the role that is next: <|user|>,
+        <|observation|>."""
         known = set(eos_ids)
-        text = self.render([user(ASKED), assistant(SAID)])
-        behind = self._tokenizer.encode(text[text.find(SAID) + len(SAID) :], add_special_tokens=False)
-        if known.isdisjoint(behind):
-            added = self._tokenizer.added_tokens_decoder
-            known.update([token for token in behind if token in added and added[token].content.strip()][:1])
+        self._add_end(known, "", self._behind(SAID, ASKED, [user(ASKED), assistant(SAID), user(ASKED)]))
+        if self._schemas:
+            name = str(self._schemas[0]["function"]["name"])
+            called = [user(ASKED), calling([name])]
+            turn = self._behind(VALUE, RESULT, called)  # with control tokens of the call itself: </tool_call>
+            self._add_end(known, turn, self._behind(VALUE, RESULT, [*called, tool_result(0, name, RESULT)]))
         return tuple(sorted(known))
+
+    def _behind(self, word: str, before: str, dialogue: Sequence[Message]) -> str:
+        try:
+            text = self.render(dialogue)
+        except TemplateRefused:  # it need not take a second question
+            text = self.render(dialogue[:-1])
+        return text.partition(word)[2].partition(before)[0]
+
+    def _add_end(self, known: set[int], turn: str, followed: str) -> None:
+        """turn, followed: what is behind a word of the model's, without and with a next message."""
+        own, tokens = (self._tokenizer.encode(text, add_special_tokens=False) for text in (turn, followed))
+        if known.isdisjoint(tokens):
+            added, new = self._tokenizer.added_tokens_decoder, tokens[shared(own, tokens) :]
+            known.update([token for token in new if token in added and added[token].content.strip()][:1])
 
     @cached_property
     def opens_thinking(self) -> bool:
@@ -148,6 +166,11 @@ def opens_thinking(prompt: str) -> bool:
     return prompt.rstrip().endswith(THINK)
 
 
+def shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
 def user(text: str) -> Message:
     return {"role": "user", "content": text}
 
@@ -161,6 +184,11 @@ def assistant(text: str, calls: Sequence[ToolCall] = ()) -> Message:
         for n, call in enumerate(calls)
     ]
     return {"role": "assistant", "content": text, "tool_calls": listed}
+
+
+def calling(names: Sequence[str], said: str = "") -> Message:
+    """A turn that says something and calls tools, with the word VALUE as argument."""
+    return assistant(said, [ToolCall(name, {"value": VALUE}) for name in names])
 
 
 def tool_result(n: int, name: str, text: str) -> Message:

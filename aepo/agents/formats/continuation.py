@@ -11,12 +11,12 @@ from aepo.agents.formats.chat_template import (
     VALUE,
     ChatTemplate,
     TemplateRefused,
-    assistant,
+    calling,
     tool_result,
     user,
 )
 from aepo.agents.formats.text import TextTokenizer
-from aepo.types import Message, TokenIds, ToolCall
+from aepo.types import Message, TokenIds
 
 MAX_SKELETONS = 512  # of the continuations kept, one per sequence of tool names
 AWKWARD = 'a "b"\n{c: [d]} \\ <e>'  # what a template that escapes results would change
@@ -56,8 +56,8 @@ class Continuation:
             parts = re.split("|".join(slots), text)
             if len(parts) != len(slots) + 1:
                 raise ValueError(
-                    f"the chat template of {self._template.name} does not show results of tools: {len(slots)} results "
-                    f"became {text!r}; set format.name=tags"
+                    f"the chat template of {self._template.name} does not show results of tools: "
+                    f"{' and '.join(map(repr, slots))} became {text!r}; set format.name=tags"
                 )
             self._skeletons[names] = parts
         return self._skeletons[names]
@@ -76,21 +76,16 @@ class Continuation:
             return self._behind_turn([user(ASKED), calling(names[:1]), *answers])
 
     def _behind_turn(self, dialogue: Sequence[Message]) -> str:
-        text = self._template.render(dialogue, generate=True)
         # Everything before the results is ours, so these are the first ones, whatever the results hold.
-        call = text.find(VALUE)
-        end = self._turn_ends.search(text, call) if call >= 0 else None
+        behind = self._template.render(dialogue, generate=True).partition(VALUE)[2]
+        end = self._turn_ends.search(behind)
         if end is None:
+            shown = behind.partition(RESULT)[0].rpartition(VALUE)[2]
             raise ValueError(
-                f"the chat template of {self._template.name} does not show a call and the end of its turn: "
-                f"{text[text.find(ASKED) :]!r}; set format.name=tags"
+                f"the chat template of {self._template.name} has no token that ends a turn with a call: from there to "
+                f"the result it writes {shown!r}; set format.name=tags"
             )
-        return text[end.end() :]
-
-
-def calling(names: Sequence[str], said: str = "") -> Message:
-    """A turn that says something and calls tools, with the word VALUE as argument."""
-    return assistant(said, [ToolCall(name, {"value": VALUE}) for name in names])
+        return behind[end.end() :]
 
 
 def _filled(skeleton: Sequence[str], results: Sequence[Sequence[str]]) -> list[str]:

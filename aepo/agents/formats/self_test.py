@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import takewhile
 
 from aepo.agents.formats.answers import END_THINK, THINK, without_thinking
 from aepo.agents.formats.calls import PARSERS, CallParser, find_parser
 from aepo.agents.formats.chat_template import (
     ASKED,
+    RESULT,
     SAID,
     THOUGHT,
     VALUE,
     ChatTemplate,
     assistant,
     call_id,
+    calling,
+    shared,
     tool_result,
     user,
 )
-from aepo.agents.formats.continuation import calling
 from aepo.agents.protocol import USER_ERRORS
 from aepo.registry import place_of
 from aepo.types import ToolCall
@@ -53,14 +54,19 @@ def find_call_parser(template: ChatTemplate, turn_ends: Sequence[str], calls: st
 def written_turn(template: ChatTemplate, turn_ends: Sequence[str]) -> str:
     """The known call as the template writes it, from behind the beginning of the turn up to its end."""
     text = template.render([user(ASKED), assistant("", [KNOWN_CALL])])
-    prompt = template.generation_prompt
-    if text.startswith(prompt):
-        start = len(prompt)
-    else:  # the prompt ends with what later renderings leave out, an open <think> for example
-        common = "".join(a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(text, prompt, strict=False)))
-        start = max(common.rfind(">"), common.rfind("\n"), common.rfind("]")) + 1
+    # The prompt may end with what later renderings leave out, an open <think> for example.
+    start = _parting(text, template.generation_prompt)
     end = re.compile("|".join(map(re.escape, turn_ends))).search(text, max(text.find(VALUE), start))
     return text[start : end.start() if end else len(text)]
+
+
+def _parting(text: str, other: str) -> int:
+    """Where a text and another one of the same question part: in the first, behind a tag or line that both have, and
+    behind the question."""
+    if text.startswith(other):
+        return len(other)
+    common = text[: shared(text, other)]
+    return max(*(common.rfind(end) + 1 for end in ">\n]"), text.find(ASKED) + len(ASKED))
 
 
 def rewritten_history(template: ChatTemplate, name: str) -> tuple[str, ...]:
@@ -75,14 +81,27 @@ def rewritten_history(template: ChatTemplate, name: str) -> tuple[str, ...]:
     thought = calling([name], f"{THINK}\n{THOUGHT}\n{END_THINK}\n\n{SAID}")
     thinking = template.render([user(ASKED), thought, tool_result(0, name, "first")], generate=True)
     keeps_beginning = once.startswith(prompt)
+    keeps_question = once.startswith(prompt.partition(ASKED)[0] + ASKED)
+    left_out = prompt[_parting(prompt, once) :]
     findings = {
-        f"begins a turn with {prompt[-40:]!r}, which it leaves out of earlier turns": not keeps_beginning,
+        "renders a question in another way once a turn follows": not keeps_question,
+        f"begins a turn with {left_out!r}, which it leaves out of earlier turns": keeps_question
+        and not keeps_beginning,
         "leaves out what a turn says beside its calls": SAID not in once,
         "drops the thinking of earlier turns": SAID in once and THOUGHT not in thinking,
         "renders a turn in another way once another one follows": keeps_beginning and not twice.startswith(once),
         "shows ids of calls, which the model does not write": call_id(0) in once,
     }
     return tuple(f"the chat template {finding}" for finding, there in findings.items() if there)
+
+
+def written_tags(template: ChatTemplate, name: str) -> list[str]:
+    """The tags that end a call of this tool, and those around its result and before the next turn."""
+    text = template.render([user(ASKED), calling([name]), tool_result(0, name, RESULT)], generate=True)
+    return _TAG.findall(text.partition(VALUE)[2])
+
+
+_TAG = re.compile(r"</?[^<>\s]+>")
 
 
 def _reads(name: str, parser: CallParser, text: str) -> bool:

@@ -19,19 +19,26 @@ from aepo.types import Question, Response
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
 _DECIMAL = r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\w))?"
 _NUMBER = re.compile(rf"(?<![\w.])-?\s?{_DECIMAL}(?:\s?/\s?{_DECIMAL})?(?![\d])")
-# What makes another number of the one that stands there, or says that it is not that one.
+_THEN = r"(?:\\\w+\{|[\s*(){}$-])*"  # between a number and the word for what it counts: \boxed{5}\text{ bn}
+_SHORT = r"[b-df-hj-np-tv-xz]{1,3}"  # no word: million or billion where money is spoken of, else often a unit
+_MONEY = r"[$\u00a3\u00a5\u20ac]"
+# What makes another number of the one that stands there, or says that it is not that one. The words are listed: those
+# for numbers are few, what can be counted is not (5 apples, 5 TVs).
 _CHANGED = re.compile(
-    r"[\u221a\u221b!<>\u2264\u2265\u2260\u00b1\u03c0\u221e\u2248]|\\(?!boxed|text|math(?:rm|bf)|circ|[$%,; ()\[\]])"
-    r"|-\s*[(\[{|]|\d\s*(?-i:(?![mgshJNWVL])[a-zA-Z])\b(?<!\s[aI])"  # 5x, but 5m and 5 a day
+    r"[\u221a\u221b!<>\u2264\u2265\u2260\u00b1\u03c0\u221e\u2248\u2030]"
+    r"|\\(?!boxed|text|math(?:rm|bf)|circ|[$%,; ()\[\]])"
+    r"|-\s*[(\[{|]|\d\s*(?-i:(?![mgshJNWVL]|[eE][+-]?\d)[a-zA-Z])\b(?<!\s[aI])"  # 5x, but 5m, 5 a day and 5e-3
+    rf"|\d{_THEN}(?:score|pairs?|gross|grand|mil|ml?n|bl?n|tr?n|cr|(?-i:MM))\b"
+    rf"|{_MONEY}\s?[\d.]+{_THEN}{_SHORT}\b|\d\s?{_SHORT}\s?(?:{_MONEY}|(?:dollar|euro)s?\b)"  # $5m
     r"|\^(?!\s*\{?\s*\\circ)|\d\s*(?:\.\.|\u2026)"
     r"|(?:\b[a-z]|[)\]}])\s*[-+*/]\s*[\d.]|[\d.]\s*[-+*/]\s*(?:[a-z]\b|[(\[{])"  # x + 5
     r"|\b(?:sqrt|log|ln|sin|cos|tan|exp|not|minus|negative|squared|cubed|factorial|pi|dozen|half|halves"
-    r"|thirds?|quarters?|(?:fif|six|seven|eigh|nin|ten|twelf|hundred|thousand|[mbtr]+illion)ths?"
-    r"|hundreds?|thousands?|[mbtr]+illions?|twice|double|triple|at\s+(?:least|most)"
+    r"|thirds?|quarters?|(?:fif|six|seven|eigh|nin|ten|twelf|hundred|thousand|[a-z]+illion)ths?"
+    r"|hundreds?|thousands?|[a-z]+illions?|milliards?|crores?|lakhs?|lacs?|twice|double|triple|at\s+(?:least|most)"
     r"|(?:more|less|fewer|greater|larger|smaller)\s+than(?=\W*\d)|or\s+(?:more|less|fewer))\b|n't\b",
     re.IGNORECASE,
 )
-_SIGN = re.compile(r"-\s?\\?[$\u00a3\u00a5\u20ac]\s?(?=[\d.])")
+_SIGN = re.compile(rf"-\s?\\?{_MONEY}\s?(?=[\d.])")
 _LETTER = re.compile(r"(?<![^\W_])[A-Z](?![^\W_]|')")
 # At the beginning of a sentence before a small word, "A" is an article and "I" someone, unless a verb says otherwise.
 _WORD = re.compile(r"(?:(?<=^)|(?<=[.!?]\s)|(?=I))[AI]\s+(?!(?:is|was|and|or|because|since|as)\b)[a-z]")
@@ -80,7 +87,10 @@ def environment(question: Question, response: Response) -> float | None:
 
 
 def format(question: Question, response: Response) -> float:
-    """1 for a path on which every turn was what the chat format allows, and the last one answered."""
+    """1 for a path on which every turn was what the chat format allows, and the last one answered.
+
+    It says nothing about success, unless it is the only function (`aepo.scoring`).
+    """
     return float(response.well_formed)
 
 

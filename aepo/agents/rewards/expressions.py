@@ -121,6 +121,9 @@ class _Reader:
             elif self._is("/"):
                 self._take()
                 product = divide(product, self._signed())
+            elif self._is("%"):  # of all before it: 1/2% is 0.005
+                self._take()
+                product = divide(product, Fraction(100))
             elif self._begins_factor():
                 product = multiply(product, self._power())
             else:
@@ -182,9 +185,6 @@ class _Reader:
                 if self._is("!"):
                     raise Unreadable("a double factorial")
                 value = factorial(value)
-            elif self._is("%"):
-                self._take()
-                value = divide(value, Fraction(100))
             elif self._is("^") and self._circle():
                 value = multiply(value, complex(math.pi / 180))
             else:

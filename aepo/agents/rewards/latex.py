@@ -77,6 +77,8 @@ _MATRIX = re.compile(
 _DOLLARS = re.compile(r"(?<!\\)\$(?=\s*[\d.])")  # which are no sign around a formula, where there is one only
 _EMPTY = re.compile(r"\\(?:emptyset|varnothing)(?![a-zA-Z])")
 _REALS = re.compile(r"\\mathbb\s*(?:\{\s*R\s*\}|R(?![a-zA-Z]))")
+_VECTOR = re.compile(r"\\(?:vec|overrightarrow|hat|nabla|bm|boldsymbol)(?![a-zA-Z])|\\mathbf\s*\{?\s*[a-zA-Z]|\u2207")
+_CROSS = re.compile(r"(?:\\times(?![a-zA-Z])|\u00d7)(?!\s*\d)")
 _CHOOSE = re.compile(r"\{\s*(\w+)\s*\\choose\s*(\w+)\s*\}")
 _REPEATING = re.compile(r"(?<![\d.])(\d{0,20})\.(\d{0,20})\\(?:overline|bar)\s*(?:\{(\d{1,20})\}|(\d))(?![\d.])")
 _BOLD = re.compile(r"\*\*([^*]+)\*\*")
@@ -105,6 +107,8 @@ class Token:
 @functools.lru_cache(maxsize=1024)
 def tokens_of(text: str) -> tuple[Token, ...]:
     """Spaces, sizes of brackets, dollar signs around formulas and thousands separators are gone."""
+    if _VECTOR.search(text):
+        text = _CROSS.sub(r" \\cross ", text)  # but 3\times10^4 is a product
     if not text.isascii():
         text = _ascii(text)
     text = _without_stop(text)

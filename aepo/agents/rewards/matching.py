@@ -71,6 +71,8 @@ def _same(one: Answer, other: Answer) -> bool:
     if isinstance(one, Parts) and isinstance(other, Parts):
         if one.kind != other.kind or (one.of and other.of and one.of != other.of):
             return False
+        if {one.word, other.word} == {"or", "and"} and not names_of(one.items + other.items):
+            return False  # of a variable, both list the solutions
         if one.kind in ("set", "union", "all", "any"):
             return _same_set(one.items, other.items)
         return len(one.items) == len(other.items) and all(map(_same_part, one.items, other.items))

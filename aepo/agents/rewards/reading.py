@@ -25,11 +25,13 @@ class Expression:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """kind: set, union, all or any of what is said, tuple, or the brackets of an interval. of: which variable's."""
+    """kind: set, union, all or any of what is said, tuple, or the brackets of an interval. of: which variable's.
+    word: what a set's items are listed with, where it is "or" or "and"."""
 
     kind: str
     items: tuple[Answer, ...]
     of: str = ""
+    word: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ def read(tokens: tuple[Token, ...]) -> Answer:
         limits = any(isinstance(part, Parts) and part.of for part in parts)
         if said and limits:
             return _joined(parts, said)
-        return Parts("any" if said == ["or"] and len(set(names)) > 1 else "set", parts)
+        return Parts("any" if said == ["or"] and len(set(names)) > 1 else "set", parts, word="".join(said))
     if len(inside := _split(tokens, ("in",))) == 2 and (is_name(inside[0]) or _are_names(inside[0])):
         return _of(read(inside[1]), inside[0])  # x in (2, 3)
     if relations := _outside(tokens, _FLIPPED):

@@ -32,7 +32,8 @@ class FunctionTool:
     timeout: seconds.
 
     Descriptions of parameters are read from a section "Args:" or from ":param name:". The schema is the one of
-    `transformers.utils.get_json_schema`, which TRL uses. ValueError says in one line what of it is missing, and where.
+    `transformers.utils.get_json_schema`, which TRL uses, without `return`: OpenAI's functions have no such field.
+    ValueError says in one line what of it is missing, and where.
     """
 
     def __init__(self, function: Callable[..., Any], timeout: float) -> None:
