@@ -180,10 +180,12 @@ def _read(chat_format: ChatFormat, nodes: Sequence[Node]) -> tuple[dict[int, Tur
     """Turns and texts by node. The prompt is left out."""
     turns: dict[int, Turn] = {}
     texts: dict[int, str] = {}
+    token_ids = {node.id: node.token_ids for node in nodes}
     for node in nodes:
         if node.source == "model":
             assert node.finish_reason is not None
-            turns[node.id] = chat_format.read(node.token_ids, node.finish_reason)
+            assert node.parent is not None
+            turns[node.id] = chat_format.read(node.token_ids, node.finish_reason, before=token_ids[node.parent])
             texts[node.id] = turns[node.id].text
         elif node.source == "tool":
             texts[node.id] = chat_format.decode(node.token_ids)

@@ -134,8 +134,15 @@ class ChatFormat(Protocol):
         """What comes before the first generated token."""
         ...
 
-    def read(self, token_ids: Sequence[int], finish_reason: Literal["stop", "eos", "length"]) -> Turn:
-        """What a segment says. `finish_reason`: why the engine ended it."""
+    def read(
+        self,
+        token_ids: Sequence[int],
+        finish_reason: Literal["stop", "eos", "length"],
+        *,
+        before: Sequence[int] | None = None,
+    ) -> Turn:
+        """What a segment says. `finish_reason`: why the engine ended it. `before`: the prompt or the results that it
+        follows; a format of your own need not take it."""
         ...
 
     def result_tokens(self, turn: Turn, results: Sequence[ToolResult]) -> TokenIds:

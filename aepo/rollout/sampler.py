@@ -46,7 +46,13 @@ class TextFormat(Protocol):
     @property
     def stop_strings(self) -> tuple[str, ...]: ...
 
-    def read(self, token_ids: Sequence[int], finish_reason: Literal["stop", "eos", "length"]) -> Turn: ...
+    def read(
+        self,
+        token_ids: Sequence[int],
+        finish_reason: Literal["stop", "eos", "length"],
+        *,
+        before: Sequence[int] | None = None,
+    ) -> Turn: ...
 
     def result_tokens(self, turn: Turn, results: Sequence[ToolResult]) -> TokenIds: ...
 
@@ -256,7 +262,8 @@ class _Loop:
             if generation.finish_reason == "length":
                 self._finish(growth, path, segment, "length")
                 continue
-            turn = self._format.read(generation.token_ids, generation.finish_reason)
+            before = growth.builder.nodes[path.node].token_ids
+            turn = self._format.read(generation.token_ids, generation.finish_reason, before=before)
             if turn.answered:
                 self._finish(growth, path, segment, "answered")
             elif not turn.calls:

@@ -29,7 +29,7 @@ class Characters:
     def prompt_tokens(self, question_text: str) -> TokenIds:
         return tuple(map(ord, f"{question_text}?"))
 
-    def read(self, token_ids: Sequence[int], finish_reason: str) -> Turn:
+    def read(self, token_ids: Sequence[int], finish_reason: str, *, before: Sequence[int] | None = None) -> Turn:
         text = self.decode(token_ids)
         answered = ANSWER in text
         calls = (ToolCall("search", {"query": "x"}),) * text.count(SEARCH)

@@ -37,7 +37,13 @@ class CharacterFormat:
     def prompt_tokens(self, messages: Sequence[Message]) -> TokenIds:
         return tokens("".join(str(message["content"]) for message in messages))
 
-    def read(self, token_ids: Sequence[int], finish_reason: Literal["stop", "eos", "length"]) -> Turn:
+    def read(
+        self,
+        token_ids: Sequence[int],
+        finish_reason: Literal["stop", "eos", "length"],
+        *,
+        before: Sequence[int] | None = None,
+    ) -> Turn:
         self.reads += 1
         text = self.decode(token_ids).rstrip("\0")
         calls = tuple(ToolCall(tool, {"q": q}, None) for tool, q in re.findall(r"\[(\w+) ([^\]]*)\]", text))

@@ -6,7 +6,7 @@ import html
 
 import pytest
 from door_toys import FILES, SMALL, aepo, save_chat_model, write_home
-from format_templates import CHATML, HERMES_TAGS, QWEN3, family, tokenizer
+from format_templates import CHATML, HERMES_TAGS, QWEN, QWEN3, QWEN3_CODER, family, tokenizer
 from test_format_chat import CALLS, HOSTILE, SCHEMAS, eos_ids, results
 
 from aepo.agents.formats.chat import ChatTemplateFormat
@@ -31,8 +31,8 @@ def rendered(name: str, messages, *, generate: bool = True, **arguments) -> str:
     )
 
 
-def read(chat: ChatTemplateFormat, name: str, text: str):
-    return chat.read(family(name).encode(f"{text}<|im_end|>", add_special_tokens=False), "eos")
+def read(chat: ChatTemplateFormat, name: str, text: str, before=None):
+    return chat.read(family(name).encode(f"{text}<|im_end|>", add_special_tokens=False), "eos", before=before)
 
 
 @pytest.mark.parametrize("name", SWITCHED)
@@ -108,18 +108,49 @@ def test_glm(arguments) -> None:
 
 
 def test_where_only_the_first_turn_begins_inside_thinking() -> None:
-    """The end of the thinking tells: behind results the template writes no <think>, so that an answer has no end."""
+    """What is in front of a turn tells: behind results the template writes no <think>."""
     chat = make("thinks_first")
     assert chat.template.opens_thinking
-    turn = read(chat, "thinks_first", f"hm {CALL}</think>{CALL}")
-    assert (turn.calls, turn.well_formed) == ((ToolCall("search", {"query": "x"}),), True)
-    turn = read(chat, "thinks_first", CALL)
-    assert (turn.calls, turn.well_formed) == ((ToolCall("search", {"query": "x"}),), True)
-    assert read(chat, "thinks_first", "It is 4.").answer == "It is 4."
-    assert read(chat, "thinks_first", "<think>or 5</think>It is 4.").answer == "It is 4."
-    assert read(chat, "thinks_first", "It is <think> or </think>.").answer == "It is <think> or </think>."
-    assert read(make("drops_thinking"), "drops_thinking", "It is 4.").answer is None, "every turn begins inside"
-    assert read(make("thinks_first", ()), "thinks_first", "It is 4.").answer is None, "there is no other turn"
+    prompt = chat.prompt_tokens([user("What is it?")])
+    for before in (None, prompt):
+        first = read(chat, "thinks_first", f"hm {CALL}</think>{CALL}", before)
+        assert (first.calls, first.well_formed) == ((ToolCall("search", {"query": "x"}),), True)
+        unfinished = read(chat, "thinks_first", "It is 4.", before)
+        assert (unfinished.answer, unfinished.well_formed) == (None, False)
+        assert read(chat, "thinks_first", CALL, before).calls == ()
+    after = chat.result_tokens(first, results("1"))
+    for text in ("x", "a</think>b", "</think>", "<think>"):
+        turn = read(chat, "thinks_first", CALL.replace('"x"', f'"{text}"') + "tail", after)
+        assert (turn.calls, turn.content, turn.well_formed) == ((ToolCall("search", {"query": text}),), "tail", True)
+    assert read(chat, "thinks_first", "It is 4.", after).answer == "It is 4."
+    assert read(chat, "thinks_first", "<think>or 5</think>It is 4.", after).answer == "It is 4."
+    assert read(chat, "thinks_first", "It is <think> or </think>.", after).answer == "It is <think> or </think>."
+    closed = read(chat, "thinks_first", "hm</think>It is 4.", after)
+    assert (closed.answer, closed.well_formed) == ("hm</think>It is 4.", False), "it closes what nothing opened"
+
+
+def test_where_every_turn_begins_inside_thinking() -> None:
+    chat = make("drops_thinking")
+    first = read(chat, "drops_thinking", f"hm</think>{CALL}")
+    for before in (None, chat.prompt_tokens([user("<think>")]), chat.result_tokens(first, results("</think>"))):
+        assert read(chat, "drops_thinking", "It is 4.", before).answer is None
+        assert read(chat, "drops_thinking", "hm</think>It is 4.", before).answer == "It is 4."
+
+
+def test_a_text_that_ends_with_an_opening_of_thinking_opens_none() -> None:
+    """A question and a result end with the template's own text."""
+    chat = make("qwen3")
+    turn = read(chat, "qwen3", CALL)
+    for before in (chat.prompt_tokens([user("<think>")]), chat.result_tokens(turn, results("<think>"))):
+        assert read(chat, "qwen3", "It is 4.", before).answer == "It is 4."
+
+
+def test_thinking_is_found_where_its_tag_is_no_token() -> None:
+    toy = tokenizer(family("thinks_first").chat_template, CHATML, (), eos="<|im_end|>")
+    chat = ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS)
+    prompt = chat.prompt_tokens([user("What is it?")])
+    assert len(toy.encode("<think>\n", add_special_tokens=False)) > 3
+    assert chat.read(toy.encode("It is 4.<|im_end|>", add_special_tokens=False), "eos", before=prompt).answer is None
 
 
 def test_a_template_that_keeps_history_with_an_argument_is_not_warned_of() -> None:
@@ -135,29 +166,78 @@ def test_a_template_that_keeps_history_with_an_argument_is_not_warned_of() -> No
 
 
 @pytest.mark.parametrize(
-    ("source", "read"),
+    ("source", "listed"),
     [
         ("{{ a }}{{ b.c }}{{ d | default(e) }}", ["a", "b", "d", "e"]),
         ("{% if not a is defined %}{% set a = false %}{% endif %}{{ a }}", ["a"]),
         ("{% set a = a or 'x' %}{{ a }}{% set b = 1 %}{{ b }}", ["a"]),
-        ("{% if x %}{% set a = 1 %}{{ a }}{% elif y %}{{ a }}{% endif %}", ["x", "y"]),
+        ("{% if x %}{% set a = 1 %}{{ a }}{% elif y %}{{ b }}{% endif %}", ["b", "x", "y"]),
         ("{% for a in a %}{{ a }}{{ loop }}{% if c %}{% break %}{% endif %}{% endfor %}", ["a", "c"]),
-        ("{% for a in b if keep %}{% set c = 1 %}{% endfor %}{{ c }}", ["b", "c", "keep"]),
+        ("{% for a in b if keep %}{% endfor %}", ["b", "keep"]),
+        ("{% for a in b %}{% else %}{{ c }}{% endfor %}", ["b", "c"]),
+        ("{% with a = a, b = 1 %}{{ a }}{{ b }}{% endwith %}{{ b }}", ["a", "b"]),
+        ("{% macro m() %}{{ l }}{{ n() }}{{ a }}{% endmacro %}{% macro n() %}{% endmacro %}{% set l = 1 %}", ["a"]),
+        ("{% import 'x' as i %}{% from 'y' import j %}{{ i }}{{ j() }}{% block k %}{{ super() }}{% endblock %}", []),
+        pytest.param("{{ " + "~".join(["a"] * 20_000) + " }}", ["a"], id="20,000 terms"),
         ("{% macro m(a, b=c) %}{{ a }}{{ b }}{{ caller() }}{{ varargs }}{% endmacro %}{{ m(a) }}", ["a", "c"]),
         ("{% set ns = namespace(n=0) %}{% set ns.n = a %}{% set b %}{{ c }}{% endset %}{{ b }}", ["a", "c"]),
         ("{% generation %}{{ a }}{% endgeneration %}{{ range(2) }}{{ raise_exception('x') }}{{ strftime_now }}", ["a"]),
         ("{{ messages }}{{ tools }}{{ documents }}{{ add_generation_prompt }}{{ eos_token }}{{ image_token }}", []),
     ],
 )  # fmt: skip
-def test_names_that_a_template_reads(source: str, read: list[str]) -> None:
-    assert own_arguments(source, ["image_token"]) == read
+def test_names_that_a_template_reads(source: str, listed: list[str]) -> None:
+    read = own_arguments(source, ["image_token"])
+    assert [name for name, certain in read.items() if certain] == listed
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("{% if x %}{% set a = 1 %}{% endif %}{{ a }}", "a"),
+        ("{% if x %}{% set a = 1 %}{% elif y %}{{ a }}{% endif %}", "a"),
+        ("{% for a in b %}{% set c = 1 %}{% endfor %}{{ c }}", "c"),
+        ("{% for a in b %}{% else %}{{ a }}{% endfor %}", "a"),
+        ("{% macro m(a) %}{{ a }}{% endmacro %}{{ a }}", "a"),
+        ("{% set ns.a = 1 %}", "ns"),
+    ],
+)
+def test_a_name_that_a_template_may_read_is_taken(source: str, name: str) -> None:
+    """Static reading is in doubt here: a right name that is refused is worse than a wrong one that is not seen."""
+    assert name in own_arguments(source)
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ a" + ".b" * 500 + " }}", "{{ " + "+".join(["a"] * 20_000) + " }}"], ids=["500 deep", "20,000 terms"]
+)
+def test_a_template_that_is_nested_too_deeply_is_one_line(source: str) -> None:
+    with pytest.raises(ValueError, match=r"^the chat template cannot be parsed: an expression .* nested too deeply$"):
+        own_arguments(source)
+
+
+def test_an_argument_decides_how_calls_are_written() -> None:
+    """It is given to every rendering, also to those without the beginning of a turn."""
+    template = f"{{% if coder %}}{QWEN3_CODER}{{% else %}}{QWEN}{{% endif %}}"
+    toy = tokenizer(template, CHATML, HERMES_TAGS, eos="<|im_end|>")
+    found = [
+        ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS, arguments=arguments).calls
+        for arguments in ({}, {"coder": True})
+    ]
+    assert found == ["hermes", "qwen3_coder"]
+
+
+def test_lone_surrogates_in_an_argument_become_question_marks() -> None:
+    template = QWEN.replace("'<|im_end|>\\n'", "'<|im_end|>\\n' + (date or '')")
+    assert template != QWEN
+    toy = tokenizer(template, CHATML, HERMES_TAGS, eos="<|im_end|>")
+    chat = ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS, arguments={"date": "a\ud800"})
+    assert "<|im_end|>\na?" in chat.decode(chat.prompt_tokens([user("x")]))
 
 
 @pytest.mark.parametrize(
     ("name", "argument", "known"),
     [
         ("qwen3", "enable_thinkin", "enable_thinking"),
-        ("qwen3", "content", "enable_thinking"),  # it sets this one itself
+        ("qwen3", "message", "enable_thinking"),  # it sets this one itself
         ("qwen", "enable_thinking", "it has none"),
         ("llama3", "bos_token", "it has none"),
         *(

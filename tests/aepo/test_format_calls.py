@@ -141,7 +141,7 @@ def test_glm45_keeps_code_as_it_is() -> None:
         ),
         (
             "<tool_call>run\nx</tool_call>",
-            "expected <arg_key>key</arg_key><arg_value>value</arg_value>, got 'x</tool_call>'",
+            "expected <arg_key>key</arg_key><arg_value>value</arg_value>, then </tool_call>, got 'x</tool_call>'",
         ),
         (glm("run", text="x").replace("\n</tool_call>", " x</tool_call>"), "got '<arg_key>text</arg_key>"),
     ],
@@ -171,9 +171,14 @@ def test_qwen3_coder_takes_calls_without_the_outer_tags() -> None:
         (xml("f", count="true"), "parameter 'count': expected integer, got 'true'"),
         (
             "<tool_call><function=f>words</function></tool_call>",
-            "expected <parameter=key>value</parameter>, got 'words'",
+            "expected <parameter=key>value</parameter>, then </function></tool_call>, "
+            "got 'words</function></tool_call>'",
         ),
-        ("<tool_call><function=f><parameter=text>a</tool_call>", "expected </function> at the end of the call"),
+        (
+            "<tool_call><function=f><parameter=text>a</parameter></tool_call>",
+            "expected <parameter=key>value</parameter>, then </function></tool_call>, "
+            "got '<parameter=text>a</parameter></tool_call'",
+        ),
         ("<tool_call>{}</tool_call>", "expected <function=name> after <tool_call>"),
     ],
 )
@@ -240,6 +245,10 @@ def test_parsing_hostile_text_is_linear(parser) -> None:
         "</parameter>",
         "<tool_call>f<arg_key>x</arg_key><arg_value>",
         "<tool_call>f<arg_key>x</arg_key><arg_value></arg_value> ",
+        "<function=f><parameter=x></parameter></function></tool_call>",
+        "</parameter></function></tool_call>",
+        "</arg_value></tool_call>",
+        " ",
         "</arg_value>",
         '{"name": "f",',
         "{",
@@ -248,6 +257,70 @@ def test_parsing_hostile_text_is_linear(parser) -> None:
         start = time.process_time()
         parser(piece * 5_000, {})
         assert time.process_time() - start < 1.0, piece
+
+
+GOOD = ToolCall("g", {"text": "a"})
+CONVENTIONS = {
+    hermes: lambda name, **values: f"<tool_call>\n{json.dumps({'name': name, 'arguments': values})}\n</tool_call>",
+    glm45: glm,
+    qwen3_coder: xml,
+}
+
+
+@pytest.mark.parametrize(("parser", "write"), CONVENTIONS.items())
+def test_a_call_without_its_closing_tag_leaves_the_next_one(parser, write) -> None:
+    """What it says is complete, so that it is run itself."""
+    text = write("f", text="1").removesuffix("</tool_call>") + write("g", text="a")
+    assert parser(f"Both. {text}", {}) == ("Both.", (ToolCall("f", {"text": "1"}), GOOD))
+
+
+@pytest.mark.parametrize(("parser", "write"), CONVENTIONS.items())
+@pytest.mark.parametrize("cut", [3, 12, 40])
+def test_a_call_that_breaks_off_leaves_the_next_one(parser, write, cut: int) -> None:
+    text = write("f", text="1", more="2").removesuffix("</tool_call>").removesuffix("</function>\n")[:-cut]
+    content, (bad, good) = parser(f"{text}\n{write('g', text='a')}", {})
+    assert (content, good) == ("", GOOD)
+    assert bad.problem is not None
+
+
+def test_a_call_without_outer_tags_that_breaks_off_leaves_the_next_one() -> None:
+    _, (bad, good) = qwen3_coder(f"<function=f>words\n{xml('g', text='a').removeprefix('<tool_call>')}", {})
+    assert (bad.tool, bad.problem is None, good) == ("f", False, GOOD)
+
+
+@pytest.mark.parametrize(
+    ("parser", "text", "problem"),
+    [
+        (hermes, '{"name": "f", "arguments": {"x": 1, "x": 2}}', "not valid JSON: 'x' stands twice in one object"),
+        (hermes, '{"name": "f", "name": "g", "arguments": {}}', "not valid JSON: 'name' stands twice in one object"),
+        (
+            glm45,
+            "f<arg_key>x</arg_key><arg_value>1</arg_value><arg_key>x</arg_key><arg_value>2</arg_value>",
+            "parameter 'x': expected one value, got two",
+        ),
+        (
+            qwen3_coder,
+            "<function=f><parameter=x>1</parameter><parameter=x>2</parameter></function>",
+            "parameter 'x': expected one value, got two",
+        ),
+    ],
+)
+def test_an_argument_that_is_given_twice_is_a_problem(parser, text: str, problem: str) -> None:
+    _, (call,) = parser(f"<tool_call>{text}</tool_call>", {})
+    assert call.problem == problem
+
+
+@pytest.mark.parametrize(
+    ("parser", "write", "closing"),
+    [(glm45, glm, "</arg_value>\n</tool_call>"), (qwen3_coder, xml, "</parameter>\n</function>\n</tool_call>")],
+)
+@pytest.mark.parametrize("quoted", ["{closing}", "see {call} there"])
+def test_a_value_that_holds_the_end_of_a_call_is_not_run_in_part(parser, write, closing: str, quoted: str) -> None:
+    value = f"one {quoted.format(closing=closing, call=write('rm', text='x'))} two"
+    content, (*bad, good) = parser(write("f", text=value) + write("g", text="a") + " Then.", {})
+    assert bad
+    assert all(call.problem for call in bad)
+    assert (content, good) == ("Then.", GOOD)
 
 
 def test_own_parsers_are_found_by_name(tmp_path, monkeypatch) -> None:

@@ -178,6 +178,22 @@ def test_the_format_of_the_guide(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("takes", "seen"), [("", "nothing"), (", *, before=None", "(7,)"), (", *, before", "(7,)"), (", **_", "nothing")]
+)
+def test_a_format_of_ones_own_is_told_what_a_turn_follows_where_it_asks(tmp_path, monkeypatch, takes, seen) -> None:
+    (tmp_path / "format_that_asks.py").write_text(
+        "from aepo.agents.formats.tags import TagsFormat\nfrom aepo.types import Turn\n\n\n"
+        "class Own(TagsFormat):\n    def __init__(self, settings, language_model, schemas, *, tool_instructions):\n"
+        "        super().__init__(language_model.tokenizer, language_model.vocab_size, language_model.eos_ids)\n\n"
+        f"    def read(self, token_ids, finish_reason{takes}):\n"
+        "        text = str(locals().get('before', 'nothing'))\n        return Turn(text, text)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "format_that_asks", raising=False)
+    assert make(BARE, name="format_that_asks:Own").read([1], "eos", before=(7,)).text == seen
+
+
+@pytest.mark.parametrize(
     ("turn", "problem"),
     [
         ("Turn('a', None)", "read returned None as the content, expected a text"),

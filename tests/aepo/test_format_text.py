@@ -40,6 +40,13 @@ def test_lone_surrogates_become_question_marks() -> None:
     assert TOY.decode(list(plain_tokens(TOY, "a\ud800<think>"))) == "a?<think>"
 
 
+def test_a_control_token_that_a_lone_surrogate_would_complete_stays_letters() -> None:
+    toy = tokenizer(None, ("<?>",))
+    ids = plain_tokens(toy, "a<\ud800>")
+    assert toy.convert_tokens_to_ids("<?>") not in ids
+    assert toy.decode(list(ids)) == "a<?>"
+
+
 def test_tokens_that_are_added_later_count_too() -> None:
     toy = tokenizer(None, CHATML)
     plain_tokens(toy, "a")

@@ -12,6 +12,7 @@ import pytest
 from rollout_toys import (
     ANSWER,
     SEARCH,
+    Characters,
     ScriptedAgent,
     ScriptedEngine,
     ScriptedTools,
@@ -60,6 +61,20 @@ def test_always_exactly_k_distinct_paths(ending: str, fresh_paths: int | None, l
         assert len(set(texts(tree))) == 5 or ending == "never ends"  # its text does not depend on the seed
         if fresh_paths == 5:
             assert all(path.parent is None for path in tree.paths)
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_a_turn_is_read_with_what_it_follows(monkeypatch, lockstep: bool) -> None:
+    read, follows = Characters.read, []
+
+    def remembering(self, token_ids, finish_reason, *, before):
+        follows.append((before, token_ids))
+        return read(self, token_ids, finish_reason)
+
+    monkeypatch.setattr(Characters, "read", remembering)
+    trees, _ = rollout(tools_then(2), settings(paths=4, fresh_paths=2), questions=2, lockstep=lockstep)
+    nodes = [(tree.nodes, node) for tree in trees for node in tree.nodes if node.source == "model"]
+    assert sorted(follows) == sorted((others[node.parent].token_ids, node.token_ids) for others, node in nodes)
 
 
 def test_one_path_per_question() -> None:

@@ -45,6 +45,22 @@ def test_shared_nodes_are_read_once() -> None:
     assert chat_format.reads == 4
 
 
+def test_a_turn_is_read_with_what_it_follows(monkeypatch) -> None:
+    read, follows = CharacterFormat.read, []
+
+    def remembering(self, token_ids, finish_reason, *, before):
+        follows.append((self.decode(before), self.decode(token_ids)))
+        return read(self, token_ids, finish_reason)
+
+    monkeypatch.setattr(CharacterFormat, "read", remembering)
+    tree = tree_of(QUESTION, ["{7}", "{8}"])
+    read_responses(CharacterFormat(), tree)
+    assert follows == [("?", "so[find x]"), ("(found)", "{7}\0"), ("(found)", "{8}\0")]
+    follows.clear()
+    read_response(CharacterFormat(), tree, 1)
+    assert follows == [("?", "so[find x]"), ("(found)", "{8}\0")]
+
+
 def test_one_function() -> None:
     tree = tree_of(QUESTION, ["{7}", "hm!{8}"])
     [scored] = scorer_of(ToyTask(right)).score([tree])

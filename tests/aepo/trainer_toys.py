@@ -122,7 +122,7 @@ class ToyFormat:
     def prompt_tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
         return self._encode(f"? {' '.join(messages[-1]['content'])} ?")
 
-    def read(self, token_ids: Sequence[int], finish_reason: str) -> Turn:
+    def read(self, token_ids: Sequence[int], finish_reason: str, *, before: Sequence[int] | None = None) -> Turn:
         text = self.decode(token_ids)
         calls = re.findall("<search>((?:(?!<search>).)*)</search>", text)
         if "</answer>" in text:

@@ -47,7 +47,7 @@ class Bytes:
     vocab_size = VOCAB
     stop_strings = ("</search>", "</answer>")
 
-    def read(self, token_ids: Sequence[int], finish_reason: str) -> Turn:
+    def read(self, token_ids: Sequence[int], finish_reason: str, *, before: Sequence[int] | None = None) -> Turn:
         text = "".join("</search>" if token == TAG else chr(min(token, 127)) for token in token_ids)
         return Turn(text, text, (ToolCall("search", {"query": "x"}),) if "</search>" in text else ())
 

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from aepo.agents.protocol import USER_ERRORS, problem_of
@@ -44,7 +45,10 @@ def _apart(text: str, opening: re.Pattern[str], call_of: Callable[[re.Match[str]
 
 
 _OPENED = re.compile(r"<tool_call>\s*")
-_CLOSED = re.compile(r"\s*(?:</tool_call>|\Z)")  # the last call of a turn may lack its closing tag
+# The closing tag may be missing in front of the next call and at the end of the turn: models forget it. A call that
+# cannot be read ends at the same places, and takes no other one with it.
+_END = re.compile(r"</tool_call>|(?=<tool_call>)|\Z")
+_CLOSED = re.compile(rf"\s*(?:{_END.pattern})")
 
 
 def _hermes_call(text: str, start: int) -> tuple[ToolCall, int]:
@@ -57,12 +61,12 @@ def _hermes_call(text: str, start: int) -> tuple[ToolCall, int]:
         problem = "expected </tool_call> after the JSON object"
     except Unreadable as error:
         problem = str(error)
-    return ToolCall("", {}, problem), _behind_close(text, start)
+    return ToolCall("", {}, problem), _behind(_END, text, start)
 
 
-def _behind_close(text: str, start: int) -> int:
-    close = text.find("</tool_call>", start)
-    return len(text) if close < 0 else close + len("</tool_call>")
+def _behind(pattern: re.Pattern[str], text: str, start: int) -> int:
+    """Where what is found there ends: `pattern` matches the end of the text, too."""
+    return pattern.search(text, start).end()  # type: ignore[union-attr]
 
 
 def llama3_json(text: str, schemas: Schemas) -> Parsed:
@@ -97,45 +101,9 @@ _LIKE_A_CALL = re.compile(r'\{\s*"name"\s*:\s*"[^"]*"\s*,\s*"parameters"\s*:')
 def qwen3_coder(text: str, schemas: Schemas) -> Parsed:
     """<tool_call><function=name><parameter=key>value</parameter></function></tool_call>: Qwen3-Coder.
 
-    Values are texts; the schema of the tool says what they stand for.
+    Values are texts, without the line breaks at their ends; the schema of the tool says what they stand for.
     """
-    said, calls, end = [], [], 0
-    for start in _FUNCTION_BLOCK.finditer(text):
-        said.append(text[end : start.start()])
-        calls.append(_xml_call(start, schemas))
-        end = start.end()
-    return "".join([*said, text[end:]]).strip(), tuple(calls)
-
-
-# <tool_call> may be missing: models forget it. A value may hold </function> and </parameter>, as code does: only one
-# that is followed by what can follow it ends the value.
-_FUNCTION_BLOCK = re.compile(
-    r"(?:<tool_call>\s*)?<function=(?P<name>[^>\n]*)>(?P<body>.*?)"
-    r"(?:</function>\s*(?:</tool_call>|(?=<tool_call>|<function=)|\Z)|(?P<cut></tool_call>|\Z))"
-    r"|<tool_call>(?P<other>.*?)(?:</tool_call>|\Z)",
-    re.DOTALL,
-)
-_PARAMETER = re.compile(r"\s*<parameter=(?P<key>[^>\n]*)>(?P<value>.*?)</parameter>\s*(?=<parameter=|\Z)", re.DOTALL)
-
-
-def _xml_call(block: re.Match[str], schemas: Schemas) -> ToolCall:
-    if block["name"] is None:
-        return ToolCall("", {}, "expected <function=name> after <tool_call>")
-    name, body = block["name"].strip(), block["body"]
-    if block["cut"] is not None:
-        return ToolCall(name, {}, "expected </function> at the end of the call")
-    arguments: dict[str, Any] = {}
-    end = 0
-    try:
-        while found := _PARAMETER.match(body, end):
-            key, end = found["key"].strip(), found.end()
-            value = found["value"].removeprefix("\n").removesuffix("\n")
-            arguments[key] = value_of(value, key, schemas.get(name, {}))
-    except Unreadable as error:
-        return ToolCall(name, arguments, str(error))
-    rest = body[end:].strip()
-    problem = f"expected <parameter=key>value</parameter>, got {rest[:40]!r}" if rest else None
-    return ToolCall(name, arguments, problem)
+    return _apart(text, _QWEN.opening, lambda opened: _tagged_call(text, opened, schemas, _QWEN))
 
 
 def glm45(text: str, schemas: Schemas) -> Parsed:
@@ -143,35 +111,79 @@ def glm45(text: str, schemas: Schemas) -> Parsed:
 
     Values are as in `qwen3_coder`, line breaks between the tags do not matter.
     """
-    return _apart(text, _NAMED, lambda opened: _glm_call(text, opened, schemas))
+    return _apart(text, _GLM.opening, lambda opened: _tagged_call(text, opened, schemas, _GLM))
 
 
-# A value may hold </arg_value> and </tool_call>, as code does: only one that is followed by what can follow it ends the
-# value. It holds no <arg_value>: else a call that cannot be read would take the next one with it.
-_NAMED = re.compile(r"<tool_call>\s*(?P<name>[^<\n]*)")
-_ARGUMENT = re.compile(
-    r"\s*<arg_key>(?P<key>[^<\n]*)</arg_key>\s*<arg_value>(?P<value>(?:(?!<arg_value>).)*?)</arg_value>"
-    r"(?=\s*(?:<arg_key>|</tool_call>|\Z))",
-    re.DOTALL,
+@dataclass(frozen=True)
+class _Tags:
+    """A convention with an argument in a tag of its own, as patterns.
+
+    A value may hold closing tags, as code does: only one that is followed by what can follow it ends the value. It
+    holds no opening tag of another value: else a call that cannot be read would take the next one with it.
+    """
+
+    opening: re.Pattern[str]  # name: of the tool
+    argument: re.Pattern[str]  # key, value
+    closed: re.Pattern[str]
+    end: re.Pattern[str]  # of a call that cannot be read
+    next: re.Pattern[str]  # closing tag of a value, or the next call
+    names: str  # what is expected in front of the arguments
+    arguments: str  # and behind it
+
+
+_GLM = _Tags(
+    opening=re.compile(r"<tool_call>\s*(?P<name>[^<\n]*)"),
+    argument=re.compile(
+        r"\s*<arg_key>(?P<key>[^<\n]*)</arg_key>\s*<arg_value>(?P<value>(?:(?!<arg_value>).)*?)</arg_value>"
+        rf"(?=\s*(?:<arg_key>|{_END.pattern}))",
+        re.DOTALL,
+    ),
+    closed=_CLOSED,
+    end=_END,
+    next=re.compile("</arg_value>|<tool_call>"),
+    names="the name of a tool",
+    arguments="<arg_key>key</arg_key><arg_value>value</arg_value>, then </tool_call>",
+)
+_QWEN_END = re.compile(rf"{_END.pattern}|(?=<function=)")  # models forget <tool_call>, too
+_QWEN_CLOSED = re.compile(rf"\s*</function>\s*(?:{_QWEN_END.pattern})")
+_QWEN = _Tags(
+    opening=re.compile(r"(?:<tool_call>\s*)?<function=(?P<name>[^>\n]*)>|<tool_call>"),
+    argument=re.compile(
+        r"\s*<parameter=(?P<key>[^>\n]*)>\n?(?P<value>(?:(?!<parameter=).)*?)\n?</parameter>"
+        rf"(?=\s*<parameter=|{_QWEN_CLOSED.pattern})",
+        re.DOTALL,
+    ),
+    closed=_QWEN_CLOSED,
+    end=_QWEN_END,
+    next=re.compile("</parameter>|<tool_call>|<function="),
+    names="<function=name>",
+    arguments="<parameter=key>value</parameter>, then </function></tool_call>",
 )
 
 
-def _glm_call(text: str, opened: re.Match[str], schemas: Schemas) -> tuple[ToolCall, int]:
-    name, end = opened["name"].strip(), opened.end()
-    problems = [] if name else ["expected the name of a tool after <tool_call>"]
+def _tagged_call(text: str, opened: re.Match[str], schemas: Schemas, tags: _Tags) -> tuple[ToolCall, int]:
+    """The call that begins there, and where it ends."""
+    name, end = (opened["name"] or "").strip(), opened.end()
+    problems = [] if name else [f"expected {tags.names} after <tool_call>"]
     arguments: dict[str, Any] = {}
-    while found := _ARGUMENT.match(text, end):
+    while found := tags.argument.match(text, end):
         key, end = found["key"].strip(), found.end()
+        if key in arguments:
+            problems.append(f"parameter {key!r}: expected one value, got two")
         try:
             arguments[key] = value_of(found["value"], key, schemas.get(name, {}))
         except Unreadable as error:
             problems.append(str(error))
-    if closed := _CLOSED.match(text, end):
+    if closed := tags.closed.match(text, end):
         end = closed.end()
+        # A value that holds all that ends a call has been cut there: its own closing tag is still to come.
+        following = tags.next.search(text, end)
+        if following and following[0].startswith("</"):
+            problems.append(f"expected no value that holds {following[0]} and the end of a call")
+            end = _behind(tags.end, text, following.end())
     else:
-        start, end = end, _behind_close(text, end)
-        rest = text[start:end].strip()
-        problems.append(f"expected <arg_key>key</arg_key><arg_value>value</arg_value>, got {rest[:40]!r}")
+        start, end = end, _behind(tags.end, text, end)
+        problems.append(f"expected {tags.arguments}, got {text[start:end].strip()[:40]!r}")
     return ToolCall(name, arguments, problems[0] if problems else None), end
 
 
@@ -257,6 +269,8 @@ def read_json(text: str, start: int) -> tuple[Any, int]:
     """The JSON value that begins there, and where it ends. Strings may hold line breaks, as models write them."""
     try:
         value, end = _DECODER.raw_decode(text, start)
+    except Unreadable:
+        raise
     except json.JSONDecodeError as error:
         raise Unreadable(f"not valid JSON: {error.msg} at character {error.pos - start + 1}") from None
     except (ValueError, RecursionError):
@@ -274,7 +288,16 @@ def _finite(digits: str) -> float:
     return number if math.isfinite(number) else _refuse(digits)
 
 
-_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse, parse_float=_finite)
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise Unreadable(f"not valid JSON: {key!r} stands twice in one object")
+        made[key] = value
+    return made
+
+
+_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_object)
 
 
 def _sound(value: Any) -> Any:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from aepo.agents.formats.answers import END_THINK, STYLES, THINK, thinking_ends, without_thinking
 from aepo.agents.formats.calls import Parsed, find_parser
-from aepo.agents.formats.chat_template import NONE, ChatTemplate, ToolSchema
+from aepo.agents.formats.chat_template import NONE, ChatTemplate, ToolSchema, opens_thinking
 from aepo.agents.formats.continuation import Continuation
 from aepo.agents.formats.own import checked_calls
 from aepo.agents.formats.self_test import find_call_parser, rewritten_history, written_tags
@@ -19,6 +19,7 @@ from aepo.agents.protocol import AgentError, blamed, shown
 from aepo.types import Message, TokenIds, ToolResult, Turn
 
 SHOWN_CHARS = 80  # of a text that a parser failed on
+OPENING_TOKENS = 16  # <think> and a line break are at most 9, where each byte is one
 
 
 class ChatTemplateFormat:
@@ -62,7 +63,6 @@ class ChatTemplateFormat:
                 f"the chat template of {self.template.name} ends no turn with a token, and the model has "
                 "no end-of-text token; set format.name=tags"
             )
-        self._opens_thinking = {self.template.opens_thinking}  # of first turns, and of those that follow results
         self.calls: str | None = None  # the name of the parser
         self.warnings: tuple[str, ...] = ()
         special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
@@ -82,7 +82,6 @@ class ChatTemplateFormat:
         name = next(iter(self._schemas))
         self.calls, self._parse = find_call_parser(self.template, turn_ends, calls)
         self._continuation = Continuation(self.template, self._text, turn_ends, name)
-        self._opens_thinking.add(self._continuation.opens_thinking)
         self.warnings = rewritten_history(self.template, name)
 
     def prompt_tokens(self, messages: Sequence[Message]) -> TokenIds:
@@ -92,28 +91,38 @@ class ChatTemplateFormat:
     def _render(self, messages: Sequence[Message], protect: Protect) -> str:
         return self.template.render(messages, generate=True, protect=protect)
 
-    def read(self, token_ids: Sequence[int], finish_reason: Literal["stop", "eos", "length"]) -> Turn:
-        """Calls, or the answer: a turn that ends without a call has answered. Thinking counts as neither."""
+    def read(
+        self,
+        token_ids: Sequence[int],
+        finish_reason: Literal["stop", "eos", "length"],
+        *,
+        before: Sequence[int] | None = None,
+    ) -> Turn:
+        """Calls, or the answer: a turn that ends without a call has answered. Thinking counts as neither.
+
+        before: the tokens in front of the turn tell whether it began inside <think>. None: those of a question.
+        """
         ended = finish_reason == "eos"
         has_end = ended and len(token_ids) > 0 and token_ids[-1] in self.eos_ids
         text = self.decode(token_ids[:-1] if has_end else token_ids)
-        whole = THINK + text if self._began_inside_thinking(text) else text
+        whole = THINK + text if self._began_inside_thinking(before) else text
         outside = without_thinking(whole)
         if not ended:
             return Turn(text, outside.strip(), well_formed=False)
         content, calls = self._said(outside) if self.calls else (outside.strip(), ())
-        well_formed = thinking_ends(whole) and THINK not in content and all(call.problem is None for call in calls)
+        stray = THINK in content or END_THINK in content
+        well_formed = thinking_ends(whole) and not stray and all(call.problem is None for call in calls)
         if calls:
             return Turn(text, content, calls, well_formed=well_formed)
         answer = self._find_answer(content)
         says_something = answer is not None and not self._says_nothing.fullmatch(content)
         return Turn(text, content, (), True, answer, well_formed and says_something)
 
-    def _began_inside_thinking(self, text: str) -> bool:
-        """Where only some turns of a template begin inside <think>, its end without a beginning tells which."""
-        if len(self._opens_thinking) == 1:
-            return True in self._opens_thinking
-        return END_THINK in text.partition(THINK)[0]
+    def _began_inside_thinking(self, before: Sequence[int] | None) -> bool:
+        """Templates that begin only some turns inside <think> are there, DeepSeek V3.1 among them."""
+        if before is None:
+            return self.template.opens_thinking
+        return opens_thinking(self.decode(before[-OPENING_TOKENS:]))
 
     def _said(self, text: str) -> Parsed:
         """What is said, and the calls. AgentError: a parser of the user's own failed."""

@@ -14,7 +14,7 @@ from aepo.agents.formats.answers import THINK
 from aepo.agents.formats.calls import Unreadable, load_json
 from aepo.agents.formats.hermes_text import as_text
 from aepo.agents.formats.template_arguments import own_arguments
-from aepo.agents.formats.text import Protect, content_text
+from aepo.agents.formats.text import Protect, content_text, sound
 from aepo.types import Message, ToolCall
 
 ToolSchema = Mapping[str, Any]
@@ -63,11 +63,12 @@ class ChatTemplate:
             return
         source = self._tokenizer.get_chat_template(tools=[dict(schema) for schema in self._schemas] or None)
         read = own_arguments(source, self._tokenizer.special_tokens_map)
+        known = ", ".join(name for name, certain in read.items() if certain)
         for name in self._arguments:
             if name not in read:
                 raise ValueError(
                     f"format.chat_template_kwargs.{name}: expected an argument that the chat template of {self.name} "
-                    f"reads and is not given anyway: {', '.join(read) or 'it has none'}"
+                    f"reads and is not given anyway: {known or 'it has none'}"
                 )
 
     def render(self, messages: Sequence[Message], *, generate: bool = False, protect: Protect = str) -> str:
@@ -158,7 +159,7 @@ class ChatTemplate:
                 f"the chat template of {self.name} refuses a dialogue of roles "
                 f"{', '.join(str(message.get('role')) for message in dialogue)}: {problem}"
             ) from error
-        return str(text)
+        return sound(str(text))
 
 
 def opens_thinking(prompt: str) -> bool:

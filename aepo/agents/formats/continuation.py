@@ -12,7 +12,6 @@ from aepo.agents.formats.chat_template import (
     ChatTemplate,
     TemplateRefused,
     calling,
-    opens_thinking,
     tool_result,
     user,
 )
@@ -33,15 +32,9 @@ class Continuation:
         self._template = template
         self._text = text
         self._turn_ends = re.compile("|".join(map(re.escape, sorted(turn_ends, key=len, reverse=True))))
-        self._name = name
         self._skeletons: dict[tuple[str, ...], list[str]] = {}
         self._skeleton((name, name))
         self._copies = self._render((name,), [tool_result(0, name, AWKWARD)]) == AWKWARD.join(self._skeleton((name,)))
-
-    @property
-    def opens_thinking(self) -> bool:
-        """Whether the turn that follows begins inside <think>."""
-        return opens_thinking(self._skeleton((self._name,))[-1])
 
     def tokens(self, names: Sequence[str], results: Sequence[str]) -> TokenIds:
         """names: of the tools that were called. results: one per call, in order; they stay letters."""

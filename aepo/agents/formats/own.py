@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -33,6 +34,8 @@ class OwnFormat:
             raise ValueError(f"{setting}: expected a ChatFormat, {type(made).__name__} has no {', '.join(missing)}")
         self._made: ChatFormat = made
         self._setting = setting
+        # It need not take the tokens before a turn: most formats read a turn by itself.
+        self._takes_before = callable(made.read) and "before" in inspect.signature(made.read).parameters
         self.name = made.name
         self.eos_ids = tuple(made.eos_ids)
         self.stop_strings = tuple(made.stop_strings)
@@ -43,8 +46,15 @@ class OwnFormat:
     def prompt_tokens(self, messages: Sequence[Message]) -> TokenIds:
         return self._tokens(self._made.prompt_tokens, messages)
 
-    def read(self, token_ids: Sequence[int], finish_reason: Literal["stop", "eos", "length"]) -> Turn:
-        turn = self._call(self._made.read, token_ids, finish_reason)
+    def read(
+        self,
+        token_ids: Sequence[int],
+        finish_reason: Literal["stop", "eos", "length"],
+        *,
+        before: Sequence[int] | None = None,
+    ) -> Turn:
+        context = {"before": before} if self._takes_before else {}
+        turn = self._call(self._made.read, token_ids, finish_reason, **context)
         if not isinstance(turn, Turn):
             raise AgentError(f"{self._setting}: read returned {shown(turn)}, expected a Turn")
         texts = {"text": turn.text, "content": turn.content, "answer": turn.answer or ""}
@@ -60,9 +70,9 @@ class OwnFormat:
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._call(self._made.decode, token_ids))
 
-    def _call(self, method: Callable[..., Any], *arguments: Any) -> Any:
+    def _call(self, method: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         with blamed(f"{self._setting}: {method.__name__}", method):
-            return method(*arguments)
+            return method(*arguments, **named)
 
     def _tokens(self, method: Callable[..., Any], *arguments: Any) -> TokenIds:
         found = self._call(method, *arguments)

@@ -104,7 +104,13 @@ class TagsFormat:
         """What comes before the first generated token. ValueError: the chat template refuses the dialogue."""
         return self._text.rendered_tokens(messages, self._render)
 
-    def read(self, token_ids: Sequence[int], finish_reason: Literal["stop", "eos", "length"]) -> Turn:
+    def read(
+        self,
+        token_ids: Sequence[int],
+        finish_reason: Literal["stop", "eos", "length"],
+        *,
+        before: Sequence[int] | None = None,
+    ) -> Turn:
         """The call or the answer that its closing tag ends. What its token holds behind the tag does not matter."""
         has_end = finish_reason == "eos" and len(token_ids) > 0 and token_ids[-1] in self.eos_ids
         text = self.decode(token_ids[:-1] if has_end else token_ids)
@@ -112,9 +118,9 @@ class TagsFormat:
         if closing is None:
             return Turn(text, text, (_unopened(""),) if finish_reason == "stop" else (), well_formed=False)
         name = closing[0][2:-1]
-        before, opening, inside = text[: closing.start()].rpartition(f"<{name}>")
-        well_formed = bool(opening) and not self._tag.search(before) and not self._tag.search(inside)
-        content = before if opening else text[: closing.start()]
+        said, opening, inside = text[: closing.start()].rpartition(f"<{name}>")
+        well_formed = bool(opening) and not self._tag.search(said) and not self._tag.search(inside)
+        content = said if opening else text[: closing.start()]
         if closing[0] == ANSWER_END:
             return Turn(text, content, (), True, inside if opening else None, well_formed)
         call = self._call(name, inside) if opening else _unopened(name)

@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.ext import Extension
+from jinja2.meta import find_undeclared_variables
 from transformers import PreTrainedTokenizerBase
 
 # What is given to every template, or would change how transformers renders it.
@@ -30,38 +31,34 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def own_arguments(source: str, tokens: Iterable[str] = ()) -> list[str]:
-    """Names that the template reads before it sets them, and is not given anyway, ascending. tokens: names of special
-    tokens that the tokenizer has beside the usual ones. ValueError: it is no Jinja template.
+def own_arguments(source: str, tokens: Iterable[str] = ()) -> dict[str, bool]:
+    """Names that the template may look up in its arguments and is not given anyway, ascending. True: it surely does;
+    False: it sets the name before it reads it. tokens: names of special tokens that the tokenizer has beside the usual
+    ones. ValueError: it is no Jinja template.
 
-    jinja2.meta.find_undeclared_variables would also name what is set in a branch and read in that branch only.
+    Jinja looks up a name that is set in some branches only, and whether it is ever read unset is not known.
     """
     environment = Environment(extensions=["jinja2.ext.loopcontrols", _Generation])
     try:
         tree = environment.parse(source)
+        looked_up = find_undeclared_variables(tree)
+        first: dict[str, bool] = {}
+        for name in _names(tree):
+            first.setdefault(name.name, name.ctx == "load")
     except TemplateError as error:
         raise ValueError(f"the chat template cannot be parsed: line {getattr(error, 'lineno', '?')}: {error}") from None
-    return sorted(set(_read(tree, set(environment.globals))) - GIVEN - set(tokens))
+    except RecursionError:  # rendering it would fail, too
+        raise ValueError("the chat template cannot be parsed: an expression in it is nested too deeply") from None
+    return {name: first.get(name, True) for name in sorted(looked_up - GIVEN - set(tokens))}
 
 
-def _read(node: nodes.Node, known: set[str]) -> Iterator[str]:
-    """Names that are read where they are not known, in the order of execution. known: grows by those that are set."""
-    if isinstance(node, nodes.Name):
-        if node.ctx != "load":
-            known.add(node.name)
-        elif node.name not in known:
-            yield node.name
-        return
-    if isinstance(node, nodes.Macro):
-        known.add(node.name)
-    within = known  # what is set in a loop or a macro is not known behind it
-    if isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock)):
-        within = known | {"loop", "caller", "varargs"}
-    first = _BEFORE_TARGET.get(type(node).__name__, ())
-    for child in node.iter_child_nodes(only=first):
-        yield from _read(child, known)
-    for child in node.iter_child_nodes(exclude=first):
-        yield from _read(child, within)
+def _names(node: nodes.Node) -> Iterator[nodes.Name]:
+    """In the order of execution: what is assigned comes before what it is assigned to."""
+    if isinstance(node, nodes.Name) and node.ctx != "param":
+        yield node
+    values = _VALUES.get(type(node), ())
+    for child in (*node.iter_child_nodes(only=values), *node.iter_child_nodes(exclude=values)):
+        yield from _names(child)
 
 
-_BEFORE_TARGET = {"Assign": ("node",), "For": ("iter",)}
+_VALUES: dict[type[nodes.Node], tuple[str, ...]] = {nodes.Assign: ("node",), nodes.For: ("iter",)}
