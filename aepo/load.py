@@ -106,8 +106,9 @@ def load_agent(config: Config, language_model: LanguageModel, task: Task | None 
         for split, checked in questions.items():
             if environment is not None and checked:
                 environment.check(checked[0])
-            for question in checked:
+            for question in checked[:1]:  # the others before the first step (question_checks)
                 dialogue(task, question, chat=chat, observed=environment is not None)
+            for question in checked:
                 _check_answer(question, rewards, f"task {task.name}: {split}")
         schemas = (environment or toolbox).schemas
         return Agent(

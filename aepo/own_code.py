@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from aepo.registry import INSTALLED, plain, resolve
+from aepo.registry import INSTALLED, attribute_of, plain, resolve
 
 Code = Mapping[str, Mapping[str, "str | None"]]
 """By part of the agent ("reward my_rewards:score") its files ("my_rewards.py") with their SHA-256; of an installed
@@ -83,13 +83,14 @@ def _homes(thing: Any, depth: int = 0) -> Iterator[str]:
     held: list[Any] = []
     if isinstance(thing, functools.partial):
         held = [thing.func, *thing.args, *thing.keywords.values()]
-    for cell in getattr(thing, "__closure__", None) or ():
+    for cell in attribute_of(thing, "__closure__") or ():
         with contextlib.suppress(ValueError):  # not yet filled
             held.append(cell.cell_contents)
     found = plain(thing) if callable(thing) else thing
-    kind = thing if isinstance(thing, type) else type(getattr(thing, "__self__", thing))
+    owner = attribute_of(thing, "__self__")
+    kind = thing if isinstance(thing, type) else type(thing if owner is None else owner)
     for home in (thing, found, *kind.__mro__):
-        if isinstance(name := getattr(home, "__module__", None), str):
+        if isinstance(name := attribute_of(home, "__module__"), str):
             yield name
     for one in held:
         if callable(one) and depth < 8:  # a function may hold itself

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from aepo.registry import nearest_first, place_of, plain, resolve_function
+from aepo.registry import error_text, nearest_first, place_of, plain, resolve_function
 
 if TYPE_CHECKING:
     import torch
@@ -157,7 +157,7 @@ def checked_call(function: OwnLoss, logprobs: Tensor, entropy: Tensor, batch: Lo
     try:
         returned = function(logprobs, entropy, batch)
     except Exception as error:  # whatever the user's code does
-        problem = f"{name_of_function} raised {type(error).__name__}: {error}{place_of(error, function)}"
+        problem = f"{name_of_function} raised {error_text(error)}{place_of(error, function)}"
         raise OwnLossError(f"{SETTING}: {problem}{_hint(error, batch)}") from error
     if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
         for name in returned[1]:

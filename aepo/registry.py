@@ -72,7 +72,7 @@ def plain(function: Any) -> Any:
     """The function behind partial(), decorators and objects that can be called: what messages name."""
     while isinstance(function, functools.partial):
         function = function.func
-    if not isinstance(_attribute(function, "__qualname__"), str):
+    if not isinstance(attribute_of(function, "__qualname__"), str):
         function = type(function).__call__
     try:
         found = inspect.unwrap(function)
@@ -93,7 +93,7 @@ def error_text(error: BaseException) -> str:
 def place_of(error: BaseException, function: Any) -> str:
     """The line of the function's file where the error came from, in words; "" where it has none."""
     found = plain(function)
-    code = _attribute(found.__init__ if isinstance(found, type) else found, "__code__")  # type: ignore[misc]
+    code = attribute_of(found.__init__ if isinstance(found, type) else found, "__code__")  # type: ignore[misc]
     file = code.co_filename if isinstance(code, CodeType) else None
     lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
     return f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
@@ -129,10 +129,10 @@ def _refuse_hidden(module: str, asked: str) -> None:
     found = sys.modules.get(top)
     if file is None or found is None:
         return
-    where = _attribute(found, "__file__")
+    where = attribute_of(found, "__file__")
     if where is not None:
         home = Path(where).parent
-        if (home.parent if _attribute(found, "__path__") else home).resolve() == here.resolve():
+        if (home.parent if attribute_of(found, "__path__") else home).resolve() == here.resolve():
             return
     raise ValueError(
         f"{asked}: {top} of {where or 'Python itself'} is found first, and {file} is not used: it needs another name"
@@ -150,16 +150,16 @@ def _place(error: BaseException) -> str:
 
 def _own_names(owner: Any) -> Iterator[str]:
     """Public names that were defined there; what a module imported is not among them."""
-    home = _attribute(owner, "__name__")
-    for name, value in (_attribute(owner, "__dict__") or {}).items():
+    home = attribute_of(owner, "__name__")
+    for name, value in (attribute_of(owner, "__dict__") or {}).items():
         imported = isinstance(owner, ModuleType) and (
-            isinstance(value, ModuleType) or (_attribute(value, "__module__") or home) != home
+            isinstance(value, ModuleType) or (attribute_of(value, "__module__") or home) != home
         )
         if not name.startswith("_") and not imported:
             yield name
 
 
-def _attribute(owner: Any, name: str) -> Any:
+def attribute_of(owner: Any, name: str) -> Any:
     """None where there is none, whatever a __getattr__ of the user's does: `getattr` lets all but AttributeError by."""
     try:
         return getattr(owner, name, None)
@@ -168,7 +168,7 @@ def _attribute(owner: Any, name: str) -> Any:
 
 
 def _name(owner: Any) -> str:
-    name = _attribute(owner, "__name__")
+    name = attribute_of(owner, "__name__")
     return name if isinstance(name, str) else type(owner).__name__
 
 

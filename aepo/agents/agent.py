@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from aepo.agents.protocol import ChatFormat, RewardFunction, Session, Task, blamed
+from aepo.agents.protocol import ChatFormat, RewardFunction, Session, Task, dialogue
 from aepo.types import Message, Question, TokenIds
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ class Agent:
 
     def prompt_tokens(self, question: Question, observation: str | None = None) -> TokenIds:
         """What the model reads first. observation: what the environment's reset returned."""
-        with blamed(f"task {self.task.name}: messages of question {question.id!r}", self.task.messages):
-            messages = self.task.messages(question, chat=self.chat)
+        messages = dialogue(self.task, question, chat=self.chat, observed=observation is not None)
         try:
             return self.format.prompt_tokens(messages if observation is None else _with(messages, observation))
         except ValueError as error:

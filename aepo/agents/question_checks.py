@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from aepo.agents.agent import Agent
-from aepo.agents.protocol import AgentError, RewardFunction, blamed, shown
+from aepo.agents.protocol import AgentError, RewardFunction, dialogue, shown
 from aepo.agents.rewards.builtin import COMPARED
 from aepo.config import Config
 from aepo.types import Message, Question
@@ -157,13 +157,12 @@ def _too_long(
     groups: dict[tuple[str, ...], list[tuple[int, tuple[str, ...]]]] = defaultdict(list)
     unbounded: list[int] = []
     for index, question in enumerate(questions):
-        with blamed(f"task {agent.task.name}: messages of question {question.id!r}", agent.task.messages):
-            messages = agent.task.messages(question, chat=agent.chat)
-            if all(map(_is_plain, messages)):
-                roles, texts = tuple(m["role"] for m in messages), tuple(m["content"] for m in messages)
-                groups[roles].append((index, texts))
-            else:
-                unbounded.append(index)  # templates write calls, tools and parts in many ways
+        messages = dialogue(agent.task, question, chat=agent.chat, observed=agent.environment is not None)
+        if all(map(_is_plain, messages)):
+            roles, texts = tuple(m["role"] for m in messages), tuple(m["content"] for m in messages)
+            groups[roles].append((index, texts))
+        else:
+            unbounded.append(index)  # templates write calls, tools and parts in many ways
     counts: dict[int, int] = {}
     for group in groups.values():
         sizes = [sum(map(_most_tokens, texts)) for _, texts in group]

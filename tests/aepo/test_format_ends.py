@@ -88,7 +88,7 @@ def test_a_turn_of_nothing_but_control_tokens_and_tags_is_not_well_formed(name: 
     for text in ("", header, *tags, f"{tags[-1]}\n{header}", tags[-1] * 2):
         turn = read(chat, toy, f"{thought}{text}{end}")
         assert (turn.calls, turn.answered, turn.well_formed) == ((), True, False), text
-    for text in ("4", "</div>", f"4{tags[-1]}"):
+    for text in ("4", "</div>", *(f"4{tag}" for tag in tags[1:])):
         assert read(chat, toy, f"{thought}{text}{end}").well_formed, text
     without = make(name, ())
     assert not read(without, toy, f"{thought}{header}{end}").well_formed

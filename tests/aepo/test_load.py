@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from door_toys import FILES, OWN, SMALL, aepo, own_modules, save_chat_model, write_home
+from rich.console import Console
 
 from aepo.agents.agent import Agent
 from aepo.agents.protocol import AgentError
-from aepo.agents.question_checks import one_of_each_row
+from aepo.agents.question_checks import Context, fitting, one_of_each_row
 from aepo.agents.remembered import MEANT_BY, agent_facts, agent_parts, changes, not_as_recorded
 from aepo.agents.rewards.builtin import BUILTIN
 from aepo.cli_shared import described
@@ -425,10 +426,15 @@ def test_of_a_lazy_sequence_the_first_and_the_last_question_are_made(home: Path,
 def test_messages_that_say_nothing(home: Path, model: LanguageModel, messages: str, message: str) -> None:
     body = "def messages(self, question, *, chat):\n        "
     body += f"return {messages} if question.id == 'q4' else question.messages"
+    expected = f"task Own: messages of question 'q4' {message}".replace("' exp", "': exp")
     for settings in ([], ["format.name=tags"]):
-        with pytest.raises(AgentError) as caught:
-            own_task(home, body, model, *settings)
-        assert str(caught.value).startswith(f"task Own: messages of question 'q4' {message}".replace("' exp", "': exp"))
+        agent = own_task(home, body, model, *settings)
+        with pytest.raises(AgentError) as caught:  # before the first step
+            fitting(agent, agent.task.train, "training", Context(1000, ""), Console(), drop=False)
+        assert str(caught.value).startswith(expected)
+        with pytest.raises(AgentError) as caught:  # when it is drawn
+            agent.prompt_tokens(next(question for question in agent.task.train if question.id == "q4"))
+        assert str(caught.value).startswith(expected)
 
 
 def test_messages_that_need_no_content(home: Path, model: LanguageModel) -> None:

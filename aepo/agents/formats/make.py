@@ -12,9 +12,9 @@ from aepo.agents.formats.chat import ChatTemplateFormat
 from aepo.agents.formats.chat_template import ChatTemplate, ToolSchema
 from aepo.agents.formats.own import OwnFormat
 from aepo.agents.formats.tags import TagsFormat
-from aepo.agents.protocol import USER_ERRORS, ChatFormat
+from aepo.agents.protocol import USER_ERRORS, ChatFormat, problem_of
 from aepo.config import FormatConfig
-from aepo.registry import place_of, resolve
+from aepo.registry import resolve
 
 
 class TokenModel(Protocol):
@@ -137,8 +137,7 @@ def _own(
     try:
         made = cls(settings, language_model, schemas, tool_instructions=tool_instructions)
     except USER_ERRORS as error:  # whatever the user's code does
-        problem = f"{type(error).__name__}: {error}{place_of(error, cls)}"
-        raise ValueError(f"format.name = {settings.name!r}: making it failed: {problem}") from error
+        raise ValueError(f"format.name = {settings.name!r}: making it failed: {problem_of(error, cls)}") from error
     return OwnFormat(made, f"format.name = {settings.name!r}")
 
 

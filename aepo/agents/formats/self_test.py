@@ -21,8 +21,7 @@ from aepo.agents.formats.chat_template import (
     tool_result,
     user,
 )
-from aepo.agents.protocol import USER_ERRORS
-from aepo.registry import place_of
+from aepo.agents.protocol import USER_ERRORS, problem_of
 from aepo.types import ToolCall
 
 KNOWN_NAME = "probe_tool"
@@ -109,8 +108,7 @@ def _reads(name: str, parser: CallParser, text: str) -> bool:
         _, calls = parser(without_thinking(text), {KNOWN_NAME: KNOWN_SCHEMA})
         return tuple(calls) == (KNOWN_CALL,)
     except USER_ERRORS as error:  # of the user's own parser
-        problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
             f"format.calls = {name!r}: expected that it returns (content, calls) for {text!r}, it raised "
-            f"{problem}{place_of(error, parser)}"
+            f"{problem_of(error, parser)}"
         ) from error

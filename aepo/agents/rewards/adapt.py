@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from aepo.agents.protocol import USER_ERRORS, AgentError, RewardFunction, problem_of, shown
 from aepo.agents.rewards.arguments import OURS, TRL, VERL, own_copy, trl_arguments, verl_arguments
-from aepo.registry import plain
+from aepo.registry import attribute_of, plain
 from aepo.types import Question, Response, Reward
 
 Signature = Literal["ours", "trl", "verl"]
@@ -213,7 +213,7 @@ def _name(function: Any) -> str:
     """Of the function behind a partial, of the method, or of the class of an object."""
     while isinstance(function, functools.partial):
         function = function.func
-    return str(getattr(function, "__name__", type(function).__name__))
+    return str(attribute_of(function, "__name__") or type(function).__name__)
 
 
 def _components(given: Mapping[Any, Any], where: str) -> dict[str, float]:
