@@ -47,6 +47,8 @@ class Section:
     def __post_init__(self) -> None:
         for item, expected in _settings(type(self)):  # type: ignore[arg-type]  # mypy looks up the instances' hash
             value, limits = getattr(self, item.name), item.metadata
+            if left := next((text for text in _texts(value) if "${" in text), None):  # a file would look it up
+                raise ValueError(f"{self.section}.{item.name}: expected texts without '${{', got {left!r}")
             for number in value if isinstance(value, (tuple, list)) else (value,):
                 # Every comparison is written so that NaN fails it.
                 if isinstance(number, (int, float)) and not (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from aepo.config import Config, ModelConfig, TaskConfig, WarmStartConfig
 from aepo.models.language_model import LanguageModel
 from aepo.models.small import Progress
 from aepo.models.smollm2 import model_directory
-from aepo.registry import error_text, resolve
+from aepo.registry import resolve
 from aepo.types import Question
 
 
@@ -177,21 +178,18 @@ def _checked_questions(task: Task, split: str) -> list[Question]:
 
 
 def _check_answer(question: Question, rewards: Mapping[RewardFunction, float], whose: str) -> None:
-    """AgentError: a built-in reward cannot read it. What JSON has can be read."""
+    """AgentError: a built-in reward would compare how Python prints it."""
     answer = question.answer
-    if all(type(one) in _JSON for one in (answer if type(answer) in (list, tuple) else (answer,))):
+    if all(
+        one is None or isinstance(one, (str, Number))
+        for one in (answer if isinstance(answer, (list, tuple)) else (answer,))
+    ):
         return
-    for function in rewards:
-        if function in COMPARED:
-            try:
-                COMPARED[function](question)
-            except Exception as error:
-                got = f"got {type(answer).__name__} {shown(answer)} ({error_text(error)})"
-                expected = f"expected text, a number or a list of these for the reward {function.__name__}"
-                raise AgentError(f"{whose}: answer of question {question.id!r}: {expected}, {got}") from error
-
-
-_JSON = {str, int, float, bool, type(None), list, dict}
+    if function := next((function for function in rewards if function in COMPARED), None):
+        raise AgentError(
+            f"{whose}: answer of question {question.id!r}: expected text, a number or a list of these for the reward "
+            f"{function.__name__}, got {type(answer).__name__} {shown(answer)}"
+        )
 
 
 def _check_options(cls: type[Task], options: Mapping[str, Any]) -> None:

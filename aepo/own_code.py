@@ -51,7 +51,10 @@ def code_changes(recorded: Mapping[str, str | None] | None, code: Code) -> list[
         for file, digest in files.items():
             if file not in recorded or recorded[file] != digest:
                 users.setdefault(file, []).append(part)
-    return [f"{', '.join(parts)}: {file} is not as it was in the run" for file, parts in users.items()]
+    return [
+        f"{', '.join(parts)}: {file} {'is not as it was' if file in recorded else 'was not'} in the run"
+        for file, parts in users.items()
+    ]
 
 
 def _files(things: Iterable[Any], read: Callable[[Path], bytes | None]) -> Iterator[tuple[str, str | None]]:
@@ -83,7 +86,8 @@ def _homes(thing: Any, depth: int = 0) -> Iterator[str]:
     held: list[Any] = []
     if isinstance(thing, functools.partial):
         held = [thing.func, *thing.args, *thing.keywords.values()]
-    for cell in attribute_of(thing, "__closure__") or ():
+    closure = attribute_of(thing, "__closure__")  # an object may make up any attribute
+    for cell in closure if isinstance(closure, tuple) else ():
         with contextlib.suppress(ValueError):  # not yet filled
             held.append(cell.cell_contents)
     found = plain(thing) if callable(thing) else thing

@@ -82,7 +82,7 @@ class Trainer:
         try:
             dropped = self._drop_long_prompts()
             changed += not_as_recorded(config.run.dir, recorded, dropped, named=named)
-            changed = [*(_changed_settings(config) if recorded is not None else ()), *changed]
+            changed = list(dict.fromkeys([*(_changed_settings(config) if recorded is not None else ()), *changed]))
             for line in changed:
                 self.display.console.print(f"not as in the run: {line}", markup=False, highlight=False)
             for line in edited:

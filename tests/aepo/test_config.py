@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from aepo.config import NO_PRESETS, OBJECTIVE_KEYS, Config, PolicyConfig, TrainConfig, all_keys, load_config, to_yaml
+from aepo.config import (
+    NO_PRESETS,
+    OBJECTIVE_KEYS,
+    Config,
+    PolicyConfig,
+    TaskConfig,
+    TrainConfig,
+    all_keys,
+    load_config,
+    to_yaml,
+)
 from aepo_kernels.objective import PolicyObjective, PresetName
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -225,3 +235,12 @@ def test_a_whole_number_where_a_number_or_a_word_may_stand() -> None:
     alpha = load_config(overrides=["rollout.branch_alpha=1"]).rollout.branch_alpha
     assert (alpha, type(alpha)) == (1.0, float)
     assert load_config(overrides=["rollout.branch_alpha=uniform"]).rollout.branch_alpha == "uniform"
+
+
+def test_a_text_that_a_file_would_look_up() -> None:
+    """Also from Python: the run's own config.yaml could not be read again."""
+    with pytest.raises(ValueError, match=re.escape("task.system: expected texts without '${', got 'Use ${HOME}'")):
+        TaskConfig(system="Use ${HOME}")
+    with pytest.raises(ValueError, match=re.escape("task.options: expected texts without '${', got '${x}'")):
+        TaskConfig(name="mine:Task", options={"a": [{"b": "${x}"}]})
+    assert TaskConfig(system="Costs $5 {each}").system == "Costs $5 {each}"

@@ -218,6 +218,13 @@ def read(chat: ChatTemplateFormat, toy, text: str, reason: str = "eos"):
     return chat.read(toy.encode(text, add_special_tokens=False), reason)
 
 
+def test_a_stray_end_of_thinking_is_not_well_formed() -> None:
+    chat, toy = make("qwen"), family("qwen")
+    assert read(chat, toy, "It is 2.<|im_end|>").well_formed
+    assert not read(chat, toy, "It is</think> 2.<|im_end|>").well_formed
+    assert not read(chat, toy, "It is<think> 2.<|im_end|>").well_formed
+
+
 def test_thinking_is_no_call_and_no_answer() -> None:
     chat, toy = make("qwen3"), family("qwen3")
     call = '<tool_call>\n{"name": "search", "arguments": {"query": "x"}}\n</tool_call>'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from format_templates import CHATML, FAMILIES, GLM, GLM_ROLES, HERMES_TAGS, QWEN, family, tokenizer
+from format_templates import CHATML, FAMILIES, HERMES_TAGS, QWEN, family, tokenizer
 from test_format_chat import SCHEMAS, make, read
 
 from aepo.agents.formats.chat import ChatTemplateFormat
@@ -31,16 +31,24 @@ def test_no_family_has_other_ends_than_those_of_its_turns(name: str) -> None:
     assert template.turn_ends([other]) == tuple(sorted([other, *toy.convert_tokens_to_ids(expected)]))
 
 
-@pytest.mark.parametrize(
-    ("template", "special", "ends"),
-    [(QWEN, CHATML, ["<|im_end|>"]), (GLM, ("<|endoftext|>", *GLM_ROLES), ["<|user|>", "<|observation|>"])],
-)
-def test_an_end_of_the_whole_dialogue_is_none_of_a_turn(template: str, special, ends) -> None:
+def test_an_end_of_the_whole_dialogue_is_none_of_a_turn() -> None:
     """As that of Phi 3 writes it."""
-    whole = template + "{%- if not add_generation_prompt %}{{- '<|endoftext|>' }}{%- endif %}"
-    toy = tokenizer(whole, special, HERMES_TAGS, eos="<|endoftext|>")
+    whole = QWEN + "{%- if not add_generation_prompt %}{{- '<|endoftext|>' }}{%- endif %}"
+    toy = tokenizer(whole, CHATML, HERMES_TAGS, eos="<|endoftext|>")
     chat = ChatTemplateFormat(toy, len(toy), [toy.eos_token_id], SCHEMAS)
-    assert chat.eos_ids == tuple(sorted(toy.convert_tokens_to_ids(["<|endoftext|>", *ends])))
+    assert chat.eos_ids == tuple(sorted(toy.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])))
+
+
+def test_what_a_past_answer_ends_with_is_no_end() -> None:
+    """As in Harmony: <|end|> also ends the thinking of a turn, which itself ends with <|return|>."""
+    template = (
+        "{%- for m in messages %}{{- '<|start|>' + m.role + '<|message|>' + m.content }}"
+        "{{- '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"
+    )
+    marks = ("<|start|>", "<|message|>", "<|end|>", "<|return|>")
+    toy = tokenizer(template, marks, (), eos="<|return|>")
+    assert ChatTemplate(toy).turn_ends([toy.eos_token_id]) == (toy.eos_token_id,)
 
 
 def test_an_end_that_the_last_turn_lacks_is_found() -> None:

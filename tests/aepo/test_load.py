@@ -160,6 +160,39 @@ def test_a_format_that_reads_nothing(model: LanguageModel, home: Path, body: str
     agent.close()
 
 
+@pytest.mark.parametrize(
+    ("read", "given"),
+    [
+        ("def read(self, token_ids, finish_reason):", None),
+        ("def read(self, token_ids, finish_reason, *, before=None):", (7, 8)),
+        ("def read(self, *given, **named):\n        before = named.get('before')", (7, 8)),
+    ],
+)
+def test_a_format_gets_the_tokens_before_a_turn_if_it_takes_them(
+    model: LanguageModel, home: Path, read: str, given: Any
+) -> None:
+    own = f"\n\nclass Seeing(Counting):\n    {read}\n        return Turn(repr(locals().get('before')), '')\n"
+    (home / "mine.py").write_text((home / "mine.py").read_text() + own)
+    agent = agent_of(model, "format.name=mine:Seeing")
+    assert agent.format.read([1], "eos", before=(7, 8)).text == repr(given)
+    agent.close()
+
+
+def test_a_format_whose_methods_are_partials(model: LanguageModel, home: Path) -> None:
+    own = (
+        "\n\nimport functools\n\nclass Partial(Counting):\n    def __init__(self, *given, **named):\n"
+        "        super().__init__(*given, **named)\n        self.decode = functools.partial(str.format, '{0}')\n"
+        "        self.read = functools.partial(self.other)\n"
+        "    def other(self, token_ids, finish_reason):\n        return 1 / 0\n"
+    )
+    (home / "mine.py").write_text((home / "mine.py").read_text() + own)
+    agent = agent_of(model, "format.name=mine:Partial")
+    assert agent.format.decode(5) == "5"
+    with pytest.raises(AgentError, match=r"mine:Partial': read failed: ZeroDivisionError: .* \(mine.py, line \d+\)"):
+        agent.format.read([1], "eos")
+    agent.close()
+
+
 @pytest.mark.parametrize("tokens", ["()", "None", "(1, -1)", "(10**6,)", "'ab'"])
 def test_a_format_whose_tokens_are_none(model: LanguageModel, home: Path, tokens: str) -> None:
     own = f"\n\nclass Odd(Counting):\n    def prompt_tokens(self, messages):\n        return {tokens}\n"
@@ -218,6 +251,25 @@ def test_only_a_setting_that_explains_a_difference_allows_it() -> None:
     assert not_as_recorded("run", was, now, named=["task.train", "task.tools"]) == both
     assert not_as_recorded("run", was, now, named=["task.name"]) == both
     assert not_as_recorded("run", None, now, named=()) == not_as_recorded("run", was, was, named=()) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "settings"),
+    [
+        ("task", "name options seed train heldout columns system"),
+        ("tools", "tools environment name options"),
+        ("environment", "environment name options"),
+        ("rewards", "rewards environment name options"),
+    ],
+)
+def test_what_a_setting_speaks_for(part: str, settings: str) -> None:
+    was, now = ({part: {"x": {"y": value}}} for value in "12")
+    for entry in all_keys():
+        if entry.name.startswith("task.") and entry.name.removeprefix("task.") in settings.split():
+            assert len(not_as_recorded("run", was, now, named=[entry.name])) == 1
+        else:
+            with pytest.raises(ValueError, match=rf"another agent: {part}\.x\.y was '1' and is '2'"):
+                not_as_recorded("run", was, now, named=[entry.name])
 
 
 def test_every_part_of_an_agent_can_be_meant(model: LanguageModel) -> None:
@@ -449,14 +501,23 @@ def test_messages_that_need_no_content(home: Path, model: LanguageModel) -> None
 
 
 def test_answers_that_built_in_rewards_cannot_read(home: Path, model: LanguageModel) -> None:
-    for answer in ("np.array([1, 2])", "[1, np.array([1, 2])]"):
+    for answer in (
+        "np.array([1, 2])",
+        "[1, np.array([1, 2])]",
+        "{'ground_truth': 'x'}",
+        "b'x'",
+        "{'x', 'y'}",
+        "[['x']]",
+    ):
         train = f"train = [*ROWS, Question('a', 'b', {answer})]"
         with pytest.raises(AgentError) as caught:
             own_task(home, train, model, "task.rewards=[own:fair, math]")
         expected = "expected text, a number or a list of these for the reward math, got "
         assert str(caught.value).startswith(f"task Own: train: answer of question 'a': {expected}")
         own_task(home, train, model).close()  # a reward of ones own may
-    own_task(home, "train = [Question('a', 'b', np.float64(2))]", model, "task.rewards=math").close()
+    fine = ("np.float64(2)", "True", "['x', 2, None]", "('x',)")
+    train = f"train = [{', '.join(f'Question(str({i}), chr(98), {answer})' for i, answer in enumerate(fine))}]"
+    own_task(home, train, model, "task.rewards=math").close()
 
 
 def test_a_large_task_takes_no_time(home: Path, model: LanguageModel) -> None:

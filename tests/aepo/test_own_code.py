@@ -131,6 +131,33 @@ def test_what_a_function_holds(home: Path, held: str) -> None:
     assert files(thing).keys() >= expected
 
 
+def test_an_object_that_makes_up_attributes(home: Path) -> None:
+    """As clients of servers do: each is another object that can be called."""
+
+    class Remote:
+        def __getattr__(self, name: str) -> Any:
+            return Remote()
+
+        def __call__(self, *given: Any) -> Any:
+            return Remote()
+
+    (home / "wrapping.py").write_text("def wrap(f):\n    def g(*given):\n        return f(*given)\n    return g\n")
+    assert "wrapping.py" in files(importlib.import_module("wrapping").wrap(Remote()))
+    assert files(functools.partial(Remote())).keys() == files(Remote).keys()
+
+
+def test_a_name_that_has_no_value_yet() -> None:
+    def make() -> Any:
+        def early() -> Any:
+            return late
+
+        found = files(early)
+        late = 1
+        return found, late
+
+    assert make()[0].keys() >= {"test_own_code.py"}
+
+
 def test_a_function_that_holds_itself() -> None:
     def again(n: int) -> int:
         return again(n - 1) if n else 0
@@ -161,5 +188,5 @@ def test_changes() -> None:
     assert code_changes(None, code) == []
     assert code_changes({"a.py": "1", "c.py": "0"}, code) == [
         "reward a:b, tool d: c.py is not as it was in the run",
-        "tool e: f is not as it was in the run",
+        "tool e: f was not in the run",
     ]

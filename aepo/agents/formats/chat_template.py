@@ -101,32 +101,39 @@ class ChatTemplate:
         return text != without and all(str(schema["function"]["name"]) in text for schema in self._schemas)
 
     def turn_ends(self, eos_ids: Iterable[int]) -> tuple[int, ...]:
-        """The tokens that end a turn, ascending: those of the model, and the first control token behind an answer, and
-        behind a call, where none of them is before what the next message says. Many models have another token for the
-        end of a text only; some templates have no end, and the model stops at the role that is next: <|user|>,
-        <|observation|>."""
+        """The tokens that end a turn, ascending: those of the model, and the first control token behind an answer; many
+        models have another one for the end of a text only. Where an answer, or a call, has none, the model stops at the
+        role that is next: <|user|>, <|observation|>. (What a past answer ends with is no end: <|end|> of Harmony also
+        ends the thinking of a turn, which itself ends with <|return|>.)"""
         known = set(eos_ids)
-        self._add_end(known, "", self._behind(SAID, ASKED, [user(ASKED), assistant(SAID), user(ASKED)]))
+        answered = [user(ASKED), assistant(SAID)]
+        own = self._controls(self.render(answered), SAID)
+        if known.isdisjoint(own[:1]):
+            followed = self._controls(self._render_or_without([*answered, user(ASKED)]), SAID, ASKED)
+            if known.isdisjoint(followed):
+                known.update(own[:1] or followed[:1])
         if self._schemas:
             name = str(self._schemas[0]["function"]["name"])
             called = [user(ASKED), calling([name])]
-            turn = self._behind(VALUE, RESULT, called)  # with control tokens of the call itself: </tool_call>
-            self._add_end(known, turn, self._behind(VALUE, RESULT, [*called, tool_result(0, name, RESULT)]))
+            own = self._controls(self.render(called), VALUE)  # </tool_call>, and perhaps the end
+            followed = self._controls(self.render([*called, tool_result(0, name, RESULT)]), VALUE, RESULT)
+            if known.isdisjoint(followed):
+                known.update(followed[shared(own, followed) :][:1])
         return tuple(sorted(known))
 
-    def _behind(self, word: str, before: str, dialogue: Sequence[Message]) -> str:
+    def _render_or_without(self, dialogue: Sequence[Message]) -> str:
+        """Also of a template that takes no second question."""
         try:
-            text = self.render(dialogue)
-        except TemplateRefused:  # it need not take a second question
-            text = self.render(dialogue[:-1])
-        return text.partition(word)[2].partition(before)[0]
+            return self.render(dialogue)
+        except TemplateRefused:
+            return self.render(dialogue[:-1])
 
-    def _add_end(self, known: set[int], turn: str, followed: str) -> None:
-        """turn, followed: what is behind a word of the model's, without and with a next message."""
-        own, tokens = (self._tokenizer.encode(text, add_special_tokens=False) for text in (turn, followed))
-        if known.isdisjoint(tokens):
-            added, new = self._tokenizer.added_tokens_decoder, tokens[shared(own, tokens) :]
-            known.update([token for token in new if token in added and added[token].content.strip()][:1])
+    def _controls(self, text: str, behind: str, before: str = "\0") -> list[int]:
+        """The control tokens of the part of a text that is behind a word, and before another one."""
+        part = text.partition(behind)[2].partition(before)[0]
+        added = self._tokenizer.added_tokens_decoder
+        tokens = self._tokenizer.encode(part, add_special_tokens=False)
+        return [token for token in tokens if token in added and added[token].content.strip()]
 
     @cached_property
     def opens_thinking(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from aepo.agents.protocol import AgentError, ChatFormat, blamed, shown
@@ -35,7 +35,7 @@ class OwnFormat:
         self._made: ChatFormat = made
         self._setting = setting
         # It need not take the tokens before a turn: most formats read a turn by itself.
-        self._takes_before = callable(made.read) and "before" in inspect.signature(made.read).parameters
+        self._takes_before = _takes(made.read, "before")
         self.name = made.name
         self.eos_ids = tuple(made.eos_ids)
         self.stop_strings = tuple(made.stop_strings)
@@ -44,7 +44,7 @@ class OwnFormat:
         self.warnings = tuple(getattr(made, "warnings", ()))  # it need not have any
 
     def prompt_tokens(self, messages: Sequence[Message]) -> TokenIds:
-        return self._tokens(self._made.prompt_tokens, messages)
+        return self._tokens("prompt_tokens", messages)
 
     def read(
         self,
@@ -54,7 +54,7 @@ class OwnFormat:
         before: Sequence[int] | None = None,
     ) -> Turn:
         context = {"before": before} if self._takes_before else {}
-        turn = self._call(self._made.read, token_ids, finish_reason, **context)
+        turn = self._call("read", token_ids, finish_reason, **context)
         if not isinstance(turn, Turn):
             raise AgentError(f"{self._setting}: read returned {shown(turn)}, expected a Turn")
         texts = {"text": turn.text, "content": turn.content, "answer": turn.answer or ""}
@@ -65,16 +65,17 @@ class OwnFormat:
         return turn
 
     def result_tokens(self, turn: Turn, results: Sequence[ToolResult]) -> TokenIds:
-        return self._tokens(self._made.result_tokens, turn, results)
+        return self._tokens("result_tokens", turn, results)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._call(self._made.decode, token_ids))
+        return str(self._call("decode", token_ids))
 
-    def _call(self, method: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        with blamed(f"{self._setting}: {method.__name__}", method):
-            return method(*arguments, **named)
+    def _call(self, method: str, *arguments: Any, **named: Any) -> Any:
+        function = getattr(self._made, method)  # it may be a partial, or an object
+        with blamed(f"{self._setting}: {method}", function):
+            return function(*arguments, **named)
 
-    def _tokens(self, method: Callable[..., Any], *arguments: Any) -> TokenIds:
+    def _tokens(self, method: str, *arguments: Any) -> TokenIds:
         found = self._call(method, *arguments)
         try:
             tokens = tuple(map(int, found))
@@ -82,7 +83,18 @@ class OwnFormat:
             tokens = ()
         if not tokens or min(tokens) < 0 or max(tokens) >= self.vocab_size:
             raise AgentError(
-                f"{self._setting}: {method.__name__} returned {shown(found)}, expected one or more tokens from 0 to "
+                f"{self._setting}: {method} returned {shown(found)}, expected one or more tokens from 0 to "
                 f"{self.vocab_size - 1}"
             )
         return tokens
+
+
+def _takes(function: Any, name: str) -> bool:
+    """Whether it can be called with that argument by name, also among others: **named."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(
+        one.kind is one.VAR_KEYWORD or (one.name == name and one.kind is not one.POSITIONAL_ONLY) for one in parameters
+    )
