@@ -71,7 +71,7 @@ class RandomFormat:
     def prompt_tokens(self, messages: Sequence[Message]) -> TokenIds:
         return self._encode(f"{messages[-1]['content']}\n")
 
-    def read(self, token_ids: Sequence[int], finish_reason: str) -> Turn:
+    def read(self, token_ids: Sequence[int], finish_reason: str, *, before: Sequence[int] | None = None) -> Turn:
         text = self._tokenizer.decode(token_ids)
         return Turn(text, text, (ToolCall("search", {"query": text}),) if TAG in text else ())
 
