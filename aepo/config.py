@@ -47,8 +47,7 @@ class Section:
     def __post_init__(self) -> None:
         for item, expected in _settings(type(self)):  # type: ignore[arg-type]  # mypy looks up the instances' hash
             value, limits = getattr(self, item.name), item.metadata
-            if left := next((text for text in _texts(value) if "${" in text), None):  # a file would look it up
-                raise ValueError(f"{self.section}.{item.name}: expected texts without '${{', got {left!r}")
+            _refuse_interpolation(f"{self.section}.{item.name}", value)
             for number in value if isinstance(value, (tuple, list)) else (value,):
                 # Every comparison is written so that NaN fails it.
                 if isinstance(number, (int, float)) and not (
@@ -519,8 +518,7 @@ def _apply(changes: Sequence[tuple[str, Any, str]]) -> Config:
     sections: dict[str, Any] = {}
     last = {name: (value, where) for name, value, where in changes}  # lists and mappings are replaced as a whole
     for name, (value, where) in last.items():
-        if left := next((text for text in _texts(value) if "${" in text), None):  # it would be looked up once more
-            raise ValueError(f"{name}{where}: expected texts without '${{', got {left!r}")
+        _refuse_interpolation(f"{name}{where}", value)  # while it is known where it came from
         section, _, setting = name.partition(".")
         before = sections.get(section, OmegaConf.structured(typing.get_type_hints(Config)[section]))
         hint = _hint(section, setting)
@@ -535,6 +533,12 @@ def _apply(changes: Sequence[tuple[str, Any, str]]) -> Config:
             raise ValueError(f"{name} = {value!r}{where}: expected {known[name].expected}{hint}") from None
     made: dict[str, Any] = {section: OmegaConf.to_object(settings) for section, settings in sections.items()}
     return Config(**made)
+
+
+def _refuse_interpolation(place: str, value: Any) -> None:
+    """ValueError: some text would be looked up once more when it is read, also from the run's own config.yaml."""
+    if left := next((text for text in _texts(value) if "${" in text), None):
+        raise ValueError(f"{place}: expected texts without '${{', got {left!r}")
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -35,7 +35,7 @@ from aepo.evaluation import (
 from aepo.evaluation_display import evaluation_tables, progress_display, rollout_table, say, wide_console
 from aepo.metrics import Record, finite, rollout_metrics
 from aepo.models.language_model import LanguageModel
-from aepo.own_code import Code, code_changes, code_facts, code_of, named_part
+from aepo.own_code import code_changes, code_facts, code_of, named_part
 from aepo.rollout.branching import branch_rule
 from aepo.rollout.engine import Engine
 from aepo.rollout.sampler import Sampler
@@ -76,14 +76,14 @@ def loaded(subject: Subject, console: Console, own_rule: str | None = None) -> I
     config = subject.config
     with naming_its_directory(subject.run):
         agent, language_model = cli_shared.load(config)
-    code = code_of(agent_parts(agent) | named_part("rollout.branch_rule", own_rule))
     with contextlib.ExitStack() as stack:
         stack.enter_context(closing(agent))
+        facts, code = agent_facts(agent), code_of(agent_parts(agent) | named_part("rollout.branch_rule", own_rule))
         for name, was in subject.changed.items():
             say(console, f"set here: {name} = {config_value(config, name)!r} (the run: {was!r})")
         if subject.run is not None and subject.step is not None:
             recorded = read_facts(subject.run)
-            for difference in not_as_recorded(subject.name, recorded, agent_facts(agent), named=subject.named):
+            for difference in not_as_recorded(subject.name, recorded, facts, named=subject.named):
                 say(console, f"not as in the run: {difference}")
             for edited in code_changes(recorded.get("code"), code):
                 say(console, f"warning: {edited}")
@@ -93,7 +93,7 @@ def loaded(subject: Subject, console: Console, own_rule: str | None = None) -> I
             config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=directory))
         engine = make_engine(config, language_model, agent.format.eos_ids, subject.step or 0)
         stack.enter_context(closing(engine))
-        yield Player(config, agent, engine, _facts(subject, agent, language_model, code))
+        yield Player(config, agent, engine, _facts(subject, language_model, {**facts, "code": code_facts(code)}))
 
 
 def run_evaluation(subject: Subject, every: bool, answers: Path | None, json_out: Path | TextIO | None) -> None:
@@ -156,10 +156,10 @@ def _questions(agent: Agent, split: Split) -> Sequence[Question]:
     return questions
 
 
-def _facts(subject: Subject, agent: Agent, language_model: LanguageModel, code: Code) -> Record:
+def _facts(subject: Subject, language_model: LanguageModel, own: Record) -> Record:
+    """As in run.json. own: of the agent and its code."""
     parameters = sum(p.numel() for p in language_model.model.parameters())
     model = {"name": subject.config.model.name, "parameters": parameters, "vocab_size": language_model.vocab_size}
-    own = {**agent_facts(agent), "code": code_facts(code)}
     return {"name": str(subject), "model": model, **own, **machine_facts()}
 
 

@@ -164,14 +164,14 @@ def _too_long(
         else:
             unbounded.append(index)  # templates write calls, tools and parts in many ways
     counts: dict[int, int] = {}
-    for group in groups.values():
+    for roles, group in groups.items():
         sizes = [sum(map(_most_tokens, texts)) for _, texts in group]
         shortest, known = group[sizes.index(min(sizes))]
         try:
             counts[shortest] = _tokens(agent, questions[shortest])
         except ValueError as error:
             raise ValueError(f"{error} ({len(group)} of {len(questions)} {split} questions have its roles)") from error
-        if not _writes_as_they_are(agent, agent.task.messages(questions[shortest], chat=agent.chat)):
+        if not _writes_as_they_are(agent, roles):
             unbounded += [index for index, _ in group]
         elif counts[shortest] + max(sizes) >= positions:
             unbounded += [index for index, texts in group if _bound(counts[shortest], known, texts) >= positions]
@@ -185,11 +185,11 @@ def _too_long(
     return {questions[index].id: count for index, count in sorted(counts.items()) if count >= positions}
 
 
-def _writes_as_they_are(agent: Agent, messages: Sequence[Message]) -> bool:
+def _writes_as_they_are(agent: Agent, roles: Sequence[str]) -> bool:
     """Whether every text of a dialogue with these roles is in its prompt once: templates can quote or repeat them."""
     try:
-        tokens = agent.format.prompt_tokens(tuple({**message, "content": PROBE} for message in messages))
-        return agent.format.decode(tokens).count(PROBE) == len(messages)
+        tokens = agent.format.prompt_tokens(tuple({"role": role, "content": PROBE} for role in roles))
+        return agent.format.decode(tokens).count(PROBE) == len(roles)
     except (AgentError, ValueError):  # a format of the user's own need not know these letters
         return False
 

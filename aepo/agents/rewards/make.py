@@ -9,7 +9,7 @@ from typing import Any
 from aepo.agents.protocol import USER_ERRORS, RewardFunction
 from aepo.agents.rewards.adapt import FORMS, GroupReward
 from aepo.agents.rewards.builtin import BUILTIN
-from aepo.registry import resolve
+from aepo.registry import error_text, resolve
 
 _EXPECTED = f"a list of names or {{name: weight}}; a name is {', '.join(BUILTIN)} or package.module:function"
 
@@ -40,8 +40,8 @@ def _function(name: str, setting: str) -> RewardFunction:
         try:
             found = found()
         except USER_ERRORS as error:  # whatever the user's code does
-            problem = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{setting} = {name!r}: making one without arguments failed: {problem}") from error
+            problem = f"making one without arguments failed: {error_text(error)}"
+            raise ValueError(f"{setting} = {name!r}: {problem}") from error
     if not callable(found):
         raise ValueError(f"{setting} = {name!r}: expected {FORMS}; it is of type {type(found).__name__}")
     GroupReward(found)  # its signature

@@ -11,7 +11,7 @@ from typing import Any
 from aepo.agents.protocol import Closable, Tool, ToolError
 from aepo.agents.tools.functions import FunctionTool
 from aepo.agents.tools.toolbox import check_tool
-from aepo.registry import resolve
+from aepo.registry import error_text, resolve
 
 FORMS = (
     "python, search:CORPUS.jsonl, package.module:function, package.module:Class, mcp:COMMAND ARGUMENTS, "
@@ -87,8 +87,7 @@ def _of_class(kind: type, timeout: float) -> list[Tool]:
     try:
         made = kind()
     except Exception as error:  # whatever the user's class does
-        problem = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{kind.__name__}() cannot be made without arguments: {problem}") from error
+        raise ValueError(f"{kind.__name__}() cannot be made without arguments: {error_text(error)}") from error
     if callable(made) and hasattr(made, "parameters"):
         check_tool(made)
         return [made]
