@@ -217,6 +217,9 @@ def test_what_is_read_under_the_same_name(home: Path, what: str) -> None:
         assert re.search(f"with another agent: {re.escape(expected)}{rest}", failure), failure
     assert Path("run/run.json").read_text() == before
     edited = [change[0]] if change[0].endswith(".py") else []
+    evaluated = aepo(*EVAL, setting)  # which has the value that it had
+    assert len(warned(evaluated)) == len(edited)
+    assert f"not as in the run: {expected}" in evaluated.output
     assert len(warned(aepo(*RESUME, setting))) == len(edited)
     changed = read_facts(Path("run"))["resumed"][-1]["changed"]
     assert [one.startswith(expected) for one in changed] == [True, *(False for _ in edited)]
