@@ -19,8 +19,8 @@ class Interrupt:
 
     That is at once inside `allowed` (waiting for engines, tools and rewards, which may take for ever), and at `check`.
     Everywhere else, while weights, counters and files change together, it waits for the next of these. A signal that
-    the process ignores (nohup) stays ignored. Outside the main thread, where Python handles no signals, only `request`
-    does anything.
+    the process ignores (nohup) stays ignored. Outside the main thread, where Python handles no signals, nothing is
+    installed.
     """
 
     def __init__(self) -> None:
@@ -59,10 +59,6 @@ class Interrupt:
         """Raise the KeyboardInterrupt of a signal that came."""
         if self._came:
             raise KeyboardInterrupt
-
-    def request(self) -> None:
-        """As if a signal had come: nobody is there any more to read what is printed."""
-        self._came = True
 
     @property
     def came(self) -> bool:

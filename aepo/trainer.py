@@ -99,6 +99,7 @@ class Trainer:
                 print(f"warning: {line}", file=sys.stderr)
             self.sampler = Sampler(self.engine, agent, config.rollout, rule)
             self.evaluator = Evaluator(self.engine, agent, self.scorer, config)
+            self._claim.replace_old() if resume_step is None else self._claim.set_aside(self.step)
             self.log = RunLog(
                 self._claim,
                 config,

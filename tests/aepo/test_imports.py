@@ -38,6 +38,8 @@ FLOORS = (
     ("aepo.packing", "aepo.advantages", "aepo.own_loss", "aepo.loss", "aepo.nonfinite"),
     ("aepo.scoring", "aepo.saved_trees"),
     ("aepo.answers", "aepo.estimates"),
+    ("aepo.run_files", "aepo.run_lock"),
+    ("aepo.run_directory",),
     ("aepo.metrics", "aepo.boards", "aepo.run_log", "aepo.checkpoint", "aepo.display"),
     ("aepo.learner", "aepo.evaluation", "aepo.engine_factory"),
     ("aepo.trainer",),
