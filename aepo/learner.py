@@ -19,7 +19,7 @@ from aepo.loss import (
     with_old_policy,
     with_reference,
 )
-from aepo.nonfinite import NonFiniteError, describe_tokens, is_finite, single_trajectories
+from aepo.nonfinite import NonFiniteError, describe_tokens, first_nonfinite, is_finite, single_trajectories
 from aepo.own_loss import OwnLossError, own_loss, try_own_loss
 from aepo.packing import PackedBatch, entropy_statistics, microbatches, pack
 from aepo.snapshot import Snapshot

