@@ -29,7 +29,9 @@ from aepo.own_code import code_changes, code_facts, code_of, named_part
 from aepo.rollout.branching import branch_rule
 from aepo.rollout.sampler import Sampler
 from aepo.rollout.tree import flatten
-from aepo.run_log import RunLog, read_facts
+from aepo.run_directory import RunDirectory
+from aepo.run_files import read_facts
+from aepo.run_log import RunLog
 from aepo.scoring import Scorer
 from aepo.types import Question, ScoredTree
 
@@ -53,6 +55,7 @@ class Trainer:
         language_model: LanguageModel,
         *,
         resume_step: int | None = None,
+        overwrite: bool = False,
         named: Collection[str] = (),
     ) -> None:
         check_sizes(config, agent.task.name, agent.task.train, agent.task.heldout)
@@ -78,6 +81,7 @@ class Trainer:
         if resume_step is not None:
             path = checkpoint_path(self.directory / "checkpoints", resume_step)
             self.step = load_checkpoint(path, self.learner.model, self.learner.optimizer)
+        self.run_directory = RunDirectory.claim(self.directory, resume=resume_step is not None, overwrite=overwrite)
         self.engine = make_engine(config, language_model, agent.format.eos_ids, self.step)
         try:
             dropped = self._drop_long_prompts()
@@ -87,8 +91,12 @@ class Trainer:
                 self.display.console.print(f"not as in the run: {line}", markup=False, highlight=False)
             for line in edited:
                 print(f"warning: {line}", file=sys.stderr)
+            if resume_step is None:
+                self.run_directory.replace_old()
+            else:
+                self.run_directory.set_aside(self.step)
             self.log = RunLog(
-                self.directory,
+                self.run_directory,
                 config,
                 {**self._facts(), **dropped},
                 self.step,
@@ -101,6 +109,7 @@ class Trainer:
             self.evaluator = Evaluator(self.engine, agent, self.scorer, config)
         except BaseException:  # its processes would stay
             self.engine.close()
+            self.run_directory.release()
             raise
 
     def train(self) -> None:
@@ -128,6 +137,7 @@ class Trainer:
                 self.interrupt.hold()  # processes that were started for this run end with it
                 self.agent.close()
                 self.engine.close()
+                self.run_directory.release()
 
     def train_step(self) -> None:
         """One rollout batch, and the optimiser steps on it."""
@@ -178,6 +188,7 @@ class Trainer:
         success = self._heldout_success()
         if self._saved == (self.step, success):
             return
+        self.log.flush()
         self.display.stage("checkpoint")
         save_checkpoint(
             directory,
