@@ -74,3 +74,20 @@ def write_file(path: Path, content: str | bytes) -> None:
     """As `whole_file`."""
     with whole_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def append_lines(path: Path, lines: str, *, flush: bool = False) -> None:
+    """All of them, or, after an error, none. flush: to the disk itself, also those that were there."""
+    if not lines and not (flush and path.exists()):
+        return
+    with path.open("ab", buffering=0) as file:  # a buffer would be written after all when it is closed
+        size = file.seek(0, os.SEEK_END)
+        try:
+            rest = memoryview(lines.encode())
+            while rest:
+                rest = rest[file.write(rest) :]
+            if flush:
+                os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(size)
+            raise

@@ -32,7 +32,8 @@ from aepo.rollout.branching import branch_rule
 from aepo.rollout.sampler import Sampler
 from aepo.rollout.tree import flatten
 from aepo.run_directory import RunDirectory
-from aepo.run_log import RunLog, read_facts
+from aepo.run_files import read_facts
+from aepo.run_log import RunLog
 from aepo.scoring import Scorer
 from aepo.types import Question, ScoredTree
 
@@ -41,14 +42,14 @@ if TYPE_CHECKING:
 
 
 class Trainer:
-    """One run, of which this process holds the directory until `train` ends. `train` works until the last step, an error
-    or a signal; what was finished by then is saved.
+    """One run, whose directory this process holds until `train` ends. `train` works until the last step, an error or a
+    signal; what was finished by then is saved.
 
     The language model's weights are trained in place. resume_step: continue from the checkpoint of that step in
-    `config.run.dir`; None: a new run, which must not find another one there unless it is to `overwrite` it: that one is
-    replaced when all else is in order. OSError: another process is at work there. ValueError: the run was begun with another
-    agent (task, data, format, tools, rewards), unless `named`, the settings that were given for this time, holds one
-    that says that it is meant. What differs, settings and edited code too, is printed and recorded.
+    `config.run.dir`; None: a new run, which must not find another one there, or is to `overwrite` it: it is replaced
+    when all else is in order. OSError: another process works there. ValueError: the run was begun with another agent
+    (task, data, format, tools, rewards), unless `named`, the settings that were given for this time, holds one that
+    says that it is meant. What differs, settings and edited code too, is printed and recorded.
     """
 
     def __init__(
@@ -67,8 +68,8 @@ class Trainer:
         self.interrupt = Interrupt()
         self.display = Display(config.train.steps)
         with contextlib.ExitStack() as undo:  # what has been taken is given back if something is wrong
-            self._claim = RunDirectory.claim(self.directory, resume=resume_step is not None, overwrite=overwrite)
-            undo.callback(self._claim.release)
+            self.run_directory = RunDirectory.claim(self.directory, resume=resume_step is not None, overwrite=overwrite)
+            undo.callback(self.run_directory.release)
             facts, code = agent_facts(agent), code_of(agent_parts(agent) | _own_functions(config))
             self._remembered = {**facts, "code": code_facts(code)}  # as it is now: files may change during the run
             recorded = None if resume_step is None else read_facts(self.directory)
@@ -99,9 +100,12 @@ class Trainer:
                 print(f"warning: {line}", file=sys.stderr)
             self.sampler = Sampler(self.engine, agent, config.rollout, rule)
             self.evaluator = Evaluator(self.engine, agent, self.scorer, config)
-            self._claim.replace_old() if resume_step is None else self._claim.set_aside(self.step)
+            if resume_step is None:
+                self.run_directory.replace_old()
+            else:
+                self.run_directory.set_aside(self.step)
             self.log = RunLog(
-                self._claim,
+                self.run_directory,
                 config,
                 {**self._facts(), **dropped},
                 self.step,
@@ -114,7 +118,7 @@ class Trainer:
     def train(self) -> None:
         """KeyboardInterrupt after Ctrl-C, SIGTERM or SIGHUP, and every error, are raised again once the last finished
         step is saved."""
-        with self.interrupt, self._claim, closing(self.engine), closing(self.agent), self.display:
+        with self.interrupt, self.run_directory, closing(self.engine), closing(self.agent), self.display:
             try:
                 if self.step:
                     self.display.resumed(self.step)
@@ -180,6 +184,7 @@ class Trainer:
         success = self._heldout_success()
         if self._saved == (self.step, success):
             return
+        self.log.flush()
         self.display.stage("checkpoint")
         self.log.flush()  # a checkpoint is never ahead of the records
         save_checkpoint(

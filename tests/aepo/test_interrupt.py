@@ -25,7 +25,7 @@ def test_held_unless_allowed(number: signal.Signals) -> None:
     assert signal.getsignal(number) is before
     with Interrupt() as interrupt:
         after = False
-        with pytest.raises(KeyboardInterrupt), interrupt.allowed():
+        with pytest.raises(KeyboardInterrupt), interrupt.allowed():  # noqa: PT012
             signal.raise_signal(number)
             after = True
         assert not after
@@ -41,7 +41,7 @@ def test_a_second_one_does_not_break_the_putting_away_of_the_first(monkeypatch: 
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
     put_away = []
     with Interrupt() as interrupt:
-        with pytest.raises(KeyboardInterrupt), interrupt.allowed():
+        with pytest.raises(KeyboardInterrupt), interrupt.allowed():  # noqa: PT012
             try:
                 signal.raise_signal(signal.SIGINT)
             finally:
@@ -56,7 +56,7 @@ def test_a_second_one_does_not_break_the_putting_away_of_the_first(monkeypatch: 
 def test_where_the_putting_away_hangs_another_one_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
-    with Interrupt() as interrupt, pytest.raises(KeyboardInterrupt), interrupt.allowed():
+    with Interrupt() as interrupt, pytest.raises(KeyboardInterrupt), interrupt.allowed():  # noqa: PT012
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
         clock[0] = 1.0
