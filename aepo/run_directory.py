@@ -149,7 +149,9 @@ def require_whole_settings(run: Path) -> None:
     if copy is None or not (copy.is_file() and config.is_file()):  # who reads them says it
         return
     whole, there = copy.read_bytes().strip(), config.read_bytes().strip()
-    if whole.startswith(there) and whole != there:
+    if whole == there:
+        return
+    if whole.startswith(there):
         raise ValueError(
             f"{config}: expected all settings of the run, is {'cut off' if there else 'empty'}; {copy} is whole"
         )
