@@ -120,8 +120,8 @@ class RunDirectory:
                 write_file(self.path / name, kept)
         for path in later:
             _move(path, unfinished)
-        numbers = [int(path.name) for path in _set_aside(self.path) if path != unfinished]
-        final = self.path / ABANDONED / str(max(numbers, default=0) + 1)
+        numbers = [int(path.name) for path in unfinished.parent.iterdir() if re.fullmatch("[0-9]+", path.name)]
+        final = unfinished.with_name(str(max(numbers, default=0) + 1))
         unfinished.rename(final)
         _flush(final.parent)
         return final

@@ -68,7 +68,10 @@ def add_other_files(path: Path) -> None:
     names = "notes.txt metrics.jsonl.bak trees/step_1.json trees/step_000010.json.bak answers/readme wandb/mine"
     names += " checkpoints/step_000010_backup/run.yaml checkpoints/step_000010_1/x checkpoints/step_10/x"
     names += " checkpoints/step_0000010/x checkpoints/step_000010.tar.gz checkpoints/notes tensorboard/mine"
-    names += " abandoned/mine abandoned/01/metrics.jsonl .writing_000010 trees/.writing_000010 .engine-of-mine/x"
+    names += (
+        " abandoned/mine abandoned/01/metrics.jsonl abandoned/3 .writing_000010 trees/.writing_000010"
+    names += " .engine-of-mine/x"
+    )
     for name in names.split():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(name)
@@ -160,6 +163,8 @@ def test_the_children_of_a_killed_run_do_not_hold_it(tmp_path):
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     children = [int(pid) for pid in process.stdout.readline().split()]
+    with pytest.raises(BlockingIOError):
+        RunDirectory.check(tmp_path / "run", resume=False)
     process.kill()
     process.wait()
     try:
@@ -396,9 +401,9 @@ def test_what_is_later_than_the_step_is_set_aside(tmp_path):
     others = other_files(path)
     before = content(path)
     held = RunDirectory.claim(path, resume=True)
-    assert held.set_aside(20) == path / "abandoned" / "1"
+    assert held.set_aside(20) == path / "abandoned" / "4"
     assert (steps(path / "metrics.jsonl"), steps(path / "evals.jsonl")) == ([*range(1, 21)], [0, 10, 20])
-    aside = path / "abandoned" / "1"
+    aside = path / "abandoned" / "4"
     assert (aside / "metrics.jsonl").read_text().endswith('{"step": 35}\n{"step": 36, "policy.lo')
     assert steps(aside / "metrics.jsonl") == [*range(21, 36)]
     assert steps(aside / "evals.jsonl") == [30]
@@ -409,9 +414,9 @@ def test_what_is_later_than_the_step_is_set_aside(tmp_path):
         assert (path / kept).read_text() == before[kept]
     assert other_files(path) == others
     assert held.set_aside(20) is None
-    assert held.set_aside(0) == path / "abandoned" / "2"
+    assert held.set_aside(0) == path / "abandoned" / "5"
     assert sorted(one.name for one in path.glob("checkpoints/step_??????")) == ["step_000000"]
-    assert steps(path / "abandoned/2/metrics.jsonl") == [*range(1, 21)]
+    assert steps(path / "abandoned/5/metrics.jsonl") == [*range(1, 21)]
 
 
 def test_a_killed_setting_aside_can_be_repeated_and_loses_nothing(tmp_path):
