@@ -68,10 +68,8 @@ def add_other_files(path: Path) -> None:
     names = "notes.txt metrics.jsonl.bak trees/step_1.json trees/step_000010.json.bak answers/readme wandb/mine"
     names += " checkpoints/step_000010_backup/run.yaml checkpoints/step_000010_1/x checkpoints/step_10/x"
     names += " checkpoints/step_0000010/x checkpoints/step_000010.tar.gz checkpoints/notes tensorboard/mine"
-    names += (
-        " abandoned/mine abandoned/01/metrics.jsonl abandoned/3 .writing_000010 trees/.writing_000010"
+    names += " abandoned/mine abandoned/01/metrics.jsonl abandoned/3 .writing_000010 trees/.writing_000010"
     names += " .engine-of-mine/x"
-    )
     for name in names.split():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(name)
