@@ -88,9 +88,8 @@ def loaded(subject: Subject, console: Console, own_rule: str | None = None) -> I
             for edited in code_changes(recorded.get("code"), code):
                 say(console, f"warning: {edited}")
             load_weights(checkpoint_path(subject.run / "checkpoints", subject.step), language_model.model)
-        else:  # where vLLM gets the weights from
-            directory = stack.enter_context(tempfile.TemporaryDirectory())
-            config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=directory))
+        directory = stack.enter_context(tempfile.TemporaryDirectory())  # where vLLM gets the weights from; not in a run
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=directory))
         engine = make_engine(config, language_model, agent.format.eos_ids, subject.step or 0)
         stack.enter_context(closing(engine))
         yield Player(config, agent, engine, _facts(subject, language_model, {**facts, "code": code_facts(code)}))

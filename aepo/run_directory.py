@@ -129,8 +129,8 @@ class RunDirectory:
                 write_file(self.path / name, kept)
         for path in later:
             _move(path, unfinished)
-        numbers = [int(path.name) for path in _set_aside(self.path) if path != unfinished]
-        final = self.path / ABANDONED / str(max(numbers, default=0) + 1)
+        numbers = [int(path.name) for path in unfinished.parent.iterdir() if re.fullmatch("[0-9]+", path.name)]
+        final = unfinished.with_name(str(max(numbers, default=0) + 1))
         unfinished.rename(final)
         _flush(final.parent)
         return final
@@ -158,7 +158,9 @@ def require_whole_settings(run: Path) -> None:
     if copy is None or not (copy.is_file() and config.is_file()):  # who reads them says it
         return
     whole, there = copy.read_bytes().strip(), config.read_bytes().strip()
-    if whole.startswith(there) and whole != there:
+    if whole == there:
+        return
+    if whole.startswith(there):
         raise ValueError(
             f"{config}: expected all settings of the run, is {'cut off' if there else 'empty'}; {copy} is whole"
         )

@@ -72,7 +72,11 @@ class RunLog:
         if config.log.wandb is not None:
             self._facts.setdefault("wandb_id", uuid.uuid4().hex[:8])
         self._state(status="running", finished=None, reason=None, wall_seconds=None)  # first: it explains the others
-        write_file(self._path / "config.yaml", to_yaml(config))
+        try:
+            write_file(self._path / "config.yaml", to_yaml(config))
+        except OSError as error:
+            self._state(status="failed", finished=_now(), reason=str(error), wall_seconds=0.0)
+            raise
         self._boards = Boards(config, self._path, step, self._facts["wandb_id"] if config.log.wandb else None)
 
     def step(self, record: Record) -> None:

@@ -56,7 +56,8 @@ def find_subject(
 
 
 def _of_run(name: str, path: Path, overrides: Sequence[str], step: int | None, best: bool) -> Subject:
-    from aepo.checkpoint import best_checkpoint, list_checkpoints
+    require_whole_settings(path)
+    from aepo.checkpoint import best_checkpoint, list_checkpoints  # heavy
 
     _refuse(overrides, "run.dir", f"the run is {name}")
     if best and step is not None:
@@ -67,7 +68,6 @@ def _of_run(name: str, path: Path, overrides: Sequence[str], step: int | None, b
         raise ValueError(f"{name}: no checkpoint{' with a held-out evaluation' if best else ''} there")
     if step is not None and step not in [one.step for one in there]:
         raise ValueError(f"--step {step}: {name} has {', '.join(str(one.step) for one in there)}")
-    require_whole_settings(path)
     before, now = load_config(path / "config.yaml"), load_config(path / "config.yaml", overrides)
     changed = {setting: was for setting, (was, _) in changed_settings(before, now).items()}
     here = dataclasses.replace(now, run=dataclasses.replace(now.run, dir=str(path)))  # it may have been moved

@@ -1,0 +1,599 @@
+"""A run directory: one process holds it, nothing is touched in it that no run wrote, and whatever is killed can be
+done again. The other processes are real ones, and so are their deaths."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from aepo.config import Config, load_config, to_yaml
+from aepo.report.reader import read_run
+from aepo.report.summary import summary
+from aepo.run_directory import RunDirectory
+from aepo.run_files import FORMAT, read_facts, read_records
+from aepo.run_log import RunLog
+from aepo.subject import find_subject
+
+CLAIM = """
+import os, sys
+from aepo.run_directory import RunDirectory
+try:
+    held = RunDirectory.claim(sys.argv[1], resume=False)
+except OSError as error:
+    print(f"{type(error).__name__}: {error}")
+else:
+    print("held", flush=True)
+    {more}
+    sys.stdin.readline()
+"""
+FACTS = {"version": FORMAT, "started": "now", "status": "running", "resumed": [], "wall_seconds": None}
+
+
+def claiming(path: Path, more: str = "pass") -> subprocess.Popen[str]:
+    script = CLAIM.replace("{more}", more)
+    command = [sys.executable, "-c", script, str(path)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def make_run(path: Path, steps: int = 35, every: int = 10) -> None:
+    """What a run of so many steps leaves that was killed."""
+    config = to_yaml(Config())
+    for folder in ("trees", "answers", "tensorboard", *(f"checkpoints/step_{s:06d}" for s in range(0, steps, every))):
+        (path / folder).mkdir(parents=True)
+    (path / "run.json").write_text(json.dumps(FACTS))
+    (path / "config.yaml").write_text(config)
+    (path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, steps + 1)))
+    (path / "evals.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(0, steps, every)))
+    (path / "tensorboard" / "events.out.tfevents.1.host").touch()
+    for step in range(0, steps, every):
+        (path / "answers" / f"step_{step:06d}.jsonl").write_text(f"answers {step}\n")
+        (path / "trees" / f"step_{step:06d}.json").write_text(f"trees {step}\n")
+        (path / "checkpoints" / f"step_{step:06d}" / "run.yaml").write_text(config)
+
+
+def add_other_files(path: Path) -> None:
+    """Of the user, as near to ours as they get. `latest` is a link to a checkpoint."""
+    names = "notes.txt metrics.jsonl.bak trees/step_1.json trees/step_000010.json.bak answers/readme wandb/mine"
+    names += " checkpoints/step_000010_backup/run.yaml checkpoints/step_000010_1/x checkpoints/step_10/x"
+    names += " checkpoints/step_0000010/x checkpoints/step_000010.tar.gz checkpoints/notes tensorboard/mine"
+    names += " abandoned/mine abandoned/01/metrics.jsonl abandoned/3 .writing_000010 trees/.writing_000010"
+    names += " .engine-of-mine/x"
+    for name in names.split():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(name)
+    (path / "checkpoints" / "latest").symlink_to("step_000010")
+
+
+def content(path: Path) -> dict[str, str]:
+    """Of every file, link and empty folder."""
+    found = {}
+    for one in sorted(path.rglob("*")):
+        name = str(one.relative_to(path))
+        if one.is_symlink():
+            found[name] = f"-> {os.readlink(one)}"
+        elif one.is_file() and name != ".lock":
+            found[name] = one.read_text()
+        elif one.is_dir() and not any(one.iterdir()):
+            found[name] = "empty"
+    return found
+
+
+def other_files(path: Path) -> dict[str, str]:
+    return {name: text for name, text in content(path).items() if text == name or text.startswith("->")}
+
+
+def killed_at(count: int, action: Callable[[], object]) -> bool:
+    """Run `action` in a child that dies, by kill -9, before its `count`-th change of a file or folder. False: it made
+    fewer."""
+    child = os.fork()
+    if child == 0:
+        changes = 0
+
+        def hook(event: str, arguments: tuple) -> None:
+            nonlocal changes
+            writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            if writes or event in ("os.remove", "os.rename", "os.rmdir", "os.mkdir"):
+                changes += 1
+                if changes == count:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        try:
+            action()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
+
+
+def test_a_second_process_is_told_who_holds_the_directory(tmp_path):
+    path = tmp_path / "run"
+    first = claiming(path)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "held\n"
+    expected = rf"run is in use by process {first.pid} on {re.escape(socket.gethostname())} since 20.+: .*python.* -c"
+    for refuse in (RunDirectory.claim, RunDirectory.check):
+        for options in ({"resume": False}, {"resume": True}, {"resume": False, "overwrite": True}):
+            with pytest.raises(BlockingIOError, match=expected) as error:
+                refuse(path, **options)
+            assert "\n" not in str(error.value)
+    second = claiming(path)
+    assert second.communicate()[0].startswith(f"BlockingIOError: {path} is in use by process {first.pid} ")
+    first.kill()
+    first.wait()
+    RunDirectory.claim(path, resume=False).release()
+
+
+def test_of_many_that_begin_at_once_one_holds_it(tmp_path):
+    for turn in range(3):
+        processes = [claiming(tmp_path / str(turn) / "run") for _ in range(5)]
+        lines = [process.stdout.readline() for process in processes if process.stdout is not None]
+        assert sorted(line == "held\n" for line in lines) == [False] * 4 + [True], lines
+        holder = processes[lines.index("held\n")].pid
+        assert all(f"in use by process {holder} " in line for line in lines if line != "held\n")
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_the_children_of_a_killed_run_do_not_hold_it(tmp_path):
+    more = """import subprocess
+    one = subprocess.Popen(["sleep", "60"], close_fds=False)
+    two = os.fork() or os.execvp("sleep", ["sleep", "60"])
+    three = os.fork()
+    while not three: sys.stdin.close(); import time; time.sleep(60)
+    print(one.pid, two, three, flush=True)"""
+    process = claiming(tmp_path / "run", more)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    children = [int(pid) for pid in process.stdout.readline().split()]
+    with pytest.raises(BlockingIOError):
+        RunDirectory.check(tmp_path / "run", resume=False)
+    process.kill()
+    process.wait()
+    try:
+        assert all(Path(f"/proc/{pid}").exists() for pid in children)
+        RunDirectory.claim(tmp_path / "run", resume=False).release()
+    finally:
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_those_who_look_do_not_keep_a_run_from_its_directory(tmp_path):
+    """A live report asks again and again."""
+    RunDirectory.claim(tmp_path, resume=False).release()
+    script = "import sys, pathlib; from aepo.run_lock import is_held\nwhile True: is_held(pathlib.Path(sys.argv[1]))"
+    looking = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) for _ in range(2)]
+    try:
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline:
+            RunDirectory.claim(tmp_path, resume=False).release()
+    finally:
+        for process in looking:
+            process.kill()
+            process.wait()
+
+
+def test_released_is_free_and_a_start_that_failed_leaves_nothing(tmp_path):
+    held = RunDirectory.claim(tmp_path / "runs" / "new", resume=False)
+    with pytest.raises(BlockingIOError, match=rf"in use by this process, {os.getpid()} on"):
+        RunDirectory.claim(tmp_path / "runs" / "new", resume=False)
+    held.release()
+    held.release()
+    assert not (tmp_path / "runs" / "new").exists()
+    held = RunDirectory.claim(tmp_path / "runs" / "new", resume=False)
+    (held.path / "notes").write_text("mine")
+    held.release()
+    assert content(held.path) == {"notes": "mine"}
+    (tmp_path / "empty").mkdir()
+    RunDirectory.claim(tmp_path / "empty", resume=False).release()
+    assert (tmp_path / "empty").is_dir(), "it was there before"
+    link = tmp_path / "link"
+    link.symlink_to("runs/new")
+    held = RunDirectory.claim(link, resume=False)
+    with pytest.raises(BlockingIOError):
+        RunDirectory.claim(tmp_path / "runs" / "new", resume=False)
+    held.release()
+
+
+def test_a_run_whose_directory_was_replaced_writes_nothing_into_the_other(tmp_path):
+    path = tmp_path / "run"
+    log = new_log(path)
+    shutil.rmtree(path)
+    other = RunDirectory.claim(path, resume=False)
+    for write in (lambda: log.step({"step": 1}), log.flush, lambda: log.close("finished")):
+        with pytest.raises(FileNotFoundError, match="run: was removed, moved or replaced while this run was going on"):
+            write()
+    assert content(path) == {}
+    other.release()
+
+
+def broken(path: Path, change: str) -> None:
+    make_run(path)
+    exec(change, {"path": path, "json": json, "facts": FACTS})
+
+
+@pytest.mark.parametrize(
+    ("mode", "change", "error", "message"),
+    [
+        ("new", "", FileExistsError, "run already holds a run: continue it with --resume .*run, replace it with"),
+        ("new", "(path / 'run.json').unlink()", FileExistsError, "run has config.yaml, metrics.jsonl, evals.jsonl, "),
+        ("overwrite", "(path / 'run.json').unlink()", FileExistsError, "and no run.json that says so: move them away"),
+        ("resume", "(path / 'run.json').unlink()", ValueError, "expected a run, whose run.json can be read"),
+        ("overwrite", "(path / 'run.json').write_text('{\"a\": 1}')", ValueError, "run.json: expected that of a run"),
+        ("overwrite", "(path / 'run.json').write_text('{')", ValueError, "whose run.json can be read"),
+        ("resume", "(path / 'run.json').write_text('[]')", ValueError, "run.json: expected an object, got list"),
+        (
+            "resume",
+            "(path / 'run.json').write_text(json.dumps({**facts, 'version': 99}))",
+            ValueError,
+            rf"run.json: expected version {FORMAT} or below, got 99: a newer aepo wrote it",
+        ),
+        (
+            "any",
+            "(path / 'trees').rename(path / 't'); (path / 'trees').symlink_to('t')",
+            ValueError,
+            "trees: expected a folder, as a run has there, got a link",
+        ),
+        (
+            "any",
+            "(path / 'checkpoints/step_000040').symlink_to('step_000010')",
+            ValueError,
+            "step_000040: expected a folder, as a run has there, got a link",
+        ),
+        ("any", "(path / 'report.html').symlink_to('config.yaml')", ValueError, "expected a file, .* got a link"),
+        ("any", "(path / 'report.html').mkdir()", ValueError, "report.html: expected a file, .* got a folder"),
+        ("any", "(path / 'wandb').write_text('')", ValueError, "wandb: expected a folder, .* got a file"),
+        ("any", "(path / 'abandoned').symlink_to('/tmp')", ValueError, "abandoned: expected a folder, .* got a link"),
+        ("any", "(path / '.lock').symlink_to('/tmp/x')", ValueError, ".lock: expected a file, .* got a link"),
+        ("any", "(path / '.lock').write_text('mine')", ValueError, ".lock: expected that of a run: move it away"),
+        (
+            "resume",
+            "(path / 'config.yaml').write_text('')",
+            ValueError,
+            "config.yaml: expected all .*, is empty; .*run.y",
+        ),
+        (
+            "resume",
+            "p = path / 'config.yaml'; p.write_text(p.read_text()[:-4])",
+            ValueError,
+            "config.yaml: expected all settings of the run, is cut off; .*step_000030/run.yaml is whole",
+        ),
+        (
+            "resume",
+            "p = path / 'config.yaml'; p.write_text(p.read_text().replace('  seed:', '  #', 1))",
+            ValueError,
+            r"config.yaml: expected all settings of the run, lacks run.seed; .*run.yaml has them",
+        ),
+        (
+            "resume",
+            "p = path / 'metrics.jsonl'; p.write_text(p.read_text().replace('5}', '5'))",
+            ValueError,
+            "metrics.jsonl, line 5: not a record",
+        ),
+        (
+            "resume",
+            "(path / 'evals.jsonl').write_text('{}\\n')",
+            ValueError,
+            "evals.jsonl, line 1: expected a record with",
+        ),
+    ],
+)
+def test_what_cannot_be_right_is_one_line_and_changes_nothing(mode, change, error, message, tmp_path):
+    path = tmp_path / "run"
+    broken(path, change)
+    before = content(path)
+    for kind in ("new", "overwrite", "resume") if mode == "any" else (mode,):
+        for refuse in (RunDirectory.check, RunDirectory.claim):
+            with pytest.raises(error, match=message) as refused:
+                refuse(path, resume=kind == "resume", overwrite=kind == "overwrite")
+            assert "\n" not in str(refused.value)
+    assert content(path) == before
+
+
+def test_what_is_no_directory_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("file", "dangling"):
+        with pytest.raises(ValueError, match="expected a directory, or nothing"):
+            RunDirectory.claim(tmp_path / name, resume=False)
+
+
+def test_resuming_creates_nothing(tmp_path):
+    with pytest.raises(ValueError, match="expected a run"):
+        RunDirectory.claim(tmp_path / "new", resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_of_an_older_version_are_enough(tmp_path):
+    """It wrote fewer keys, into both files; config.yaml alone is rewritten where a run is resumed with others."""
+    make_run(tmp_path / "run")
+    files = [tmp_path / "run" / "config.yaml", *tmp_path.glob("run/checkpoints/*/run.yaml")]
+    for file in files:
+        file.write_text(re.sub("  seed: .*\n", "", file.read_text()))
+    files[0].write_text(files[0].read_text().replace("steps: ", "steps: 1"))
+    RunDirectory.check(tmp_path / "run", resume=True)
+
+
+def test_no_evaluation_with_defaults_in_place_of_settings_that_are_lost(tmp_path):
+    make_run(tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"config.yaml: expected all settings of the run, is empty"):
+        find_subject(str(tmp_path / "run"), None, [])
+
+
+def test_replacing_removes_what_a_run_wrote_and_nothing_else(tmp_path):
+    path = tmp_path / "run"
+    make_run(path)
+    RunDirectory.claim(path, resume=True).set_aside(20)
+    (path / ".run.json.writing").touch()
+    (path / "checkpoints" / ".writing_000010").mkdir()
+    (path / ".engine-abcd_123").mkdir()
+    add_other_files(path)
+    others = other_files(path)
+    held = RunDirectory.claim(path, resume=False, overwrite=True)
+    assert len(content(path)) > len(others), "claiming removes nothing"
+    held.replace_old()
+    assert content(path) == others
+    held.release()
+    RunDirectory.claim(path, resume=False)
+
+
+def test_a_killed_replacement_can_be_repeated_and_is_not_resumed(tmp_path):
+    """At every single file that it removes."""
+    old = tmp_path / "old"
+    make_run(old, steps=12)
+    add_other_files(old)
+    others = other_files(old)
+    for count in range(1, 100):
+        path = tmp_path / str(count)
+        shutil.copytree(old, path, symlinks=True)
+        held = RunDirectory.claim(path, resume=False, overwrite=True)
+        before, killed = content(path), killed_at(count, held.replace_old)
+        held.release()
+        now = content(path)
+        assert other_files(path) == others
+        if "run.json" in now:
+            with pytest.raises(FileExistsError, match="--overwrite"):
+                RunDirectory.check(path, resume=False)
+            if {**now, ".run.json.writing": ""} != {**before, ".run.json.writing": ""}:
+                with pytest.raises(ValueError, match="was being replaced by --overwrite, which did not end"):
+                    RunDirectory.check(path, resume=True)
+        else:
+            assert now == others
+            RunDirectory.check(path, resume=False)
+        held = RunDirectory.claim(path, resume=False, overwrite=True)
+        held.replace_old()
+        held.release()
+        assert content(path) == others
+        if not killed:
+            break
+        shutil.rmtree(path)
+    assert count > 15
+
+
+def steps(file: Path) -> list[int]:
+    return [record["step"] for record in read_records(file)]
+
+
+def test_what_is_later_than_the_step_is_set_aside(tmp_path):
+    path = tmp_path / "run"
+    make_run(path)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 36, "policy.lo')  # the line that was being written
+    add_other_files(path)
+    others = other_files(path)
+    before = content(path)
+    held = RunDirectory.claim(path, resume=True)
+    assert held.set_aside(20) == path / "abandoned" / "4"
+    assert (steps(path / "metrics.jsonl"), steps(path / "evals.jsonl")) == ([*range(1, 21)], [0, 10, 20])
+    aside = path / "abandoned" / "4"
+    assert (aside / "metrics.jsonl").read_text().endswith('{"step": 35}\n{"step": 36, "policy.lo')
+    assert steps(aside / "metrics.jsonl") == [*range(21, 36)]
+    assert steps(aside / "evals.jsonl") == [30]
+    for name in ("checkpoints/step_000030/run.yaml", "trees/step_000030.json", "answers/step_000030.jsonl"):
+        assert (aside / name).read_text() == before[name]
+        assert not (path / name).exists()
+        kept = name.replace("30", "20")
+        assert (path / kept).read_text() == before[kept]
+    assert other_files(path) == others
+    assert held.set_aside(20) is None
+    assert held.set_aside(0) == path / "abandoned" / "5"
+    assert sorted(one.name for one in path.glob("checkpoints/step_??????")) == ["step_000000"]
+    assert steps(path / "abandoned/5/metrics.jsonl") == [*range(1, 21)]
+
+
+def test_a_killed_setting_aside_can_be_repeated_and_loses_nothing(tmp_path):
+    """At every single change. In between, every checkpoint that is there has its records."""
+    old = tmp_path / "old"
+    make_run(old)
+    whole = content(old)
+    texts = {text for name, text in whole.items() if "step_" in name}
+    for count in range(1, 100):
+        for again in (10, 0):  # the same step, and one before it
+            path = tmp_path / f"{count}-{again}"
+            shutil.copytree(old, path)
+            held = RunDirectory.claim(path, resume=True)
+            killed = killed_at(count, lambda held=held: held.set_aside(10))
+            there = [int(one.name[5:]) for one in path.glob("checkpoints/step_*")]
+            assert set(range(1, max(there) + 1)) <= set(steps(path / "metrics.jsonl"))
+            assert set(range(0, max(there) + 1, 10)) <= set(steps(path / "evals.jsonl"))
+            held.release()
+            held = RunDirectory.claim(path, resume=True)
+            held.set_aside(again)
+            held.release()
+            for name, first in (("metrics.jsonl", 1), ("evals.jsonl", 0)):
+                aside = [step for n in (1, 2) for step in steps(path / f"abandoned/{n}/{name}")]
+                assert steps(path / name) == [step for step in steps(old / name) if step <= again]
+                assert sorted(aside + steps(path / name)) == steps(old / name), (count, again, first)
+            assert texts == {text for name, text in content(path).items() if "step_" in name}
+            assert not [name for name in content(path) if "/." in name or name.startswith(".")]
+            shutil.rmtree(path)
+        if not killed:
+            break
+    assert count > 8
+
+
+def test_what_a_killed_run_was_writing_is_removed_when_it_is_resumed(tmp_path):
+    path = tmp_path / "run"
+    make_run(path)
+    before = content(path)
+    for name in (".run.json.writing", "trees/.step_000040.json.writing", "answers/.step_000040.jsonl.writing"):
+        (path / name).touch()
+    for name in ("checkpoints/.writing_000040/x", "checkpoints/.replaced_000030/x", ".engine-a1b2c3d4/x"):
+        (path / name).mkdir(parents=True)
+    (path / "checkpoints" / "step_000020").rename(path / "checkpoints" / ".replaced_000020")
+    held = RunDirectory.claim(path, resume=True)
+    assert held.set_aside(40) is None
+    assert content(path) == before, "and the only copy of step 20 is put back"
+
+
+def limited(size: int) -> None:
+    """Files end there, as on a full disk: the kernel writes what still fits, then nothing."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.fixture
+def full_disk():
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield limited
+    limited(resource.RLIM_INFINITY)
+    signal.signal(signal.SIGXFSZ, before)
+
+
+def new_log(path: Path) -> RunLog:
+    config = load_config(None, ["log.tensorboard=false"])
+    return RunLog(RunDirectory.claim(path, resume=False), config, {}, 0, resumed=False)
+
+
+def test_a_record_that_cannot_be_written_is_kept_whole(tmp_path, full_disk):
+    log = new_log(tmp_path / "run")
+    file = tmp_path / "run" / "metrics.jsonl"
+    log.step({"step": 1, "text": "a" * 100})
+    size = file.stat().st_size
+    full_disk(size + 20)
+    for step in (2, 3):
+        with pytest.raises(OSError, match="File too large"):
+            log.step({"step": step, "text": "b" * 100})
+    with pytest.raises(OSError, match="File too large"):
+        log.evaluation({"step": 3, "success": 0.5, "text": "c" * 200})
+    assert file.stat().st_size == size, "no half line"
+    assert [record["step"] for record in log.evaluations()] == [3]
+    with pytest.raises(OSError, match="File too large"):
+        log.flush()
+    full_disk(resource.RLIM_INFINITY)
+    log.flush()
+    log.flush()
+    assert steps(file) == [1, 2, 3]
+    assert steps(tmp_path / "run" / "evals.jsonl") == [3]
+
+
+def test_a_run_that_lacks_records_has_not_finished(tmp_path, full_disk):
+    log = new_log(tmp_path / "run")
+    log.step({"step": 1, "text": "a" * 10_000})
+    full_disk(9_000)  # run.json fits
+    with pytest.raises(OSError, match="File too large"):
+        log.step({"step": 2})
+    log.close("finished")
+    facts = read_facts(tmp_path / "run")
+    assert facts["status"] == "failed"
+    assert facts["reason"].startswith("metrics.jsonl lacks step 2: [Errno 27] File too")
+
+
+def test_what_is_written_as_a_whole_stays_whole(tmp_path, full_disk):
+    log = new_log(tmp_path / "run")
+    log.trees(1, [], [], vocab_size=5, temperature=1.0, decode=str)
+    before = content(tmp_path / "run")
+    full_disk(10)
+    for write in (
+        lambda: log.trees(1, [], [], vocab_size=6, temperature=1.0, decode=str),
+        lambda: log.close("finished"),
+    ):
+        with pytest.raises(OSError, match="File too large"):
+            write()
+        assert content(tmp_path / "run") == before
+
+
+def test_a_run_that_ends_while_it_is_set_up_says_so(tmp_path, full_disk):
+    held = RunDirectory.claim(tmp_path / "run", resume=False)
+    full_disk(1_500)  # run.json fits, config.yaml does not
+    with pytest.raises(OSError, match="File too large"):
+        RunLog(held, Config(), {}, 0, resumed=False)
+    held.release()
+    assert read_facts(tmp_path / "run")["status"] == "failed"
+    RunDirectory.check(tmp_path / "run", resume=False, overwrite=True)
+
+
+def test_a_cut_off_line_is_left_out_at_the_end_only(tmp_path):
+    file = tmp_path / "records.jsonl"
+    assert read_records(file) == []
+    for tail in ('{"st', '{"step": 2}', "\0\0\0\0"):
+        file.write_text('{"step": 1, "a": "\u2028"}\n' + tail)
+        assert [record["step"] for record in read_records(file)] == [1]
+    for middle in ('{"st', "", "[1]", "3", "\0"):
+        file.write_text(f'{{"step": 1}}\n{middle}\n{{"step": 3}}\n')
+        with pytest.raises(ValueError, match=r"records.jsonl, line 2: not a record"):
+            read_records(file)
+
+
+def test_a_resumed_run_reads_like_one(tmp_path):
+    path = tmp_path / "run"
+    log = RunLog(RunDirectory.claim(path, resume=False), Config(), {"model": {}}, 0, resumed=False)
+    for step in (1, 2, 3):
+        log.step({"step": step, "policy.loss": float("nan"), "rollout.branches_per_path": [step]})
+        log.evaluation({"step": step, "success": step / 10})
+        log.trees(step, [], [], vocab_size=5, temperature=1.0, decode=str)
+    log.close("failed", "power cut")
+    log.directory.release()
+    held = RunDirectory.claim(path, resume=True)
+    held.set_aside(2)
+    resumed = RunLog(held, Config(), {"model": {}}, 2, resumed=True, changed=["a was 1 and is 2"])
+    assert read_facts(path)["status"] == "running"
+    resumed.step({"step": 3, "policy.loss": 0.5})
+    resumed.close("finished")
+    records = read_records(path / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3]
+    assert records[0] == {"step": 1, "policy.loss": None, "rollout.branches_per_path": [1]}
+    assert [record["step"] for record in resumed.evaluations()] == [1, 2]
+    assert sorted(file.stem for file in (path / "trees").iterdir()) == ["step_000001", "step_000002"]
+    facts = read_facts(path)
+    assert (facts["status"], facts["reason"]) == ("finished", None)
+    assert [entry["changed"] for entry in facts["resumed"]] == [["a was 1 and is 2"]]
+    assert facts["versions"]["torch"]
+    assert facts["machine"]["cores"] >= 1
+
+
+def test_the_report_says_whether_a_run_goes_on_or_was_killed(tmp_path):
+    path = tmp_path / "run"
+
+    def progress() -> str:
+        return summary(read_run(path, "run"))["progress"]
+
+    more = "import shutil; shutil.copytree(sys.argv[1] + '-files', sys.argv[1], dirs_exist_ok=True); print(flush=True)"
+    make_run(tmp_path / "run-files")
+    for file in ("metrics.jsonl", "evals.jsonl"):
+        text = (tmp_path / "run-files" / file).read_text()
+        (tmp_path / "run-files" / file).write_text(text.replace("}", ', "success": 0.5}'))
+    process = claiming(path, more)
+    assert process.stdout is not None
+    assert process.stdout.readline() + process.stdout.readline() == "held\n\n"
+    assert progress().endswith("35 of 40 steps, still going")
+    process.kill()
+    process.wait()
+    assert progress().endswith("35 of 40 steps, killed")
+    (path / ".lock").write_text((path / ".lock").read_text().replace(socket.gethostname(), "elsewhere"))
+    assert progress().endswith("still going (or it died without a word)")
