@@ -65,7 +65,7 @@ class Section:
             try:
                 fitting = _fitted(hint, value, item.metadata)
             except _Misfit:
-                meant = _value_suggestion(item, hint, value)
+                meant = _why(value, item.metadata) or _value_suggestion(item, hint, value)
                 raise ValueError(f"{name} = {shown(value)}: expected {expected}{meant}") from None
             object.__setattr__(self, item.name, fitting)
 
@@ -246,6 +246,15 @@ def suggestion(name: str, known: Sequence[str]) -> str:
     tail = name.rpartition(".")[2]
     near = [k for k in known if k.rpartition(".")[2] == tail] or difflib.get_close_matches(name, known, 1, 0.5)
     return f": did you mean {' or '.join(repr(k) for k in near)}?" if near else ""
+
+
+def _why(value: Any, limits: Mapping[str, Any]) -> str:
+    """What the type and the range do not say."""
+    if value == "":
+        return ", not an empty one"
+    if isinstance(value, float) and not math.isfinite(value) and not limits["infinite"]:
+        return ", a finite one"
+    return ", of 64 bits" if isinstance(value, int) and not -(2**63) <= value < 2**63 else ""
 
 
 def _value_suggestion(item: dataclasses.Field, hint: Any, value: Any) -> str:

@@ -26,7 +26,10 @@ def read_settings(config: type[C], path: str | Path | None, overrides: Sequence[
             places[name] = f" (in {path}, line {line_of(node)})"
             if name not in types:
                 _unknown(config, name, places[name])
-            values[name] = read(node, types[name])
+            try:
+                values[name] = read(node, types[name])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}{places[name]}") from None
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:

@@ -42,6 +42,13 @@ class _Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         return super().compose_node(parent, index)
 
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        node = super().compose_scalar_node(anchor)
+        # JSON, which is YAML, writes letters beyond U+FFFF as two escapes.
+        pair = r"[\ud800-\udbff][\udc00-\udfff]"
+        node.value = re.sub(pair, lambda two: two[0].encode("utf-16", "surrogatepass").decode("utf-16"), node.value)
+        return node
+
 
 class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
@@ -50,7 +57,8 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     looks_otherwise = not isinstance(_any(text), str) or _INFINITE.fullmatch(text)
-    return dumper.represent_scalar(_TEXT, text, style="'" if looks_otherwise else None)
+    has_lines = text.splitlines() not in ([], [text])  # U+0085 would be read as a space without escapes
+    return dumper.represent_scalar(_TEXT, text, style='"' if has_lines else "'" if looks_otherwise else None)
 
 
 _Dumper.add_representer(str, _represent_text)
@@ -107,9 +115,18 @@ def line_of(node: yaml.Node) -> int:
 
 
 def read(node: yaml.Node, hint: Any) -> Any:
-    """The value that a setting of that type has. What is of another type is returned as it looks."""
+    """The value that a setting of that type has. What is of another type is returned as it looks.
+
+    ValueError: `runs/exp #2`, of which YAML would leave the end out. `runs/exp  # mine` is what a comment looks like.
+    """
     kinds = alternatives(hint)
     if isinstance(node, yaml.ScalarNode):
+        behind = re.match(r"[ \t]+(#[^\s#].*)", node.end_mark.buffer[node.end_mark.pointer :])
+        if behind and node.tag == _PLAIN and node.value and str in kinds:
+            raise ValueError(
+                f"{behind[1]!r} behind {node.value!r} is a comment in YAML: expected quotes around the whole text, or "
+                "a space after the #"
+            )
         return node.value if node.tag == _TEXT else read_plain(node.value, hint)
     if isinstance(node, yaml.SequenceNode):
         elements = next((elements_of(kind) for kind in kinds if elements_of(kind) is not None), Any)
