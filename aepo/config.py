@@ -6,56 +6,13 @@ are errors that suggest the right one. This module imports no torch. `aepo keys`
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
-import functools
-import re
-import types
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-
-def key(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    instead: Mapping[str, str] = types.MappingProxyType({}),
-    expected: str = "",
-) -> Any:
-    """A setting: default, one line of help, and its range low <= value <= high, value > above. `instead` is what to
-    write for well-known names that are no values (in small letters, without separators); `expected` is the type in
-    words where annotations cannot say it."""
-    metadata = {"help": help, "low": low, "high": high, "above": above, "instead": instead, "expected": expected}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class Section:
-    """Checks every range when an instance is made, from a file or in Python."""
-
-    section: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        for item, expected in _settings(type(self)):  # type: ignore[arg-type]  # mypy looks up the instances' hash
-            value, limits = getattr(self, item.name), item.metadata
-            _refuse_interpolation(f"{self.section}.{item.name}", value)
-            for number in value if isinstance(value, (tuple, list)) else (value,):
-                # Every comparison is written so that NaN fails it.
-                if isinstance(number, (int, float)) and not (
-                    (limits["low"] is None or number >= limits["low"])
-                    and (limits["high"] is None or number <= limits["high"])
-                    and (limits["above"] is None or number > limits["above"])
-                ):
-                    raise ValueError(f"{self.section}.{item.name} = {value!r}: expected {expected}")
+from aepo.setting_types import Key, Section, key, keys_of, suggestion
 
 
 @dataclass(frozen=True)
@@ -80,14 +37,20 @@ class TaskConfig(Section):
     name: str = key("facts", "facts (the demo), files (your own data), reasoning_gym, or package.module:Class")
     seed: int = key(0, "of the division into training and held-out questions", low=0)
     options: dict[str, Any] = key({}, "arguments of the task's class, by name")
-    train: Any = key(None, "files: questions", expected="a .jsonl or .parquet file, a `datasets` directory, or a list")
-    heldout: Any = key(
+    train: str | list[str] | None = key(
+        None, "files: questions", expected="a .jsonl or .parquet file, a `datasets` directory, or a list"
+    )
+    heldout: float | str | list[str] | None = key(
         None,
         "files: questions for evaluation; null: a tenth of task.train",
         expected="as task.train, or a share of it in (0, 1)",
     )
-    columns: dict[str, str] = key({}, "files: which columns are prompt, answer, id, kind; those not named are guessed")
-    system: str | None = key(None, "the system message, as text or as the path of a text file; null: the task's own")
+    columns: dict[str, str] = key(
+        {}, "files: which columns are prompt, answer, id, kind; those not named are guessed", empty=True
+    )
+    system: str | None = key(
+        None, "the system message, as text or as the path of a text file; null: the task's own", empty=True
+    )
     tools: tuple[str, ...] = key(
         (),
         "python, search:CORPUS.jsonl, package.module:function or :Class, mcp:COMMAND, mcp+http://.., http://../retrieve",
@@ -107,15 +70,12 @@ class TaskConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.name not in TASKS and ":" not in self.name:
-            hint = _suggestion(self.name, TASKS)
+            hint = suggestion(self.name, TASKS)
             raise ValueError(f"task.name = {self.name!r}: expected {', '.join(TASKS)}, or package.module:Class{hint}")
         for setting in ("train", "heldout", "columns"):
             value = getattr(self, setting)
             if value not in (None, {}) and self.name != "files":
                 raise ValueError(f"task.{setting} = {value!r}: expected task.name = files with it, got {self.name!r}")
-        for role, column in self.columns.items():
-            if not isinstance(column, str):
-                raise ValueError(f"task.columns.{role} = {column!r}: expected the name of a column")
         if self.options and self.name in ("facts", "files"):
             raise ValueError(f"task.options = {self.options!r}: expected none with task.name = {self.name}")
 
@@ -176,7 +136,7 @@ class RolloutConfig(Section):
     )
     paths: int = key(8, "k: trajectories per question", low=1)
     fresh_paths: int | None = key(
-        None, "m: how many of them start from the question, the others branch; None: entropy pre-monitoring", low=1
+        None, "m: how many of them start from the question, the others branch; null: entropy pre-monitoring", low=1
     )
     budget_beta: float = key(1.0, "pre-monitoring: m = k sigmoid(beta (H_root - mean H_tool)), entropies in nats")
     entropy_window: int = key(20, "first tokens of a segment whose mean entropy is looked at", low=1)
@@ -276,7 +236,9 @@ class PolicyConfig(Section):
     clip: Literal["ppo", "aepo", "gppo", "cispo"] | None = key(None, "gradient of clipped tokens; null: the preset's")
     eps_low: float | None = key(None, "ratios below 1 - eps_low are clipped; null: the preset's", low=0, high=1)
     eps_high: float | None = key(None, "ratios above 1 + eps_high are clipped; null: the preset's", low=0)
-    dual_clip: float | None = key(None, "bound on the ratio where A < 0, inf: none; null: the preset's", above=1)
+    dual_clip: float | None = key(
+        None, "bound on the ratio where A < 0, inf: none; null: the preset's", above=1, infinite=True
+    )
     ratio_level: Literal["token", "sequence"] | None = key(None, "what a ratio is taken over; null: the preset's")
     entropy_advantage: float | None = key(None, "a in A (1 + a (H - mean H) / std H); null: the preset's", low=0)
     clamp_entropy_factor: bool | None = key(None, "keep that factor >= 0; null: the preset's")
@@ -290,7 +252,10 @@ class PolicyConfig(Section):
         None, "from token losses to one number; constant divides by paths x rollout.max_tokens; null: the preset's"
     )
     importance_cap: float | None = key(
-        None, "cap of the weight for an engine that differs from the trainer; null: no such weight", above=0
+        None,
+        "cap of the weight for an engine that differs from the trainer; null: no such weight",
+        above=0,
+        infinite=True,
     )
     old_logprobs: Literal["auto", "engine", "recompute"] = key(
         "auto",
@@ -331,7 +296,7 @@ class OptimizerConfig(Section):
     weight_decay: float = key(0.0, "AdamW, on matrices only", low=0)
     warmup_steps: int = key(0, "optimiser steps of linear warmup", low=0)
     schedule: Literal["constant", "linear"] = key("constant", "after warmup; linear falls to 0 at the last step")
-    max_grad_norm: float = key(1.0, "gradients are scaled down to this norm", above=0)
+    max_grad_norm: float = key(1.0, "gradients are scaled down to this norm; inf: never", above=0, infinite=True)
 
 
 @dataclass(frozen=True)
@@ -420,216 +385,28 @@ class Config:
         return choice == "recompute" or (choice == "auto" and self.rollout.engine != "huggingface")
 
 
-@dataclass(frozen=True)
-class Key:
-    """One setting, as `aepo keys` prints it."""
-
-    name: str  # dotted
-    default: Any
-    expected: str  # type and range, in words
-    help: str
-
-
 def all_keys() -> list[Key]:
     """Every dotted key, in the order of this file."""
-    return [
-        Key(f"{section.name}.{item.name}", default_of(item), expected, item.metadata["help"])
-        for section in dataclasses.fields(Config)
-        for item, expected in _settings(typing.get_type_hints(Config)[section.name])
-    ]
-
-
-def default_of(item: dataclasses.Field) -> Any:
-    """The default of a dataclass field, also where it is made anew for every instance."""
-    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+    return keys_of(Config)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the YAML file at `path`, then `section.key=value` overrides (values are YAML too); of a setting
-    that has keys, `section.setting.key=value` changes one.
+    """Defaults, then the YAML file at `path`, then `section.key=value` overrides, of which the last one counts; of a
+    setting that has keys, `section.setting.key=value` changes one.
 
-    ValueError, in one line: text that is no YAML, a key that does not exist (the nearest right one is named), or a
-    value of the wrong type or range.
+    ValueError, in one line that names the setting, the file and its line: what cannot be read, a key that does not
+    exist (the nearest right one is named), or a value of the wrong type or range.
     """
-    from omegaconf import OmegaConf
+    from aepo.settings_reading import read_settings  # which imports YAML
 
-    changes: list[tuple[str, Any, str]] = []  # dotted key, value, where it came from
-    if path is not None:
-        text = Path(path).read_bytes()
-        with _yaml_of(str(path), lines=True):
-            content = OmegaConf.to_container(OmegaConf.create(text.decode()), resolve=True, throw_on_missing=True)
-        changes += [(name, value, f" (in {path})") for name, value in _flatten(content, str(path))]
-    keyed = {entry.name for entry in all_keys() if isinstance(entry.default, dict)}
-    for override in overrides:
-        name, equals, _ = override.partition("=")
-        if not equals:
-            raise ValueError(f"override {override!r}: expected section.key=value, for example train.steps=20")
-        setting = ".".join(name.split(".")[:2])
-        if setting in keyed and not _KEYS.fullmatch(name.removeprefix(setting)):
-            raise ValueError(
-                f"override {override!r}: expected names between dots behind {setting}, without brackets and quotes; "
-                f"other keys are written {setting}='{{key: value}}'"
-            )
-        with _yaml_of(f"override {override!r}"):
-            given = OmegaConf.from_dotlist([override])
-            OmegaConf.resolve(given)
-            value: Any = OmegaConf.to_container(given, throw_on_missing=True)
-        for part in setting.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if setting != name and setting in keyed:  # one of its keys: the others stay
-            before = [value for known, value, _ in changes if known == setting and isinstance(value, Mapping)]
-            changes += [(setting, OmegaConf.to_container(OmegaConf.merge(*before[-1:], value)), "")]
-        else:
-            changes += [(name, value, "")]
-    return _apply(changes)
-
-
-_KEYS = re.compile(r"(\.(?! )([^.\[\]\"'\\]|\\\.)+(?<! ))*")
-"""Behind a setting that has keys: .key.key; a dot of a key's own is written \\."""
-
-
-@contextlib.contextmanager
-def _yaml_of(place: str, lines: bool = False) -> Iterator[None]:
-    """ValueError, in one line that names the place: the text there is no YAML."""
-    try:
-        yield
-    except Exception as error:  # not only errors of YAML: those of the values that it makes, too
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if lines and mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).partition("\n")[0] or "expected sections with keys"
-        raise ValueError(f"{place}{line}: cannot be read as YAML: {problem}") from None
+    return read_settings(Config, path, overrides)
 
 
 def to_yaml(config: Config) -> str:
     """The whole configuration; `load_config` reads it back to an equal one."""
-    from omegaconf import OmegaConf
+    from aepo.yaml_settings import dump
 
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def _apply(changes: Sequence[tuple[str, Any, str]]) -> Config:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    known = {entry.name: entry for entry in all_keys()}
-    for name, _, where in changes:
-        if name not in known:
-            raise ValueError(f"unknown key {name!r}{where}{_suggestion(name, _names())}; `aepo keys` lists all keys")
-    sections: dict[str, Any] = {}
-    last = {name: (value, where) for name, value, where in changes}  # lists and mappings are replaced as a whole
-    for name, (value, where) in last.items():
-        _refuse_interpolation(f"{name}{where}", value)  # while it is known where it came from
-        section, _, setting = name.partition(".")
-        before = sections.get(section, OmegaConf.structured(typing.get_type_hints(Config)[section]))
-        hint = _hint(section, setting)
-        if isinstance(value, str) and typing.get_origin(hint) is tuple:
-            value = [value]  # one of a list may be written without brackets
-        if type(value) is int and float in typing.get_args(hint):
-            value = float(value)  # which a union of other types would refuse
-        try:
-            sections[section] = OmegaConf.merge(before, {setting: value})
-        except (OmegaConfBaseException, TypeError):  # TypeError: a list for a mapping, or the other way round
-            hint = _value_suggestion(typing.get_type_hints(Config)[section], setting, value)
-            raise ValueError(f"{name} = {value!r}{where}: expected {known[name].expected}{hint}") from None
-    made: dict[str, Any] = {section: OmegaConf.to_object(settings) for section, settings in sections.items()}
-    return Config(**made)
-
-
-def _refuse_interpolation(place: str, value: Any) -> None:
-    """ValueError: some text would be looked up once more when it is read, also from the run's own config.yaml."""
-    if left := next((text for text in _texts(value) if "${" in text), None):
-        raise ValueError(f"{place}: expected texts without '${{', got {left!r}")
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All in it."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (Mapping, Sequence)):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(part)
-
-
-def _hint(section: str, setting: str) -> Any:
-    return typing.get_type_hints(typing.get_type_hints(Config)[section])[setting]
-
-
-def _flatten(content: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected sections with keys, got {type(content).__name__}")
-    sections = [item.name for item in dataclasses.fields(Config)]
-    known = [*sections, *_names()]
-    for section, settings in content.items():
-        if section not in sections:
-            above, _, name = str(section).partition(".")
-            hint = f": expected {name!r} below {above!r}" if section in _names() else _suggestion(str(section), known)
-            raise ValueError(f"unknown section {section!r} (in {path}){hint}")
-        if not isinstance(settings, dict):
-            raise ValueError(f"section {section!r} (in {path}): expected keys below it, got {settings!r}")
-        yield from ((f"{section}.{name}", value) for name, value in settings.items())
-
-
-def _names() -> list[str]:
-    """Every dotted key, and the keys of a setting that its help gives as an example: {enable_thinking: false}."""
-    examples = [f"{entry.name}.{name}" for entry in all_keys() for name in re.findall(r"\{(\w+):", entry.help)]
-    return [*(entry.name for entry in all_keys()), *examples]
-
-
-def _suggestion(name: str, known: Sequence[str]) -> str:
-    """The nearest key; a right name in the wrong section counts as near."""
-    tail = name.rpartition(".")[2]
-    near = [k for k in known if k.rpartition(".")[2] == tail] or difflib.get_close_matches(name, known, 1, 0.5)
-    return f": did you mean {' or '.join(repr(k) for k in near)}?" if near else ""
-
-
-def _value_suggestion(section: type[Section], setting: str, value: Any) -> str:
-    """The choice that was meant, or what to write where it is known but none."""
-    hint = typing.get_type_hints(section)[setting]
-    literals = [part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is Literal]
-    choices = {_plain(choice): choice for part in literals for choice in typing.get_args(part)}
-    instead = next(item for item in dataclasses.fields(section) if item.name == setting).metadata["instead"]
-    plain, known = _plain(str(value)), [*choices, *instead]
-    swapped = [one for one in known if sorted(one) == sorted(plain)]  # gpro: difflib would say gspo
-    near = swapped or difflib.get_close_matches(plain, known, 1, 0.6)
-    if not near:
-        return ""
-    return f". {instead[near[0]]}" if near[0] in instead else f": did you mean {choices[near[0]]!r}?"
-
-
-def _plain(name: str) -> str:
-    """Dr. GRPO and dr_grpo are drgrpo, reinforce_plus_plus is reinforce++."""
-    return re.sub(r"[^a-z0-9+]", "", name.lower().replace("plus", "+"))
-
-
-@functools.cache
-def _settings(section: type[Section]) -> list[tuple[dataclasses.Field, str]]:
-    """The fields of a section, each with its type and range in words."""
-    hints, settings = typing.get_type_hints(section), []
-    for item in dataclasses.fields(section):
-        limits = item.metadata
-        bounds = " and ".join(f"{sign} {limits[name]}" for name, sign in _SIGNS.items() if limits[name] is not None)
-        words = limits["expected"] or _type_in_words(hints[item.name])
-        settings.append((item, f"{words} {bounds}".rstrip()))
-    return settings
-
-
-_SIGNS = {"above": ">", "low": ">=", "high": "<="}
-_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-
-
-def _type_in_words(hint: Any) -> str:
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(arguments)
-    if typing.get_origin(hint) is tuple:
-        if ... in arguments:
-            return f"a list, each {_type_in_words(arguments[0])}"
-        return f"a list of {len(arguments)} numbers"
-    if typing.get_origin(hint) is dict:
-        return "keys with values"
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return " or ".join(_type_in_words(argument) for argument in arguments)
-    return _WORDS[hint]
+    return dump(dataclasses.asdict(config))
 
 
 def changed_settings(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:

@@ -26,9 +26,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    from omegaconf import OmegaConf
+    import yaml
 
-    return _mapping(OmegaConf.to_container(OmegaConf.load(file)))
+    return _mapping(yaml.safe_load(file.read_text(encoding="utf-8")))
 
 
 def _mapping(content: Any) -> dict[str, Any]:

@@ -20,7 +20,10 @@ FLOORS = (
     ("aepo_kernels.reference", "aepo_kernels.kernels", "aepo_kernels.cuda"),
     ("aepo_kernels.ops", "aepo_kernels.linear_head"),
     ("aepo_kernels",),
-    ("aepo.types", "aepo.config", "aepo.install", "aepo.registry", "aepo.own_code"),
+    ("aepo.types", "aepo.install", "aepo.registry", "aepo.own_code", "aepo.setting_types"),
+    ("aepo.yaml_settings",),
+    ("aepo.settings_reading",),
+    ("aepo.config",),
     ("aepo.interrupt", "aepo.snapshot", "aepo.run_files", "aepo.run_lock"),
     ("aepo.agents.protocol",),
     ("aepo.models",),
@@ -129,7 +132,9 @@ def test_heavy_packages_have_their_rooms():
 
 def test_config_and_types_need_no_torch():
     late = ("aepo", "aepo.own_loss")  # which looks its version up late; which has torch in its annotations
-    for module in (*late, "aepo.config", "aepo.types", "aepo.install", "aepo.registry", "aepo.own_code", "aepo.report"):
+    free = ("aepo.types", "aepo.install", "aepo.registry", "aepo.own_code", "aepo.report", "aepo.config")
+    settings = ("aepo.setting_types", "aepo.yaml_settings", "aepo.settings_reading")
+    for module in (*late, *free, *settings):
         loaded = imports(MODULES[module], module_level=module in late)
         assert not {name.partition(".")[0] for name in loaded} & {"torch", "aepo_kernels"}, module
 

@@ -116,7 +116,7 @@ def test_torch_alone_is_enough_for_the_kernels(built_from: str, wheels: dict[str
     for command, extra in COMMANDS.items():
         assert run(aepo, command, cwd=tmp_path, status=1).stderr.endswith(f'pip install "aepo-kernels[{extra}]"\n')
     examined = run(aepo, "doctor", cwd=tmp_path).stdout
-    assert "packages | extra train | missing | lacks omegaconf" in examined
+    assert "packages | extra train | missing | lacks pyyaml" in examined
     assert 'pip install "aepo-kernels[bench]"' in examined
     for module in (["aepo", "doctor"], ["aepo.doctor"]):
         report = json.loads(run(python, "-m", *module, "--json", cwd=tmp_path).stdout)
