@@ -48,8 +48,8 @@ def load_model(
 ) -> LanguageModel:
     """The model by its name, in evaluation mode. The first time, `tiny` is trained and SmolLM2 converted.
 
-    progress: of the warm start of the tiny model. ValueError, in one line: there is no model of this name, its directory
-    cannot be used, or the cache directory cannot be written.
+    progress: of the warm start of the tiny model. ValueError, in one line: there is no model of this name, its
+    directory cannot be used, or the cache directory cannot be written.
     """
     dtype, cache_dir = getattr(torch, config.dtype), Path(config.cache_dir).expanduser()
     if config.name == "tiny":

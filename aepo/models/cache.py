@@ -1,7 +1,7 @@
 """Model directories that are made once and kept: whole under their name, or not there.
 
-Several processes may make the same one at the same time: each works in a directory of its own, the first to finish gives
-it the name, the others take what is there. Nobody waits, so a process that hangs holds up none.
+Several processes may make the same one at the same time: each works in a directory of its own, the first to finish
+gives it the name, the others take what is there. Nobody waits, so a process that hangs holds up none.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,12 +27,13 @@ class LanguageModel:
         does not fit or is damaged, or it holds an adapter."""
         refuse_adapter_directory(path)
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, local_files_only=True, output_loading_info=True
             )
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except Exception as error:  # transformers has no kind of its own
             raise ValueError(f"{path}: expected a model directory of transformers: {error_text(error)}") from error
+        model, found = loaded
         if missing := sorted(found["missing_keys"]):  # transformers makes them up
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise ValueError(f"{path}: expected all weights of the model, {missing[0]} is missing{more}")
