@@ -1,7 +1,8 @@
 """Checkpoints: everything that a run is, after a finished step.
 
     checkpoints/step_000010/
-        model.safetensors, config.json, tokenizer files   a transformers model directory
+        model.safetensors, config.json, generation_config.json, tokenizer files
+                                                          a transformers model directory
         optimizer.safetensors                             moments of AdamW, by parameter name
         state.json                                        step and held-out success
         run.yaml                                          the configuration
@@ -10,29 +11,43 @@
 The learning rate, the questions and all random numbers are functions of (configuration, step), so `step` is the whole
 data and scheduler position. A checkpoint is written beside the others under a temporary name, flushed to the disk and
 then renamed: whatever happens meanwhile, the older ones stay as they are.
+
+Whatever else lies in that directory, or in a checkpoint, is the user's: it is neither read nor removed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from aepo.checkpoint_fit import MOMENTS, model_problem, moments_problem, state_problem, stored_weights
+from aepo.registry import error_text
+from aepo.tensor_file import write_tensors
 
 FORMAT = 1
 SUMS = "SHA256SUMS"
-REQUIRED = {"model.safetensors", "optimizer.safetensors", "state.json", "run.yaml"}
+REQUIRED = {"model.safetensors", "config.json", "optimizer.safetensors", "state.json", "run.yaml"}
+# .writing: not whole yet. .replaced: whole, of the step that is just written anew. .removing: no longer whole.
+NAME = re.compile(r"(step|\.writing|\.replaced|\.removing)_([0-9]{6,})")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or is not what was written."""
+    """A checkpoint could not be written, is not what was written, or is not of this model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,25 +58,23 @@ class Checkpoint:
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
-    return directory / f"step_{step:06d}"
+    """Where the checkpoint of a step is, or will be."""
+    path, replaced = _path(directory, "step", step), _path(directory, ".replaced", step)
+    return replaced if replaced.is_dir() and not path.exists() else path  # the run was killed between two renames
 
 
 def list_checkpoints(directory: Path) -> list[Checkpoint]:
     """By step. A checkpoint whose state cannot be read is listed without a held-out success."""
-    found = []
-    for path in directory.glob("step_*"):
-        try:
-            success = json.loads((path / "state.json").read_text())["heldout_success"]
-        except (OSError, ValueError, KeyError):
-            success = None
-        found.append(Checkpoint(path, int(path.name.removeprefix("step_")), success))
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+    steps = {step for kind, step, _ in _ours(directory, links=True) if kind in ("step", ".replaced")}
+    return [
+        Checkpoint(path, step, _heldout_success(path))
+        for step, path in ((step, checkpoint_path(directory, step)) for step in sorted(steps))
+    ]
 
 
 def best_checkpoint(directory: Path) -> Checkpoint | None:
     """The one with the highest held-out success, the latest of equals."""
-    evaluated = [c for c in list_checkpoints(directory) if c.heldout_success is not None]
-    return max(evaluated, key=lambda c: (c.heldout_success, c.step), default=None)
+    return _best(list_checkpoints(directory))
 
 
 def save_checkpoint(
@@ -75,108 +88,265 @@ def save_checkpoint(
     config_yaml: str,
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `step`, then remove all but the newest `keep` and the best; later steps go too, they are
-    of a future that was left by resuming from an older step.
+    """Write the checkpoint of `step`, then remove all before it but the newest `keep`, with this one, and the best.
 
-    CheckpointError where the disk is full or not writable; what was there before is still there.
+    CheckpointError, in one line, where the disk is full or not writable, weights or moments are not finite, or whatever
+    else is in the way; what was there before is still there, and nothing else. What cannot be removed is a warning.
     """
-    final = checkpoint_path(directory, step)
-    temporary, replaced = directory / f".writing_{step:06d}", directory / f".replaced_{step:06d}"
+    final, temporary = _path(directory, "step", step), _path(directory, ".writing", step)
+    replaced = _path(directory, ".replaced", step)
+    set_aside = placed = False
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        safetensors.torch.save_model(model, str(temporary / "model.safetensors"), metadata={"format": "pt"})
-        model.config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        safetensors.torch.save_file(_moments(model, optimizer), temporary / "optimizer.safetensors")
-        state = {"format": FORMAT, "step": step, "heldout_success": heldout_success}
-        (temporary / "state.json").write_text(json.dumps(state) + "\n")
-        (temporary / "run.yaml").write_text(config_yaml)
-        files = sorted(path.name for path in temporary.iterdir())
-        (temporary / SUMS).write_text("".join(f"{_sha256(temporary / name)}  {name}\n" for name in files))
-        for path in (*temporary.iterdir(), temporary):
+        directory.mkdir(parents=True, exist_ok=True)
+        _clean_up(directory)
+        if final.is_symlink() or (final.exists() and not final.is_dir()):
+            raise FileExistsError(f"{final.name} is there and was not written by a run")
+        temporary.mkdir()
+        _write(temporary, step, model, tokenizer, optimizer, heldout_success, config_yaml)
+        for path in (*temporary.rglob("*"), temporary):
             _flush(path)
         if final.exists():
             final.rename(replaced)
+            set_aside = True
         temporary.rename(final)
+        placed = True
         _flush(directory)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            if placed:
+                final.rename(temporary)
+            if set_aside:
+                replaced.rename(final)
         shutil.rmtree(temporary, ignore_errors=True)
-        kept = ", ".join(c.path.name for c in list_checkpoints(directory)) or "none"
-        raise CheckpointError(f"cannot save checkpoint {final}: {error}. Older checkpoints kept: {kept}") from error
-    shutil.rmtree(replaced, ignore_errors=True)
-    _prune(directory, step, keep)
+        if not isinstance(error, Exception):
+            raise
+        kept = "unknown"
+        with contextlib.suppress(OSError):
+            kept = ", ".join(c.path.name for c in list_checkpoints(directory)) or "none"
+        raise CheckpointError(
+            f"cannot save checkpoint {final}: {error_text(error)}. Older checkpoints kept: {kept}"
+        ) from error
+    with _warns(f"cannot read {directory}"):
+        _clean_up(directory)
+        _prune(directory, step, keep)
     return final
 
 
 def verify_checkpoint(path: Path) -> None:
     """CheckpointError that names the first file which is missing or not what was written, and the next older
     checkpoint that is whole."""
+    there = list_checkpoints(path.parent)
+    if not path.is_dir():
+        steps = ", ".join(str(one.step) for one in there) or "none"
+        raise CheckpointError(f"{path}: there is no such checkpoint, the steps are: {steps}")
     problem = _problem(path)
     if problem is None:
         return
-    older = [c for c in list_checkpoints(path.parent) if c.path.name < path.name and _problem(c.path) is None]
+    step = _step(path)
+    older = (one for one in reversed(there) if step is not None and one.step < step)
+    whole = next((one for one in older if _problem(one.path) is None), None)
     advice = (
-        f"{older[-1].path.name} is whole: resume from it with --from-step {older[-1].step}"
-        if older
-        else ("there is no older checkpoint that is whole")
+        f"{whole.path.name} is whole: resume from it with --from-step {whole.step}"
+        if whole
+        else "there is no older checkpoint that is whole"
     )
     raise CheckpointError(f"corrupt checkpoint: {problem}; {advice}")
 
 
 def load_weights(path: Path, model: PreTrainedModel) -> None:
-    """Verify the checkpoint and load its weights into `model`."""
-    verify_checkpoint(path)
-    safetensors.torch.load_model(model, path / "model.safetensors", device=str(model.device))
+    """Verify the checkpoint and load its weights into `model`, in place. CheckpointError, in one line and before a
+    weight is changed, where it is damaged, newer than this program, or of another model."""
+    _checked_state(path, model)
+    _copy_weights(path, model)
 
 
 def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
-    """Verify, then load weights and optimizer in place. Returns the step."""
-    load_weights(path, model)
-    moments = safetensors.torch.load_file(path / "optimizer.safetensors")
+    """As `load_weights`, and the moments of the optimizer, which must be of this one too. Returns the step."""
+    state = _checked_state(path, model)
+    trained = _trained(model, optimizer)
+    if problem := moments_problem(path, trained, type(optimizer).__name__, state):
+        raise CheckpointError(f"cannot load checkpoint {path}: {problem}")
+    moments: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
+    with safe_open(path / "optimizer.safetensors", "pt") as file:
+        stored = set(file.keys())
+        for name, parameter in trained.items():
+            if f"{name}|step" in stored:
+                found = {key: file.get_tensor(f"{name}|{key}") for key in MOMENTS}
+                moments[parameter] = {  # AdamW keeps `step` on the host
+                    key: (value if key == "step" else value.to(parameter)).clone() for key, value in found.items()
+                }
+    _copy_weights(path, model)
     optimizer.state.clear()
-    for name, parameter in model.named_parameters():
-        entries = {
-            key: moments[f"{name}|{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}|{key}" in moments
-        }
-        if entries:  # AdamW keeps `step` on the host
-            optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in entries.items()}
-    return json.loads((path / "state.json").read_text())["step"]
+    optimizer.state.update(moments)
+    return state["step"]
 
 
-def _moments(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}|{key}": value.detach().contiguous()
-        for name, parameter in model.named_parameters()
+def _write(
+    directory: Path,
+    step: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: torch.optim.Optimizer,
+    heldout_success: float | None,
+    config_yaml: str,
+) -> None:
+    weights = {names[0]: tensor for names, tensor in stored_weights(model)}
+    parameters = {name for name, _ in model.named_parameters()}  # buffers may hold infinities
+    moments = {
+        f"{name}|{key}": value
+        for name, parameter in _trained(model, optimizer).items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
+    state = {
+        "format": FORMAT,
+        "step": step,
+        "heldout_success": heldout_success,
+        "optimizer": type(optimizer).__name__,
+        "moments": len({name.rpartition("|")[0] for name in moments}),  # parameters that have some
+    }
+    sums = {}
+    for file, tensors, finite, metadata in (
+        ("model.safetensors", weights, parameters, {"format": "pt"}),
+        ("optimizer.safetensors", moments, moments.keys(), None),
+    ):
+        sums[file] = write_tensors(directory / file, tensors, finite=finite, metadata=metadata)
+    model.config.save_pretrained(directory)
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        # Not save_pretrained, which refuses what some models are published with (a temperature without sampling).
+        generation.to_json_file(directory / "generation_config.json")
+    tokenizer.save_pretrained(directory)
+    (directory / "state.json").write_text(json.dumps(state) + "\n")
+    (directory / "run.yaml").write_text(config_yaml, encoding="utf-8")
+    for path in directory.rglob("*"):
+        if path.is_file() and path.name not in sums:
+            sums[path.relative_to(directory).as_posix()] = _sha256(path)
+    (directory / SUMS).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+
+
+def _checked_state(path: Path, model: PreTrainedModel) -> dict[str, Any]:
+    verify_checkpoint(path)
+    try:
+        state = json.loads((path / "state.json").read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot load checkpoint {path}: state.json: {error_text(error)}") from error
+    if problem := state_problem(state, FORMAT, _step(path)) or model_problem(path, model):
+        raise CheckpointError(f"cannot load checkpoint {path}: {problem}")
+    return state
+
+
+@torch.no_grad()
+def _copy_weights(path: Path, model: PreTrainedModel) -> None:
+    """One tensor at a time: a model on a GPU is not there twice."""
+    with safe_open(path / "model.safetensors", "pt") as file:
+        stored = set(file.keys())
+        for names, tensor in stored_weights(model):
+            tensor.copy_(file.get_tensor(next(name for name in names if name in stored)))
+
+
+def _trained(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.nn.Parameter]:
+    """The optimizer's parameters by their names in the model."""
+    theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in theirs}
 
 
 def _problem(path: Path) -> str | None:
     """Why this checkpoint is not what was written, or None."""
     try:
-        expected = [line.partition("  ")[::2] for line in (path / SUMS).read_text().splitlines()]
+        expected = _sums(path)
     except (OSError, UnicodeDecodeError) as error:
         return f"{path / SUMS} cannot be read ({error})"
-    if not {name for _, name in expected} >= REQUIRED:
+    if not expected.keys() >= REQUIRED:
         return f"{path / SUMS} is cut off"
-    for checksum, name in expected:
+    for name, checksum in expected.items():
         try:
             if _sha256(path / name) != checksum:
                 return f"{path / name} does not have the checksum it was written with"
-        except OSError as error:
+        except (OSError, ValueError) as error:
             return f"{path / name} cannot be read ({error})"
     return None
 
 
+def _sums(path: Path) -> dict[str, str]:
+    return {name: checksum for checksum, _, name in (s.partition("  ") for s in (path / SUMS).read_text().splitlines())}
+
+
+def _heldout_success(path: Path) -> float | None:
+    try:
+        success = json.loads((path / "state.json").read_text())["heldout_success"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return success if type(success) in (int, float) and math.isfinite(success) else None
+
+
+def _best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
+    evaluated = [c for c in checkpoints if c.heldout_success is not None]
+    return max(evaluated, key=lambda c: (c.heldout_success, c.step), default=None)
+
+
+def _path(directory: Path, kind: str, step: int) -> Path:
+    return directory / f"{kind}_{step:06d}"
+
+
+def _ours(directory: Path, *, links: bool) -> Iterator[tuple[str, int, Path]]:
+    """What a run wrote in the directory, by the exact names: the kind, the step and the path. links: also those to
+    directories, which are the user's."""
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        match = NAME.fullmatch(path.name)
+        if match is None or not path.is_dir() or (path.is_symlink() and not links):
+            continue
+        kind, step = match[1], int(match[2])
+        if path == _path(directory, kind, step):  # no further zeros
+            yield kind, step, path
+
+
+def _step(path: Path) -> int | None:
+    match = NAME.fullmatch(path.name)
+    return int(match[2]) if match else None
+
+
+def _not_ours(path: Path) -> list[Path]:
+    """What a checkpoint's directory holds besides the files of its list."""
+    try:
+        known = {SUMS, *(name.partition("/")[0] for name in _sums(path))}
+    except (OSError, UnicodeDecodeError):
+        known = {SUMS}
+    return [entry for entry in path.iterdir() if entry.name not in known]
+
+
+def _clean_up(directory: Path) -> None:
+    """What a run that was killed while it saved has left; of a step that was written anew, the older one."""
+    for kind, step, path in list(_ours(directory, links=False)):
+        if kind == "step":
+            continue
+        final = _path(directory, "step", step)
+        with _warns(f"cannot remove {path}"):
+            if kind == ".replaced" and not final.exists():
+                path.rename(final)
+                continue
+            for entry in _not_ours(path) if kind == ".replaced" else ():
+                if not (final / entry.name).exists():
+                    entry.rename(final / entry.name)
+            shutil.rmtree(path)
+
+
 def _prune(directory: Path, step: int, keep: int) -> None:
-    for checkpoint in list_checkpoints(directory):
-        if checkpoint.step > step:
-            shutil.rmtree(checkpoint.path)
-    best = best_checkpoint(directory)
-    for checkpoint in list_checkpoints(directory)[:-keep]:
-        if best is None or checkpoint.path != best.path:
-            shutil.rmtree(checkpoint.path)
+    mine = [c for c in list_checkpoints(directory) if c.step <= step and not c.path.is_symlink()]
+    best = _best(mine)
+    for checkpoint in mine[:-keep]:
+        with _warns(f"cannot remove {checkpoint.path}"):
+            if checkpoint != best and not _not_ours(checkpoint.path):
+                removing = _path(directory, ".removing", checkpoint.step)
+                checkpoint.path.rename(removing)  # at once: half a checkpoint is none
+                shutil.rmtree(removing)
+
+
+@contextlib.contextmanager
+def _warns(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):  # standard error may be closed
+            print(f"warning: {what}: {error_text(error)}", file=sys.stderr)
 
 
 def _sha256(path: Path) -> str:
@@ -192,5 +362,8 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno == errno.EINVAL):  # file systems without it for directories
+            raise
     finally:
         os.close(descriptor)

@@ -31,6 +31,7 @@ from aepo.agents.tools.environment import EnvironmentTools
 from aepo.agents.tools.make import make_tools
 from aepo.agents.tools.toolbox import ToolBox
 from aepo.config import Config, ModelConfig, TaskConfig, WarmStartConfig
+from aepo.models.adapters import refuse_adapter_directory
 from aepo.models.language_model import LanguageModel
 from aepo.models.small import Progress
 from aepo.models.smollm2 import model_directory
@@ -47,7 +48,8 @@ def load_model(
 ) -> LanguageModel:
     """The model by its name, in evaluation mode. The first time, `tiny` is trained and SmolLM2 converted.
 
-    progress: of the warm start of the tiny model. ValueError: there is no model of this name, and no such directory.
+    progress: of the warm start of the tiny model. ValueError, in one line: there is no model of this name, its
+    directory cannot be used, or the cache directory cannot be written.
     """
     dtype, cache_dir = getattr(torch, config.dtype), Path(config.cache_dir).expanduser()
     if config.name == "tiny":
@@ -55,6 +57,7 @@ def load_model(
         language_model.model.to(dtype)
         return language_model
     directory = model_directory(cache_dir) if config.name == "smollm2-135m-instruct" else Path(config.name).expanduser()
+    refuse_adapter_directory(directory)
     if not (directory / "config.json").is_file():
         raise ValueError(
             f"model.name = {config.name!r}: expected tiny, smollm2-135m-instruct, or a directory with a config.json"

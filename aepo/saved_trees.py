@@ -8,6 +8,8 @@ from typing import Any
 
 from aepo.types import ScoredTree
 
+WINDOW = 16  # tokens before a piece that can matter to how it is decoded
+
 
 def tree_entry(scored: ScoredTree, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
     """JSON values, but for answers of other types. Of a question's columns only those that people look at."""
@@ -26,12 +28,33 @@ def tree_entry(scored: ScoredTree, decode: Callable[[Sequence[int]], str]) -> di
 
 def token_texts(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
     """One piece of text per token; joined they are the decoded text. A character whose bytes are spread over several
-    tokens stands at the last of them."""
-    pieces, done = [], ""
+    tokens stands at the last of them.
+
+    A piece is what the text grows by. Of the text no more is decoded than a window that goes along, so the time is
+    linear: 5,800 tokens of SmolLM2's tokenizer took 0.25 s where whole prefixes took 34 s.
+    """
+    pieces, start, done = [], 0, ""  # done: the text of token_ids[start:end] that has its tokens
     for end in range(1, len(token_ids) + 1):
-        text = decode(token_ids[:end])
-        if text.endswith("\ufffd") and end < len(token_ids):
-            text = done
+        last, long = end == len(token_ids), end - start > 2 * WINDOW
+        if long and not last and decode(token_ids[end - WINDOW : end]).endswith("\ufffd"):
+            pieces.append("")  # bytes that are no text, for long: the window is decoded at their end
+            continue
+        text = decode(token_ids[start:end])
+        if text.endswith("\ufffd") and not last:
+            pieces.append("")
+            continue
         pieces.append(text[len(done) :])
         done = text
+        if end - start >= 2 * WINDOW:
+            start, done = _shorter(token_ids, start, end, text, decode)
     return pieces
+
+
+def _shorter(
+    token_ids: Sequence[int], start: int, end: int, text: str, decode: Callable[[Sequence[int]], str]
+) -> tuple[int, str]:
+    """A later start of the window and the text from there, if it reads the same: some starts cut a character."""
+    for later in range(end - WINDOW, end - WINDOW - 4, -1):  # a character has at most four bytes
+        if text.endswith(rest := decode(token_ids[later:end])):
+            return later, rest
+    return start, text

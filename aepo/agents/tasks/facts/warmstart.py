@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +17,7 @@ from aepo.agents.tasks.facts.geography import documents, real_world
 from aepo.agents.tasks.facts.task import KINDS, PAIRS, FactsTask, plans
 from aepo.agents.tasks.facts.tiny import tiny_tokenizer
 from aepo.config import WarmStartConfig
+from aepo.models.cache import cached
 from aepo.models.language_model import LanguageModel
 from aepo.models.small import IGNORED, Example, Progress, imitate, small_llama
 from aepo.types import ToolResult, Turn
@@ -27,13 +26,18 @@ from aepo.types import ToolResult, Turn
 def warm_started(
     config: WarmStartConfig, cache_dir: Path, *, device: str | torch.device = "cpu", progress: Progress | None = None
 ) -> LanguageModel:
-    """The tiny model after its training, in float32; from the cache, if the same training was done before."""
+    """The tiny model after its training, in float32; from the cache, if the same training was done before.
+
+    ValueError: `cache_dir` cannot be written."""
     fresh = untrained(config)
-    target = cache_dir / f"tiny-{_digest(config, fresh)}"
-    if not target.exists():
+
+    def make(directory: Path) -> None:
         torch.nn.Module.to(fresh.model, device)
         train(fresh, config, progress)
-        _save(fresh, target)
+        fresh.model.save_pretrained(directory)
+        fresh.tokenizer.save_pretrained(directory)
+
+    target = cached(cache_dir / f"tiny-{_digest(config, fresh)}", make)
     return LanguageModel.from_directory(target, dtype=torch.float32, device=device)
 
 
@@ -100,16 +104,3 @@ def _digest(config: WarmStartConfig, fresh: LanguageModel) -> str:
     for name, weight in fresh.model.state_dict().items():
         digest.update(name.encode() + weight.numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _save(language_model: LanguageModel, target: Path) -> None:
-    """Under its name only once it is complete; another process may have been faster with the same."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
-    try:
-        language_model.model.save_pretrained(partial)
-        language_model.tokenizer.save_pretrained(partial)
-        if not target.exists():
-            partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

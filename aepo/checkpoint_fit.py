@@ -1,0 +1,146 @@
+"""Whether what a checkpoint holds is of this model and this optimizer. Nothing is changed by asking."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from aepo.registry import error_text
+from aepo.tensor_file import DTYPES, is_finite
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+# Of the configuration: what says nothing about which function of its tokens the model is.
+IGNORED = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures", "use_cache", "return_dict")
+_FLOATING = [name for dtype, name in DTYPES.items() if dtype.is_floating_point]
+
+
+def state_problem(state: Any, newest: int, step: int | None) -> str | None:
+    """Why this content of state.json cannot be used, or None. newest: format. step: of the directory's name."""
+    if not isinstance(state, dict):
+        return f"state.json: expected an object, got {type(state).__name__}"
+    for name, lowest in (("format", 1), ("step", 0), ("moments", 0)):
+        value = state.get(name, 0 if name == "moments" else None)  # the first checkpoints of format 1 have none
+        if type(value) is not int or value < lowest:
+            return f"state.json: {name}: expected a whole number from {lowest}, got {value!r}"
+    if state["format"] > newest:
+        return f"state.json: format {state['format']} is of a newer version of aepo, this one reads {newest}"
+    if step is not None and state["step"] != step:
+        return f"state.json: step {state['step']} does not fit the directory's name"
+    return None
+
+
+def model_problem(path: Path, model: PreTrainedModel) -> str | None:
+    """Why the weights in this directory are not of this model, or None."""
+    try:
+        text = (path / "config.json").read_text(encoding="utf-8")
+        if difference := _config_difference(json.loads(text), model.config):
+            return f"config.json: {difference}"
+    except Exception as error:  # whatever the class of a configuration raises
+        return f"config.json cannot be used: {error_text(error)}"
+    expected = dict(stored_weights(model))
+    known = {name for names in expected for name in names}
+    file = path / "model.safetensors"
+    found = _names(file)
+    wanted = {next((name for name in names if name in found), names[0]): tensor for names, tensor in expected.items()}
+    return _tensors_problem(file, wanted, known)
+
+
+def moments_problem(path: Path, trained: Mapping[str, Tensor], optimizer: str, state: Mapping[str, Any]) -> str | None:
+    """Why the moments in this directory are not of this optimizer, or None. trained: its parameters by name.
+    optimizer: its class. state: of state.json."""
+    written = state.get("optimizer", "AdamW")
+    if written != optimizer:
+        return f"state.json: the optimizer was {written}, here it is {optimizer}"
+    file = path / "optimizer.safetensors"
+    found = {name.rpartition("|")[0] for name in _names(file)}
+    if missing := state.get("moments", len(found)) - len(found):
+        name = next((name for name in trained if name not in found), "")
+        return f"{file.name}: expected moments of {len(found) + missing} parameters, got {len(found)}, none of {name!r}"
+    wanted = {
+        f"{name}|{key}": torch.zeros((), device="meta") if key == "step" else parameter
+        for name, parameter in trained.items()
+        if name in found
+        for key in MOMENTS
+    }
+    return _tensors_problem(file, wanted, set(wanted))
+
+
+def stored_weights(model: PreTrainedModel) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """The names of every tensor of the model, and the tensor: tied ones have several, and are stored once, under the
+    first. That is `embed_tokens` and not `lm_head`, which vLLM passes over where they are tied."""
+    tied: dict[Any, list[str]] = {}
+    state = model.state_dict()
+    for name, tensor in state.items():
+        same = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        tied.setdefault((*same, tensor.dtype) if tensor.numel() else name, []).append(name)
+    for names in tied.values():
+        yield tuple(names), state[names[0]]
+
+
+def _names(file: Path) -> frozenset[str]:
+    """Of the tensors in the file; none where it cannot be read, which `_tensors_problem` says."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return frozenset(opened.keys())
+    except (OSError, SafetensorError):
+        return frozenset()
+
+
+def _tensors_problem(file: Path, wanted: Mapping[str, Tensor], known: set[str]) -> str | None:
+    """wanted: what must be there. known: names that may."""
+    try:
+        with safe_open(file, "pt") as opened:
+            names = set(opened.keys())
+            if missing := sorted(wanted.keys() - names):
+                return f"{file.name}: {missing[0]!r} is missing{_and_more(missing)}"
+            if surplus := sorted(names - known):
+                return f"{file.name}: {surplus[0]!r} is not of this model{_and_more(surplus)}"
+            for name, tensor in wanted.items():
+                part = opened.get_slice(name)
+                shape, dtype = list(part.get_shape()), part.get_dtype()
+                if shape != list(tensor.shape):
+                    return f"{file.name}: {name!r}: expected the shape {list(tensor.shape)}, got {shape}"
+                if dtype != DTYPES.get(tensor.dtype) and not (tensor.is_floating_point() and dtype in _FLOATING):
+                    return f"{file.name}: {name!r}: expected {tensor.dtype}, got {dtype}"
+                if not is_finite(opened.get_tensor(name)):
+                    return f"{file.name}: {name!r} has values that are not finite"
+    except (OSError, SafetensorError) as error:
+        return f"{file.name} cannot be read: {error_text(error)}"
+    return None
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _config_difference(written: Any, config: PreTrainedConfig) -> str | None:
+    """The first key with another value. Both sides take the same way, so that defaults are filled in alike."""
+    if not isinstance(written, dict):
+        return f"expected an object, got {type(written).__name__}"
+    here = json.loads(config.to_json_string())
+    if written.get("model_type") != here.get("model_type"):
+        return f"model_type was {written.get('model_type')!r}, here it is {here.get('model_type')!r}"
+    was, now = (
+        dict(_flat(json.loads(type(config).from_dict(c).to_json_string(use_diff=False)))) for c in (written, here)
+    )
+    for key in sorted(was.keys() | now.keys()):
+        if was.get(key) != now.get(key):
+            return f"{key} was {was.get(key)!r}, here it is {now.get(key)!r}"
+    return None
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if key in IGNORED:
+            continue
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
