@@ -20,7 +20,7 @@ FLOORS = (
     ("aepo_kernels.reference", "aepo_kernels.kernels", "aepo_kernels.cuda"),
     ("aepo_kernels.ops", "aepo_kernels.linear_head"),
     ("aepo_kernels",),
-    ("aepo.types", "aepo.config", "aepo.install", "aepo.registry", "aepo.own_code"),
+    ("aepo.types", "aepo.config", "aepo.install", "aepo.output", "aepo.registry", "aepo.own_code"),
     ("aepo.agents.protocol",),
     ("aepo.models",),
     ("aepo.agents.formats", "aepo.agents.tools", "aepo.agents.rewards"),
