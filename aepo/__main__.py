@@ -6,10 +6,20 @@ import argparse
 import sys
 
 from aepo.install import COMMANDS, DISTRIBUTION, explain_missing, pip_install
+from aepo.output import guard_output, status_of_output
 
 
 def main() -> None:
-    """Run the command line; without typer, which two of the extras bring, `doctor` and `--version` remain."""
+    """Run the command line; what it printed and nobody could read makes an exit code of 0 another one."""
+    guard_output()
+    try:
+        _command_line()
+    except SystemExit as end:
+        sys.exit(end.code or status_of_output())
+
+
+def _command_line() -> None:
+    """Without typer, which two of the extras bring, `doctor` and `--version` remain."""
     try:
         from aepo.cli import main as whole
     except ImportError as error:

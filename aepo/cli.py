@@ -140,11 +140,13 @@ def report(
         if not live:
             if port is not None:
                 raise ValueError(f"--port {port}: expected --live with it")
-            typer.echo(f"wrote {write_report(runs, out)}")
+            page = write_report(runs, out)
         elif out is not None:
             raise ValueError(f"--out {out}: expected no --live with it, which writes no file")
         else:
             serve_report(runs, 8765 if port is None else port)
+            return
+    typer.echo(f"wrote {page}")
 
 
 @app.command()

@@ -70,12 +70,12 @@ def evaluate(
     given = [*(overrides or ()), *(f"{key}={value}" for key, value in shorthands.items() if value is not None)]
     every = not any(override.startswith("eval.questions=") for override in given)
     to_stdout = json_path == "-"
-    json_out = sys.stdout if to_stdout else json_path and Path(json_path)
+    json_out = sys.stdout if to_stdout else None if json_path is None else Path(json_path)
     with explained(), contextlib.redirect_stdout(sys.stderr) if to_stdout else contextlib.nullcontext():
         from aepo.play import run_evaluation
         from aepo.subject import find_subject
 
-        run_evaluation(find_subject(subject, config, given, step, best), every, answers, json_out or None)
+        run_evaluation(find_subject(subject, config, given, step, best), every, answers, json_out)
 
 
 def rollout(

@@ -1,7 +1,11 @@
-"""Live progress: a line per step and evaluation, and on a terminal a bar with the stage that is running."""
+"""Live progress: a line per step and evaluation, and on a terminal a bar with the stage that is running.
+
+Output that cannot be written any more ends no step (aepo/output.py).
+"""
 
 from __future__ import annotations
 
+import contextlib
 from types import TracebackType
 
 from rich.console import Console
@@ -16,6 +20,7 @@ from rich.progress import (
 )
 
 from aepo.metrics import Record
+from aepo.output import guarded_output
 
 
 class Display:
@@ -35,15 +40,17 @@ class Display:
             disable=not self.console.is_terminal,
         )
         self._task = self._bar.add_task("starting", total=steps)
+        self._entered = contextlib.ExitStack()
 
     def __enter__(self) -> Display:
-        self._bar.start()
+        self._entered.enter_context(guarded_output())
+        self._entered.enter_context(self._bar)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        self._entered.close()
 
     def stage(self, name: str) -> None:
         self._bar.update(self._task, description=name.replace("_", " "))

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aepo.install import DISTRIBUTION, NAMESAKE, changed_files, installed_from, pip_install, requirements
+from aepo.output import guard_output, status_of_output
 
 MIN_PYTHON = (3, 10)  # as in pyproject.toml
 SHOWN_PACKAGES = ("torch", "triton", "transformers", "vllm", "trl", "verl")  # one line each; the others one per extra
@@ -372,4 +373,6 @@ def _print_table(findings: list[Finding]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m aepo.doctor", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    sys.exit(main(parser.parse_args().json))
+    as_json = parser.parse_args().json
+    guard_output()
+    sys.exit(main(as_json) or status_of_output())

@@ -39,6 +39,7 @@ from aepo.own_code import code_changes, code_facts, code_of, named_part
 from aepo.rollout.branching import branch_rule
 from aepo.rollout.engine import Engine
 from aepo.rollout.sampler import Sampler
+from aepo.run_files import refuse_unwritable, write_file
 from aepo.run_log import machine_facts, naming_its_directory, read_facts
 from aepo.saved_trees import tree_entry
 from aepo.scoring import Scorer
@@ -97,9 +98,12 @@ def loaded(subject: Subject, console: Console, own_rule: str | None = None) -> I
 
 def run_evaluation(subject: Subject, every: bool, answers: Path | None, json_out: Path | TextIO | None) -> None:
     """every: all held-out questions, else `eval.questions` of them. Whatever ends it, what was finished is reported."""
-    for path in (answers, json_out):
-        if isinstance(path, Path):
-            _refuse_missing_folder(path)
+    given = {"--answers": answers, "--json": json_out}
+    paths = {name: path for name, path in given.items() if isinstance(path, Path)}
+    for name, path in paths.items():
+        refuse_unwritable(name, path)
+    if len(paths) == 2 and answers == json_out:
+        raise ValueError(f"--answers {answers}: expected another file than that of --json")
     console = wide_console()
     with loaded(subject, console) as player:
         start = time.perf_counter()
@@ -124,9 +128,12 @@ def run_evaluation(subject: Subject, every: bool, answers: Path | None, json_out
 
 def run_rollout(subject: Subject, count: int, heldout: bool, out: Path) -> None:
     """Trees of `count` questions as training samples them. Whatever ends it, those that were finished are written."""
-    _refuse_missing_folder(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: expected a new or an empty directory")
+    try:
+        out.mkdir(exist_ok=True)  # before the work, not after it
+    except OSError as error:
+        raise ValueError(f"--out {out}: expected a directory that can be made: {error.strerror}") from None
     console = wide_console()
     with loaded(subject, console, subject.config.rollout.branch_rule) as player:
         config, agent = player.config, player.agent
@@ -204,7 +211,7 @@ def _write_rollouts(out: Path, subject: Subject, player: Player, scored: Sequenc
 
     step, config = subject.step or 0, player.config
     entries = [tree_entry(one, player.agent.format.decode) for one in scored]
-    (out / "trees").mkdir(parents=True)
+    (out / "trees").mkdir()
     about = {"step": step, "vocab_size": player.facts["model"]["vocab_size"], "temperature": config.rollout.temperature}
     _write_json(out / "trees" / f"step_{step:06d}.json", {**about, "trees": entries})
     write_answers(out / "answers.jsonl", subject.step, [read_answers(one, player.agent.format) for one in scored])
@@ -217,12 +224,4 @@ def _write_json(out: Path | TextIO, record: Record) -> None:
     if not isinstance(out, Path):
         out.write(text)
         return
-    temporary = out.with_name(f".{out.name}.writing")
-    temporary.write_text(text)
-    temporary.replace(out)
-
-
-def _refuse_missing_folder(path: Path) -> None:
-    """Before the work, not after it."""
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"{path}: expected a path in a directory that exists, there is no {path.parent}")
+    write_file(out, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -57,17 +58,48 @@ def whole_lines(path: Path) -> tuple[list[bytes], bytes]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Write at once: a reader, or a crash, finds the old content or the new. After an error, the old, and no rest."""
-    temporary = path.with_name(f".{path.name}.writing")
+    """Write at once: a reader, or a crash, finds the old content or the new. After an error, the old, and no rest.
+
+    What is behind a link is written, not the link; and what is no file, as /dev/stdout, is written to, not replaced.
+    """
+    if path.exists() and not path.is_file():
+        try:
+            with path.open("wb") as file:
+                yield file
+        except OSError as error:  # its own text does not name the file if a write fails
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        return
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(os.path.realpath(path))
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _temporary(path: Path) -> Path:
+    real = Path(os.path.realpath(path))
+    if real.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return real.with_name(f".{real.name}.writing")
+
+
+def refuse_unwritable(name: str, path: Path) -> None:
+    """ValueError, before the work and not after it: `whole_file` could not write there. name: of the argument."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not path.exists() or path.is_file():
+            temporary = _temporary(path)
+            temporary.touch()
+            temporary.unlink()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{name} {path}: expected a file that can be written: {reason}") from None
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import errno
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from aepo.bench.harness import Refusal, Row
+from aepo.run_files import refuse_unwritable, write_file
 
 
 def check_json(path: Path) -> None:
     """ValueError if the file cannot be written: better before a measurement than after it."""
-    try:
+    with contextlib.suppress(OSError, ValueError):  # said below
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        new = _new(path)
-        new.touch()
-        new.unlink()
-    except OSError as error:
-        raise ValueError(f"json must be a file that can be written; got {path} ({error.strerror})") from None
-
-
-def _new(path: Path) -> Path:
-    return path.with_name(f"{path.name}.new")
+    refuse_unwritable("--json", path)
 
 
 def write_json(
@@ -44,6 +35,4 @@ def write_json(
         "refused": [dataclasses.asdict(refusal) for refusal in refused],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = _new(path)  # whoever is stopped while writing leaves the old file
-    new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    new.replace(path)
+    write_file(path, json.dumps(result, indent=1) + "\n")

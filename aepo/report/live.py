@@ -96,8 +96,9 @@ def make_server(runs: Sequence[Path], port: int) -> ThreadingHTTPServer:
             if tag:
                 self.send_header("ETag", tag)
             self.send_header("Cache-Control", "no-store")
-            self.end_headers()
-            self.wfile.write(body)
+            with contextlib.suppress(ConnectionError):  # a page that was closed
+                self.end_headers()
+                self.wfile.write(body)
 
         def log_message(self, format: str, *arguments: object) -> None:
             """One line every two seconds would be no help."""

@@ -12,6 +12,7 @@ from aepo.report.charts import chart_data, moving_mean, window
 from aepo.report.reader import Run, read_run
 from aepo.report.summary import differences, summary
 from aepo.report.trees import fitting_trees, page_tree
+from aepo.run_files import write_file
 
 SCRIPTS = ("base.js", "charts.js", "export.js", "trees.js", "browser.js", "answers.js", "page.js")
 
@@ -82,7 +83,7 @@ def encoded(page: str) -> bytes:
 
 def _write(page: str, out: Path) -> Path:
     out = Path(out)
-    out.write_bytes(encoded(page))
+    write_file(out, encoded(page))
     return out
 
 

@@ -98,10 +98,10 @@ def test_sizes_that_no_memory_holds_are_one_line(sizes) -> None:
 
 def test_a_json_file_that_cannot_be_written_is_said_before_the_measurement(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
-    for path, why in ((tmp_path, "it is a folder"), (tmp_path / "file" / "rows.json", "File exists")):
+    for path, why in ((tmp_path, "Is a directory"), (tmp_path / "file" / "rows.json", "Not a directory")):
         done = run("decode", "--device", "cpu", "--quick", "--json", path)
         assert done.exit_code == 1
-        assert done.output == f"error: json must be a file that can be written; got {path} ({why})\n"
+        assert done.output == f"error: --json {path}: expected a file that can be written: {why}\n"
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 

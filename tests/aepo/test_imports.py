@@ -20,7 +20,7 @@ FLOORS = (
     ("aepo_kernels.reference", "aepo_kernels.kernels", "aepo_kernels.cuda"),
     ("aepo_kernels.ops", "aepo_kernels.linear_head"),
     ("aepo_kernels",),
-    ("aepo.types", "aepo.install", "aepo.registry", "aepo.own_code", "aepo.setting_types"),
+    ("aepo.types", "aepo.install", "aepo.output", "aepo.registry", "aepo.own_code", "aepo.setting_types"),
     ("aepo.yaml_settings",),
     ("aepo.settings_reading",),
     ("aepo.config",),

@@ -1,0 +1,214 @@
+"""Output that goes away, in real processes: it ends a run as SIGTERM does, and is never an error of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from aepo.checkpoint import list_checkpoints
+from aepo.run_log import read_records
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}", "OMP_NUM_THREADS": "1"}
+TOY = """
+import sys
+from trainer_toys import ToyLanguageModel, toy_agent
+from aepo import __main__, cli_shared
+cli_shared.load = lambda config: (toy_agent(), ToyLanguageModel())
+__main__.main()
+"""
+SMALL = ["train.questions=4", "rollout.paths=2", "rollout.max_tokens=6", "log.tensorboard=false", "eval.questions=2"]
+ENDLESS = ["train.steps=100000", *SMALL]
+
+
+def start(*words: str | Path, program: str = TOY, **streams: Any) -> subprocess.Popen[bytes]:
+    given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ENVIRONMENT, **streams}
+    return subprocess.Popen([sys.executable, "-c", program, *map(str, words)], **given)
+
+
+def shell(line: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """`line` has "$@" where the command is to stand."""
+    command = [sys.executable, "-c", TOY, *map(str, words)]
+    return subprocess.run(
+        ["bash", "-c", line, "bash", *command], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+
+
+def first_line(stream: IO[bytes] | None) -> bytes:
+    assert stream is not None
+    return stream.readline()
+
+
+def state(run: Path) -> tuple[str, int, int]:
+    """How it ended, its last step, its last checkpoint."""
+    status = json.loads((run / "run.json").read_text())["status"]
+    return status, read_records(run / "metrics.jsonl")[-1]["step"], list_checkpoints(run / "checkpoints")[-1].step
+
+
+def assert_interrupted(run: Path) -> None:
+    status, step, saved = state(run)
+    assert (status, saved) == ("interrupted", step)
+
+
+def test_a_reader_that_leaves_ends_a_run_which_can_go_on(tmp_path: Path) -> None:
+    process = start("train", *ENDLESS, f"run.dir={tmp_path / 'run'}")
+    assert first_line(process.stdout)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(120) == 130
+    assert process.stderr is not None
+    assert process.stderr.read() == b"interrupted\n"
+    assert_interrupted(tmp_path / "run")
+    resumed = shell('"$@"', "train", "--resume", tmp_path / "run", f"train.steps={state(tmp_path / 'run')[1] + 1}")
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+
+
+def test_both_streams_into_one_pipe(tmp_path: Path) -> None:
+    """`aepo train 2>&1 | head -1`: nothing can be said any more."""
+    process = start("train", *ENDLESS, f"run.dir={tmp_path / 'run'}", stderr=subprocess.STDOUT)
+    first_line(process.stdout)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(120) == 130
+    assert_interrupted(tmp_path / "run")
+
+
+def test_a_full_disk_behind_standard_output(tmp_path: Path) -> None:
+    done = shell('exec "$@" >/dev/full', "train", *ENDLESS, f"run.dir={tmp_path / 'run'}")
+    assert done.returncode == 130
+    assert done.stderr == "error: standard output: No space left on device\ninterrupted\n"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("controlling", [True, False])
+def test_a_terminal_that_goes_away(controlling: bool, tmp_path: Path) -> None:
+    """With SIGHUP, where it is the terminal of the session; then every write to it fails with EIO."""
+    ours, theirs = pty.openpty()
+    control = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n" if controlling else ""
+    process = start(
+        *("train", *ENDLESS, f"run.dir={tmp_path / 'run'}"),
+        program=control + TOY,
+        **{"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": True},
+    )
+    os.close(theirs)
+    while b"reward" not in os.read(ours, 4096):  # the first step
+        pass
+    os.close(ours)
+    assert process.wait(120) == 130
+    assert_interrupted(tmp_path / "run")
+
+
+def test_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", TOY, "train", "train.steps=3", *SMALL, f"run.dir={tmp_path / 'run'}"]
+    process = subprocess.Popen(
+        ["bash", "-c", "trap '' HUP; exec \"$@\"", "bash", *command],
+        **{"env": ENVIRONMENT, "stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": True},
+    )
+    os.close(theirs)
+    os.close(ours)
+    assert process.wait(120) == 0
+    assert state(tmp_path / "run") == ("finished", 3, 3)
+
+
+@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", "2>/dev/full"])
+def test_streams_that_nobody_wants(streams: str, tmp_path: Path) -> None:
+    """Closed before the start, or standard error alone: the run goes on. No file gets the number of a closed one."""
+    done = shell(f'exec "$@" {streams}', "train", "train.steps=2", *SMALL, f"run.dir={tmp_path / 'run'}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert state(tmp_path / "run") == ("finished", 2, 2)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_no_file_gets_the_number_of_a_closed_stream(closed: str, tmp_path: Path) -> None:
+    """Or it would hold what libraries and child processes print."""
+    program = (
+        "from aepo.output import guard_output; guard_output(); import os, subprocess, sys\n"
+        "file = open(sys.argv[1], 'w'); print('a'); print('b', file=sys.stderr)\n"
+        "os.write(1, b'c'); os.write(2, b'd'); subprocess.run(['echo'])"
+    )
+    line = f'exec "{sys.executable}" -c "$1" "$2" {closed}'
+    done = subprocess.run(
+        ["bash", "-c", line, "bash", program, tmp_path / "file"], env=ENVIRONMENT, capture_output=True
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_a_slow_reader_of_a_pipe_that_does_not_block_gets_all(tmp_path: Path) -> None:
+    """So terminals are left behind by some programs, and a print would raise BlockingIOError."""
+    program = "from aepo.output import guard_output; guard_output(); print('x' * 300_000); print('end')"
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    process = start(program=program, stdout=writing)
+    os.close(writing)
+    time.sleep(0.5)
+    with open(reading, "rb") as stream:
+        assert stream.read() == b"x" * 300_000 + b"\nend\n"
+    assert process.wait(60) == 0
+
+
+def test_a_character_that_the_encoding_lacks(tmp_path: Path) -> None:
+    program = "from aepo.output import guard_output; guard_output(); print('\\u00e9')"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}, capture_output=True
+    )
+    assert (done.returncode, done.stdout) == (0, b"\\xe9\n")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_is_printed_comes_in_order_and_at_once(unbuffered: str) -> None:
+    program = (
+        "print('a'); from aepo.output import guard_output; guard_output(); print('b'); import time; time.sleep(60)"
+    )
+    process = start(program=program, env={**ENVIRONMENT, "PYTHONUNBUFFERED": unbuffered})
+    try:
+        assert first_line(process.stdout) == b"a\n"
+        if unbuffered:
+            assert first_line(process.stdout) == b"b\n"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("command", [["keys"], ["keys", "model"], ["--help"], ["doctor", "--json"]])
+def test_commands_that_only_print(command: list[str]) -> None:
+    """As SIGPIPE would end them; a disk that is full is said."""
+    program = "from aepo.__main__ import main; main()"
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = start(*command, program=program, stdout=writing)
+    os.close(writing)
+    assert process.wait(120) == 141
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    with open("/dev/full", "wb") as full:
+        process = start(*command, program=program, stdout=full)
+    _, said = process.communicate(timeout=120)
+    assert (process.returncode, said) == (1, b"error: standard output: No space left on device\n")
+
+
+def test_evaluations_rollouts_and_reports(tmp_path: Path) -> None:
+    """What they write to files is written; numbers that were to go to standard output are missed by the exit code."""
+    run = tmp_path / "run"
+    assert shell('"$@"', "train", "train.steps=1", *SMALL, f"run.dir={run}").returncode == 0
+    report = shell('"$@" >/dev/full', "report", run)
+    assert (report.returncode, report.stderr) == (1, "error: standard output: No space left on device\n")
+    assert (run / "report.html").stat().st_size > 10_000
+    numbers = shell('"$@" >/dev/full', "eval", run, "--json", "-")
+    assert numbers.returncode != 0
+    assert "error: standard output: No space left on device\n" in numbers.stderr
+    assert "Traceback" not in numbers.stderr
+    for command in (["eval", run, "--answers", tmp_path / "a.jsonl"], ["rollout", run, "--out", tmp_path / "out"]):
+        done = shell('set -o pipefail; "$@" | true', *command)
+        assert "Traceback" not in done.stderr
+        assert "Exception" not in done.stderr
+        assert done.returncode in (130, 141), done.stderr
