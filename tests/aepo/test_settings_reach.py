@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 from test_trainer import config_for, trainer_for
-from trainer_toys import ToyLanguageModel, tiny_model, toy_agent
+from trainer_toys import ToyLanguageModel, ToyTask, tiny_model, toy_agent
 
 from aepo.advantages import Sample
 from aepo.config import load_config
@@ -136,6 +136,45 @@ def test_every_optimiser_step_of_a_batch_is_taken(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path / "run", "train.epochs=3", "train.minibatches=2")
     trainer.train_step()
     assert {int(state["step"]) for state in trainer.learner.optimizer.state.values()} == {6}
+
+
+def test_every_optimiser_step_of_a_batch_has_a_gradient_of_its_own(tmp_path: Path) -> None:
+    """And the norm that is logged is their mean. Without a learning rate the weights stay, so both can be had again."""
+    trainer = double_trainer(tmp_path / "run", "train.minibatches=2", "optimizer.learning_rate=0")
+    samples = samples_of(trainer)
+    trainer.train_step()
+    (record,) = read_records(tmp_path / "run" / "metrics.jsonl")
+    model, norms = trainer.learner.model, []
+    minibatches = Learner(model, trainer.config, str).pack(list(samples), 4)
+    stats = trainer.learner.entropy_stats(minibatches)
+    for minibatch in minibatches:
+        model.zero_grad()
+        norms.append(trainer.learner.backward(minibatch, stats, ["", "", "", ""])[1])
+    assert record["optimizer.grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-9)
+    assert abs(norms[0] - norms[1]) > 1e-3
+
+
+def test_no_random_number_is_drawn_twice(tmp_path: Path) -> None:
+    """Neither in two steps on the same questions, nor by paths of one step."""
+    trainer = trainer_for(tmp_path / "run", "train.questions=8", "rollout.max_tokens=30")
+    asked = requests_of(trainer)
+    trainer.train_step()
+    first = {request.seed for request in asked}
+    trainer.train_step()
+    assert len({request.seed for request in asked}) == len(asked) > len(first) > 32
+
+
+def test_success_is_where_the_configuration_says(tmp_path: Path) -> None:
+    """The toy's rewards say themselves what a success is, so here is a function that gives a number."""
+
+    class Half(ToyTask):
+        rewards = {lambda completions: [0.5] * len(completions): 1.0}  # noqa: RUF012
+
+    for threshold, share in ((0.4, 1.0), (0.5, 1.0), (0.6, 0.0)):
+        config = config_for(tmp_path / str(threshold), f"task.success={threshold}", "train.steps=0")
+        Trainer(config, toy_agent(Half()), ToyLanguageModel()).train()
+        (record,) = read_records(tmp_path / str(threshold) / "evals.jsonl")
+        assert record["success"] == share
 
 
 def test_questions_are_divided_among_the_optimiser_steps(tmp_path: Path) -> None:
