@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[2]
 class Mutation:
     """`old`, which is in `file` exactly once, becomes `new`; then at least one of `tests` fails.
 
-    file: a path from the root of the repository. tests: files, or file::function, as pytest takes them.
+    file: a path from the root of the repository. tests: files, file::function or
+    file::function[case], as pytest takes them.
     """
 
     name: str

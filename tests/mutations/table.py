@@ -20,7 +20,6 @@ def row(name: str, file: str, old: str, new: str, *tests: str) -> Mutation:
     )
 
 
-_LOSS = "policy_settings test_the_loss_of_every_preset_at_temperature_0_7_with_every_term"
 _PAPERS = "policy_settings test_presets_have_the_numbers_of_the_papers"
 _OBJECTIVE = "policy_settings test_a_setting_of_the_objective_reaches_the_loss"
 _ADVANTAGES = "policy_settings test_a_setting_of_the_advantages_reaches_them"
@@ -39,14 +38,14 @@ MUTATIONS = (
         "aepo/learner.py",
         "with_old_policy(self.model, b, temperature)",
         "with_old_policy(self.model, b, 1.0)",
-        _LOSS,
+        "policy_settings test_old_logprobs_reaches_the_loss",
     ),
     row(
         "importance-weight-is-1",
         "aepo/loss.py",
         "rollout_logprobs=batch.rollout_logprobs[rows] if objective",
         "rollout_logprobs=batch.old_logprobs[rows] if objective",
-        _OBJECTIVE,
+        _OBJECTIVE + "[importance_cap]",
     ),
     row(
         "reference-is-the-live-model",
@@ -62,9 +61,11 @@ MUTATIONS = (
         "return None",
         "settings_reach test_the_entropy_factor_is_taken_over_the_whole_batch",
     ),
-    row("eps-high-is-no-setting", "aepo/config.py", '    "eps_high",\n', "", _OBJECTIVE),
-    row("kl-estimator-is-no-setting", "aepo/config.py", '    "kl_estimator",\n', "", _OBJECTIVE),
-    row("importance-cap-is-no-setting", "aepo/config.py", '    "importance_cap",\n', "", _OBJECTIVE),
+    row("eps-high-is-no-setting", "aepo/config.py", '    "eps_high",\n', "", _OBJECTIVE + "[eps_high]"),
+    row("kl-estimator-is-no-setting", "aepo/config.py", '    "kl_estimator",\n', "", _OBJECTIVE + "[kl_estimator]"),
+    row(
+        "importance-cap-is-no-setting", "aepo/config.py", '    "importance_cap",\n', "", _OBJECTIVE + "[importance_cap]"
+    ),
     row(
         "entropies-of-prompts-count",
         "aepo/packing.py",
@@ -86,7 +87,7 @@ MUTATIONS = (
         "aepo/loss.py",
         '"constant": paths * max_tokens',
         '"constant": paths',
-        _OBJECTIVE,
+        _OBJECTIVE + "[aggregation]",
     ),
     row(
         "minibatches-split-groups",
@@ -159,7 +160,13 @@ MUTATIONS = (
     row(
         "step-discount-ignored", "aepo/advantages.py", "        step_discount=policy.step_discount,\n", "", _ADVANTAGES
     ),
-    row("step-weight-ignored", "aepo/advantages.py", "        step_weight=policy.step_weight,\n", "", _ADVANTAGES),
+    row(
+        "step-weight-ignored",
+        "aepo/advantages.py",
+        "        step_weight=policy.step_weight,\n",
+        "",
+        _ADVANTAGES + "[step_weight]",
+    ),
     row("overlong-is-a-bonus", "aepo/advantages.py", "[r - overlong_penalty", "[r + overlong_penalty", "advantages"),
     row(
         "length-with-the-prompt",
@@ -167,7 +174,7 @@ MUTATIONS = (
         "len(trajectory.token_ids) - trajectory.generated.index(True)",
         "len(trajectory.token_ids)",
         "advantages",
-        _ADVANTAGES,
+        _ADVANTAGES + "[overlong_buffer]",
     ),
     row(
         "discount-counts-from-the-start",
