@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from trainer_toys import random_samples, tiny_model
 
 from aepo.config import Config, PolicyConfig
 from aepo.loss import microbatch_loss, policy_objective, with_old_policy
-from aepo.metrics import finite, loss_metrics, mismatch_metrics, rollout_metrics
+from aepo.metrics import StageClock, finite, loss_metrics, mismatch_metrics, rollout_metrics
 from aepo.packing import microbatches, pack
 from aepo.run_log import RunLog, read_records, remove_run
 from aepo.saved_trees import token_texts
@@ -209,3 +210,16 @@ def test_damage_in_the_middle_of_the_records_is_an_error(tmp_path: Path) -> None
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
         read_records(tmp_path / "metrics.jsonl")
+
+
+def test_speeds_are_tokens_over_the_seconds_beside_them() -> None:
+    stages: list[str] = []
+    clock = StageClock(stages.append)
+    for stage, seconds in (("rollout", 0.01), ("update", 0.02)):
+        with clock(stage):
+            time.sleep(seconds)
+    record = clock.metrics(generated=300, trained=200)
+    assert stages == ["rollout", "update"]
+    assert record["seconds.step"] >= record["seconds.rollout"] + record["seconds.update"] >= 0.03
+    assert record["tokens.per_second"] * record["seconds.step"] == pytest.approx(200)
+    assert record["tokens.generated_per_second"] * record["seconds.rollout"] == pytest.approx(300)

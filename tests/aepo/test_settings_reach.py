@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,16 @@ def test_two_optimiser_steps_are_those_of_adamw() -> None:
         learner.apply(step, 0)
     for parameter, wanted in zip(model.parameters(), truth, strict=True):
         torch.testing.assert_close(parameter.detach(), wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_saved_trees_have_the_advantages_that_were_trained_on(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path / "run", "log.trees=4")
+    samples = samples_of(trainer)
+    trainer.train_step()
+    trees = json.loads((tmp_path / "run" / "trees" / "step_000001.json").read_text())["trees"]
+    saved = {(q, j): advantage for q, tree in enumerate(trees) for j, advantage in enumerate(tree["advantages"])}
+    assert saved == {(s.question, s.path): s.advantages[s.trajectory.generated.index(True)] for s in samples}
+    assert len(set(saved.values())) > 2
 
 
 def test_a_line_of_the_display_says_what_the_record_holds() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from rich.console import Console
@@ -25,6 +26,7 @@ def main() -> int:
         parser.error(f"no mutation {unknown[0]!r}; --list says which there are")
     chosen = [known[name] for name in arguments.names] or list(MUTATIONS)
     if arguments.list:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `| head`
         for mutation in chosen:
             print(f"{mutation.name:40} {mutation.file:40} {' '.join(mutation.tests)}")
         return 0

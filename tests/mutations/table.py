@@ -124,6 +124,20 @@ MUTATIONS = (
         "        metrics = []",
         "settings_reach test_every_optimiser_step_of_a_batch_has_a_gradient_of_its_own",
     ),
+    row(
+        "own-losses-divide-by-the-micro-batch",
+        "aepo/learner.py",
+        "tokens=trained,",
+        "tokens=batch.trained_tokens,",
+        "policy_settings test_loss_and_reference_reach_the_loss",
+    ),
+    row(
+        "own-losses-get-no-reference",
+        "aepo/learner.py",
+        "if config.policy.reference if self.own_loss is not None else self.objective.kl_coef != 0:",
+        "if self.objective.kl_coef != 0:",
+        "policy_settings test_loss_and_reference_reach_the_loss",
+    ),
     # Presets, by the papers
     row(
         "cispo-bound",
@@ -231,8 +245,7 @@ MUTATIONS = (
         "aepo/rollout/growth.py",
         'derive_uniform(path.stream, "alpha", step)',
         'derive_uniform(path.stream, "alpha")',
-        "sampler",
-        "rollout",
+        "growth test_every_decision_has_a_draw_of_its_own",
     ),
     row(
         "branch-forgets-the-penalty",
@@ -257,24 +270,21 @@ MUTATIONS = (
         "aepo/rollout/growth.py",
         "mean_entropy(generation.entropies, self._config.entropy_window)",
         "mean_entropy(generation.entropies, 10**9)",
-        "sampler",
-        "rollout",
+        "growth test_entropies_are_means_over_the_window_alone",
     ),
     row(
         "entropy-window-of-tools-ignored",
         "aepo/rollout/growth.py",
         "window = self._config.entropy_window",
         "window = 10**9",
-        "sampler",
-        "rollout",
+        "growth test_entropies_are_means_over_the_window_alone",
     ),
     row(
         "entropy-not-in-units-of-log-v",
         "aepo/rollout/sampler.py",
         "math.log(self._agent.format.vocab_size)",
         "1.0",
-        "sampler",
-        "rollout",
+        "growth test_entropies_are_means_over_the_window_alone",
     ),
     row(
         "penalty-is-a-bonus",
@@ -341,14 +351,14 @@ MUTATIONS = (
         "aepo/agents/formats/answers.py",
         "return found[-1] if found",
         "return found[0] if found",
-        "format_chat test_answer_styles",
+        "format_calls",
     ),
     row(
         "first-box-counts",
         "aepo/agents/formats/answers.py",
         "start > last[0]",
         "start < last[0]",
-        "format_chat test_answer_styles",
+        "format_calls test_boxed",
     ),
     row(
         "answers-in-thoughts-count",
@@ -450,14 +460,14 @@ MUTATIONS = (
         "aepo/metrics.py",
         '"tokens.per_second": trained / step',
         '"tokens.per_second": generated / step',
-        "metrics",
+        "metrics test_speeds_are_tokens_over_the_seconds_beside_them",
     ),
     row(
         "rollout-speed-of-the-whole-step",
         "aepo/metrics.py",
         'generated / self._seconds["rollout"]',
         "generated / step",
-        "metrics",
+        "metrics test_speeds_are_tokens_over_the_seconds_beside_them",
     ),
     row(
         "loss-is-a-mean-of-micro-batches",
@@ -467,6 +477,20 @@ MUTATIONS = (
         "metrics test_the_loss_is_summed_in_a_step_and_averaged_over_steps",
     ),
     row("intervals-are-too-narrow", "aepo/estimates.py", "COVERAGE = 0.95", "COVERAGE = 0.9", "estimates"),
+    row(
+        "trees-show-the-advantage-of-another-path",
+        "aepo/trainer.py",
+        "firsts.get((q, path.id), 0.0)",
+        "firsts.get((q, 0), 0.0)",
+        "settings_reach test_saved_trees_have_the_advantages_that_were_trained_on",
+    ),
+    row(
+        "mismatch-is-not-logged",
+        "aepo/trainer.py",
+        "(mismatch_metrics(batches) if self.config.recomputes_old_logprobs else {})",
+        "{}",
+        "report_keys test_what_is_explained_is_a_metric",
+    ),
     # Report
     row(
         "a-chart-without-its-metric",
