@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from trainer_toys import random_samples, tiny_model
 
 from aepo.config import Config, PolicyConfig
 from aepo.loss import microbatch_loss, policy_objective, with_old_policy
-from aepo.metrics import finite, loss_metrics, mismatch_metrics, rollout_metrics
+from aepo.metrics import StageClock, finite, loss_metrics, mismatch_metrics, rollout_metrics
 from aepo.packing import microbatches, pack
 from aepo.run_directory import RunDirectory
 from aepo.run_log import RunLog
@@ -173,3 +174,16 @@ def test_tensorboard_has_the_same_numbers(tmp_path: Path, config: Config) -> Non
     assert events.Scalars("reward/mean")[0].value == 0.25
     assert events.Scalars("tools/calls.search")[0].step == 1
     assert events.Scalars("heldout/success")[0].value == 0.5
+
+
+def test_speeds_are_tokens_over_the_seconds_beside_them() -> None:
+    stages: list[str] = []
+    clock = StageClock(stages.append)
+    for stage, seconds in (("rollout", 0.01), ("update", 0.02)):
+        with clock(stage):
+            time.sleep(seconds)
+    record = clock.metrics(generated=300, trained=200)
+    assert stages == ["rollout", "update"]
+    assert record["seconds.step"] >= record["seconds.rollout"] + record["seconds.update"] >= 0.03
+    assert record["tokens.per_second"] * record["seconds.step"] == pytest.approx(200)
+    assert record["tokens.generated_per_second"] * record["seconds.rollout"] == pytest.approx(300)
