@@ -7,7 +7,9 @@ A scenario is what lies in the directory before, and the command. `truth` is wha
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import gc
 import hashlib
 import io
 import json
@@ -191,12 +193,15 @@ def files_of(directory: Path) -> set[str]:
 
 def warm_up(place: Path) -> None:
     """One run in this process, so that those forked from it find everything imported: it halves their time."""
-    cli_shared.load = lambda config: (toy_agent(), ToyLanguageModel())
+    model = ToyLanguageModel()  # each forked process has its own
+    cli_shared.load = lambda config: (toy_agent(), copy.deepcopy(model))
     sys.argv = ["aepo", *command(place / "warm_up", new(*SEVERAL, "log.tensorboard=true"))]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         cli.main()
     shutil.rmtree(place / "warm_up")
     assert len(os.listdir("/proc/self/task")) == 1, "a process that has threads cannot be forked safely"
+    gc.collect()
+    gc.freeze()  # else the collector of each forked process would touch, and so copy, all of this one's memory
 
 
 @dataclass
