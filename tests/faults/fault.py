@@ -1,13 +1,13 @@
 """One fault: what happens, and where. Its text names it, and repeats it.
 
-    one/SIGINT@trainer.py:120#2             a signal at a place (places.py), when it is reached for the second time
-    one/SIGINT,SIGTERM+3@trainer.py:120#2   another one three places later; SIGTERM*10: ten of them, a place apart
-    one/SIGKILL@write:metrics.jsonl#1       the process is gone before it writes (writes.py)
-    one/ENOSPC@fsync:checkpoints#1          an operation on a file fails; ENOSPC..: and all later ones
-    one/MemoryError@step#2                  a call fails (CALLS) when it has done half of its work; nan: it makes NaNs
-    one/tmpfs=200@disk#1                    a file system of 200 KiB; limit=200: no file longer than that
-    one/full@stdout#1, one/closed@stdout#1  /dev/full, or a pipe that nobody reads
-    one/--resume@trainer.py:120#2           a second process on the directory, while the first one waits at the place
+one/SIGINT@trainer.py:120#2             a signal at a place (places.py), when it is reached for the second time
+one/SIGINT,SIGTERM+3@trainer.py:120#2   another one three places later; SIGTERM*10: ten of them, a place apart
+one/SIGKILL@write:metrics.jsonl#1       the process is gone before it writes (writes.py)
+one/ENOSPC@fsync:checkpoints#1          an operation on a file fails; ENOSPC..: and all later ones
+one/MemoryError@step#2                  a call fails (CALLS) when it has done half of its work; nan: it makes NaNs
+one/tmpfs=200@disk#1                    a file system of 200 KiB; limit=200: no file longer than that
+one/full@stdout#1, one/closed@stdout#1  /dev/full, or a pipe that nobody reads
+one/--resume@trainer.py:120#2           a second process on the directory, while the first one waits at the place
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ class Fault:
 class Injector:
     """Sets a fault up in the process that it is meant for. `tell` is called once, when it happens."""
 
-    def __init__(self, fault: Fault, directory: Path, tell: Callable[[], None], on_any_place: Callable[[], None]) -> None:
+    def __init__(
+        self, fault: Fault, directory: Path, tell: Callable[[], None], on_any_place: Callable[[], None]
+    ) -> None:
         self.fault, self.directory, self.tell, self.on_any_place = fault, directory, tell, on_any_place
         self.counts: Counter[str] = Counter()
         self.pending: list[int] = []  # signals that are still to come

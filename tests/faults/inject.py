@@ -11,9 +11,11 @@ Which of several hundred thousand faults are tried, and in which order, is a fun
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -35,7 +37,7 @@ import runs
 import torch
 from fault import CALLS, ERRORS, Fault, Injector, grow_disk, mount_small_disk, name_of
 from judge import Foreign
-from runs import SCENARIOS, Prepared, command
+from runs import SCENARIOS, Ended, Prepared, command
 
 COMMAND = "python tests/faults/inject.py"
 KINDS = (
@@ -49,12 +51,27 @@ KINDS = (
     "output",
     "two processes",
 )
+IN_CODE = KINDS[:3]
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
-SEVERAL = ("SIGINT,SIGINT+1", "SIGINT,SIGTERM+2", "SIGTERM,SIGINT+3", "SIGHUP,SIGTERM+7", "SIGINT,SIGINT+20", "SIGINT*10")
+SEVERAL = (
+    "SIGINT,SIGINT+1",
+    "SIGINT,SIGTERM+2",
+    "SIGTERM,SIGINT+3",
+    "SIGHUP,SIGTERM+7",
+    "SIGINT,SIGINT+20",
+    "SIGINT*10",
+)
 ERRNOS = ("ENOSPC", "EIO", "EACCES")
 SECONDS = ("--resume", "--overwrite", "--new")
 # While these run, the directory is the first process's own.
-ITS_OWN = ("Trainer.train_step", "Trainer.update", "Trainer.save", "save_checkpoint", "Trainer._evaluate_if_due", "_record")
+ITS_OWN = (
+    "Trainer.train_step",
+    "Trainer.update",
+    "Trainer.save",
+    "save_checkpoint",
+    "Trainer._evaluate_if_due",
+    "_record",
+)
 
 
 @dataclass
@@ -96,6 +113,18 @@ def record(prepared: Prepared, work: Path) -> list[str]:
     for where in trace.read_text().splitlines():
         counts[where] += 1
         found.append(f"{where}#{counts[where]}")
+    return found
+
+
+def of_program(draw: random.Random) -> dict[str, list[Fault]]:
+    """A program is told from outside: when its output, or a file of its, has so many lines."""
+    wheres = ["out#1", "out#4", "run.json#1", "evals.jsonl#1", "metrics.jsonl#1", "metrics.jsonl#2", "metrics.jsonl#3"]
+    whats = {"one signal": SIGNALS, "several signals": SEVERAL, "kill -9": ("SIGKILL",)}
+    found = {
+        kind: [Fault("program", what, where) for what in these for where in wheres] for kind, these in whats.items()
+    }
+    for faults in found.values():
+        draw.shuffle(faults)
     return found
 
 
@@ -158,6 +187,23 @@ def attempt(fault: Fault, prepared: Prepared, work: Path) -> Result:
     return Result(fault, problems, time.monotonic() - began, output)
 
 
+def watched(fault: Fault, directory: Path, arguments: list[str], work: Path) -> Ended:
+    """A program, whose signals come from outside, to its whole group as from a terminal, SIGKILL to it alone."""
+    name, _, count = fault.where.partition("#")
+    file = work / "logs" / "out" if name == "out" else directory / name
+    process = runs.start(arguments, work / "logs", whole=True)
+    while os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if file.is_file() and file.read_bytes().count(b"\n") >= int(count):
+            (work / "told").write_text(str(runs.records(directory)))
+            for number in fault.signals:
+                with contextlib.suppress(ProcessLookupError):
+                    (os.kill if number == signal.SIGKILL else os.killpg)(process, number)
+                time.sleep(0.001 * fault.gap)
+            break
+        time.sleep(0.001)
+    return runs.wait(process, work / "logs")
+
+
 def injector(fault: Fault, directory: Path, work: Path, foreign: Foreign) -> Injector:
     def tell() -> None:
         descriptor = os.open(work / "told", os.O_WRONLY | os.O_CREAT)
@@ -171,10 +217,11 @@ def one_process(fault: Fault, prepared: Prepared, work: Path, directory: Path) -
     prepared.copy_to(directory)
     foreign = Foreign(directory, work / "outside")
     foreign.plant_early()
-    before = runs.status(directory)
-    ended = runs.run(
-        command(directory, prepared.scenario.arguments), work / "logs", injector(fault, directory, work, foreign)
-    )
+    before, arguments = runs.status(directory), command(directory, prepared.scenario.arguments)
+    if prepared.scenario.whole:
+        ended = watched(fault, directory, arguments, work)
+    else:
+        ended = runs.run(arguments, work / "logs", injector(fault, directory, work, foreign))
     if not (work / "told").exists():
         return ["never reached: not a try"], ended.err
     steps_then = int((work / "told").read_text())
@@ -186,7 +233,7 @@ def one_process(fault: Fault, prepared: Prepared, work: Path, directory: Path) -
     if fault.what.startswith("tmpfs="):
         grow_disk(directory)
     if problems or ended.code != 0:
-        _, failed = judge.recover(directory, prepared, work / "logs" / "after")
+        failed = judge.recovery_problems(directory, prepared, work / "logs" / "after")
         problems += failed
         if failed:
             return problems, ended.err
@@ -264,13 +311,28 @@ def interleaved(lists: Sequence[list[Fault]]) -> list[Fault]:
 
 
 def planned(prepared: dict[str, Prepared], work: Path, seed: int) -> list[Fault]:
-    """Every fault of every scenario; any beginning of the list is a fair sample of kinds, scenarios and functions."""
+    """Every fault of every scenario. Of any beginning of the list three in four are in our code, where no function comes
+    twice before all have come; the others are of all other kinds."""
     draw = random.Random(seed)
     by_kind: dict[str, list[list[Fault]]] = {kind: [] for kind in KINDS}
     for name, one in prepared.items():
-        for kind, faults in candidates(name, record(one, work), draw).items():
+        found = of_program(draw) if one.scenario.whole else candidates(name, record(one, work), draw)
+        for kind, faults in found.items():
             by_kind[kind].append(faults)
-    return interleaved([interleaved(lists) for lists in by_kind.values()])
+    lists = {kind: interleaved(lists) for kind, lists in by_kind.items()}
+    in_code = _new_functions_first(interleaved([lists[kind] for kind in IN_CODE]))
+    others = interleaved([lists[kind] for kind in KINDS if kind not in IN_CODE])
+    return interleaved([in_code[0::3], in_code[1::3], in_code[2::3], others])
+
+
+def _new_functions_first(faults: list[Fault]) -> list[Fault]:
+    seen, first, later = set(), [], []
+    for fault in faults:
+        place = fault.where.partition("#")[0]
+        function = places.FUNCTIONS.get(place, place)
+        (later if function in seen else first).append(fault)
+        seen.add(function)
+    return first + later
 
 
 def all_tried(
@@ -327,7 +389,9 @@ def table(results: Sequence[Result], possible: Counter[str], seed: int) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("fault", nargs="*", help="As a failure names it; default: all, in an order that the seed makes.")
+    parser.add_argument(
+        "fault", nargs="*", help="As a failure names it; default: all, in an order that the seed makes."
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sample", type=int, help="So many faults, of all kinds and functions.")
     parser.add_argument("--minutes", type=float, default=10.0, help="No fault is begun after this.")
@@ -351,7 +415,9 @@ def main() -> int:
                 print(result.output)
 
     memory = Path("/dev/shm")  # where fsync costs nothing
-    with tempfile.TemporaryDirectory(prefix="aepo_faults_", dir=memory if os.access(memory, os.W_OK) else None) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="aepo_faults_", dir=memory if os.access(memory, os.W_OK) else None
+    ) as folder:
         work = Path(folder)
         runs.warm_up(work)
         prepared = {name: runs.prepare(scenario, work) for name, scenario in SCENARIOS.items() if name in names}

@@ -82,9 +82,7 @@ def checkpoint_problems(directory: Path, prepared: Prepared) -> list[str]:
     return found
 
 
-def ending_problems(
-    fault: Fault, ended: Ended, directory: Path, before: dict | None, steps_then: int
-) -> list[str]:
+def ending_problems(fault: Fault, ended: Ended, directory: Path, before: dict | None, steps_then: int) -> list[str]:
     """Exit code, status and what is printed. before: run.json before the command; steps_then: in metrics.jsonl when it
     happened."""
     now = status(directory)
@@ -130,19 +128,16 @@ def ending_problems(
     return problems
 
 
-def recover(directory: Path, prepared: Prepared, logs: Path) -> tuple[Ended, list[str]]:
-    """Go on as the documentation says: resume, or begin anew where nothing was saved."""
-    if list_checkpoints(directory / "checkpoints"):
-        arguments = ("--resume", "RUN")
-    else:
-        settings = next(s for s in (prepared.scenario.arguments, *prepared.scenario.before) if "--resume" not in s)
-        arguments = tuple(a for a in settings if a != "--overwrite")
-        if status(directory) is not None:
-            arguments += ("--overwrite",)
-    ended = run(command(directory, arguments), logs)
+def recovery_problems(directory: Path, prepared: Prepared, logs: Path) -> list[str]:
+    """Going on as the documentation says works at once: resume, or begin anew where nothing was saved."""
+    arguments: tuple[str, ...] = ("--resume", "RUN")
+    if not list_checkpoints(directory / "checkpoints"):
+        anew = ("--overwrite",) if status(directory) is not None else ()
+        arguments = (*(one for one in prepared.scenario.settings if one != "--overwrite"), *anew)
+    ended = run(command(directory, arguments), logs, whole=prepared.scenario.whole)
     if ended.code == 0:
-        return ended, []
-    return ended, [f"{'resume' if '--resume' in arguments else 'new start'} failed: {last_line(ended.err)}"]
+        return []
+    return [f"{'resume' if '--resume' in arguments else 'new start'} failed: {last_line(ended.err)}"]
 
 
 def finished_problems(directory: Path, prepared: Prepared, foreign: set[str]) -> list[str]:
@@ -154,7 +149,9 @@ def finished_problems(directory: Path, prepared: Prepared, foreign: set[str]) ->
     for name, got, right in zip(("metrics", "evaluations"), outcome(directory), expected.outcome, strict=True):
         if got != right:
             steps = [record["step"] for record in got], [record["step"] for record in right]
-            problems.append(f"{name} differ from the undisturbed run's" + (f": steps {steps}" if steps[0] != steps[1] else ""))
+            problems.append(
+                f"{name} differ from the undisturbed run's" + (f": steps {steps}" if steps[0] != steps[1] else "")
+            )
     last = list_checkpoints(directory / "checkpoints")[-1:]
     if not last or last[0].step != STEPS or state_of(last[0].path) != expected.states[STEPS]:
         problems.append("the last checkpoint is not the undisturbed run's")

@@ -50,20 +50,28 @@ BASE = (
     "run.device=cpu",
 )
 SEVERAL = ("train.minibatches=2", "train.epochs=2", "policy.kl_coef=0.1", "policy.old_logprobs=recompute")
-TRY_SECONDS = 60.0  # a try takes less than one; after this it hangs
+TRY_SECONDS = 60.0  # a fork takes less than one, a program 10; after this it hangs
+ROOT = str(Path(__file__).parents[2])
 
 State = dict[str, str]  # checksum by the name of a weight or moment
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """`before`: commands that prepare the directory, each undisturbed but for the last, which a SIGINT ends in its
-    last step if `halfway`. `arguments`: of the command that faults are put into, RUN for the directory."""
+    """`arguments`: of the command that faults are put into, RUN for the directory. `before`: of the run that is there
+    already; it has been interrupted in its last step if `halfway`. `whole`: as a program with the tiny model, whose
+    weights are random, not as a fork with toys."""
 
     name: str
     arguments: tuple[str, ...]
-    before: tuple[tuple[str, ...], ...] = ()
+    before: tuple[str, ...] | None = None
     halfway: bool = False
+    whole: bool = False
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Of a new run."""
+        return self.before if self.before is not None and "--resume" in self.arguments else self.arguments
 
 
 def new(*settings: str) -> tuple[str, ...]:
@@ -75,9 +83,10 @@ SCENARIOS = {
     for scenario in (
         Scenario("one", new()),
         Scenario("several", new(*SEVERAL, "checkpoint.every=2", "log.tensorboard=true")),
-        Scenario("resume", ("--resume", "RUN"), (new(*SEVERAL),), halfway=True),
-        Scenario("rewind", ("--resume", "RUN", "--from-step", "1"), (new("checkpoint.keep=9"),)),
-        Scenario("overwrite", (*new(), "--overwrite"), (new("run.seed=5"),)),
+        Scenario("resume", ("--resume", "RUN"), new(*SEVERAL), halfway=True),
+        Scenario("rewind", ("--resume", "RUN", "--from-step", "1"), new("checkpoint.keep=9")),
+        Scenario("overwrite", (*new(), "--overwrite"), new("run.seed=5")),
+        Scenario("program", new("warm_start.steps=0", "rollout.max_tokens=24"), whole=True),
     )
 }
 
@@ -106,8 +115,9 @@ def command(directory: Path, arguments: Sequence[str]) -> list[str]:
     return ["train", *(argument.replace("RUN", str(directory)) for argument in arguments)]
 
 
-def start(arguments: Sequence[str], logs: Path, prepare: Callable[[], None] = lambda: None) -> int:
-    """Fork a process that calls the command line, after `prepare`. Its process id, which is that of a group."""
+def start(arguments: Sequence[str], logs: Path, prepare: Callable[[], None] | None = None, whole: bool = False) -> int:
+    """Fork a process that calls the command line, after `prepare`; `whole`: that becomes the program. Its process id,
+    which is that of a group."""
     logs.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush(), sys.stderr.flush()
     child = os.fork()
@@ -118,6 +128,9 @@ def start(arguments: Sequence[str], logs: Path, prepare: Callable[[], None] = la
         os.setsid()
         for name, number in (("out", 1), ("err", 2)):
             os.dup2(os.open(logs / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+        if whole:
+            os.environ["PYTHONPATH"] = ROOT
+            os.execv(sys.executable, [sys.executable, "-m", "aepo", *arguments])
         sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
         sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -130,10 +143,11 @@ def start(arguments: Sequence[str], logs: Path, prepare: Callable[[], None] = la
         os._exit(code)
 
 
-def _exit_code(prepare: Callable[[], None]) -> int:
+def _exit_code(prepare: Callable[[], None] | None) -> int:
     """As the interpreter would make it at the top of a program."""
     try:
-        prepare()
+        if prepare is not None:
+            prepare()
         cli.main()
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
@@ -166,8 +180,8 @@ def wait(process: int, logs: Path) -> Ended:
     return Ended(code, out, err, left, time.monotonic() - began)
 
 
-def run(arguments: Sequence[str], logs: Path, prepare: Callable[[], None] = lambda: None) -> Ended:
-    return wait(start(arguments, logs, prepare), logs)
+def run(arguments: Sequence[str], logs: Path, prepare: Callable[[], None] | None = None, whole: bool = False) -> Ended:
+    return wait(start(arguments, logs, prepare, whole), logs)
 
 
 def state_of(checkpoint: Path) -> State:
@@ -219,16 +233,14 @@ class Prepared:
             directory.mkdir(parents=True, exist_ok=True)
 
 
-def undisturbed(directory: Path, arguments: Sequence[str], logs: Path) -> None:
-    ended = run(command(directory, arguments), logs)
-    assert ended.code == 0, ended
-
-
 @functools.cache
-def truth(settings: Sequence[str], place: Path) -> Truth:
+def truth(settings: Sequence[str], whole: bool, place: Path) -> Truth:
     """settings: of a new run, which is done with all its checkpoints."""
     directory = place / f"truth_{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"
-    undisturbed(directory, [*settings, "checkpoint.every=1", "checkpoint.keep=99"], place / "logs")
+    ended = run(
+        command(directory, [*settings, "checkpoint.every=1", "checkpoint.keep=99"]), place / "logs", whole=whole
+    )
+    assert ended.code == 0, ended
     states = {one.step: state_of(one.path) for one in list_checkpoints(directory / "checkpoints")}
     return Truth(states, outcome(directory), files_of(directory))
 
@@ -247,18 +259,14 @@ def interrupt_in_last_step() -> None:
 
 
 def prepare(scenario: Scenario, place: Path) -> Prepared:
-    directory = place / scenario.name / "before"
-    prepared = Prepared(scenario, directory)
-    for settings in scenario.before:
-        prepare_fault = interrupt_in_last_step if scenario.halfway else lambda: None
-        ended = run(command(directory, settings), place / "logs", prepare_fault)
+    prepared = Prepared(scenario, place / scenario.name)
+    if scenario.before is not None:
+        fault = interrupt_in_last_step if scenario.halfway else None
+        ended = run(command(prepared.directory, scenario.before), place / "logs", fault)
         assert ended.code == (130 if scenario.halfway else 0), ended
-        if scenario.halfway:
-            assert [one.step for one in list_checkpoints(directory / "checkpoints")][-1] == STEPS - 1
-    for settings in (*scenario.before, scenario.arguments):
-        if "--resume" not in settings:
-            seed = 5 if "run.seed=5" in settings else 0
-            prepared.truths[seed] = truth(_without_saving(settings), place)
+    for settings in {scenario.settings, scenario.before or scenario.settings}:
+        seed = 5 if "run.seed=5" in settings else 0
+        prepared.truths[seed] = truth(_without_saving(settings), scenario.whole, place)
     return prepared
 
 
