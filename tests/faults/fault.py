@@ -101,15 +101,14 @@ class Injector:
         fault = self.fault
         places.on_place = self.place
         writes.watch(self.directory, self.write)
+        if fault.kind in ("full disk", "output"):
+            self.tell()
         if fault.what.startswith("limit="):
             size = int(fault.what.partition("=")[2]) << 10
-            self.tell()
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         elif fault.what == "full":
-            self.tell()
             os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
         elif fault.what == "closed":
-            self.tell()
             reader, writer = os.pipe()
             os.close(reader)
             os.dup2(writer, 1)

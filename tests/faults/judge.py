@@ -20,7 +20,7 @@ class Foreign:
     among checkpoints and trees. outside: a directory beside the run's."""
 
     EARLY = ("notes.txt", "mine/data.bin")
-    LATE = ("checkpoints/notes.txt", "trees/mine.json")
+    LATE = ("checkpoints/notes.txt", "checkpoints/step_000001_backup/model.txt", "trees/mine.json")
 
     def __init__(self, directory: Path, outside: Path) -> None:
         self._directory, self._outside, self._late = directory, outside, outside / "late"
@@ -32,10 +32,10 @@ class Foreign:
 
     def plant_late(self) -> None:
         """In the process of the run, which is the one that knows when."""
-        if (self._directory / "checkpoints").is_dir() and (self._directory / "trees").is_dir():
-            if not self._late.exists():
-                for path in (*(self._directory / name for name in self.LATE), self._late):
-                    _write(path)
+        there = all((self._directory / name).is_dir() for name in ("checkpoints", "trees"))
+        if there and not self._late.exists():
+            for path in (*(self._directory / name for name in self.LATE), self._late):
+                _write(path)
 
     def problems(self) -> list[str]:
         names = [*self.EARLY, "linked/precious.txt", *(self.LATE if self._late.exists() else ())]
@@ -148,10 +148,8 @@ def finished_problems(directory: Path, prepared: Prepared, foreign: set[str]) ->
         problems.append(f"at the end, status {now and now['status']}")
     for name, got, right in zip(("metrics", "evaluations"), outcome(directory), expected.outcome, strict=True):
         if got != right:
-            steps = [record["step"] for record in got], [record["step"] for record in right]
-            problems.append(
-                f"{name} differ from the undisturbed run's" + (f": steps {steps}" if steps[0] != steps[1] else "")
-            )
+            steps = " ".join(str(record["step"]) for record in got)
+            problems.append(f"{name} differ from the undisturbed run's; of steps {steps}")
     last = list_checkpoints(directory / "checkpoints")[-1:]
     if not last or last[0].step != STEPS or state_of(last[0].path) != expected.states[STEPS]:
         problems.append("the last checkpoint is not the undisturbed run's")

@@ -50,7 +50,7 @@ BASE = (
     "run.device=cpu",
 )
 SEVERAL = ("train.minibatches=2", "train.epochs=2", "policy.kl_coef=0.1", "policy.old_logprobs=recompute")
-TRY_SECONDS = 60.0  # a fork takes less than one, a program 10; after this it hangs
+TRY_SECONDS = 300.0  # a fork takes less than one, a program 10, on an idle machine; after this it hangs
 ROOT = str(Path(__file__).parents[2])
 
 State = dict[str, str]  # checksum by the name of a weight or moment

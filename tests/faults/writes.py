@@ -62,7 +62,7 @@ def watch(directory: Path, on_write: Callable[[str, Path], None]) -> None:
         if inside:
             return
         if event == "open":
-            path, mode, flags = arguments
+            path, _, flags = arguments
             if isinstance(path, (str, bytes, os.PathLike)) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                 found = below(path)
                 if found:
