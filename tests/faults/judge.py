@@ -13,6 +13,7 @@ from aepo.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
 from aepo.config import load_config
 
 SIGNALLED = 130
+STATUSES = ("running", "finished", "interrupted", "failed")  # and another one while a run is being replaced
 
 
 class Foreign:
@@ -86,7 +87,8 @@ def ending_problems(fault: Fault, ended: Ended, directory: Path, before: dict | 
     """Exit code, status and what is printed. before: run.json before the command; steps_then: in metrics.jsonl when it
     happened."""
     now = status(directory)
-    name, reason = (None, None) if now is None or now == before else (now["status"], now.get("reason"))
+    begun = now is not None and now != before and now["status"] in STATUSES
+    name, reason = (now["status"], now.get("reason")) if begun else (None, None)
     problems = []
     if ended.left:
         problems.append("a process is left")
@@ -129,10 +131,12 @@ def ending_problems(fault: Fault, ended: Ended, directory: Path, before: dict | 
 
 
 def recovery_problems(directory: Path, prepared: Prepared, logs: Path) -> list[str]:
-    """Going on as the documentation says works at once: resume, or begin anew where nothing was saved."""
+    """Going on as the documentation says works at once: resume, or begin anew where nothing was saved, or where a run
+    was being replaced."""
     arguments: tuple[str, ...] = ("--resume", "RUN")
-    if not list_checkpoints(directory / "checkpoints"):
-        anew = ("--overwrite",) if status(directory) is not None else ()
+    now = status(directory)
+    if not list_checkpoints(directory / "checkpoints") or (now is not None and now["status"] not in STATUSES):
+        anew = ("--overwrite",) if now is not None else ()
         arguments = (*(one for one in prepared.scenario.settings if one != "--overwrite"), *anew)
     ended = run(command(directory, arguments), logs, whole=prepared.scenario.whole)
     if ended.code == 0:

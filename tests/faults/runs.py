@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -197,12 +198,10 @@ def state_of(checkpoint: Path) -> State:
 
 
 def files_of(directory: Path) -> set[str]:
-    """All but what differs from run to run: TensorBoard's have the time in their names."""
-    return {
-        str(path.relative_to(directory))
-        for path in directory.rglob("*")
-        if path.is_file() and not {"tensorboard", "checkpoints"} & set(path.relative_to(directory).parts)
-    }
+    """All but what differs from run to run: TensorBoard's have the time in their names, a resumed run sets aside what
+    is later than where it begins."""
+    files = (str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    return {name for name in files if not re.match(r"tensorboard/|checkpoints/|abandoned/\d+/", name)}
 
 
 def warm_up(place: Path) -> None:
