@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist
 READY := $(VENV)/.ready
 VLLM := $(VENV)/.vllm
 
-.PHONY: help demo test test-fast test-vllm mutations lint bench gpu results clean
+.PHONY: help demo test test-fast test-vllm test-faults mutations lint bench gpu results clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test-fast   the tests without vLLM and the slow ones: the inner loop"
 	@echo "make test-vllm   those with real vLLM engines"
 	@echo "make mutations   put known mistakes into copies of the source, one by one: a test must fail at each (minutes)"
+	@echo "make test-faults signals, kills, failing writes, full disks and second processes, put into real runs for ten minutes"
 	@echo "make lint        ruff (lint, format) and mypy"
 	@echo "make bench       the CPU rows of the benchmark tables, into benchmarks/results/"
 	@echo "make gpu         on a GPU machine, with its own Python: build, kernel tests, all benchmarks (< 9 minutes); docs/gpu.md"
@@ -58,6 +59,10 @@ test-vllm: $(VLLM)
 
 mutations: $(READY)
 	$(BIN)/python -m tests.mutations
+
+# In another order, or for longer: make test-faults FAULTS="--seed 7 --minutes 60".
+test-faults: $(READY)
+	$(BIN)/python tests/faults/inject.py $(FAULTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
