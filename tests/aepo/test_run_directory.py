@@ -23,6 +23,7 @@ from aepo.report.reader import read_run
 from aepo.report.summary import summary
 from aepo.run_directory import RunDirectory
 from aepo.run_files import FORMAT, read_facts, read_records
+from aepo.run_lock import DirectoryLock, is_held
 from aepo.run_log import RunLog
 from aepo.subject import find_subject
 
@@ -150,6 +151,35 @@ def test_of_many_that_begin_at_once_one_holds_it(tmp_path):
             process.communicate()
 
 
+def test_a_directory_that_is_given_up_is_not_held_by_the_next(tmp_path):
+    """It is removed while others wait for it: what they hold must be there."""
+    script = """
+import sys, time
+from aepo.run_directory import RunDirectory
+end = time.monotonic() + 1.5
+while time.monotonic() < end:
+    try:
+        held = RunDirectory.claim(sys.argv[1], resume=False)
+    except BlockingIOError:
+        continue
+    held.require()
+    held.release()
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run")]) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+
+
+def test_what_happened_before_the_lock_was_had_counts(tmp_path, monkeypatch):
+    def late(path: Path, **options: bool) -> DirectoryLock:
+        make_run(path)  # another process began a run, and ended
+        return DirectoryLock(path, **options)
+
+    monkeypatch.setattr("aepo.run_directory.DirectoryLock", late)
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        RunDirectory.claim(tmp_path / "run", resume=False)
+    assert not is_held(tmp_path / "run")
+
+
 def test_the_children_of_a_killed_run_do_not_hold_it(tmp_path):
     more = """import subprocess
     one = subprocess.Popen(["sleep", "60"], close_fds=False)
@@ -182,6 +212,7 @@ def test_those_who_look_do_not_keep_a_run_from_its_directory(tmp_path):
         deadline = time.monotonic() + 1.5
         while time.monotonic() < deadline:
             RunDirectory.claim(tmp_path, resume=False).release()
+            assert not is_held(tmp_path), "nor each other"
     finally:
         for process in looking:
             process.kill()
@@ -430,6 +461,7 @@ def test_a_killed_setting_aside_can_be_repeated_and_loses_nothing(tmp_path):
             held = RunDirectory.claim(path, resume=True)
             killed = killed_at(count, lambda held=held: held.set_aside(10))
             there = [int(one.name[5:]) for one in path.glob("checkpoints/step_*")]
+            assert sorted(there) == [*range(0, max(there) + 1, 10)], "those that are left are the oldest"
             assert set(range(1, max(there) + 1)) <= set(steps(path / "metrics.jsonl"))
             assert set(range(0, max(there) + 1, 10)) <= set(steps(path / "evals.jsonl"))
             held.release()
