@@ -27,7 +27,7 @@ class LanguageModel:
         does not fit or is damaged, or it holds an adapter."""
         refuse_adapter_directory(path)
         try:
-            loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, local_files_only=True, output_loading_info=True
             )
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
