@@ -37,7 +37,7 @@ class LanguageModel:
         if missing := sorted(found["missing_keys"]):  # transformers makes them up
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise ValueError(f"{path}: expected all weights of the model, {missing[0]} is missing{more}")
-        model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its types
+        model.to(device)
         return cls(model.eval(), tokenizer)
 
     @property
