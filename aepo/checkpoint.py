@@ -121,7 +121,7 @@ def save_checkpoint(
         if not isinstance(error, Exception):
             raise
         kept = "unknown"
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):
             kept = ", ".join(c.path.name for c in list_checkpoints(directory)) or "none"
         raise CheckpointError(
             f"cannot save checkpoint {final}: {error_text(error)}. Older checkpoints kept: {kept}"
@@ -342,9 +342,10 @@ def _prune(directory: Path, step: int, keep: int) -> None:
 
 @contextlib.contextmanager
 def _warns(what: str) -> Iterator[None]:
+    """For what comes after a checkpoint is whole and in its place: it does not undo that."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
         with contextlib.suppress(OSError, ValueError):  # standard error may be closed
             print(f"warning: {what}: {error_text(error)}", file=sys.stderr)
 

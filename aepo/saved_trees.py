@@ -36,7 +36,7 @@ def token_texts(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]
     pieces, start, done = [], 0, ""  # done: the text of token_ids[start:end] that has its tokens
     for end in range(1, len(token_ids) + 1):
         last, long = end == len(token_ids), end - start > 2 * WINDOW
-        if long and not last and decode(token_ids[end - WINDOW : end]).endswith("\ufffd"):
+        if long and not last and all(decode(token_ids[at:end]).endswith("\ufffd") for at in _starts(end)):
             pieces.append("")  # bytes that are no text, for long: the window is decoded at their end
             continue
         text = decode(token_ids[start:end])
@@ -53,8 +53,13 @@ def token_texts(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]
 def _shorter(
     token_ids: Sequence[int], start: int, end: int, text: str, decode: Callable[[Sequence[int]], str]
 ) -> tuple[int, str]:
-    """A later start of the window and the text from there, if it reads the same: some starts cut a character."""
-    for later in range(end - WINDOW, end - WINDOW - 4, -1):  # a character has at most four bytes
+    """A later start of the window and the text from there, if it reads the same."""
+    for later in _starts(end):
         if text.endswith(rest := decode(token_ids[later:end])):
             return later, rest
     return start, text
+
+
+def _starts(end: int) -> range:
+    """Some cut a character in two, not all of them: it has at most four bytes."""
+    return range(end - WINDOW, end - WINDOW - 4, -1)

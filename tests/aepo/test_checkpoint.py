@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
+import os
 import resource
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from trainer_toys import ToyLanguageModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from aepo.checkpoint import (
     CheckpointError,
     best_checkpoint,
+    checkpoint_path,
     list_checkpoints,
     load_checkpoint,
+    load_weights,
     save_checkpoint,
     verify_checkpoint,
 )
 from aepo.config import Config, to_yaml
 from aepo.learner import make_optimizer
+from aepo.models.language_model import LanguageModel
 
 YAML = to_yaml(Config())
 
@@ -83,13 +93,13 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert best.step == 2
 
 
-def test_saving_an_older_step_ends_the_future_that_was_left(tmp_path: Path) -> None:
+def test_a_step_is_written_anew_and_later_ones_stay(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step, keep=5)
-    save(tmp_path, 2, keep=5)
-    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [1, 2]
+    save(tmp_path, 2, success=0.5, keep=5)
+    assert [(c.step, c.heldout_success) for c in list_checkpoints(tmp_path)] == [(1, None), (2, 0.5), (3, None)]
     verify_checkpoint(tmp_path / "step_000002")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001", "step_000002"], "nothing is left behind"
+    assert names(tmp_path) == ["step_000001", "step_000002", "step_000003"], "nothing is left behind"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS", "run.yaml"])
@@ -144,4 +154,370 @@ def test_an_unreadable_state_does_not_hide_a_checkpoint(tmp_path: Path) -> None:
 
 def test_state_is_small_and_plain(tmp_path: Path) -> None:
     state = json.loads((save(tmp_path, 3, success=0.7) / "state.json").read_text())
-    assert state == {"format": 1, "step": 3, "heldout_success": 0.7}
+    assert state == {"format": 1, "step": 3, "heldout_success": 0.7, "optimizer": "AdamW", "moments": 24}
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+# What is not ours
+
+
+def test_what_a_run_did_not_write_is_left_alone(tmp_path: Path) -> None:
+    directory, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    save(directory, 10, success=0.9)
+    save(elsewhere, 4)
+    shutil.copytree(directory / "step_000010", directory / "step_000010_backup")
+    for name in ("step_000010_1", "step_10", "step_0000010", "step_-00001", ".writing_1", "\u0661\u0661\u0661"):
+        (directory / name).mkdir()
+    (directory / "step_\u0661\u0661\u0661\u0661\u0661\u0661").mkdir()  # digits, but not ours
+    (directory / "step_000010.tar.gz").write_text("mine")
+    (directory / "step_000003").write_text("mine")
+    (directory / "notes.txt").write_text("mine")
+    (directory / "step_000004").symlink_to(elsewhere / "step_000004")
+    (directory / "step_000005").symlink_to(tmp_path / "nowhere")
+    mine = {name for name in names(directory) if name != "step_000010"}
+    assert [c.step for c in list_checkpoints(directory)] == [4, 10]
+    load_checkpoint(directory / "step_000004", *fresh())
+    for step in (11, 12, 13):
+        save(directory, step, keep=1, success=0.1 * (step - 10))
+    assert set(names(directory)) == mine | {"step_000010", "step_000013"}
+    verify_checkpoint(elsewhere / "step_000004")
+    for step in (3, 4, 5):
+        with pytest.raises(CheckpointError, match=f"step_00000{step} is there and was not written by a run"):
+            save(directory, step)
+    assert set(names(directory)) == mine | {"step_000010", "step_000013"}
+    verify_checkpoint(elsewhere / "step_000004")
+
+
+def test_a_note_in_a_checkpoint_is_not_lost(tmp_path: Path) -> None:
+    (save(tmp_path, 1) / "notes.txt").write_text("mine")
+    (save(tmp_path, 2) / "notes.txt").write_text("mine too")
+    assert (save(tmp_path, 2) / "notes.txt").read_text() == "mine too", "written anew"
+    for step in (3, 4, 5):
+        save(tmp_path, step, keep=1)
+    assert names(tmp_path) == ["step_000001", "step_000002", "step_000005"]
+
+
+def test_more_than_six_digits(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000):
+        save(tmp_path, step)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [999_999, 1_000_000]
+    (tmp_path / "step_1000000" / "run.yaml").unlink()
+    with pytest.raises(CheckpointError, match="step_999999 is whole"):
+        verify_checkpoint(tmp_path / "step_1000000")
+    with pytest.raises(CheckpointError, match="no such checkpoint, the steps are: 999999, 1000000"):
+        verify_checkpoint(tmp_path / "step_000003")
+
+
+@pytest.mark.parametrize(
+    "state", ["[]", "3", "{", '{"heldout_success": "high"}', '{"heldout_success": NaN}', "[" * 10**5]
+)
+def test_a_strange_state_breaks_no_list(tmp_path: Path, state: str) -> None:
+    (save(tmp_path, 3, success=0.7) / "state.json").write_text(state)
+    assert [(c.step, c.heldout_success) for c in list_checkpoints(tmp_path)] == [(3, None)]
+    assert best_checkpoint(tmp_path) is None
+
+
+# Whatever ends a save
+
+
+class Stop(BaseException):
+    pass
+
+
+CALLS = ("open", "write_text", "mkdir", "rename", "fsync", "view", "dumps", "save_pretrained", "iterdir", "is_file")
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, call: str, at: int, error: BaseException) -> list[int]:
+    """From now on the call with this name fails the `at`-th time. Returns a list that grows with every call."""
+    target: object = {"fsync": os, "dumps": json, "view": torch.Tensor, "save_pretrained": PreTrainedConfig}.get(
+        call, Path
+    )
+    real, count = getattr(target, call), []
+
+    def maybe(*args: Any, **kwargs: Any) -> Any:
+        count.append(1)
+        if len(count) == at:
+            raise error
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(target, call, maybe)
+    return count
+
+
+def raised_by(function: Callable[[], None]) -> BaseException | None:
+    try:
+        function()
+    except BaseException as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("error", [OSError(5, "disk"), MemoryError(), RuntimeError("two\nlines"), Stop()], ids=repr)
+@pytest.mark.parametrize("call", CALLS)
+def test_whatever_fails_while_saving_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: BaseException
+) -> None:
+    save(tmp_path, 1)
+    before = (save(tmp_path, 2, success=0.5) / "SHA256SUMS").read_text()
+    toy, optimizer = trained(1)
+
+    def write() -> None:
+        save_checkpoint(tmp_path, 2, toy.model, toy.tokenizer, optimizer, heldout_success=0.7, config_yaml=YAML, keep=2)
+
+    failed = 0
+    for at in range(1, 200):
+        with monkeypatch.context() as patch:
+            count = failing(patch, call, at, error)
+            raised = raised_by(write)
+        if raised is not None:
+            failed += 1
+            assert type(raised) is (Stop if isinstance(error, Stop) else CheckpointError)
+            assert "\n" not in str(raised)
+        verify_checkpoint(tmp_path / "step_000001")
+        verify_checkpoint(tmp_path / "step_000002")
+        changed = (tmp_path / "step_000002" / "SHA256SUMS").read_text() != before
+        if len(count) < at:
+            break
+        if not changed:
+            assert names(tmp_path) == ["step_000001", "step_000002"]
+        else:  # it failed after the checkpoint was there, while it tidied up
+            save(tmp_path, 2, success=0.5)
+            assert names(tmp_path) == ["step_000001", "step_000002"]
+    assert failed > 0
+    assert changed, "the last one went through"
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_kill_between_two_renames_costs_nothing(tmp_path: Path, at: int) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2, success=0.5)
+    code = f"""
+import os, pathlib, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_checkpoint
+real, count = pathlib.Path.rename, []
+def rename(*args):
+    count.append(1)
+    if len(count) == {at}:
+        os.kill(os.getpid(), 9)
+    return real(*args)
+pathlib.Path.rename = rename
+test_checkpoint.save(pathlib.Path({str(tmp_path)!r}), 2)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert (tmp_path / ".writing_000002").is_dir(), "it was killed while it saved"
+    assert [(c.step, c.heldout_success) for c in list_checkpoints(tmp_path)] == [(1, None), (2, 0.5)]
+    assert load_checkpoint(checkpoint_path(tmp_path, 2), *fresh()) == 2
+    save(tmp_path, 3, keep=5)
+    assert names(tmp_path) == ["step_000001", "step_000002", "step_000003"]
+    assert list_checkpoints(tmp_path)[1].heldout_success == 0.5
+
+
+def test_what_cannot_be_removed_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+
+        def rmtree(path: Path, ignore_errors: bool = False) -> None:
+            if not ignore_errors:
+                raise PermissionError(13, "no", str(path))
+
+        patch.setattr(shutil, "rmtree", rmtree)
+        save(tmp_path, 2, keep=1)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [2], "half a checkpoint is none"
+    assert capsys.readouterr().err.startswith(f"warning: cannot remove {tmp_path / 'step_000001'}: PermissionError")
+    save(tmp_path, 3, keep=1)
+    assert names(tmp_path) == ["step_000003"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["weight", "moment"])
+def test_what_is_not_finite_is_not_saved(tmp_path: Path, where: str, value: float) -> None:
+    save(tmp_path, 1)
+    toy, optimizer = trained()
+    name, parameter = [*toy.model.named_parameters()][3]
+    with torch.no_grad():
+        (parameter if where == "weight" else optimizer.state[parameter]["exp_avg_sq"]).view(-1)[-1] = value
+    file, name = ("model", name) if where == "weight" else ("optimizer", f"{name}|exp_avg_sq")
+    with pytest.raises(CheckpointError) as error:
+        save_checkpoint(
+            tmp_path, 2, toy.model, toy.tokenizer, optimizer, heldout_success=None, config_yaml=YAML, keep=1
+        )
+    assert f"{file}.safetensors: {name} has values that are not finite" in str(error.value)
+    assert names(tmp_path) == ["step_000001"]
+
+
+# What is of another
+
+
+def fresh(seed: int = 1) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
+    model = ToyLanguageModel(seed=seed).model
+    return model, make_optimizer(model, Config().optimizer)
+
+
+def rewrite(path: Path, name: str, change: Callable[[Any], Any]) -> None:
+    """Another content of a file, with its right checksum."""
+    file = path / name
+    if name.endswith(".safetensors"):
+        save_file(change(load_file(file)), file)
+    else:
+        file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    sums = [line.split("  ") for line in (path / "SHA256SUMS").read_text().splitlines()]
+    lines = [f"{hashlib.sha256((path / n).read_bytes()).hexdigest()}  {n}\n" for _, n in sums]
+    (path / "SHA256SUMS").write_text("".join(lines))
+
+
+def without(found: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in found.items() if key not in keys}
+
+
+NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
+OTHERS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "newer": ("state.json", lambda s: {**s, "format": 2}, "format 2 is of a newer version of aepo, this one reads 1"),
+    "no format": ("state.json", lambda s: without(s, "format"), "format: expected a whole number from 1, got None"),
+    "no object": ("state.json", lambda s: [s], "state.json: expected an object, got list"),
+    "text": ("state.json", lambda s: {**s, "step": "2"}, "step: expected a whole number from 0, got '2'"),
+    "truth": ("state.json", lambda s: {**s, "step": True}, "step: expected a whole number from 0, got True"),
+    "other step": ("state.json", lambda s: {**s, "step": 3}, "step 3 does not fit the directory's name"),
+    "optimizer": ("state.json", lambda s: {**s, "optimizer": "SGD"}, "the optimizer was SGD, here it is AdamW"),
+    "moments": ("state.json", lambda s: {**s, "moments": "all"}, "moments: expected a whole number from 0, got 'all'"),
+    "type": ("config.json", lambda c: {**c, "model_type": "qwen2"}, "model_type was 'qwen2', here it is 'qwen3'"),
+    "theta": ("config.json", lambda c: {**c, "rms_norm_eps": 0.1}, "rms_norm_eps was 0.1, here it is 1e-06"),
+    "list": ("config.json", lambda c: [c], "config.json: expected an object, got list"),
+    "class": ("config.json", lambda c: {**c, "num_hidden_layers": "two"}, "config.json cannot be used: "),
+    "no weight": ("model.safetensors", lambda w: without(w, NORM), f"model.safetensors: {NORM!r} is missing"),
+    "surplus": ("model.safetensors", lambda w: {**w, "bias": w[NORM].clone()}, "'bias' is not of this model"),
+    "shape": ("model.safetensors", lambda w: {**w, NORM: w[NORM][:3].clone()}, "expected the shape [32], got [3]"),
+    "kind": ("model.safetensors", lambda w: {**w, NORM: w[NORM].int()}, "expected torch.float32, got I32"),
+    "nan": ("model.safetensors", lambda w: {**w, NORM: w[NORM] * float("nan")}, "values that are not finite"),
+    "no moments": (
+        "optimizer.safetensors",
+        lambda m: {k: v for k, v in m.items() if not k.startswith(DOWN)},
+        f"expected moments of 24 parameters, got 23, none of {DOWN!r}",
+    ),
+    "none at all": ("optimizer.safetensors", lambda m: {}, "expected moments of 24 parameters, got 0"),
+    "other names": (
+        "optimizer.safetensors",
+        lambda m: {f"base.{k}": v for k, v in m.items()},
+        "'base.model.embed_tokens.weight|exp_avg' is not of this model (and 71 more)",
+    ),
+    "no square": (
+        "optimizer.safetensors",
+        lambda m: without(m, f"{DOWN}|exp_avg_sq"),
+        f"'{DOWN}|exp_avg_sq' is missing",
+    ),
+    "one more": (
+        "optimizer.safetensors",
+        lambda m: {**m, f"{DOWN}|max_exp_avg_sq": m[f"{DOWN}|exp_avg_sq"].clone()},
+        f"'{DOWN}|max_exp_avg_sq' is not of this model",
+    ),
+    "moment's shape": (
+        "optimizer.safetensors",
+        lambda m: {**m, f"{NORM}|exp_avg": m[f"{NORM}|exp_avg"][:2].clone()},
+        "expected the shape [32], got [2]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_of_another_is_refused_before_anything_changes(tmp_path: Path, name: str) -> None:
+    file, change, expected = OTHERS[name]
+    path = save(tmp_path, 2)
+    rewrite(path, file, change)
+    verify_checkpoint(path)
+    model, optimizer = trained(1)[0].model, None
+    optimizer = make_optimizer(model, Config().optimizer)
+    model(input_ids=torch.tensor([[1, 2]])).logits.square().sum().backward()
+    optimizer.step()
+    weights, moments = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(path, model, optimizer)
+    assert str(error.value).startswith(f"cannot load checkpoint {path}: ")
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+    after = optimizer.state_dict()["state"]
+    assert all(torch.equal(v, after[i][k]) for i, entry in moments["state"].items() for k, v in entry.items())
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    model, _ = fresh()
+    with pytest.raises(CheckpointError, match=r"the optimizer was AdamW, here it is Adam$"):
+        load_checkpoint(save(tmp_path, 2), model, torch.optim.Adam(model.parameters()))
+
+
+def test_parameters_without_a_gradient_have_no_moments(tmp_path: Path) -> None:
+    toy = ToyLanguageModel()
+    optimizer = make_optimizer(toy.model, Config().optimizer)
+    for step in (0, 1):
+        path = save_checkpoint(
+            tmp_path, step, toy.model, toy.tokenizer, optimizer, heldout_success=None, config_yaml=YAML, keep=2
+        )
+        model, other = fresh()
+        assert load_checkpoint(path, model, other) == step
+        assert len(other.state) == step
+        toy.model.model.norm.weight.grad = torch.ones(32)  # that of no other
+        optimizer.step()
+
+
+def test_loading_is_in_place_and_older_names_of_tied_weights_are_read(tmp_path: Path) -> None:
+    path = save(tmp_path, 2)
+    stored = load_file(path / "model.safetensors")
+    assert "model.embed_tokens.weight" in stored, "vLLM passes over lm_head where it is tied"
+    rewrite(path, "model.safetensors", lambda w: {k.replace("model.embed_tokens", "lm_head"): v for k, v in w.items()})
+    model, _ = fresh()
+    places = {name: p.data_ptr() for name, p in model.named_parameters()}
+    load_weights(path, model)
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == places
+    assert torch.equal(model.lm_head.weight, stored["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen2", "mistral", "gemma3_text", "gemma2", "qwen3_moe", "olmo2", "granite"]
+)
+def test_other_architectures_fit_themselves_and_load_in_transformers(tmp_path: Path, kind: str, tie: bool) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 16, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 18, "num_experts": 8, "moe_intermediate_size": 8}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, tie_word_embeddings=tie)).eval()
+    optimizer = make_optimizer(model, Config().optimizer)
+    path = save_checkpoint(
+        tmp_path, 0, model, ToyLanguageModel().tokenizer, optimizer, heldout_success=None, config_yaml=YAML, keep=1
+    )
+    load_checkpoint(path, model, optimizer)
+    loaded, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    load_weights(path, loaded)
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+# What belongs to a model besides its weights
+
+
+def test_all_ends_of_text_of_the_model_are_kept(tmp_path: Path) -> None:
+    toy, optimizer = trained()
+    toy.model.generation_config.eos_token_id = [1, 6]
+    toy.model.generation_config.temperature = 0.9  # without sampling: transformers does not save that
+    path = save_checkpoint(
+        tmp_path, 1, toy.model, toy.tokenizer, optimizer, heldout_success=None, config_yaml=YAML, keep=1
+    )
+    before = LanguageModel(toy.model, toy.tokenizer).eos_ids
+    assert before == (1, 6)
+    assert LanguageModel.from_directory(path, dtype=torch.float32, device="cpu").eos_ids == before
+
+
+def test_a_tokenizer_with_several_chat_templates(tmp_path: Path) -> None:
+    toy, optimizer = trained()
+    toy.tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    path = save_checkpoint(
+        tmp_path, 1, toy.model, toy.tokenizer, optimizer, heldout_success=None, config_yaml=YAML, keep=1
+    )
+    assert "  additional_chat_templates/tool_use.jinja\n" in (path / "SHA256SUMS").read_text()
+    verify_checkpoint(path)
+    assert AutoTokenizer.from_pretrained(path).chat_template == toy.tokenizer.chat_template
