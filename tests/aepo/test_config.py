@@ -425,6 +425,13 @@ def test_values_of_any_type_are_as_yaml_has_them(tmp_path: Path) -> None:
     assert changed["i"] == {0: "z", "on": "y"}, "a key of the file, not one more"
 
 
+@pytest.mark.parametrize("text", ["inf", "nan", "0.5", "1_0", "null", ".inf"])
+def test_a_text_where_a_number_may_stand_as_well(tmp_path: Path, text: str) -> None:
+    config = dataclasses.replace(Config(), task=TaskConfig(name="files", heldout=text))
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
 def test_the_last_override_counts() -> None:
     assert load_config(overrides=["train.steps=3", "train.steps=4"]).train.steps == 4
 
