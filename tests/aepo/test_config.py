@@ -382,6 +382,7 @@ def test_null_is_null_where_a_setting_may_be_null(tmp_path: Path) -> None:
         ("policy.importance_cap=null", None),
         ("optimizer.max_grad_norm=inf", math.inf),
         ("eval.pass_at=1", (1,)),
+        ("task.tools='a, [b]'", ("a, [b]",)),
         ("task.tools=[on, 1.10, 007, 'a, b']", ("on", "1.10", "007", "a, b")),
         ("log.tensorboard=off", False),
         ("log.tensorboard=False", False),
