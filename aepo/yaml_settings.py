@@ -127,7 +127,9 @@ def read(node: yaml.Node, hint: Any) -> Any:
                 f"{behind[1]!r} behind {node.value!r} is a comment in YAML: expected quotes around the whole text, or "
                 "a space after the #"
             )
-        return node.value if node.tag == _TEXT else read_plain(node.value, hint)
+        if node.tag == _PLAIN:
+            return read_plain(node.value, hint)
+        return [node.value] if _list_of_any_length(hint) and not takes_text(hint) else node.value
     if isinstance(node, yaml.SequenceNode):
         elements = next((elements_of(kind) for kind in kinds if elements_of(kind) is not None), Any)
         return [read(part, elements) for part in node.value]
@@ -140,7 +142,6 @@ def read(node: yaml.Node, hint: Any) -> Any:
 def read_plain(text: str, hint: Any) -> Any:
     """A scalar without quotes. One of a list may be written without brackets."""
     kinds = alternatives(hint)
-    is_list = [kind for kind in kinds if elements_of(kind) is not None]
     texts = takes_text(hint)
     if text in _NULL and (type(None) in kinds or not texts):
         return None
@@ -148,8 +149,8 @@ def read_plain(text: str, hint: Any) -> Any:
         return number
     if texts:
         return text
-    if is_list and ... in typing.get_args(is_list[0]):
-        return [read_plain(text, elements_of(is_list[0]))]
+    if _list_of_any_length(hint):
+        return [read_plain(text, elements_of(hint))]
     return _any(text)
 
 
@@ -161,6 +162,10 @@ def _name(node: yaml.ScalarNode) -> str | int:
 
 def takes_text(hint: Any) -> bool:
     return any(kind is str or typing.get_origin(kind) is Literal for kind in alternatives(hint))
+
+
+def _list_of_any_length(hint: Any) -> bool:
+    return ... in typing.get_args(hint)
 
 
 def elements_of(hint: Any) -> Any:

@@ -135,9 +135,9 @@ def test_help_teaches() -> None:
     ("missing", "arguments", "expected"),
     [
         (
-            "yaml",
+            "transformers",
             ["train", *SMALL],
-            'aepo train needs yaml, which is not installed: pip install "aepo-kernels[train]"',
+            'aepo train needs transformers, which is not installed: pip install "aepo-kernels[train]"',
         ),
         (
             "transformers",

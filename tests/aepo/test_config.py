@@ -382,6 +382,7 @@ def test_null_is_null_where_a_setting_may_be_null(tmp_path: Path) -> None:
         ("policy.importance_cap=null", None),
         ("optimizer.max_grad_norm=inf", math.inf),
         ("eval.pass_at=1", (1,)),
+        ("task.tools='a, [b]'", ("a, [b]",)),
         ("task.tools=[on, 1.10, 007, 'a, b']", ("on", "1.10", "007", "a, b")),
         ("log.tensorboard=off", False),
         ("log.tensorboard=False", False),
@@ -423,6 +424,13 @@ def test_values_of_any_type_are_as_yaml_has_them(tmp_path: Path) -> None:
     }  # fmt: skip
     changed = load_config(file, ["task.options.i.0=z"]).task.options
     assert changed["i"] == {0: "z", "on": "y"}, "a key of the file, not one more"
+
+
+@pytest.mark.parametrize("text", ["inf", "nan", "0.5", "1_0", "null", ".inf"])
+def test_a_text_where_a_number_may_stand_as_well(tmp_path: Path, text: str) -> None:
+    config = dataclasses.replace(Config(), task=TaskConfig(name="files", heldout=text))
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
 
 
 def test_the_last_override_counts() -> None:

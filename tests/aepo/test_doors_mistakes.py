@@ -103,7 +103,7 @@ MISTAKES = {
     "one row": (["task.train=one.jsonl"], "the held-out set would be empty"),
     "no file": (["task.train=none.jsonl"], "task.train = 'none.jsonl': there is no such file"),
     "no train": (["task.train=null"], "task.train = None: expected a .jsonl or .parquet file"),
-    "no share": (["task.heldout=2"], "task.heldout = 2: expected files or a share of task.train in (0, 1)"),
+    "no share": (["task.heldout=2"], "task.heldout = 2.0: expected files or a share of task.train in (0, 1)"),
     "too few": (["train.questions=50"], "train.questions = 50: expected <= the task's 11 training questions"),
     "system text": (["task.system=prompts/none.txt"], "task.system = 'prompts/none.txt': there is no such file"),
     "a long prompt": (
