@@ -38,7 +38,7 @@ def shell(line: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
     """`line` has "$@" where the command is to stand."""
     command = [sys.executable, "-c", TOY, *map(str, words)]
     return subprocess.run(
-        ["bash", "-c", line, "bash", *command], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        ["bash", "-c", line, "bash", *command], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
 
 
@@ -63,7 +63,7 @@ def test_a_reader_that_leaves_ends_a_run_which_can_go_on(tmp_path: Path) -> None
     assert first_line(process.stdout)
     assert process.stdout is not None
     process.stdout.close()
-    assert process.wait(120) == 130
+    assert process.wait(300) == 130
     assert process.stderr is not None
     assert process.stderr.read() == b"interrupted\n"
     assert_interrupted(tmp_path / "run")
@@ -71,16 +71,18 @@ def test_a_reader_that_leaves_ends_a_run_which_can_go_on(tmp_path: Path) -> None
     assert (resumed.returncode, resumed.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_both_streams_into_one_pipe(tmp_path: Path) -> None:
     """`aepo train 2>&1 | head -1`: nothing can be said any more."""
     process = start("train", *ENDLESS, f"run.dir={tmp_path / 'run'}", stderr=subprocess.STDOUT)
     first_line(process.stdout)
     assert process.stdout is not None
     process.stdout.close()
-    assert process.wait(120) == 130
+    assert process.wait(300) == 130
     assert_interrupted(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_full_disk_behind_standard_output(tmp_path: Path) -> None:
     done = shell('exec "$@" >/dev/full', "train", *ENDLESS, f"run.dir={tmp_path / 'run'}")
     assert done.returncode == 130
@@ -88,6 +90,7 @@ def test_a_full_disk_behind_standard_output(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("controlling", [True, False])
 def test_a_terminal_that_goes_away(controlling: bool, tmp_path: Path) -> None:
     """With SIGHUP, where it is the terminal of the session; then every write to it fails with EIO."""
@@ -102,10 +105,11 @@ def test_a_terminal_that_goes_away(controlling: bool, tmp_path: Path) -> None:
     while b"reward" not in os.read(ours, 4096):  # the first step
         pass
     os.close(ours)
-    assert process.wait(120) == 130
+    assert process.wait(300) == 130
     assert_interrupted(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_nohup_outlives_its_terminal(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-c", TOY, "train", "train.steps=3", *SMALL, f"run.dir={tmp_path / 'run'}"]
@@ -115,10 +119,11 @@ def test_nohup_outlives_its_terminal(tmp_path: Path) -> None:
     )
     os.close(theirs)
     os.close(ours)
-    assert process.wait(120) == 0
+    assert process.wait(300) == 0
     assert state(tmp_path / "run") == ("finished", 3, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", ["<&- >&- 2>&-", "2>/dev/full"])
 def test_streams_that_nobody_wants(streams: str, tmp_path: Path) -> None:
     """Closed before the start, or standard error alone: the run goes on. No file gets the number of a closed one."""
@@ -187,15 +192,16 @@ def test_commands_that_only_print(command: list[str]) -> None:
     os.close(reading)
     process = start(*command, program=program, stdout=writing)
     os.close(writing)
-    assert process.wait(120) == 141
+    assert process.wait(300) == 141
     assert process.stderr is not None
     assert process.stderr.read() == b""
     with open("/dev/full", "wb") as full:
         process = start(*command, program=program, stdout=full)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=300)
     assert (process.returncode, said) == (1, b"error: standard output: No space left on device\n")
 
 
+@pytest.mark.slow
 def test_evaluations_rollouts_and_reports(tmp_path: Path) -> None:
     """What they write to files is written; numbers that were to go to standard output are missed by the exit code."""
     run = tmp_path / "run"

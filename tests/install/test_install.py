@@ -6,8 +6,10 @@ there is one. Nothing is downloaded, and nothing runs from the source tree.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from empty_environment import install, make_environment
+from empty_environment import closure, install, make_environment
 
 from aepo.install import COMMANDS, requirements
 from tests.integrations.install_vllm_cpu import LEFT_OUT
@@ -97,6 +99,36 @@ def test_a_wheel_holds_the_two_packages_and_their_data(wheels: dict[str, Path]) 
         assert ours | templates | {"aepo/py.typed", "aepo_kernels/py.typed", f"{info}/licenses/LICENSE"} <= names
         assert {name.partition("/")[0] for name in names} == {"aepo", "aepo_kernels", info}
         assert not {name for name in names if name.endswith((".cpp", ".cu", ".h"))}
+
+
+def test_what_tests_import_is_brought_by_the_extras_that_make_installs(sdist: Path, tmp_path: Path) -> None:
+    """Those of `make test-fast`: not tests/integrations, which have an environment with vLLM."""
+    with tarfile.open(sdist) as archive:
+        (about,) = (
+            member for member in archive.getmembers() if member.name.count("/") == 1 and "PKG-INFO" in member.name
+        )
+        (tmp_path / "PKG-INFO").write_bytes(archive.extractfile(about).read())  # type: ignore[union-attr]
+    wanted = requirements(metadata.PathDistribution(tmp_path))
+    (extras,) = re.findall(r'-e "\.\[(.+)\]"', (ROOT / "Makefile").read_text())
+    asked = {name for extra in ["", *extras.split(",")] for name in wanted[extra]}
+    brought = {name.lower() for name in closure(asked)} | {"setuptools", "pip"}  # of every .venv
+    files = [path for folder in ("aepo", "install", "kernels") for path in (ROOT / "tests" / folder).rglob("*.py")]
+    ours = {"aepo", "aepo_kernels", "benchmarks", "tests", "examples", *(path.stem for path in files)}
+    providers = metadata.packages_distributions()
+    for path in files:
+        for module in top_level_imports(path) - ours - sys.stdlib_module_names:
+            assert brought & {name.lower() for name in providers.get(module, ())}, f"{path.name} imports {module}"
+
+
+def top_level_imports(path: Path) -> set[str]:
+    """Of the module itself: an import inside a test may be one that it can do without."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(str(node.module).partition(".")[0])
+    return names
 
 
 @pytest.mark.parametrize("built_from", ["tree", "sdist"])
