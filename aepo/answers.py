@@ -14,6 +14,7 @@ from pathlib import Path
 
 from aepo.agents.protocol import ChatFormat
 from aepo.rollout.tree import path_nodes
+from aepo.run_files import whole_file
 from aepo.scoring import read_responses
 from aepo.types import FinishReason, Question, ScoredTree
 
@@ -63,11 +64,10 @@ def read_answers(scored: ScoredTree, chat_format: ChatFormat) -> AnsweredQuestio
 
 def write_answers(path: Path, step: int | None, answered: Iterable[AnsweredQuestion]) -> None:
     """The whole file or nothing. step: of the weights; None: not those of a run."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w", encoding="utf-8") as file:
+    with whole_file(path) as file:
         for item in answered:
             asked = {name: getattr(item.question, name) for name in ("id", "text", "answer", "kind")}
             samples = [dataclasses.asdict(sample) for sample in item.samples]
             line = {"step": step, "question": asked, "samples": samples}
-            file.write(json.dumps(line, default=str) + "\n")  # str: dates and the like among the answers of the data
-    temporary.replace(path)
+            text = json.dumps(line, default=str)  # str: dates and the like among the answers of the data
+            file.write(f"{text}\n".encode())

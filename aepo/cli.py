@@ -241,9 +241,11 @@ def _train(config: Config, resume_step: int | None, overwrite: bool, named: Coll
     from aepo.advantages import advantage_settings
     from aepo.own_loss import own_loss, try_own_loss
     from aepo.rollout.branching import branch_rule
-    from aepo.run_log import naming_its_directory, refuse_existing_run, remove_run
+    from aepo.run_directory import RunDirectory
+    from aepo.run_log import naming_its_directory
 
     directory = Path(config.run.dir)  # what is wrong with it is said before minutes of work on the model
+    RunDirectory.check(directory, resume=resume_step is not None, overwrite=overwrite)
     advantage_settings(config.policy)
     branch_rule(config.rollout)
     if config.policy.loss is not None:
@@ -252,16 +254,12 @@ def _train(config: Config, resume_step: int | None, overwrite: bool, named: Coll
         function = own_loss(config.policy.loss)
         dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
         try_own_loss(function, config, dtype, cli_shared.device(config))
-    if resume_step is None:
-        if overwrite:
-            remove_run(directory)
-        refuse_existing_run(directory)
     with naming_its_directory(None if resume_step is None else directory):
         agent, language_model = cli_shared.load(config)
     with closing(agent):
         from aepo.trainer import Trainer
 
-        Trainer(config, agent, language_model, resume_step=resume_step, named=named).train()
+        Trainer(config, agent, language_model, resume_step=resume_step, overwrite=overwrite, named=named).train()
     typer.echo(f"finished: {directory}. Look at it with: aepo report {directory}")
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
 
 import typer
+
+from aepo.interrupt import Interrupt
 
 if TYPE_CHECKING:
     from aepo.agents.agent import Agent
@@ -78,15 +79,16 @@ def newest_step(run: Path) -> int:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Errors that a user can do something about, as one message; Ctrl-C, or SIGTERM, with its exit code."""
+    """Errors that a user can do something about, as one message; Ctrl-C, SIGTERM or SIGHUP with its exit code."""
     from aepo.agents.protocol import AgentError
     from aepo.checkpoint import CheckpointError
     from aepo.nonfinite import NonFiniteError
     from aepo.rollout.sampler import RolloutError
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # engines that have been started are then ended
+    interrupt = Interrupt()
     try:
-        yield
+        with interrupt, interrupt.allowed():
+            yield
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -96,8 +98,6 @@ def explained() -> Iterator[None]:
         fail(str(error))
     except (ValueError, OSError, AgentError, CheckpointError, NonFiniteError) as error:
         fail(str(error))
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def fail(message: str) -> NoReturn:

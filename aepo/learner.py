@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -20,9 +19,10 @@ from aepo.loss import (
     with_old_policy,
     with_reference,
 )
-from aepo.nonfinite import NonFiniteError, describe_tokens, is_finite, single_trajectories
+from aepo.nonfinite import NonFiniteError, describe_tokens, first_nonfinite, is_finite, single_trajectories
 from aepo.own_loss import OwnLossError, own_loss, try_own_loss
 from aepo.packing import PackedBatch, entropy_statistics, microbatches, pack
+from aepo.snapshot import Snapshot
 from aepo_kernels import PolicyLoss
 
 Minibatch = list[PackedBatch]  # the micro-batches of one optimiser step
@@ -45,6 +45,7 @@ class Learner:
             try_own_loss(self.own_loss, config, self._dtype, model.device)
         self.objective = policy_objective(config.policy)  # the preset's: not used beside a loss of the user's own
         self.optimizer = make_optimizer(model, config.optimizer)
+        self.all_or_nothing = Snapshot(self.optimizer).all_or_nothing
         self._config = config
         self._decode = decode
         self._reference = None
@@ -108,32 +109,19 @@ class Learner:
         return metrics, norm
 
     def apply(self, step: int, index: int) -> float:
-        """The optimiser step with this index among those of rollout batch `step`; returns its learning rate."""
+        """The optimiser step with this index among those of rollout batch `step`; returns its learning rate.
+
+        NonFiniteError: it made a weight that is not finite.
+        """
         train = self._config.train
         per_batch = train.epochs * train.minibatches
         rate = learning_rate(self._config.optimizer, (step - 1) * per_batch + index, train.steps * per_batch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+        if (name := first_nonfinite(self.model.named_parameters())) is not None:
+            raise NonFiniteError(f"{name} is not finite after an optimiser step with learning rate {rate:g}")
         return rate
-
-    @contextlib.contextmanager
-    def all_or_nothing(self, optimizer_steps: int) -> Iterator[None]:
-        """If the block fails or is interrupted, weights and optimizer are as they were before it.
-
-        A single optimiser step needs no copy: it is the last thing in the block, and nothing interrupts it.
-        """
-        if optimizer_steps < 2:
-            yield
-            return
-        weights = copy.deepcopy(self.model.state_dict())
-        moments = copy.deepcopy(self.optimizer.state_dict())
-        try:
-            yield
-        except BaseException:
-            self.model.load_state_dict(weights)
-            self.optimizer.load_state_dict(moments)
-            raise
 
     def _loss(self, batch: PackedBatch, minibatch: Minibatch, stats: EntropyStats | None) -> PolicyLoss:
         trained, paths = sum(b.trained_tokens for b in minibatch), sum(len(b.lengths) for b in minibatch)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aepo.config import Config, changed_settings, load_config, named_settings
+from aepo.run_directory import require_whole_settings
 
 BUILT_IN = ("tiny", "smollm2-135m-instruct")
 
@@ -66,6 +67,7 @@ def _of_run(name: str, path: Path, overrides: Sequence[str], step: int | None, b
         raise ValueError(f"{name}: no checkpoint{' with a held-out evaluation' if best else ''} there")
     if step is not None and step not in [one.step for one in there]:
         raise ValueError(f"--step {step}: {name} has {', '.join(str(one.step) for one in there)}")
+    require_whole_settings(path)
     before, now = load_config(path / "config.yaml"), load_config(path / "config.yaml", overrides)
     changed = {setting: was for setting, (was, _) in changed_settings(before, now).items()}
     here = dataclasses.replace(now, run=dataclasses.replace(now.run, dir=str(path)))  # it may have been moved

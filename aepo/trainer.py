@@ -6,12 +6,14 @@ the optimizer and the number of the step: that is what a checkpoint holds, and w
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 import time
 from collections.abc import Collection, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from aepo.advantages import Sample, advantage_settings, make_samples
 from aepo.agents.agent import Agent
@@ -29,7 +31,9 @@ from aepo.own_code import code_changes, code_facts, code_of, named_part
 from aepo.rollout.branching import branch_rule
 from aepo.rollout.sampler import Sampler
 from aepo.rollout.tree import flatten
-from aepo.run_log import RunLog, read_facts
+from aepo.run_directory import RunDirectory
+from aepo.run_files import read_facts
+from aepo.run_log import RunLog
 from aepo.scoring import Scorer
 from aepo.types import Question, ScoredTree
 
@@ -38,12 +42,14 @@ if TYPE_CHECKING:
 
 
 class Trainer:
-    """One run. `train` works until the last step, an error or Ctrl-C; what was finished by then is saved.
+    """One run, whose directory this process holds until `train` ends. `train` works until the last step, an error or a
+    signal; what was finished by then is saved.
 
     The language model's weights are trained in place. resume_step: continue from the checkpoint of that step in
-    `config.run.dir`; None: a new run, which must not find another one there. ValueError: the run was begun with another
-    agent (task, data, format, tools, rewards), unless `named`, the settings that were given for this time, holds one
-    that says that it is meant. What differs, settings and edited code too, is printed and recorded.
+    `config.run.dir`; None: a new run, which must not find another one there, or is to `overwrite` it: it is replaced
+    when all else is in order. OSError: another process works there. ValueError: the run was begun with another agent
+    (task, data, format, tools, rewards), unless `named`, the settings that were given for this time, holds one that
+    says that it is meant. What differs, settings and edited code too, is printed and recorded.
     """
 
     def __init__(
@@ -53,33 +59,38 @@ class Trainer:
         language_model: LanguageModel,
         *,
         resume_step: int | None = None,
+        overwrite: bool = False,
         named: Collection[str] = (),
     ) -> None:
         check_sizes(config, agent.task.name, agent.task.train, agent.task.heldout)
-        facts, code = agent_facts(agent), code_of(agent_parts(agent) | _own_functions(config))
-        self._remembered = {**facts, "code": code_facts(code)}  # as it is now: files may change during the run
-        recorded = None if resume_step is None else read_facts(Path(config.run.dir))
-        changed = not_as_recorded(config.run.dir, recorded, facts, named=named)
-        edited = [] if recorded is None else code_changes(recorded.get("code"), code)
         self.config, self.agent, self.language_model = config, agent, language_model
         self.directory = Path(config.run.dir)
-        self.advantage_settings = advantage_settings(config.policy)
-        self.train_questions = agent.task.train
-        self.heldout: Sequence[Question] = sampled_questions(agent.task.heldout, config.eval.questions)
-        rows = [*one_of_each_row(self.train_questions), *one_of_each_row(self.heldout)]
-        self.scorer = Scorer(agent.rewards, agent.format, config.task.success, rows)
-        self.scorer.try_out(rows[0])
+        self.interrupt = Interrupt()
         self.display = Display(config.train.steps)
-        check_questions(agent, self.train_questions, "training", self.display.console)
-        check_questions(agent, self.heldout, "held-out", self.display.console)
-        rule = branch_rule(config.rollout)
-        self.learner = Learner(language_model.model, config, agent.format.decode)
-        self.step = 0
-        if resume_step is not None:
-            path = checkpoint_path(self.directory / "checkpoints", resume_step)
-            self.step = load_checkpoint(path, self.learner.model, self.learner.optimizer)
-        self.engine = make_engine(config, language_model, agent.format.eos_ids, self.step)
-        try:
+        with contextlib.ExitStack() as undo:  # what has been taken is given back if something is wrong
+            self.run_directory = RunDirectory.claim(self.directory, resume=resume_step is not None, overwrite=overwrite)
+            undo.callback(self.run_directory.release)
+            facts, code = agent_facts(agent), code_of(agent_parts(agent) | _own_functions(config))
+            self._remembered = {**facts, "code": code_facts(code)}  # as it is now: files may change during the run
+            recorded = None if resume_step is None else read_facts(self.directory)
+            changed = not_as_recorded(config.run.dir, recorded, facts, named=named)
+            edited = [] if recorded is None else code_changes(recorded.get("code"), code)
+            self.advantage_settings = advantage_settings(config.policy)
+            self.train_questions = agent.task.train
+            self.heldout: Sequence[Question] = sampled_questions(agent.task.heldout, config.eval.questions)
+            rows = [*one_of_each_row(self.train_questions), *one_of_each_row(self.heldout)]
+            self.scorer = Scorer(agent.rewards, agent.format, config.task.success, rows)
+            self.scorer.try_out(rows[0])
+            check_questions(agent, self.train_questions, "training", self.display.console)
+            check_questions(agent, self.heldout, "held-out", self.display.console)
+            rule = branch_rule(config.rollout)
+            self.learner = Learner(language_model.model, config, agent.format.decode)
+            self.step = 0
+            if resume_step is not None:
+                path = checkpoint_path(self.directory / "checkpoints", resume_step)
+                self.step = load_checkpoint(path, self.learner.model, self.learner.optimizer)
+            self.engine = make_engine(config, language_model, agent.format.eos_ids, self.step)
+            undo.callback(self.engine.close)
             dropped = self._drop_long_prompts()
             changed += not_as_recorded(config.run.dir, recorded, dropped, named=named)
             changed = list(dict.fromkeys([*(_changed_settings(config) if recorded is not None else ()), *changed]))
@@ -87,8 +98,14 @@ class Trainer:
                 self.display.console.print(f"not as in the run: {line}", markup=False, highlight=False)
             for line in edited:
                 print(f"warning: {line}", file=sys.stderr)
+            self.sampler = Sampler(self.engine, agent, config.rollout, rule)
+            self.evaluator = Evaluator(self.engine, agent, self.scorer, config)
+            if resume_step is None:
+                self.run_directory.replace_old()
+            else:
+                self.run_directory.set_aside(self.step)
             self.log = RunLog(
-                self.directory,
+                self.run_directory,
                 config,
                 {**self._facts(), **dropped},
                 self.step,
@@ -96,89 +113,80 @@ class Trainer:
                 changed=[*changed, *edited],
             )
             self._saved = (self.step, self._heldout_success()) if resume_step is not None else None
-            self.interrupt = Interrupt()
-            self.sampler = Sampler(self.engine, agent, config.rollout, rule)
-            self.evaluator = Evaluator(self.engine, agent, self.scorer, config)
-        except BaseException:  # its processes would stay
-            self.engine.close()
-            raise
+            undo.pop_all()
 
     def train(self) -> None:
-        """KeyboardInterrupt after Ctrl-C, and every error, are raised again once the last finished step is saved."""
-        with self.display, self.interrupt:
-            if self.step:
-                self.display.resumed(self.step)
+        """KeyboardInterrupt after Ctrl-C, SIGTERM or SIGHUP, and every error, are raised again once the last finished
+        step is saved."""
+        with self.interrupt, self.run_directory, closing(self.engine), closing(self.agent), self.display:
             try:
+                if self.step:
+                    self.display.resumed(self.step)
                 self._evaluate_if_due()
                 while self.step < self.config.train.steps:
+                    self.interrupt.check()
                     self.train_step()
                     self._evaluate_if_due()
                     if self._due(self.config.checkpoint.every):
                         self.save()
                 self.save()
-            except BaseException as error:
-                interrupted = self.interrupt.pending or isinstance(error, KeyboardInterrupt)
-                self._save_after(error, interrupted)
-                if interrupted and not isinstance(error, KeyboardInterrupt):
-                    raise KeyboardInterrupt from error  # a terminal sends Ctrl-C to the engines' processes, too
-                raise
-            else:
                 self.log.close("finished")
-            finally:
-                self.interrupt.hold()  # processes that were started for this run end with it
-                self.agent.close()
-                self.engine.close()
+            except BaseException as error:
+                self.interrupt.hold()
+                self._end(error)
+        self.interrupt.check()  # one that came while the last files were written
 
     def train_step(self) -> None:
         """One rollout batch, and the optimiser steps on it."""
         step, clock = self.step + 1, StageClock(self.display.stage)
-        questions = questions_of_step(self.train_questions, self.config.run.seed, step, self.config.train.questions)
-        with clock("rollout"):
-            seed = stream(self.config.run.seed, step)
-            trees = self.sampler.rollout(questions, seed, progress=self.display.paths, judge=self.scorer.begin)
-        with clock("reward"):
-            scored = self.scorer.score(trees)
-        with clock("pack"):
-            paths = [[flatten(tree, path.id) for path in tree.paths] for tree in trees]
-            totals = [[reward.total for reward in one.rewards] for one in scored]
-            samples = make_samples(paths, totals, self.advantage_settings, self.config.rollout.max_tokens)
-            minibatches = self.learner.pack(samples, len(questions))
-        with clock("old_logprobs"):
-            minibatches = self.learner.add_log_probs(minibatches)
+        with self.interrupt.allowed():
+            questions = questions_of_step(self.train_questions, self.config.run.seed, step, self.config.train.questions)
+            with clock("rollout"):
+                seed = stream(self.config.run.seed, step)
+                trees = self.sampler.rollout(questions, seed, progress=self.display.paths, judge=self.scorer.begin)
+            with clock("reward"):
+                scored = self.scorer.score(trees)
+            with clock("pack"):
+                paths = [[flatten(tree, path.id) for path in tree.paths] for tree in trees]
+                totals = [[reward.total for reward in one.rewards] for one in scored]
+                samples = make_samples(paths, totals, self.advantage_settings, self.config.rollout.max_tokens)
+                minibatches = self.learner.pack(samples, len(questions))
+            with clock("old_logprobs"):
+                minibatches = self.learner.add_log_probs(minibatches)
         with clock("update"):
             losses = self.update(step, minibatches, [question.id for question in questions])
-        self.interrupt.hold()  # the update may have had no optimiser step
         self.step = step
         try:
             with clock("refresh"):
                 self.engine.refresh(step)
         finally:  # the weights are those of this step, also if they did not reach the engine
             self._record(clock, scored, samples, minibatches, losses)
-        self.interrupt.release()
 
     def update(self, step: int, minibatches: Sequence[Minibatch], question_ids: Sequence[str]) -> Record:
-        """The optimiser steps of a rollout batch, all or none. From the last one on, Ctrl-C waits."""
+        """The optimiser steps of a rollout batch, all or none. A signal before the last one means none; after it, it
+        waits for the rest of the step."""
         stats = self.learner.entropy_stats(minibatches)
         order = [index for _ in range(self.config.train.epochs) for index in range(len(minibatches))]
         metrics, norms, rate = [], [], None
-        with self.learner.all_or_nothing(len(order)):
-            for count, index in enumerate(order, start=1):
-                part, norm = self.learner.backward(minibatches[index], stats, question_ids)
-                if count == len(order):
-                    self.interrupt.hold()
-                rate = self.learner.apply(step, count - 1)
+        with self.learner.all_or_nothing():
+            for count, index in enumerate(order):
+                with self.interrupt.allowed():  # no weight changes there
+                    part, norm = self.learner.backward(minibatches[index], stats, question_ids)
+                rate = self.learner.apply(step, count)
                 metrics.append(part)
                 norms.append(norm)
         grad_norm = sum(norms) / len(norms) if norms else None
         return {**loss_metrics(metrics), "optimizer.grad_norm": grad_norm, "optimizer.learning_rate": rate}
 
     def save(self) -> None:
-        """The checkpoint of the last finished step, unless it is there."""
+        """The checkpoint of the last finished step, unless it is there. CheckpointError: it cannot be written."""
         directory = self.directory / "checkpoints"
         success = self._heldout_success()
         if self._saved == (self.step, success):
             return
+        self.log.flush()
         self.display.stage("checkpoint")
+        self.log.flush()  # a checkpoint is never ahead of the records
         save_checkpoint(
             directory,
             self.step,
@@ -202,7 +210,8 @@ class Trainer:
             return
         self.display.stage("evaluation")
         start = time.perf_counter()
-        answered = list(self.evaluator.answers(self.heldout, self.display.paths))
+        with self.interrupt.allowed():
+            answered = list(self.evaluator.answers(self.heldout, self.display.paths))
         record = {**answer_metrics(answered, self.config.eval.pass_at), "seconds": time.perf_counter() - start}
         best = max((r["success"] for r in self.log.evaluations()), default=-1.0)
         self.log.answers(self.step, answered)
@@ -214,17 +223,30 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step > 0 and self.step % every == 0
 
-    def _save_after(self, error: BaseException, interrupted: bool) -> None:
-        """Interrupted or failed: the live weights are those of the last finished step."""
-        self.interrupt.hold()  # a second Ctrl-C waits for the checkpoint
-        try:
-            if not isinstance(error, CheckpointError):
+    def _end(self, error: BaseException) -> NoReturn:
+        """Save the last finished step, whose weights and moments are the live ones, and raise: the error, or
+        KeyboardInterrupt where a signal came, which a terminal sends to the engines' processes, too."""
+        interrupted = self.interrupt.came or isinstance(error, KeyboardInterrupt)
+        reason = None if interrupted else str(error) or type(error).__name__
+        unsaved: BaseException | None = error if isinstance(error, CheckpointError) else None
+        if unsaved is None:
+            try:
                 self.save()
                 saved = checkpoint_path(self.directory / "checkpoints", self.step)
-                self.display.console.print(f"the state after step {self.step} is saved in {saved}")
+                self.display.console.print(f"the state after step {self.step} is saved in {saved}", markup=False)
                 self.display.console.print(f"go on with: aepo train --resume {self.directory}", markup=False)
-        finally:
-            self.log.close("interrupted" if interrupted else "failed", None if interrupted else str(error))
+            except Exception as another:
+                unsaved = another
+                problem = f"the state after step {self.step} is not saved: {another}"
+                print(f"warning: {problem}", file=sys.stderr)
+                reason = "; ".join(filter(None, (reason, problem)))
+        with contextlib.suppress(OSError):  # a full disk; the lock of the directory says that nothing runs there
+            self.log.close("failed" if unsaved or not interrupted else "interrupted", reason)
+        if unsaved is not None and interrupted:
+            raise unsaved
+        if interrupted and not isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise error
 
     def _record(
         self,

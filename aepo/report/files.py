@@ -44,14 +44,14 @@ def read_lines(file: Path, problems: list[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand in a JSON string
         if not line:
             continue
+        # The writer ends every record with a newline: a tail without one was cut off when the process died.
+        cut = number == text.count("\n") + 1
         try:
             record = json.loads(line)
-            if not isinstance(record["step"], int):
+            if cut or not isinstance(record["step"], int):
                 raise ValueError
             records.append(record)
         except (ValueError, TypeError, KeyError):
-            # The writer ends every record with a newline: a tail without one was cut off when the process died.
-            cut = number == text.count("\n") + 1
             problems.append(f"{file.name}, line {number}: {'cut off' if cut else 'not a record'}, left out")
     return records
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from aepo.report.page import encoded, named_runs, render
 from aepo.report.reader import NothingYet, read_run
+from aepo.run_lock import is_held
 
 HERE = ("127.0.0.1", "localhost")
 FILES = ("run.json", "config.yaml", "metrics.jsonl", "evals.jsonl", "trees/step_*.json", "answers/step_*.jsonl")
@@ -47,7 +48,8 @@ class LiveReport:
     def tag(self) -> str:
         """Changes when a file of a run does; as an ETag, in quotes."""
         files = [file for run in self._runs.values() for pattern in FILES for file in sorted(run.glob(pattern))]
-        state = repr([(str(file), *_state(file)) for file in files])
+        held = [is_held(run) for run in self._runs.values()]  # which changes no file when a run is killed
+        state = repr([held, [(str(file), *_state(file)) for file in files]])
         return f'"{hashlib.sha256(state.encode()).hexdigest()[:16]}"'
 
     def page(self) -> tuple[str, bytes]:

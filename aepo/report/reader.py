@@ -6,6 +6,7 @@ The files are those of `aepo.run_log` and may be unfinished, damaged or missing;
 from __future__ import annotations
 
 import math
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from aepo.report.answers import read_answers
 from aepo.report.files import read_json, read_lines, read_part, read_yaml, rounded
 from aepo.report.trees import PageTree, read_trees
+from aepo.run_lock import is_held, last_holder
 
 
 class NothingYet(ValueError):
@@ -40,6 +42,8 @@ def read_run(path: Path, name: str) -> Run:
         raise ValueError(f"{path}: not a run directory (it has no run.json, metrics.jsonl or evals.jsonl)")
     problems: list[str] = []
     facts = read_part(path / "run.json", read_json, problems) or {}
+    if facts.get("status") == "running":
+        facts["status"] = _status(path)
     config = read_part(path / "config.yaml", read_yaml, problems) or {}
     metrics = read_part(path / "metrics.jsonl", lambda file: read_lines(file, problems), problems) or []
     evals = read_part(path / "evals.jsonl", lambda file: read_lines(file, problems), problems) or []
@@ -52,6 +56,16 @@ def read_run(path: Path, name: str) -> Run:
         raise ValueError(f"{path}: its records hold no number")
     trees, answers = read_trees(path / "trees", problems), read_answers(path / "answers", problems)
     return Run(name, facts, config, series, trees, answers, problems)
+
+
+def _status(path: Path) -> str:
+    """Of a run whose run.json says that it goes on: running, or killed, or unknown where nothing can be said."""
+    held = is_held(path)
+    if (
+        held is False and last_holder(path).get("host") == socket.gethostname()
+    ):  # a lock of another host may not be seen
+        return "killed"
+    return "running" if held else "unknown"
 
 
 def _derived(record: dict[str, Any], tools: set[str]) -> dict[str, Any]:

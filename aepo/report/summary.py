@@ -83,6 +83,8 @@ def _progress(run: Run) -> str:
     progress = f"{steps} steps" if planned in (None, steps) else f"{steps} of {planned} steps"
     progress += f" in {_duration(wall)}" if wall is not None else ""
     if status == "running":
+        return f"{progress}, still going"
+    if status == "unknown":
         return f"{progress}, still going (or it died without a word)"
     return progress if status in (None, "finished") else f"{progress}, {status}" + (f": {reason}" if reason else "")
 

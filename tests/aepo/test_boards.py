@@ -11,14 +11,17 @@ from types import SimpleNamespace
 import pytest
 
 from aepo.config import load_config
-from aepo.run_log import RunLog, read_records, remove_run
+from aepo.run_directory import RunDirectory
+from aepo.run_files import read_records
+from aepo.run_log import RunLog
 
 RECORD = {"step": 1, "reward.mean": 0.25, "tools.calls.search": 3, "policy.kl": None, "rollout.branches_per_path": [1]}
 
 
 def run_log(directory: Path, *settings: str, step: int = 0, resumed: bool = False) -> RunLog:
     config = load_config(None, [f"run.dir={directory}", *settings])
-    return RunLog(directory, config, {"model": {}}, step, resumed=resumed)
+    held = RunDirectory.claim(directory, resume=resumed)
+    return RunLog(held, config, {"model": {}}, step, resumed=resumed)
 
 
 def logged_records(file: Path) -> Iterator[bytes]:
@@ -62,6 +65,7 @@ def test_wandb_has_the_numbers_of_tensorboard_and_a_resumed_run_continues(tmp_pa
     log.step(RECORD)
     log.evaluation({"step": 1, "success": 0.5})
     log.close("finished")
+    log.directory.release()
     resumed = run_log(run, "log.wandb=cities", step=1, resumed=True)
     resumed.step({"step": 2, "reward.mean": 0.5})
     resumed.close("finished")
@@ -74,8 +78,11 @@ def test_wandb_has_the_numbers_of_tensorboard_and_a_resumed_run_continues(tmp_pa
         begun,
         {"reward/mean": 0.5, "step": 2},
     ]
-    remove_run(run)
-    assert list(run.iterdir()) == []
+    resumed.directory.release()
+    (run / "wandb" / "run-20260101_000000-other").mkdir()
+    held = RunDirectory.claim(run, resume=False, overwrite=True)
+    held.replace_old()
+    assert sorted(path.name for path in run.rglob("*")) == [".lock", "run-20260101_000000-other", "wandb"]
 
 
 def failing_wandb(**methods: object) -> SimpleNamespace:
@@ -103,8 +110,10 @@ def test_a_failing_wandb_is_one_line_and_the_run_goes_on(where, tmp_path, monkey
 
 def test_wandb_that_is_not_installed_is_said_before_the_run_begins(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    held = RunDirectory.claim(tmp_path / "run", resume=False)
     with pytest.raises(ModuleNotFoundError, match=r"log.wandb = 'p' needs wandb, .*: pip install .*\[wandb\]"):
-        run_log(tmp_path / "run", "log.wandb=p")
+        RunLog(held, load_config(None, ["log.wandb=p"]), {}, 0, resumed=False)
+    held.release()
     assert not (tmp_path / "run").exists()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import replace
@@ -16,7 +15,8 @@ from aepo.config import Config, PolicyConfig
 from aepo.loss import microbatch_loss, policy_objective, with_old_policy
 from aepo.metrics import StageClock, finite, loss_metrics, mismatch_metrics, rollout_metrics
 from aepo.packing import microbatches, pack
-from aepo.run_log import RunLog, read_records, remove_run
+from aepo.run_directory import RunDirectory
+from aepo.run_log import RunLog
 from aepo.saved_trees import token_texts
 from aepo.types import (
     BranchDecision,
@@ -162,33 +162,10 @@ def config() -> Config:
     return Config()
 
 
-def test_a_resumed_log_is_cut_back(tmp_path: Path, config: Config) -> None:
-    log = RunLog(tmp_path / "run", config, {"model": {}}, 0, resumed=False)
-    for step in (1, 2, 3):
-        log.step({"step": step, "policy.loss": math.nan, "rollout.branches_per_path": [step]})
-        log.evaluation({"step": step, "success": step / 10})
-        log.trees(step, [], [], vocab_size=5, temperature=1.0, decode=str)
-    log.close("failed", "power cut")
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "policy.lo')  # the line that was being written
-    resumed = RunLog(tmp_path / "run", config, {"model": {}}, 2, resumed=True)
-    resumed.step({"step": 3, "policy.loss": 0.5})
-    resumed.close("finished")
-    records = read_records(tmp_path / "run" / "metrics.jsonl")
-    assert [record["step"] for record in records] == [1, 2, 3]
-    assert records[0] == {"step": 1, "policy.loss": None, "rollout.branches_per_path": [1]}
-    assert [record["step"] for record in resumed.evaluations()] == [1, 2]
-    assert sorted(path.stem for path in (tmp_path / "run" / "trees").iterdir()) == ["step_000001", "step_000002"]
-    facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert (facts["status"], facts["reason"], len(facts["resumed"])) == ("finished", None, 1)
-    assert facts["versions"]["torch"] == torch.__version__
-    assert facts["machine"]["cores"] >= 1
-
-
 def test_tensorboard_has_the_same_numbers(tmp_path: Path, config: Config) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = RunLog(tmp_path / "run", config, {}, 0, resumed=False)
+    log = RunLog(RunDirectory.claim(tmp_path / "run", resume=False), config, {}, 0, resumed=False)
     log.step({"step": 1, "reward.mean": 0.25, "tools.calls.search": 3})
     log.evaluation({"step": 1, "success": 0.5})
     log.close("finished")
@@ -197,19 +174,6 @@ def test_tensorboard_has_the_same_numbers(tmp_path: Path, config: Config) -> Non
     assert events.Scalars("reward/mean")[0].value == 0.25
     assert events.Scalars("tools/calls.search")[0].step == 1
     assert events.Scalars("heldout/success")[0].value == 0.5
-
-
-def test_removing_a_run_leaves_other_files_alone(tmp_path: Path, config: Config) -> None:
-    RunLog(tmp_path, config, {}, 0, resumed=False).close("finished")
-    (tmp_path / "notes.txt").write_text("mine")
-    remove_run(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_damage_in_the_middle_of_the_records_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
-        read_records(tmp_path / "metrics.jsonl")
 
 
 def test_speeds_are_tokens_over_the_seconds_beside_them() -> None:

@@ -1,0 +1,349 @@
+"""The directory of a run: held by one process, in which a run touches only what a run has written.
+
+Ours are, by name: the files and folders of `aepo.run_log`, checkpoints, what a resumed run has set aside, `.lock`, and
+the temporary names under which they are written. Everything else in there is left alone, whatever it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from aepo.run_files import REPLACED, read_facts, whole_lines, write_file
+from aepo.run_lock import LOCK, DirectoryLock, in_use, is_held, last_holder
+
+RECORDS = ("metrics.jsonl", "evals.jsonl")
+FILES = ("config.yaml", *RECORDS, "report.html", "run.json")  # as they are removed: run.json, which explains them, last
+ABANDONED = "abandoned"
+UNFINISHED = f"{ABANDONED}/.unfinished"  # what `set_aside` has moved so far
+
+_STEP = "step_(?:[0-9]{6}|[1-9][0-9]{6,})"  # f"step_{step:06d}", and no other way to write a step
+FOLDERS = {  # what of each is ours
+    "checkpoints": re.compile(_STEP),
+    "trees": re.compile(rf"{_STEP}\.json"),
+    "answers": re.compile(rf"{_STEP}\.jsonl"),
+    "tensorboard": re.compile(r"events\.out\.tfevents\..+"),
+}
+_TEMPORARY = {  # what of each is ours while it is being written
+    ".": re.compile(r"\.(?:config\.yaml|run\.json|metrics\.jsonl|evals\.jsonl)\.writing|\.engine-\w{8}"),
+    "checkpoints": re.compile(r"\.(?:writing|replaced)_(?:[0-9]{6}|[1-9][0-9]{6,})"),
+    "trees": re.compile(rf"\.{_STEP}\.json\.writing"),
+    "answers": re.compile(rf"\.{_STEP}\.jsonl\.writing"),
+}
+
+
+class RunDirectory:
+    """One that this process holds until `release`, or until it ends, however it ends."""
+
+    def __init__(self, path: Path, lock: DirectoryLock, *, created: bool) -> None:
+        self.path = path
+        self._lock = lock
+        self._created = created
+
+    @classmethod
+    def claim(cls, path: Path | str, *, resume: bool, overwrite: bool = False) -> RunDirectory:
+        """Lock it, and create it for a new run. Nothing else is changed.
+
+        BlockingIOError, in one line that names the holder: another process, or this one, holds it. FileExistsError: a
+        new run, and there is one already, or files by the names of a run that no run.json explains. ValueError: a run
+        is to be resumed, or replaced, that is none of ours or cannot be read, or a link stands where a run has a file.
+        """
+        path = Path(path)
+        cls.check(path, resume=resume, overwrite=overwrite)
+        created = not path.exists()
+        claimed = cls(path, DirectoryLock(path, create=not resume), created=created)
+        try:  # what another process did before this one had the lock
+            _refuse(path, resume=resume, overwrite=overwrite)
+        except BaseException:
+            claimed.release()
+            raise
+        return claimed
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    @staticmethod
+    def check(path: Path | str, *, resume: bool, overwrite: bool = False) -> None:
+        """The refusals of `claim`, without holding or creating anything."""
+        path = Path(path)
+        if is_held(path):
+            raise in_use(path)
+        _refuse(path, resume=resume, overwrite=overwrite)
+
+    def require(self) -> None:
+        """OSError: the directory that is held is no longer there, by its name."""
+        if not self._lock.held:
+            raise FileNotFoundError(f"{self.path}: was removed, moved or replaced while this run was going on")
+
+    def replace_old(self) -> None:
+        """Remove what an earlier run has written, once all is known to be well with the new one.
+
+        Until the last file is gone, run.json says what is happening: after a crash, the directory can be replaced
+        again, and not resumed.
+        """
+        _remove_temporaries(self.path)
+        if not (self.path / "run.json").exists():
+            return
+        facts = read_facts(self.path)
+        write_file(self.path / "run.json", json.dumps({**facts, "status": REPLACED}, indent=2) + "\n")
+        for root in (*_set_aside(self.path), self.path):
+            _remove_written(root, facts.get("wandb_id"))
+        _remove_if_empty(self.path / ABANDONED)
+
+    def set_aside(self, step: int) -> Path | None:
+        """Move what is later than `step` to abandoned/1, 2, ...: checkpoints, records, trees and answers of a future
+        that a resumed run does not continue. None: there is nothing.
+
+        Checkpoints go first, the newest before the others: killed in between, the run is as if it had been killed
+        after its newest checkpoint, and this can be repeated. ValueError: the records cannot be read; nothing is moved.
+        """
+        rests = {name: _split(self.path / name, step) for name in RECORDS}
+        _remove_temporaries(self.path)
+        later = [path for folder in ("trees", "answers") for path in _ours(self.path, folder) if step_of(path) > step]
+        checkpoints = sorted(
+            (path for path in _ours(self.path, "checkpoints") if step_of(path) > step), key=step_of, reverse=True
+        )
+        unfinished = self.path / UNFINISHED
+        if not (unfinished.exists() or later or checkpoints or any(rest for _, rest in rests.values())):
+            return None
+        unfinished.mkdir(parents=True, exist_ok=True)
+        for path in checkpoints:
+            _move(path, unfinished)
+        _flush(unfinished, unfinished / "checkpoints", self.path / "checkpoints")
+        for name, (kept, rest) in rests.items():
+            if rest:
+                before = (unfinished / name).read_bytes() if (unfinished / name).exists() else b""
+                write_file(unfinished / name, rest if rest.endswith(before) else rest + before)
+                write_file(self.path / name, kept)
+        for path in later:
+            _move(path, unfinished)
+        numbers = [int(path.name) for path in _set_aside(self.path) if path != unfinished]
+        final = self.path / ABANDONED / str(max(numbers, default=0) + 1)
+        unfinished.rename(final)
+        _flush(final.parent)
+        return final
+
+    def release(self) -> None:
+        """Somebody else may claim it. A directory that was made for this run and has nothing in it goes, too. A second
+        call does nothing."""
+        if self._created and self._lock.held:
+            with contextlib.suppress(OSError):
+                if os.listdir(self.path) == [LOCK]:
+                    (self.path / LOCK).unlink()
+                    self.path.rmdir()
+        self._lock.release()
+
+
+def step_of(path: Path) -> int:
+    """Of a checkpoint, or a file of trees or answers, which is ours."""
+    return int(path.name.removeprefix("step_").partition(".")[0])
+
+
+def require_whole_settings(run: Path) -> None:
+    """ValueError: config.yaml lacks settings that the newest checkpoint has. They would be read as their defaults."""
+    checkpoints = sorted(_ours(run, "checkpoints"), key=step_of)
+    copy, config = (checkpoints[-1] / "run.yaml" if checkpoints else None), run / "config.yaml"
+    if copy is None or not (copy.is_file() and config.is_file()):  # who reads them says it
+        return
+    whole, there = copy.read_bytes().strip(), config.read_bytes().strip()
+    if whole.startswith(there) and whole != there:
+        raise ValueError(
+            f"{config}: expected all settings of the run, is {'cut off' if there else 'empty'}; {copy} is whole"
+        )
+    names = _setting_names(config)
+    missing = [name for name in _setting_names(copy) if name not in names] if names else []
+    if missing:
+        some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ValueError(f"{config}: expected all settings of the run, lacks {some}; {copy} has them")
+
+
+def _refuse(path: Path, *, resume: bool, overwrite: bool) -> None:
+    if os.path.lexists(path) and not path.is_dir():
+        raise ValueError(f"run.dir = {path}: expected a directory, or nothing, got something else")
+    _refuse_other_kinds(path)
+    if resume:
+        facts = _read_run(path)
+        if facts["status"] == REPLACED:
+            raise ValueError(f"{path}: was being replaced by --overwrite, which did not end: repeat that")
+        for name in RECORDS:
+            _split(path / name, 0)
+        require_whole_settings(path)
+    elif (path / "run.json").exists():
+        if overwrite:
+            _read_run(path)
+        else:
+            raise FileExistsError(
+                f"{path} already holds a run: continue it with --resume {path}, replace it with --overwrite, "
+                "or choose another run.dir"
+            )
+    elif found := [*_written(path)]:
+        names = ", ".join(str(one.relative_to(path)) for one in found[:3]) + (", ..." if len(found) > 3 else "")
+        raise FileExistsError(
+            f"{path} has {names}, as a run writes them, and no run.json that says so: move them away, or choose "
+            "another run.dir"
+        )
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    """run.json, if it is ours."""
+    facts = read_facts(path)
+    if not (
+        isinstance(facts.get("status"), str) and isinstance(facts.get("resumed"), list) and "wall_seconds" in facts
+    ):
+        raise ValueError(f"{path / 'run.json'}: expected that of a run (status, resumed, wall_seconds)")
+    return facts
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    """ValueError: a link, or a folder for a file, by a name of ours. To follow it, or to replace it, were wrong."""
+    if os.path.lexists(path / LOCK):
+        _refuse_unless(path / LOCK, folder=False)
+        if not last_holder(path) and (path / LOCK).stat().st_size and not is_held(path):
+            raise ValueError(f"{path / LOCK}: expected that of a run: move it away, or choose another run.dir")
+    for root in (path, *_set_aside(path)):
+        for name in FILES:
+            _refuse_unless(root / name, folder=False)
+        for folder in FOLDERS:
+            _refuse_unless(root / folder, folder=True)
+            for one in _ours(root, folder):
+                _refuse_unless(one, folder=folder == "checkpoints")
+    _refuse_unless(path / "wandb", folder=True)
+    _refuse_unless(path / ABANDONED, folder=True)
+
+
+def _refuse_unless(path: Path, *, folder: bool) -> None:
+    if path.is_symlink() or (path.exists() and path.is_dir() != folder):
+        kind = "a link" if path.is_symlink() else "a folder" if path.is_dir() else "a file"
+        raise ValueError(f"{path}: expected a {'folder' if folder else 'file'}, as a run has there, got {kind}")
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Sorted; none of a folder that is not there, or of a link."""
+    return sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
+
+
+def _ours(root: Path, folder: str) -> list[Path]:
+    """Of a run's folder, what has the name of something that a run writes there."""
+    return [path for path in _entries(root / folder) if FOLDERS[folder].fullmatch(path.name)]
+
+
+def _set_aside(path: Path) -> list[Path]:
+    """abandoned/1, 2, ..., and one that was not finished."""
+    there = _entries(path / ABANDONED)
+    return [
+        one
+        for one in there
+        if one.is_dir() and not one.is_symlink() and (one == path / UNFINISHED or re.fullmatch("[1-9][0-9]*", one.name))
+    ]
+
+
+def _written(path: Path) -> Iterator[Path]:
+    """All that has the name of something that a run writes."""
+    for root in (path, *_set_aside(path)):
+        yield from (root / name for name in FILES if (root / name).exists())
+        for folder in FOLDERS:
+            yield from _ours(root, folder)
+
+
+def _remove_written(root: Path, wandb_id: str | None) -> None:
+    for folder in FOLDERS:
+        for path in _ours(root, folder):
+            _remove(path)
+        _remove_if_empty(root / folder)
+    _remove_wandb(root / "wandb", wandb_id)
+    for name in FILES:
+        (root / name).unlink(missing_ok=True)
+    if root.parent.name == ABANDONED:
+        _remove_if_empty(root)
+
+
+def _remove_wandb(folder: Path, wandb_id: str | None) -> None:
+    """The files of this run's id, and the links to them."""
+    if wandb_id is None:
+        return
+    there = _entries(folder)
+    links = [one for one in there if one.is_symlink() and f"-{wandb_id}" in os.readlink(one)]
+    for path in (
+        *links,
+        *(one for one in there if re.fullmatch(rf"(offline-)?run-.+-{re.escape(wandb_id)}", one.name)),
+    ):
+        _remove(path)
+    _remove_if_empty(folder)
+
+
+def _remove_temporaries(path: Path) -> None:
+    """What a killed run was writing. A checkpoint that was being replaced, by one that is not there, is put back."""
+    for folder, pattern in _TEMPORARY.items():
+        for one in _entries(path / folder):
+            if not pattern.fullmatch(one.name) or one.is_symlink():
+                continue
+            final = one.with_name(one.name.replace(".replaced_", "step_"))
+            if final != one and not final.exists():
+                one.rename(final)
+            else:
+                _remove(one)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _move(path: Path, to: Path) -> None:
+    folder = to / path.parent.name
+    folder.mkdir(exist_ok=True)
+    path.rename(folder / path.name)
+
+
+def _flush(*folders: Path) -> None:
+    """The entries of folders to the disk itself, where they are there."""
+    for folder in folders:
+        if folder.is_dir():
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _split(path: Path, step: int) -> tuple[bytes, bytes]:
+    """The records of a file up to a step, and the rest: later ones, and a line that was cut off."""
+    lines, tail = whole_lines(path)
+    kept: list[bytes] = []
+    later: list[bytes] = []
+    for number, line in enumerate(lines, start=1):
+        at = json.loads(line).get("step")
+        if type(at) is not int:
+            raise ValueError(f"{path}, line {number}: expected a record with a step")
+        (kept if at <= step else later).append(line)
+    return b"".join(kept), b"".join(later) + tail
+
+
+def _setting_names(path: Path) -> list[str]:
+    """section.setting of a YAML file; none where it cannot be read as such, which whoever loads it says better."""
+    from omegaconf import OmegaConf
+
+    try:
+        sections: Any = OmegaConf.to_container(OmegaConf.load(path))
+        return [f"{section}.{name}" for section, content in sections.items() for name in content]
+    except Exception:  # of YAML, and of the values that it makes
+        return []

@@ -1,0 +1,93 @@
+"""The text files of a run, read and written whole: run.json, and records, one JSON object per line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+# Of run.json. 1 had no facts of an agent but the name and size of its task; 2 of tools only the names, and no code.
+FORMAT = 3
+REPLACED = "being replaced"  # the status of a run that --overwrite has begun to remove
+
+
+def read_facts(directory: Path) -> dict[str, Any]:
+    """run.json of a run. ValueError: it is not there, not readable, or of a newer version."""
+    path = directory / "run.json"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory}: expected a run, whose run.json can be read: {error}") from None
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path}: expected an object, got {type(facts).__name__}")
+    version = facts.get("version")
+    if isinstance(version, int) and version > FORMAT:
+        raise ValueError(f"{path}: expected version {FORMAT} or below, got {version}: a newer aepo wrote it")
+    return facts
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Of a .jsonl file; none if it is not there.
+
+    Every record was written with the newline behind it: what stands behind the last newline was cut off while being
+    written, and is left out. ValueError, with file and line: anything else that is no record.
+    """
+    return [json.loads(line) for line in whole_lines(path)[0]]
+
+
+def whole_lines(path: Path) -> tuple[list[bytes], bytes]:
+    """The records of a .jsonl file as they are written, with their newlines, and what stands behind the last one.
+    ValueError: as `read_records`."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [], b""
+    *lines, tail = content.split(b"\n")  # not splitlines: U+2028 may stand in a JSON string
+    for number, line in enumerate(lines, start=1):
+        try:
+            if not isinstance(json.loads(line), dict):
+                raise ValueError("no object")
+        except ValueError:
+            raise ValueError(f"{path}, line {number}: not a record (one JSON object per line)") from None
+    return [line + b"\n" for line in lines], tail
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """Write at once: a reader, or a crash, finds the old content or the new. After an error, the old, and no rest."""
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """As `whole_file`."""
+    with whole_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def append_lines(path: Path, lines: str, *, flush: bool = False) -> None:
+    """All of them, or, after an error, none. flush: to the disk itself, also those that were there."""
+    if not lines and not (flush and path.exists()):
+        return
+    with path.open("ab", buffering=0) as file:  # a buffer would be written after all when it is closed
+        size = file.seek(0, os.SEEK_END)
+        try:
+            rest = memoryview(lines.encode())
+            while rest:
+                rest = rest[file.write(rest) :]
+            if flush:
+                os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(size)
+            raise
