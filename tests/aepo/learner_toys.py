@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -56,13 +57,19 @@ def alone(model: PreTrainedModel, sample: Sample) -> tuple[Tensor, Tensor]:
     return rows.gather(1, ids[0, 1:][written][:, None])[:, 0], -(rows.exp() * rows).sum(-1)
 
 
+@functools.cache
+def frozen(model: PreTrainedModel, sample: Sample) -> tuple[Tensor, Tensor]:
+    """The same of a model that no gradient is asked of."""
+    with torch.no_grad():
+        return alone(model, sample)
+
+
 def engine_samples() -> list[Sample]:
     """As an engine with rounding of its own would deliver them."""
     noise = torch.Generator().manual_seed(3)
     samples = []
     for sample in random_samples(PATHS):
-        with torch.no_grad():
-            numbers = [x + 0.2 * torch.randn(x.shape, generator=noise) for x in alone(OLD, sample)]
+        numbers = [x + 0.2 * torch.randn(x.shape, generator=noise) for x in frozen(OLD, sample)]
         logprobs, entropies = (_spread(x, sample.trajectory.generated) for x in numbers)
         path = dataclasses.replace(sample.trajectory, logprobs=logprobs, entropies=entropies)
         samples.append(dataclasses.replace(sample, trajectory=path))
@@ -77,7 +84,7 @@ def _spread(values: Tensor, generated: Sequence[bool]) -> tuple[float, ...]:
 SAMPLES = engine_samples()
 
 
-def learned(config: Config) -> tuple[float, Tensor, list[list[Sample]]]:
+def learned(config: Config) -> tuple[float, Tensor, tuple[tuple[Sample, ...], ...]]:
     """Loss and gradient of the step as the Learner makes them, and how it cut the batch."""
     model = copy.deepcopy(START)
     learner = Learner(model, config, str)
@@ -86,7 +93,7 @@ def learned(config: Config) -> tuple[float, Tensor, list[list[Sample]]]:
     stats = learner.entropy_stats([minibatch])
     _become(model, NEW)
     metrics, _ = learner.backward(minibatch, stats, [f"q{i}" for i in range(PATHS)])
-    return sum(part["loss"] for part in metrics), gradient(model), [list(batch.samples) for batch in minibatch]
+    return sum(part["loss"] for part in metrics), gradient(model), tuple(batch.samples for batch in minibatch)
 
 
 def _become(model: PreTrainedModel, other: PreTrainedModel) -> None:
@@ -97,8 +104,9 @@ def gradient(model: PreTrainedModel) -> Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
+@functools.cache
 def expected(
-    objective: PolicyObjective, *, recompute: bool = False, parts: Sequence[Sequence[Sample]] | None = None
+    objective: PolicyObjective, *, recompute: bool = False, parts: tuple[tuple[Sample, ...], ...] | None = None
 ) -> tuple[float, Tensor]:
     """Loss and gradient by the papers. parts: each has its own statistics of the entropy; None: the whole batch, under
     the old policy."""
@@ -107,7 +115,7 @@ def expected(
     tokens = len(whole.logprobs)
     denominator = {"token-mean": tokens, "constant": PATHS * MAX_TOKENS}.get(objective.aggregation, PATHS)
     if parts is None:
-        old = torch.cat([alone(OLD, s)[1] for s in SAMPLES]) if recompute else _engine("entropies", SAMPLES)
+        old = torch.cat([frozen(OLD, s)[1] for s in SAMPLES]) if recompute else _engine("entropies", SAMPLES)
         stats = (old.mean().item(), old.std().item())
         loss = policy_oracle(whole, objective, entropy_stats=stats, denominator=denominator)
     else:
@@ -120,9 +128,8 @@ def expected(
 def batch_of(model: PreTrainedModel, samples: Sequence[Sample], recompute: bool) -> Batch:
     now = [alone(model, sample) for sample in samples]
     sampled = _engine("logprobs", samples)
-    with torch.no_grad():
-        old = torch.cat([alone(OLD, sample)[0] for sample in samples])
-        start = torch.cat([alone(START, sample)[0] for sample in samples])
+    old = torch.cat([frozen(OLD, sample)[0] for sample in samples])
+    start = torch.cat([frozen(START, sample)[0] for sample in samples])
     return Batch(
         logprobs=torch.cat([logprobs for logprobs, _ in now]),
         old_logprobs=old if recompute else sampled,

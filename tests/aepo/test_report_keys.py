@@ -83,3 +83,14 @@ def test_every_tile_and_every_row_of_a_table_is_a_metric(runs: dict[str, Path]) 
 def test_what_is_explained_is_a_metric(runs: dict[str, Path]) -> None:
     """Else a component of that name would be left out of its chart for nothing."""
     assert written(runs) >= EXPLAINED
+
+
+def test_shares_on_the_page_are_those_of_the_records(runs: dict[str, Path]) -> None:
+    records = read_records(runs["preset"] / "metrics.jsonl")
+    series = read(runs)[0].series
+    flipped = [record["policy.advantage_flips"] / record["tokens.trained"] for record in records]
+    assert series["policy.flipped"]["values"] == pytest.approx(flipped, rel=1e-4)
+    assert 0 < max(flipped) <= 1
+    for name, points in series.items():
+        if name.startswith(("branches.", "failures.", "policy.clip_", "policy.flipped")):
+            assert all(value is None or 0 <= value <= 1 for value in points["values"]), name

@@ -106,3 +106,12 @@ def test_pass_at_k_is_one_chart_without_its_kinds(tmp_path):
     shelves = page_data(write_report([run]).read_text(encoding="utf-8"))["shelves"]
     (chart,) = [chart for shelf in shelves for chart in shelf["charts"] if chart["title"] == "Held-out pass@k"]
     assert chart["series"] == [{"key": "eval.pass@1", "label": "k = 1"}, {"key": "eval.pass@4", "label": "k = 4"}]
+
+
+def test_the_headline_goes_from_the_first_evaluation_to_the_last(tmp_path):
+    run = make_run(tmp_path / "run")
+    found = [{"step": step, "success": success} for step, success in ((0, 0.25), (1, 0.75), (2, 0.5))]
+    (run / "evals.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found))
+    head = summary(read_run(run, "run"))
+    assert head["headline"].startswith("Held-out success went from 25% at the start to 50% at step 2;")
+    assert head["tiles"]["held-out success"] == {"value": "50%", "note": "+25 points since step 0, best 75%"}

@@ -138,6 +138,29 @@ MUTATIONS = (
         "if self.objective.kl_coef != 0:",
         "policy_settings test_loss_and_reference_reach_the_loss",
     ),
+    row(
+        "attention-sees-the-future",
+        "aepo/loss.py",
+        "is_causal=True, scale",
+        "is_causal=False, scale",
+        "loss test_packed_logits_and_gradients_are_those_of_each_trajectory_alone",
+    ),
+    row(
+        "gradients-clipped-at-1",
+        "aepo/learner.py",
+        "self._config.optimizer.max_grad_norm).item()",
+        "1.0).item()",
+        "trainer test_gradients_are_clipped_to_the_configured_norm",
+    ),
+    row("own-advantage-ignored", "aepo/advantages.py", '        "own": own,\n', '        "own": None,\n', "advantages"),
+    row("warm-start-rate-ignored", "aepo/models/small.py", "config.peak_rate * min(", "2e-3 * min(", "imitate"),
+    row(
+        "warm-start-makes-no-mistakes",
+        "aepo/models/small.py",
+        "round(config.careful_share * steps)",
+        "steps",
+        "imitate",
+    ),
     # Presets, by the papers
     row(
         "cispo-bound",
@@ -315,6 +338,41 @@ MUTATIONS = (
         "anchors.append(())",
         "tree",
     ),
+    row(
+        "one-noise-for-all-positions",
+        "aepo/rollout/engines/wave.py",
+        "offset=self.step",
+        "offset=0",
+        "engine test_tokens_are_those_of_the_reference_rule",
+    ),
+    row(
+        "engine-ignores-temperature",
+        "aepo/rollout/engines/wave.py",
+        "temperature=self._temperatures,",
+        "temperature=torch.ones_like(self._temperatures),",
+        "engine test_logprobs_and_entropies_are_exact",
+    ),
+    row(
+        "stop-strings-of-one-token",
+        "aepo/rollout/engines/stopping.py",
+        "generated[-longest - 1 :]",
+        "generated[-1:]",
+        "engine_stopping",
+    ),
+    row(
+        "environment-reward-is-lost",
+        "aepo/rollout/growth.py",
+        "path.branch_node, reason, reward)",
+        "path.branch_node, reason, None)",
+        "sampler_sessions",
+    ),
+    row(
+        "branch-of-an-environment-is-ahead",
+        "aepo/agents/tools/environment.py",
+        "self._repeat(self._record[:turns])",
+        "self._repeat(self._record)",
+        "environment_branches test_paths_are_as_if_each_had_been_alone",
+    ),
     # Rewards, formats, tools
     row(
         "success-needs-more",
@@ -390,6 +448,41 @@ MUTATIONS = (
         "        if problems:\n",
         "        if False:\n",
         "tools_toolbox",
+    ),
+    row(
+        "malformed-paths-are-well-formed",
+        "aepo/scoring.py",
+        '{"format": float(response.well_formed)',
+        '{"format": 1.0',
+        "scoring test_one_function",
+    ),
+    row(
+        "top-k-ignored",
+        "aepo/agents/tools/search.py",
+        "_best(scores, self._top_k)",
+        "_best(scores, 3)",
+        "tools_search test_ranks_like_bm25",
+    ),
+    row(
+        "worst-document-first",
+        "aepo/agents/tools/search.py",
+        "np.argsort(-scores[candidates]",
+        "np.argsort(scores[candidates]",
+        "tools_search test_ranks_like_bm25",
+    ),
+    row(
+        "held-out-prompts-in-training",
+        "aepo/agents/tasks/files.py",
+        "groups.setdefault(_prompt_key(question), [])",
+        "groups.setdefault(question.id, [])",
+        "data test_a_share_is_held_out",
+    ),
+    row(
+        "division-ignores-its-seed",
+        "aepo/agents/tasks/files.py",
+        'random.Random(f"heldout {seed}")',
+        'random.Random("heldout")',
+        "data test_a_share_is_held_out",
     ),
     # Training, evaluation and what is measured
     row(
@@ -491,6 +584,27 @@ MUTATIONS = (
         "{}",
         "report_keys test_what_is_explained_is_a_metric",
     ),
+    row(
+        "failed-calls-do-not-count",
+        "aepo/answers.py",
+        "sum(result.error is not None for result in results)",
+        "0",
+        "evaluation test_answers_are_read_from_paths_that_share_nodes",
+    ),
+    row(
+        "read-tokens-count-as-written",
+        "aepo/answers.py",
+        'for node in nodes if node.source == "model"),',
+        'for node in nodes if node.source != "prompt"),',
+        "evaluation test_answers_are_read_from_paths_that_share_nodes",
+    ),
+    row(
+        "kinds-of-questions-are-mixed",
+        "aepo/evaluation.py",
+        "[item for item in answered if item.question.kind == kind]",
+        "list(answered)",
+        "evaluation test_metrics_by_hand",
+    ),
     # Report
     row(
         "a-chart-without-its-metric",
@@ -527,13 +641,19 @@ MUTATIONS = (
         "(record.get(key) or 0) for key in tools",
         "report",
     ),
-    row("flips-are-no-share", "aepo/report/reader.py", "flips / tokens", "flips", "report", "report_keys"),
+    row(
+        "flips-are-no-share",
+        "aepo/report/reader.py",
+        "flips / tokens",
+        "flips",
+        "report_keys test_shares_on_the_page_are_those_of_the_records",
+    ),
     row(
         "gain-up-to-the-best",
         "aepo/report/summary.py",
         "(last, after) = evaluations[0], evaluations[-1]",
         "(last, after) = evaluations[0], max(evaluations, key=lambda one: one[1])",
-        "report_summary",
+        "report_summary test_the_headline_goes_from_the_first_evaluation_to_the_last",
     ),
     row(
         "display-swaps-clipped-shares",
