@@ -14,15 +14,14 @@ import argparse
 import contextlib
 import gc
 import os
-import random
 import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,44 +35,12 @@ places.install()
 import judge  # noqa: E402
 import runs  # noqa: E402
 import torch  # noqa: E402
-import writes  # noqa: E402
-from fault import CALLS, ERRORS, Fault, Injector, grow_disk, mount_small_disk, name_of, wrap_call  # noqa: E402
+from fault import Fault, Injector, grow_disk, mount_small_disk  # noqa: E402
 from judge import Foreign  # noqa: E402
-from runs import SCENARIOS, STEPS, Ended, Prepared, command  # noqa: E402
+from plan import KINDS, planned  # noqa: E402
+from runs import SCENARIOS, Ended, Prepared, command  # noqa: E402
 
 COMMAND = "python tests/faults/inject.py"
-KINDS = (
-    "one signal",
-    "several signals",
-    "kill -9",
-    "failing write",
-    "failing writes, from then on",
-    "error in a call",
-    "full disk",
-    "output",
-    "two processes",
-)
-IN_CODE = KINDS[:3]
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
-SEVERAL = (
-    "SIGINT,SIGINT+1",
-    "SIGINT,SIGTERM+2",
-    "SIGTERM,SIGINT+3",
-    "SIGHUP,SIGTERM+7",
-    "SIGINT,SIGINT+20",
-    "SIGINT*10",
-)
-ERRNOS = ("ENOSPC", "EIO", "EACCES")
-SECONDS = ("--resume", "--overwrite", "--new")
-# While these run, the directory is the first process's own.
-ITS_OWN = (
-    "Trainer.train_step",
-    "Trainer.update",
-    "Trainer.save",
-    "save_checkpoint",
-    "Trainer._evaluate_if_due",
-    "_record",
-)
 
 
 @dataclass
@@ -86,86 +53,6 @@ class Result:
     @property
     def survived(self) -> bool:
         return not self.problems
-
-
-def record(prepared: Prepared, work: Path) -> list[str]:
-    """Where faults can happen in this scenario, in the order of an undisturbed run, each with its number."""
-    directory, trace = work / "recorded", work / "trace"
-    prepared.copy_to(directory)
-    counts: Counter[str] = Counter()
-
-    def set_up() -> None:
-        descriptor = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-
-        def note(where: str) -> None:
-            os.write(descriptor, f"{where}\n".encode())
-
-        places.on_place = note
-        writes.watch(directory, lambda operation, path: note(f"{operation}:{name_of(path, directory)}"))
-        for name in CALLS:
-            wrap_call(name, lambda name, half, whole: (note(name), whole())[1])
-
-    ended = runs.run(command(directory, prepared.scenario.arguments), work / "logs", set_up)
-    assert ended.code == 0, ended
-    shutil.rmtree(directory)
-    found = []
-    for where in trace.read_text().splitlines():
-        counts[where] += 1
-        found.append(f"{where}#{counts[where]}")
-    return found
-
-
-def of_program(draw: random.Random) -> dict[str, list[Fault]]:
-    """A program is told from outside: when its output, or a file of its, has so many lines."""
-    wheres = ["out#1", "run.json#1", "evals.jsonl#1", *(f"metrics.jsonl#{step}" for step in range(1, STEPS + 1))]
-    whats = {"one signal": SIGNALS, "several signals": SEVERAL, "kill -9": ("SIGKILL",)}
-    found = {
-        kind: [Fault("program", what, where) for what in these for where in wheres] for kind, these in whats.items()
-    }
-    for faults in found.values():
-        draw.shuffle(faults)
-    return found
-
-
-def candidates(scenario: str, wheres: Sequence[str], draw: random.Random) -> dict[str, list[Fault]]:
-    """All faults of a scenario by kind, in a random order in which every function comes before any comes again."""
-    in_code = [where for where in wheres if ".py:" in where]
-    in_calls = [where for where in wheres if where.partition("#")[0] in CALLS]
-    in_writes = [where for where in wheres if where not in set(in_code) | set(in_calls)]
-
-    def spread(these: Iterable[str], whats: Sequence[str]) -> list[Fault]:
-        groups = defaultdict(list)
-        for where in these:
-            place = where.partition("#")[0]
-            groups[places.FUNCTIONS.get(place, place)] += [Fault(scenario, what, where) for what in whats]
-        for group in groups.values():
-            draw.shuffle(group)
-        order = list(groups.values())
-        draw.shuffle(order)
-        longest = max(map(len, order), default=0)
-        return [group[i] for i in range(longest) for group in order if i < len(group)]
-
-    found = {
-        "one signal": spread(in_code, SIGNALS),
-        "several signals": spread(in_code, SEVERAL),
-        "kill -9": spread([*in_code, *in_writes], ("SIGKILL",)),
-        "failing write": spread(in_writes, ERRNOS),
-        "failing writes, from then on": spread(in_writes, [f"{name}.." for name in ERRNOS]),
-        "error in a call": spread(in_calls, ERRORS)
-        + spread([where for where in in_calls if where.partition("#")[0] in ("step", "backward")], ("nan",)),
-    }
-    if scenario in ("one", "several"):
-        found["full disk"] = [
-            Fault(scenario, f"{what}={size}", "disk#1")
-            for size in (40, 90, 150, 200, 260, 350, 480, 700)
-            for what in ("tmpfs", "limit")
-        ]
-        found["output"] = [Fault(scenario, what, "stdout#1") for what in ("full", "closed")]
-        draw.shuffle(found["full disk"])
-    if scenario == "one":
-        own = [where for where in in_code if places.FUNCTIONS[where.partition("#")[0]].endswith(ITS_OWN)]
-        found["two processes"] = spread(own, SECONDS)
-    return found
 
 
 def attempt(fault: Fault, prepared: Prepared, work: Path) -> Result:
@@ -303,37 +190,6 @@ def two_processes(fault: Fault, prepared: Prepared, work: Path) -> tuple[list[st
     return problems, second.err
 
 
-def interleaved(lists: Sequence[list[Fault]]) -> list[Fault]:
-    """One of each list, then the next of each."""
-    longest = max(map(len, lists), default=0)
-    return [faults[i] for i in range(longest) for faults in lists if i < len(faults)]
-
-
-def planned(prepared: dict[str, Prepared], work: Path, seed: int) -> list[Fault]:
-    """Every fault of every scenario. Of any beginning of the list three in four are in our code, where no function
-    comes twice before all have come; the others are of all other kinds."""
-    draw = random.Random(seed)
-    by_kind: dict[str, list[list[Fault]]] = {kind: [] for kind in KINDS}
-    for name, one in prepared.items():
-        found = of_program(draw) if one.scenario.whole else candidates(name, record(one, work), draw)
-        for kind, faults in found.items():
-            by_kind[kind].append(faults)
-    lists = {kind: interleaved(lists) for kind, lists in by_kind.items()}
-    in_code = _new_functions_first(interleaved([lists[kind] for kind in IN_CODE]))
-    others = interleaved([lists[kind] for kind in KINDS if kind not in IN_CODE])
-    return interleaved([in_code[0::3], in_code[1::3], in_code[2::3], others])
-
-
-def _new_functions_first(faults: list[Fault]) -> list[Fault]:
-    seen, first, later = set(), [], []
-    for fault in faults:
-        place = fault.where.partition("#")[0]
-        function = places.FUNCTIONS.get(place, place)
-        (later if function in seen else first).append(fault)
-        seen.add(function)
-    return first + later
-
-
 def all_tried(
     faults: Sequence[Fault], prepared: dict[str, Prepared], work: Path, jobs: int, deadline: float, tell: Callable
 ) -> None:
@@ -431,7 +287,10 @@ def main() -> int:
         all_tried(faults[: chosen.sample], prepared, work, chosen.jobs, began + 60 * chosen.minutes, tell)
     gc.unfreeze()
     print(table(results, possible, chosen.seed))
-    print(f"{time.monotonic() - began:.0f} s, of which {ready:.0f} s before the first try")
+    processor = sum(os.times()[:4])  # of this process and all its children
+    print(
+        f"{time.monotonic() - began:.0f} s, of which {ready:.0f} s before the first try; {processor:.0f} s of processor"
+    )
     return 0 if results and all(one.survived for one in results) else 1
 
 

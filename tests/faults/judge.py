@@ -67,7 +67,11 @@ def truth_of(directory: Path, prepared: Prepared) -> Truth:
 
 
 def checkpoint_problems(directory: Path, prepared: Prepared) -> list[str]:
-    """Each listed one is whole and is the state after its step of an undisturbed run, the same one for all."""
+    """Each listed one is whole and is the state after its step of an undisturbed run, the same one for all. Not while
+    run.json says that the run is being replaced, and none can be resumed."""
+    now = status(directory)
+    if now is not None and now["status"] not in STATUSES:
+        return []
     found, possible = [], list(prepared.truths.values())
     listed = list_checkpoints(directory / "checkpoints")
     for one in listed:
