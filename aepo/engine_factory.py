@@ -56,9 +56,8 @@ def make_engine(config: Config, language_model: LanguageModel, eos_ids: Sequence
                 model.save_pretrained(saved.directory)
                 tokenizer.save_pretrained(saved.directory)
             except (OSError, SafetensorError) as error:
-                raise OSError(
-                    f"run.dir = {directory}: no room for the weights that vLLM starts from: {error}"
-                ) from None
+                what = "the weights that vLLM starts from cannot be written"
+                raise OSError(f"run.dir = {directory}: {what}: {error}") from None
             return VLLMEngine.launch(
                 saved.directory,
                 eos_ids=eos_ids,

@@ -357,7 +357,7 @@ def test_refresh_sends_the_weights_and_a_foreign_version_is_noticed(model, engin
     [
         (
             {"max_model_len": 99999},
-            r"vLLM refuses vllm.max_model_len: User-specified max_model_len \(99999\) is greater",
+            r"vLLM refuses vllm.max_model_len: User-specified max_model_len \(99999\) is",
         ),
         (
             {"kv_cache_gib": 1e-5},
@@ -404,7 +404,7 @@ def test_close_while_requests_run_on_a_silent_engine(engine, model, model_dir, t
         patch.setattr(vllm_local, "HEARTBEAT", 0.5)
         patch.setattr(vllm_local, "ANSWER", 1.0)
         os.kill(process, signal.SIGSTOP)
-        with pytest.raises(WeightUpdateError, match="replica 0: .*has not answered for 1 s"):
+        with pytest.raises(WeightUpdateError, match=r"replica 0.*has not answered for 1 s"):
             made.refresh(1)
         patch.undo()
         rollout = pool.submit(generate, made, request([1]))

@@ -99,7 +99,7 @@ def _end_starts(starts: Sequence[Future[AsyncLLM]], guard: OrphanGuard) -> None:
 def refusal(error: ValueError) -> str:
     """One line of what vLLM says about a setting, with our name for it."""
     said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-    said = " ".join(said.removeprefix("Value error, ").split())
+    said = " ".join(said.removeprefix("Value error, ").split()).split(". ")[0]  # what follows are vLLM's own options
     named = [f"vllm.{field.name}" for field in fields(VLLMConfig) if field.name in said]
     return f"vLLM refuses {' and '.join(named) or 'these settings'}: {said}"
 
