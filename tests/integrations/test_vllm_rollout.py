@@ -8,9 +8,10 @@ import asyncio
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -140,10 +141,11 @@ def launch(model_dir: str, model: torch.nn.Module, **changes) -> VLLMEngine:
 
 
 @pytest.fixture
-def temporary(tmp_path, monkeypatch) -> Path:
-    """Where engines that start now have their files."""
-    monkeypatch.setenv("VLLM_RPC_BASE_PATH", str(tmp_path))
-    return tmp_path
+def temporary(monkeypatch) -> Iterator[Path]:
+    """Where engines that start now have their files; short, as the paths of sockets must be."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as path:
+        monkeypatch.setenv("VLLM_RPC_BASE_PATH", path)
+        yield Path(path)
 
 
 def generate(engine: VLLMEngine, *requests: GenerationRequest) -> list:

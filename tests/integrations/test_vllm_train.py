@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -66,9 +69,9 @@ def test_training_with_vllm_resumes_and_leaves_no_process(tmp_path):
 @pytest.mark.parametrize("moment", ["start", "weights"])
 def test_kill_9_leaves_neither_process_nor_file(tmp_path, monkeypatch, moment):
     """As soon as an engine's process is there, and while new weights travel."""
-    run, weights, temporary = (tmp_path / name for name in ("run", "weights", "tmp"))
-    for path in (weights, temporary):
-        path.mkdir()
+    run, weights = tmp_path / "run", tmp_path / "weights"
+    weights.mkdir()
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # short, as the paths of sockets must be
     monkeypatch.setenv("TMPDIR", str(temporary))
     trainer = start(
         "train", "--config", "configs/vllm.yaml", *OVERRIDES, f"run.dir={run}", f"model.cache_dir={tmp_path / 'cache'}",
@@ -91,3 +94,4 @@ def test_kill_9_leaves_neither_process_nor_file(tmp_path, monkeypatch, moment):
     assert wait_until(lambda: not list(weights.iterdir()), 10)
     ours = [path for path in temporary.iterdir() if not path.name.startswith("torchinductor_")]
     assert not ours, "sockets and the like"
+    shutil.rmtree(temporary)

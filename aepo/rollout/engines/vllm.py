@@ -44,6 +44,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output is the command's, and may be JSON
 }
 END_SECONDS = 30.0  # for engines to shut down, and for coroutines to end after they were cancelled
+SOCKET_BYTES = 107  # of the path of a socket, which vLLM names with 36 of them
 ABORTS = 3  # of one request, by whoever else steers the engine, before the rollout is given up
 
 FinishReason = Literal["stop", "eos", "length", "abort"]
@@ -208,9 +209,10 @@ class VLLMEngine:
             os.environ.setdefault(name, value)
         from aepo.rollout.engines.vllm_local import start_replicas
 
-        # The sockets of engines are in there; the path of one has 107 bytes at most, too few for most run directories.
-        place = Path(os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir())
-        guard = temporary_directory(place, "aepo-engines-", weight_files(settings.weights_dir))
+        place = os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir()
+        if len(os.fsencode(place)) > SOCKET_BYTES - len("/aepo-vllm-/") - 12 - 36:
+            place = "/tmp"
+        guard = temporary_directory(Path(place), "aepo-vllm-", weight_files(settings.weights_dir))
         loop = LoopThread()
         try:
             replicas = loop.run(
