@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -169,3 +170,16 @@ def test_a_directory_goes_and_its_guard_with_it(tmp_path):
     with pytest.raises(FileNotFoundError):
         OrphanGuard(tmp_path / "missing" / "directory")
     assert not os.environ.get("TMPDIR", "").startswith(str(tmp_path))
+
+
+def test_the_environment_of_this_process_is_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("OTHER", "before")
+    monkeypatch.delenv("NEW", raising=False)
+    with temporary_directory(tmp_path, "private-") as guard, guard.environment(OTHER="meanwhile", NEW="meanwhile"):
+        assert os.environ["TMPDIR"] == str(guard.directory)
+        assert os.environ["OTHER"] == os.environ["NEW"] == "meanwhile"
+        assert tempfile.gettempdir() == str(tmp_path)
+    assert (os.environ["TMPDIR"], os.environ["OTHER"]) == (str(tmp_path), "before")
+    assert "NEW" not in os.environ

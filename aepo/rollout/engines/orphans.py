@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,7 @@ class OrphanGuard:
     def environment(self, **more: str) -> Iterator[None]:
         """Processes that are spawned meanwhile are marked; they have the variables `more`, too."""
         assert self.directory is not None
+        tempfile.gettempdir()  # is remembered: this process keeps its own
         changes = {MARK: str(self.directory), **more}
         before = {name: os.environ.get(name) for name in changes}
         os.environ.update(changes)
