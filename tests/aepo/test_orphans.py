@@ -176,10 +176,13 @@ def test_the_environment_of_this_process_is_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("OTHER", "before")
+    monkeypatch.setenv("GONE", "before")
     monkeypatch.delenv("NEW", raising=False)
-    with temporary_directory(tmp_path, "private-") as guard, guard.environment(OTHER="meanwhile", NEW="meanwhile"):
+    with temporary_directory(tmp_path, "private-") as guard, guard.environment(OTHER="new", NEW="new", GONE=None):
         assert os.environ["TMPDIR"] == str(guard.directory)
-        assert os.environ["OTHER"] == os.environ["NEW"] == "meanwhile"
+        assert os.environ["OTHER"] == os.environ["NEW"] == "new"
+        assert "GONE" not in os.environ
         assert tempfile.gettempdir() == str(tmp_path)
-    assert (os.environ["TMPDIR"], os.environ["OTHER"]) == (str(tmp_path), "before")
+    assert os.environ["TMPDIR"] == str(tmp_path)
+    assert os.environ["OTHER"] == os.environ["GONE"] == "before"
     assert "NEW" not in os.environ

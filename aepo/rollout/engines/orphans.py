@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -62,21 +62,17 @@ class OrphanGuard:
         self.end()
 
     @contextmanager
-    def environment(self, **more: str) -> Iterator[None]:
-        """Processes that are spawned meanwhile are marked; they have the variables `more`, too."""
+    def environment(self, **more: str | None) -> Iterator[None]:
+        """Processes that are spawned meanwhile are marked; they have the variables `more`, too, None: do not have."""
         assert self.directory is not None
         tempfile.gettempdir()  # is remembered: this process keeps its own
         changes = {MARK: str(self.directory), **more}
         before = {name: os.environ.get(name) for name in changes}
-        os.environ.update(changes)
+        set_variables(changes)
         try:
             yield
         finally:
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
+            set_variables(before)
 
     def kill(self) -> None:
         """The marked processes, at once."""
@@ -96,6 +92,13 @@ class OrphanGuard:
 def temporary_directory(parent: Path, prefix: str, leftovers: Sequence[str] = ()) -> OrphanGuard:
     """As tempfile.TemporaryDirectory, but removed also if this process is killed."""
     return OrphanGuard(parent / f"{prefix}{uuid.uuid4().hex[:12]}", leftovers)
+
+
+def set_variables(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 def marked(directory: str) -> list[int]:

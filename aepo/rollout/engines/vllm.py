@@ -18,6 +18,7 @@ import os
 import tempfile
 import threading
 import uuid
+import weakref
 from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
@@ -185,6 +186,8 @@ class VLLMEngine:
         self._model = model
         self._weights_dir = None if weights_dir is None else Path(weights_dir)
         self._guard = guard
+        if guard is not None:  # collected without `close`; at Python's end it is the guard itself that does it
+            weakref.finalize(self, guard.end).atexit = False
         self._sender: WeightSender | None = None  # to the replicas that are there; made when it is needed
 
     @classmethod

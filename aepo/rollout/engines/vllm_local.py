@@ -63,6 +63,7 @@ async def start_replicas(
     place = str(guard.directory)
     with guard.environment(
         VLLM_RPC_BASE_PATH=place,  # sockets; vLLM leaves some behind, also when it is shut down
+        VLLM_CPU_KVCACHE_SPACE=None,  # would be taken in place of vllm.kv_cache_gib
         VLLM_WORKER_MULTIPROC_METHOD="spawn",  # a fork shows the environment that its parent began with
         TORCHINDUCTOR_CACHE_DIR=os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir(),  # not in `place`
     ):
