@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import tempfile
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+from safetensors import SafetensorError
 
 from aepo.config import Config
 from aepo.install import pip_install
 from aepo.rollout.engine import Engine
 from aepo.rollout.engines.huggingface import HuggingFaceEngine
-from aepo.rollout.engines.orphans import OrphanGuard
+from aepo.rollout.engines.orphans import temporary_directory
 from aepo.rollout.engines.vllm import VLLMEngine
 
 if TYPE_CHECKING:
@@ -37,7 +36,8 @@ def make_engine(config: Config, language_model: LanguageModel, eos_ids: Sequence
 
     vLLM on this machine reads the weights from a directory in that of the run, which is gone when this returns.
 
-    ValueError: vLLM is not installed, or cannot serve this configuration. ConnectionError: an endpoint does not answer.
+    ValueError: vLLM is not installed, or cannot serve this configuration. OSError: the weights cannot be
+    written there. ConnectionError: an endpoint does not answer.
     """
     model, tokenizer = language_model.model, language_model.tokenizer
     if config.rollout.engine == "huggingface":
@@ -50,12 +50,16 @@ def make_engine(config: Config, language_model: LanguageModel, eos_ids: Sequence
             )
         directory = Path(config.run.dir)
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".engine-", dir=directory) as path:
-            model.save_pretrained(path)
-            tokenizer.save_pretrained(path)
-            before = multiprocessing.active_children()
-            engine = VLLMEngine.launch(
-                Path(path),
+        with temporary_directory(directory, ".engine-") as saved:
+            assert saved.directory is not None
+            try:
+                model.save_pretrained(saved.directory)
+                tokenizer.save_pretrained(saved.directory)
+            except (OSError, SafetensorError) as error:
+                what = "the weights that vLLM starts from cannot be written"
+                raise OSError(f"run.dir = {directory}: {what}: {error}") from None
+            return VLLMEngine.launch(
+                saved.directory,
                 eos_ids=eos_ids,
                 vocab_size=vocab_size,
                 model=model,
@@ -63,9 +67,6 @@ def make_engine(config: Config, language_model: LanguageModel, eos_ids: Sequence
                 version=version,
                 seed=config.run.seed,
             )
-        started = [process.pid for process in multiprocessing.active_children() if process not in before]
-        weakref.finalize(engine, OrphanGuard([pid for pid in started if pid is not None]).release)
-        return engine
     except ModuleNotFoundError as error:
         if error.name not in ("vllm", "httpx", "requests"):
             raise

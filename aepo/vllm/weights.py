@@ -43,6 +43,7 @@ from aepo.vllm.reload import check_fit, load
 
 BACKEND = "aepo_file"
 SHARED_MEMORY = Path("/dev/shm")
+PREFIX = f"aepo-weights-{uuid.uuid4().hex[:12]}-"  # of directories with new weights that this process makes
 FILE_BYTES = 1 << 30  # one file holds this much: the writer needs that much memory, not a second copy of the model
 MIB = 1 << 20
 
@@ -193,7 +194,7 @@ class FileTrainerWeightTransferEngine(TrainerWeightTransferEngine[FileTrainerIni
         check_room(self.directory, self.weights)
         self.client.start_weight_update()
         # A new directory for every update, told to the engines when it is complete and gone when they have read it.
-        with tempfile.TemporaryDirectory(prefix="aepo-weights-", dir=self.directory) as directory:
+        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=self.directory) as directory:
             info = write(Path(directory), self.weights)
             self.client.update_weights(asdict(info))
             self.client.finish_weight_update()

@@ -8,7 +8,11 @@ import asyncio
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -20,10 +24,13 @@ import torch
 from aepo.agents.tools.toolbox import ToolBox
 from aepo.config import RolloutConfig, VLLMConfig
 from aepo.rollout.engine import GenerationRequest
+from aepo.rollout.engines import vllm_local
+from aepo.rollout.engines.orphans import marked
 from aepo.rollout.engines.vllm import ReplicaGoneError, VLLMEngine
 from aepo.rollout.sampler import RolloutError, Sampler
 from aepo.rollout.tree import path_nodes
 from aepo.types import Question, RolloutTree, TokenIds, ToolCall, ToolResult, Turn
+from aepo.vllm.weights import WeightUpdateError
 from tests.aepo.engine_toys import EOS, TAG, VOCAB, assert_is_the_models_own, prompts, request
 from tests.aepo.engine_toys import engine as transformers_engine
 from tests.integrations.conftest import qwen
@@ -97,27 +104,48 @@ def model() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def engine(model, model_dir, tmp_path_factory):
+def in_processes():
+    """Engines of their own processes, not in this one as elsewhere here; none of them is left in the end."""
     import vllm.envs
 
+    vllm.envs.disable_envs_cache()
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_USE_V2_MODEL_RUNNER="0")
+    yield
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    assert not engine_processes()
+
+
+@pytest.fixture(scope="module")
+def engine(model, model_dir, tmp_path_factory, in_processes):
     path = tmp_path_factory.mktemp("talkative")
     model.save_pretrained(path)
     for file in Path(model_dir).glob("token*"):
         (path / file.name).write_bytes(file.read_bytes())
-    vllm.envs.disable_envs_cache()
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_USE_V2_MODEL_RUNNER="0")
     settings = VLLMConfig(replicas=3, max_num_seqs=16, enforce_eager=True, kv_cache_gib=0.05)
     made = VLLMEngine.launch(path, eos_ids=[EOS], vocab_size=VOCAB, model=model, settings=settings, version=7, seed=0)
     yield made
     made.close()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    assert not engine_processes()
 
 
 def engine_processes() -> list[int]:
     """Children of this process that run an engine, oldest first."""
     listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
     return [int(line.split()[0]) for line in listed.stdout.splitlines() if "EngineCore" in line]
+
+
+def launch(model_dir: str, model: torch.nn.Module, **changes) -> VLLMEngine:
+    settings = VLLMConfig(**{"max_num_seqs": 16, "enforce_eager": True, "kv_cache_gib": 0.05, **changes})
+    return VLLMEngine.launch(
+        Path(model_dir), eos_ids=[EOS], vocab_size=VOCAB, model=model, settings=settings, version=0, seed=0
+    )
+
+
+@pytest.fixture
+def temporary(monkeypatch) -> Iterator[Path]:
+    """Where engines that start now have their files; short, as the paths of sockets must be."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as path:
+        monkeypatch.setenv("VLLM_RPC_BASE_PATH", path)
+        yield Path(path)
 
 
 def generate(engine: VLLMEngine, *requests: GenerationRequest) -> list:
@@ -330,6 +358,79 @@ def test_refresh_sends_the_weights_and_a_foreign_version_is_noticed(model, engin
     engine._loop.run(replica._llm.update_weight_version("8"))
     engine.release()
     assert_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"max_model_len": 99999},
+            r"vLLM refuses vllm.max_model_len: User-specified max_model_len \(99999\) is",
+        ),
+        (
+            {"kv_cache_gib": 1e-5},
+            r"vllm.kv_cache_gib = 1e-05: keys and values of one sequence of 256 positions .* 0.000366 GiB$",
+        ),
+    ],
+)
+def test_a_failed_start_is_one_line_and_leaves_nothing(
+    in_processes, model, model_dir, temporary, changes, message
+) -> None:
+    before = engine_processes()
+    with pytest.raises(ValueError, match=message) as caught:
+        launch(model_dir, model, **changes)
+    assert "\n" not in str(caught.value)
+    assert engine_processes() == before
+    assert not list(temporary.iterdir())
+
+
+def test_ctrl_c_while_engines_start_is_prompt_and_leaves_nothing(in_processes, model, model_dir, temporary) -> None:
+    """When the first of their processes is there, long before they can answer."""
+    sent: list[float] = []
+
+    def interrupt() -> None:
+        while not (directories := list(temporary.iterdir())) or not marked(str(directories[0])):
+            time.sleep(0.01)
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = engine_processes()
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        launch(model_dir, model, replicas=2)
+    assert time.monotonic() - sent[0] < 10
+    thread.join()
+    assert engine_processes() == before
+    assert not list(temporary.iterdir())
+
+
+def test_close_while_requests_run_on_a_silent_engine(in_processes, model, model_dir, temporary) -> None:
+    """One that is alive and does not answer: a refresh ends by itself, close kills it, and the rollout ends."""
+    before = engine_processes()
+    made = launch(model_dir, model)
+    (process,) = set(engine_processes()) - set(before)
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor() as pool:
+        patch.setattr(vllm_local, "HEARTBEAT", 0.5)
+        patch.setattr(vllm_local, "ANSWER", 1.0)
+        os.kill(process, signal.SIGSTOP)
+        with pytest.raises(WeightUpdateError, match=r"replica 0.*has not answered for 1 s"):
+            made.refresh(1)
+        patch.undo()
+        rollout = pool.submit(generate, made, request([1]))
+        while not made._open:
+            time.sleep(0.01)
+        begin = time.monotonic()
+        made.close()
+        assert time.monotonic() - begin < 30
+        with pytest.raises(CancelledError):
+            rollout.result(10)
+    made.close()
+    made.release()
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        made.refresh(2)
+    assert engine_processes() == before
+    assert not list(temporary.iterdir())
 
 
 def test_a_rollout_survives_a_killed_replica_and_keeps_what_is_finished_without_any(model, engine) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
 
@@ -59,3 +63,35 @@ def test_training_with_vllm_resumes_and_leaves_no_process(tmp_path):
     assert all(record["policy.mismatch_max"] <= MISMATCH for record in records), "also of the first resumed step"
     assert list_checkpoints(run / "checkpoints")[-1].step == records[-1]["step"]
     assert wait_until(lambda: not members(second.pid), 20), members(second.pid)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["start", "weights"])
+def test_kill_9_leaves_neither_process_nor_file(tmp_path, monkeypatch, moment):
+    """As soon as an engine's process is there, and while new weights travel."""
+    run, weights = tmp_path / "run", tmp_path / "weights"
+    weights.mkdir()
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # short, as the paths of sockets must be
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    trainer = start(
+        "train", "--config", "configs/vllm.yaml", *OVERRIDES, f"run.dir={run}", f"model.cache_dir={tmp_path / 'cache'}",
+        f"vllm.weights_dir={weights}", "train.steps=10000",
+    )  # fmt: skip
+
+    def is_time() -> bool:
+        if moment == "weights":
+            return bool(list(weights.glob("*/*")))
+        return bool(list(run.glob(".engine-*"))) and any("spawn_main" in one for one in members(trainer.pid))
+
+    end = time.monotonic() + 300
+    while not is_time() and trainer.poll() is None and time.monotonic() < end:
+        time.sleep(0.001 if moment == "weights" else 0.05)
+    trainer.kill()
+    output, _ = trainer.communicate(timeout=60)
+    assert trainer.returncode == -signal.SIGKILL, output
+    assert wait_until(lambda: not members(trainer.pid), 40), members(trainer.pid)
+    assert wait_until(lambda: not list(run.glob(".engine-*")), 10)
+    assert wait_until(lambda: not list(weights.iterdir()), 10)
+    ours = [path for path in temporary.iterdir() if not path.name.startswith("torchinductor_")]
+    assert not ours, "sockets and the like"
+    shutil.rmtree(temporary)

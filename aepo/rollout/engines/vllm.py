@@ -10,21 +10,26 @@ started on, and a trainer runs one loop per rollout.
 from __future__ import annotations
 
 import asyncio
+import glob
 import itertools
 import logging
 import math
 import os
+import tempfile
 import threading
 import uuid
+import weakref
 from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from aepo.config import VLLMConfig
 from aepo.rollout.engine import EngineCounters, Generation, GenerationRequest, check_request
+from aepo.rollout.engines.orphans import OrphanGuard, temporary_directory
 from aepo.types import TokenIds
 
 if TYPE_CHECKING:
@@ -39,6 +44,8 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",  # 100 lines at a start, between those of the trainer
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output is the command's, and may be JSON
 }
+END_SECONDS = 30.0  # for engines to shut down, and for coroutines to end after they were cancelled
+SOCKET_BYTES = 107  # of the path of a socket, which vLLM names with 36 of them
 ABORTS = 3  # of one request, by whoever else steers the engine, before the rollout is given up
 
 FinishReason = Literal["stop", "eos", "length", "abort"]
@@ -98,21 +105,47 @@ class LoopThread:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="aepo-vllm", daemon=True)
+        self._closed = False
+        self._thread = threading.Thread(target=self._serve, name="aepo-vllm", daemon=True)
         self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
-        """Start it there; cancelling the future cancels the work."""
+        """Start it there; cancelling the future cancels the work. RuntimeError: closed."""
+        if self._closed:
+            work.close()
+            raise RuntimeError("the engine is closed")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Wait for it, in this thread."""
-        return self.submit(work).result()
+    def run(self, work: Coroutine[Any, Any, Result], timeout: float | None = None) -> Result:
+        """Wait for it, in this thread; it is cancelled if that ends early. TimeoutError: after `timeout` seconds."""
+        future = self.submit(work)
+        try:
+            return future.result(timeout)
+        except FutureTimeoutError:  # its own name before Python 3.11
+            future.cancel()
+            raise TimeoutError from None
+        except BaseException:
+            future.cancel()
+            raise
 
     def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        """Cancel what still runs, wait for it, and end the thread. A second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(END_SECONDS)  # one that blocks the loop stays behind, as a daemon
+
+    def _serve(self) -> None:
+        try:
+            self._loop.run_forever()
+            self._loop.run_until_complete(asyncio.sleep(0))  # what was submitted just before becomes a task
+            tasks = asyncio.all_tasks(self._loop)
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                self._loop.run_until_complete(asyncio.wait(tasks, timeout=END_SECONDS))
+        finally:
+            self._loop.close()
 
 
 class VLLMEngine:
@@ -134,7 +167,9 @@ class VLLMEngine:
         version: int,
         model: torch.nn.Module | None,
         weights_dir: str | None,
+        guard: OrphanGuard | None = None,
     ) -> None:
+        """guard: ends with the engine, and ends what is left of it then."""
         self.version = version
         self.counters = EngineCounters()
         self.max_positions = min(replica.max_positions for replica in replicas)
@@ -150,6 +185,9 @@ class VLLMEngine:
         self._counter = itertools.count()
         self._model = model
         self._weights_dir = None if weights_dir is None else Path(weights_dir)
+        self._guard = guard
+        if guard is not None:  # collected without `close`; at Python's end it is the guard itself that does it
+            weakref.finalize(self, guard.end).atexit = False
         self._sender: WeightSender | None = None  # to the replicas that are there; made when it is needed
 
     @classmethod
@@ -167,23 +205,35 @@ class VLLMEngine:
         """Start `settings.replicas` engines on this machine, each in processes of its own.
 
         model_dir: weights, configuration and tokenizer, as transformers saves them. model: the one being trained, whose
-        weights `refresh` sends; None: they never change. ModuleNotFoundError: vLLM is not installed.
+        weights `refresh` sends; None: they never change. ModuleNotFoundError: vLLM is not installed. ValueError: vLLM
+        refuses the settings. If it fails or is interrupted, no process is left.
         """
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from aepo.rollout.engines.vllm_local import start_replicas
 
+        place = os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir()
+        if len(os.fsencode(place)) > SOCKET_BYTES - len("/aepo-vllm-/") - 12 - 36:
+            place = "/tmp"
+        guard = temporary_directory(Path(place), "aepo-vllm-", weight_files(settings.weights_dir))
         loop = LoopThread()
         try:
             replicas = loop.run(
-                start_replicas(model_dir, eos_ids=eos_ids, settings=settings, version=version, seed=seed)
+                start_replicas(model_dir, eos_ids=eos_ids, settings=settings, version=version, seed=seed, guard=guard)
+            )
+            return cls(
+                replicas,
+                loop,
+                vocab_size=vocab_size,
+                version=version,
+                model=model,
+                weights_dir=settings.weights_dir,
+                guard=guard,
             )
         except BaseException:
             loop.close()
+            guard.end()
             raise
-        return cls(
-            replicas, loop, vocab_size=vocab_size, version=version, model=model, weights_dir=settings.weights_dir
-        )
 
     @classmethod
     def connect(
@@ -205,21 +255,38 @@ class VLLMEngine:
         loop = LoopThread()
 
         async def connected() -> list[RemoteReplica]:
-            return [
-                await RemoteReplica.connect(url, eos_ids, vocab_size, updatable=model is not None)
-                for url in settings.endpoints
-            ]
+            replicas: list[RemoteReplica] = []
+            try:
+                for url in settings.endpoints:
+                    replicas.append(await RemoteReplica.connect(url, eos_ids, vocab_size, updatable=model is not None))
+            except BaseException:
+                for replica in replicas:
+                    await replica.close()
+                raise
+            return replicas
 
         try:
             replicas = loop.run(connected())
         except BaseException:
             loop.close()
             raise
+        weights_dir = settings.weights_dir
+        guard = None if model is None else OrphanGuard(None, weight_files(weights_dir))
         engine = cls(
-            replicas, loop, vocab_size=vocab_size, version=version, model=model, weights_dir=settings.weights_dir
+            replicas,
+            loop,
+            vocab_size=vocab_size,
+            version=version,
+            model=model,
+            weights_dir=weights_dir,
+            guard=guard,
         )
-        if model is not None:
-            engine.refresh(version)
+        try:
+            if model is not None:
+                engine.refresh(version)
+        except BaseException:
+            engine.close()
+            raise
         return engine
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
@@ -314,7 +381,8 @@ class VLLMEngine:
 
     def release(self) -> None:
         """The rollout batch is over: nothing of it is left in the engines but cached prefixes, which they manage."""
-        self._loop.run(self._release())
+        if self._replicas:
+            self._loop.run(self._release())
 
     async def _release(self) -> None:
         running = list(self._running)
@@ -337,6 +405,8 @@ class VLLMEngine:
         A replica that turns out to be gone is left out from then on, as in a rollout. RuntimeError: the engine was made
         without a model, or a replica failed to take the weights.
         """
+        if not self._replicas:
+            raise RuntimeError("the engine is closed")
         if self._model is None:
             raise RuntimeError("this engine was made with model=None: there are no weights to send")
         from aepo.vllm.weights import WeightSender, WeightUpdateError
@@ -358,15 +428,34 @@ class VLLMEngine:
         self.version = version
 
     def close(self) -> None:
-        """End the engines that were launched here, and their processes. A second call does nothing."""
+        """End the engines that were launched here, and their processes, whatever they are doing; what still runs is
+        cancelled. Takes END_SECONDS at most where vLLM hangs. A second call does nothing."""
+        replicas, self._replicas = self._replicas, []
+        if not replicas:
+            return
 
         async def close_all() -> None:
-            await asyncio.gather(*(replica.close() for replica in self._replicas))
+            for task in self._running:
+                task.cancel()
+            await asyncio.gather(*(replica.close() for replica in replicas))
 
-        if self._replicas:
-            self._loop.run(close_all())
+        try:
+            self._loop.run(close_all(), END_SECONDS)
+        except TimeoutError:
+            logger.warning("vLLM did not shut down within %g s: its processes are killed", END_SECONDS)
+        finally:
+            if self._guard is not None:
+                self._guard.end()
             self._loop.close()
-            self._replicas, self._readers, self._sender = [], {}, None
+            self._readers, self._sender = {}, None
+
+
+def weight_files(weights_dir: str | None) -> list[str]:
+    """Patterns of what this process may leave of new weights that are on their way when it is killed."""
+    from aepo.vllm.weights import PREFIX, SHARED_MEMORY
+
+    places = [SHARED_MEMORY, tempfile.gettempdir()] if weights_dir is None else [Path(weights_dir).absolute()]
+    return [f"{glob.escape(str(place))}/{PREFIX}*" for place in places]
 
 
 class EntropyReader:

@@ -1,0 +1,112 @@
+"""What engines leave when they cannot be made, and when they are closed with work under way; vLLM itself is not needed
+for that (tests/integrations)."""
+
+import asyncio
+import resource
+import threading
+import time
+from concurrent.futures import CancelledError
+from types import SimpleNamespace
+
+import pytest
+
+from aepo.config import VLLMConfig, load_config
+from aepo.engine_factory import make_engine
+from aepo.rollout.engines.vllm import LoopThread, VLLMEngine
+from tests.aepo.engine_toys import model, tokenizer
+
+
+@pytest.fixture
+def made(tmp_path):
+    """make_engine for vLLM on this machine, over a toy, in a directory of its own."""
+    config = load_config(None, ["rollout.engine=vllm", f"run.dir={tmp_path / 'run'}"])
+    language_model = SimpleNamespace(model=model(), tokenizer=tokenizer(), vocab_size=260)
+    return lambda: make_engine(config, language_model, [256], 0)
+
+
+def test_a_full_disk_is_one_line(made, tmp_path):
+    """Here a limit on the size of files: writing fails after 4 KiB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"^run.dir = .*/run: the weights that vLLM .* cannot be written: .*large"):
+            made()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_the_weights_of_a_failed_start_go(made, tmp_path, monkeypatch, error):
+    def launch(model_dir, **_):
+        assert (model_dir / "model.safetensors").exists()
+        raise error
+
+    monkeypatch.setattr(VLLMEngine, "launch", launch)
+    with pytest.raises(error):
+        made()
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_endpoints_before_one_that_fails_are_closed(monkeypatch):
+    vllm_remote = pytest.importorskip("aepo.rollout.engines.vllm_remote")
+    closed = []
+
+    class Connected:
+        def __init__(self, url):
+            self.url = url
+
+        async def close(self):
+            closed.append(self.url)
+
+    async def connect(url, *_, **__):
+        if url.endswith("c"):
+            raise ConnectionError(url)
+        return Connected(url)
+
+    monkeypatch.setattr(vllm_remote.RemoteReplica, "connect", connect)
+    settings = VLLMConfig(endpoints=("http://a", "http://b", "http://c"))
+    threads = threading.active_count()
+    with pytest.raises(ConnectionError, match="http://c"):
+        VLLMEngine.connect(eos_ids=[], vocab_size=260, model=None, settings=settings, version=0)
+    assert closed == ["http://a", "http://b"]
+    assert threading.active_count() == threads
+
+
+def test_a_loop_that_closes_ends_what_still_runs():
+    cleaned = threading.Event()
+
+    async def work():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.1)
+            cleaned.set()
+
+    loop = LoopThread()
+    running = [loop.submit(work()) for _ in range(3)]
+    loop.close()
+    assert cleaned.is_set()
+    for future in running:
+        with pytest.raises(CancelledError):
+            future.result(1)
+    loop.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        loop.run(work())
+
+
+def test_waiting_for_a_loop_has_a_limit_and_cancels_what_was_waited_for():
+    loop, cancelled = LoopThread(), threading.Event()
+
+    async def work():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            cancelled.set()
+
+    begin = time.monotonic()
+    with pytest.raises(TimeoutError):
+        loop.run(work(), 0.1)
+    assert time.monotonic() - begin < 5
+    assert cancelled.wait(5)
+    loop.close()
