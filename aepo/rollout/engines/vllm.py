@@ -206,7 +206,9 @@ class VLLMEngine:
 
         async def connected() -> list[RemoteReplica]:
             return [
-                await RemoteReplica.connect(url, eos_ids, vocab_size, updatable=model is not None)
+                await RemoteReplica.connect(
+                    url, eos_ids, vocab_size, updatable=model is not None, longest=settings.request_timeout
+                )
                 for url in settings.endpoints
             ]
 
@@ -215,9 +217,8 @@ class VLLMEngine:
         except BaseException:
             loop.close()
             raise
-        engine = cls(
-            replicas, loop, vocab_size=vocab_size, version=version, model=model, weights_dir=settings.weights_dir
-        )
+        weights_dir = settings.weights_dir or replicas[0].weights_dir
+        engine = cls(replicas, loop, vocab_size=vocab_size, version=version, model=model, weights_dir=weights_dir)
         if model is not None:
             engine.refresh(version)
         return engine
