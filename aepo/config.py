@@ -176,7 +176,12 @@ class VLLMConfig(Section):
     )
     kv_cache_gib: float = key(1.0, "memory for keys and values where there is no GPU", above=0)
     weights_dir: str | None = key(
-        None, "where new weights are handed over, seen by trainer and engines; null: shared memory or temporary files"
+        None,
+        "where new weights are handed over, seen by trainer and engines; null: shared memory or temporary files, for "
+        "vllm.endpoints the directory that the server names",
+    )
+    request_timeout: float = key(
+        3600.0, "seconds that a server may take for one segment, then it counts as gone", above=0
     )
 
     def __post_init__(self) -> None:

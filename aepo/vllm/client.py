@@ -6,6 +6,7 @@ call to the workers, which waits for the step that is running.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -90,7 +91,7 @@ def _values(results: list[Any]) -> dict[str, Any]:
 
 def _names(keys: Collection[str] | None) -> list[str] | None:
     if isinstance(keys, str) or not all(isinstance(key, str) for key in keys or ()):
-        raise TypeError(f"keys must be a collection of str; got {keys!r}")
+        raise TypeError(f"keys must be a collection of str; got {reprlib.repr(keys)}")
     return None if keys is None else list(keys)
 
 
@@ -99,16 +100,18 @@ def _counts(keys: Keys) -> dict[str, int | None]:
     counts: dict[str, int | None] = dict(keys) if isinstance(keys, Mapping) else dict.fromkeys(names or ())
     for key, count in counts.items():
         if count is not None and (type(count) is not int or count < 0):
-            raise TypeError(f"keys[{key!r}] must be the number of output tokens, an int >= 0; got {count!r}")
+            raise TypeError(
+                f"keys[{reprlib.repr(key)}] must be the number of output tokens, an int >= 0; got {reprlib.repr(count)}"
+            )
     return counts
 
 
 def _queries(queries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     if not isinstance(queries, Mapping) or not all(isinstance(query, Mapping) for query in queries.values()):
-        raise TypeError(f"queries must be a mapping from key to a mapping; got {queries!r}")
+        raise TypeError(f"queries must be a mapping from key to a mapping; got {reprlib.repr(queries)}")
     for key, query in queries.items():
         try:
             branch_rule(query)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"queries[{key!r}]: {error}") from error
+            raise type(error)(f"queries[{reprlib.repr(key)}]: {error}") from error
     return {key: dict(query) for key, query in queries.items()}

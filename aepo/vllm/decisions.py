@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,11 +26,12 @@ def branch_rule(query: Mapping[str, Any]) -> RolloutConfig:
     """The settings of a query; raises ValueError or TypeError where it cannot be answered."""
     unknown = query.keys() - SETTINGS.keys() - {*START, "consecutive"}
     if unknown:
-        raise ValueError(
-            f"query has unknown names {sorted(unknown)}; known: {sorted((*SETTINGS, *START, 'consecutive'))}"
-        )
+        known = sorted((*SETTINGS, *START, "consecutive"))
+        raise ValueError(f"query has unknown names {reprlib.repr(sorted(unknown))}; known: {known}")
     if len(query.keys() & set(START)) != 1:
-        raise ValueError(f"query must have one of initial_entropy (nats) and initial_key; got {sorted(query)}")
+        raise ValueError(
+            f"query must have one of initial_entropy (nats) and initial_key; got {reprlib.repr(sorted(query))}"
+        )
     if "alpha" not in query:
         raise ValueError("query must have alpha, the base chance (a uniform draw in [0, 1) where it is random)")
     for name, value in query.items():
@@ -37,9 +39,9 @@ def branch_rule(query: Mapping[str, Any]) -> RolloutConfig:
             name, (int, float)
         )
         if not isinstance(value, expected) or isinstance(value, bool):
-            raise TypeError(f"{name} must be {' or '.join(t.__name__ for t in expected)}; got {value!r}")
+            raise TypeError(f"{name} must be {' or '.join(t.__name__ for t in expected)}; got {reprlib.repr(value)}")
     if query.get("consecutive", 0) < 0:
-        raise ValueError(f"consecutive must be >= 0; got {query['consecutive']}")
+        raise ValueError(f"consecutive must be >= 0; got {reprlib.repr(query['consecutive'])}")
     return RolloutConfig(**{SETTINGS[name]: value for name, value in query.items() if name in SETTINGS})
 
 

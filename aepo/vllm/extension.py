@@ -13,7 +13,7 @@ from typing import Any
 import vllm
 from vllm.distributed import get_pp_group
 
-import aepo.vllm.weights  # noqa: F401  # registers the weight-transfer backend in the worker
+import aepo.vllm.weight_files  # noqa: F401  # registers the weight-transfer backend in the worker
 from aepo.vllm.decisions import decide
 from aepo.vllm.processor import EntropyProcessor
 
@@ -27,6 +27,7 @@ class EntropyWorkerExtension:
 
     model_runner: Any
     vllm_config: Any
+    weight_transfer_engine: Any
 
     def aepo_fetch(self, counts: Mapping[str, int | None]) -> dict[str, dict[str, Any]] | None:
         """Entropies by key, removed; nothing is removed where any key has a problem."""
@@ -68,6 +69,14 @@ class EntropyWorkerExtension:
             "vocab_size": config.get_vocab_size(),
             "max_model_len": config.max_model_len,
         }
+
+    def aepo_nonce(self) -> str | None:
+        """Of the weight update that has been started; a manifest must have it."""
+        return getattr(self.weight_transfer_engine, "nonce", None)
+
+    def aepo_staged(self) -> str | None:
+        """Version of the weights that were accepted and are not loaded yet."""
+        return getattr(self.weight_transfer_engine, "staged_version", None)
 
     def aepo_processor(self) -> EntropyProcessor | None:
         """This worker's processor, from now on the first in line: before penalties and biases change the logits."""

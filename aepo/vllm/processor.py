@@ -6,6 +6,7 @@ vLLM has two model runners with two interfaces for logits processors. "v1" tells
 
 from __future__ import annotations
 
+import reprlib
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,12 +24,13 @@ try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
 except ImportError as error:
-    raise ImportError(f"aepo.vllm needs vllm >=0.32,<0.33; found {vllm.__version__}") from error
+    raise ImportError(f"aepo.vllm needs vllm >=0.32,<0.34; found {vllm.__version__}") from error
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "aepo_key"
+KEY_CHARACTERS = 256
 # Every request of 1024 at 32,768 tokens each: 128 MiB at most, of the 10% of a GPU that vLLM leaves free by default.
 DEFAULT_CAPACITY = 1 << 25
 
@@ -44,8 +46,8 @@ class EntropyProcessor(V1LogitsProcessor, V2LogitsProcessor):
     def __init__(
         self, vllm_config: VllmConfig, state: LogitsProcRequestState | torch.device, is_pin_memory: bool = False
     ) -> None:
-        if vllm.__version_tuple__[:2] != (0, 32):
-            raise ImportError(f"aepo.vllm needs vllm >=0.32,<0.33; found {vllm.__version__}")
+        if not (0, 32) <= vllm.__version_tuple__[:2] < (0, 34):
+            raise ImportError(f"aepo.vllm needs vllm >=0.32,<0.34; found {vllm.__version__}")
         if vllm_config.parallel_config.enable_batch_sharded_sampling:
             raise ValueError(
                 "enable_batch_sharded_sampling=True: every rank would record other tokens of a request; leave it off"
@@ -65,8 +67,10 @@ class EntropyProcessor(V1LogitsProcessor, V2LogitsProcessor):
         key = (params.extra_args or {}).get(KEY)
         if key is None:
             return
-        if not isinstance(key, str) or not key:
-            raise ValueError(f"extra_args[{KEY!r}] must be a non-empty str; got {key!r}")
+        if not isinstance(key, str) or not 0 < len(key) <= KEY_CHARACTERS:
+            raise ValueError(
+                f"extra_args[{KEY!r}] must be a str of 1 to {KEY_CHARACTERS} characters; got {reprlib.repr(key)}"
+            )
         if params.n != 1:
             raise ValueError(
                 f"n must be 1 with extra_args[{KEY!r}]; got {params.n}: submit so many requests, each with its own key "
@@ -143,6 +147,7 @@ class EntropyProcessor(V1LogitsProcessor, V2LogitsProcessor):
     def _apply_slots(self, logits: Tensor, ctx: LogitsContext) -> Tensor:
         """Every row has its position, so rejected tokens of speculative decoding are written over. All on the device:
         whether anything is tracked at all is known on the host."""
+        self.records.running = set(ctx.idx_mapping_np.tolist())
         kinds = self._kind[ctx.idx_mapping_np]
         if not kinds.any():
             return logits

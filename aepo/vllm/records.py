@@ -8,6 +8,7 @@ request while it runs.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ import torch
 UNWRITTEN = -1.0  # no entropy is negative, and NaN must stay what a row with NaN logits gives
 FIRST_SIZE = 1 << 16  # tokens, 256 KiB
 DUPLICATE = "duplicate: two requests had this key at the same time"
+EXPIRED = "expired: there was no room for newer records, and the oldest that nobody had fetched went first"
+MOST_RECORDS = 1 << 16  # each costs some hundred bytes of the host, also where it has no tokens
 
 
 @dataclass(eq=False)
@@ -75,9 +78,12 @@ class Regions:
 class EntropyRecords:
     """Records by key, and which slot writes to which.
 
-    `limit` [tokens] bounds the pool, which starts small and doubles. A request that finds no room runs on without a
-    record, and its key has a problem to report. `changed` collects the slots that write to other elements than before,
-    or to none; who copies that to a device clears it.
+    `limit` [tokens] bounds the pool, which starts small and doubles. When it is full, the oldest records make room
+    whose request is not running: it has ended and nobody has fetched them, or it waits, preempted. A request that finds
+    no room even so runs on without a record, and its key has a problem to report. `running`: the slots of the last
+    step, and those that were taken since, where the engine does not say when a request ends; None: it says so.
+    `changed` collects the slots that write to other elements than before, or to none; who copies that to a device
+    clears it.
     """
 
     def __init__(self, device: torch.device, limit: int) -> None:
@@ -87,8 +93,10 @@ class EntropyRecords:
         self.pool = torch.full((min(limit, FIRST_SIZE),), UNWRITTEN, device=device)
         self.slots: dict[int, Record] = {}
         self.changed: set[int] = set()
+        self.running: set[int] | None = None
         self._regions = Regions(len(self.pool))
-        self._by_key: dict[str, Record] = {}
+        self._by_key: dict[str, Record] = {}  # oldest first
+        self._expired: dict[str, None] = {}  # keys, oldest first
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -120,11 +128,14 @@ class EntropyRecords:
         if nobody has fetched or forgotten it.
         """
         self.vacate(slot)
+        if self.running is not None:
+            self.running.add(slot)
         record = self._by_key.get(key)
         if record is not None:
             self.changed.add(record.slot)
         if position == 0:
             self._release([] if record is None else [record])
+            self._expired.pop(key, None)
             record = self._by_key[key] = self._allocate(key, capacity, temperature, slot, owner)
         elif record is None:
             return None
@@ -200,12 +211,16 @@ class EntropyRecords:
     def drop(self, keys: Collection[str] | None = None) -> int:
         """Forget these records (None: all) and return how many there were. Requests that still run go on untracked."""
         gone = set(self._by_key) if keys is None else self._by_key.keys() & set(keys)
+        for key in list(self._expired) if keys is None else keys:
+            self._expired.pop(key, None)
         self._release([self._by_key[key] for key in gone])
         for slot in [slot for slot, record in self.slots.items() if record.key in gone]:
             self.vacate(slot)
         return len(gone)
 
     def _allocate(self, key: str, capacity: int, temperature: float, slot: int, owner: object) -> Record:
+        if len(self._by_key) >= MOST_RECORDS:
+            self._expire_oldest()
         start = self._regions.take(capacity)
         size = len(self.pool)
         while start is None and size < self.limit:
@@ -216,11 +231,25 @@ class EntropyRecords:
                 self.pool = grown
                 self._regions.grow(size)
                 start = self._regions.take(capacity)
+        while start is None and capacity <= self.limit and self._expire_oldest():
+            start = self._regions.take(capacity)
         if start is None:
             full = f"overflow: no room for {capacity} tokens, {self.tokens} of {self.limit} are in use"
             return Record(key, owner, temperature, 0, 0, slot, None, f"{full}; fetch or forget, or raise the capacity")
         self.pool[start : start + capacity] = UNWRITTEN
         return Record(key, owner, temperature, start, capacity, slot, None)
+
+    def _expire_oldest(self) -> bool:
+        """False: every record is that of a request that may be running."""
+        for record in self._by_key.values():
+            waits = self.running is not None and record.slot not in self.running
+            if waits or self.slots.get(record.slot) is not record:
+                self._release([record])
+                self._expired[record.key] = None
+                for key in list(itertools.islice(self._expired, max(0, len(self._expired) - MOST_RECORDS))):
+                    del self._expired[key]
+                return True
+        return False
 
     def _release(self, records: Sequence[Record]) -> None:
         for record in records:
@@ -228,4 +257,6 @@ class EntropyRecords:
             self._regions.give_back(record.start, record.capacity)
 
     def _problem(self, key: str) -> str | None:
-        return self._by_key[key].problem if key in self._by_key else "unknown: never run, forgotten, or fetched before"
+        if key in self._by_key:
+            return self._by_key[key].problem
+        return EXPIRED if key in self._expired else "unknown: never run, forgotten, or fetched before"

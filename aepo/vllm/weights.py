@@ -1,53 +1,53 @@
-"""New weights into running vLLM engines, as files: a backend of vLLM's weight-transfer protocol, and who drives it.
+"""New weights into running vLLM engines, as files: who drives an update of all replicas.
 
     trainer, once            every worker of every replica
-    start_weight_update      forgets what an earlier update left
+    start_weight_update      forgets what an earlier update left, and makes a nonce
     (writes the files)
-    update_weights           opens the files and tries them on the shapes of its model, which stays as it is
+    update_weights           checks signature and files, and tries them on the shapes of its model, which stays as it is
     finish_weight_update     loads them, between two steps of the engine; tokens are stamped with the new version
     reset_prefix_cache       keys and values of the old weights go
 
-vLLM's own backends begin to take the model apart in the first of these calls: if the second fails, the engine is left
-without weights, and the next update mixes in what the failed one had buffered. Here no engine changes before all have
-accepted, and an engine is whole between any two calls. Importing this module registers the backend `aepo_file`.
+No engine changes before all have accepted. What the workers do is in aepo/vllm/weight_files.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
+import json
+import os
 import shutil
 import tempfile
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol, TypeVar
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from vllm.distributed.weight_transfer.base import (
-    ModuleSource,
-    TrainerInitInfo,
-    TrainerWeightTransferEngine,
-    VLLMWeightSyncClient,
-    WeightSource,
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.base import ModuleSource, ParamMeta, WeightSource
 
-from aepo.vllm.reload import check_fit, load
+from aepo.rollout.engines.weight_directory import update_directory
+from aepo.vllm.manifest import FileUpdateInfo, process_secret, signed, signing_secret
+from aepo.vllm.weight_files import BACKEND, FileInitInfo
 
-BACKEND = "aepo_file"
+__all__ = ["BACKEND", "WeightClient", "WeightSender", "WeightUpdateError", "process_secret", "signing_secret"]
+
 SHARED_MEMORY = Path("/dev/shm")
-PREFIX = f"aepo-weights-{uuid.uuid4().hex[:12]}-"  # of directories with new weights that this process makes
-FILE_BYTES = 1 << 30  # one file holds this much: the writer needs that much memory, not a second copy of the model
+FILE_BYTES = 1 << 30  # one file holds this much
+CHUNK_BYTES = 1 << 24  # written and hashed at the same time
 MIB = 1 << 20
+DTYPES = {  # in the names of safetensors
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
 
-Shapes = dict[str, tuple[int, ...]]  # of the tensors of a checkpoint, by their names there
+Result = TypeVar("Result")
 
 
 class WeightUpdateError(RuntimeError):
@@ -61,170 +61,109 @@ class WeightUpdateError(RuntimeError):
         self.failures = dict(failures)
 
 
-class WeightClient(VLLMWeightSyncClient, Protocol):
-    """What a replica must offer: vLLM's four methods of a weight update, its cache and a name for messages."""
+class WeightClient(Protocol):
+    """What a replica must offer: the calls of vLLM's weight updates, its cache, a name for messages, and the secret
+    that signs for it: `process_secret()` for an engine that this process has started, `signing_secret(key)` of a
+    server's key."""
 
     name: str
+    secret: str
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Before the first update: `FileInitInfo` as a dict. A server has told its engine by itself."""
+        ...
+
+    def start_weight_update(self) -> list[str]:
+        """Returns what the workers' `aepo_nonce` does then, one per worker."""
+        ...
+
+    def update_weights(self, update_info: dict[str, Any]) -> None: ...
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None: ...
 
     def reset_prefix_cache(self) -> bool:
         """False: unfinished requests hold on to it."""
         ...
 
 
-@dataclass
-class FileInitInfo(WeightTransferInitInfo):
-    """Nothing has to be agreed on before the first update."""
+def metadata(source: WeightSource) -> list[ParamMeta]:
+    """A method in vLLM 0.32, a property in 0.33."""
+    return source.metadata() if callable(source.metadata) else source.metadata
 
 
-@dataclass
-class FileUpdateInfo(WeightTransferUpdateInfo):
-    """Where the new weights are: `directory`/00000.safetensors and so on; None withdraws an update."""
-
-    directory: str | None
-    token: str = ""  # in the metadata of each file, so that the files of another update are not taken for these
-    files: int = 0
-    tensors: int = 0
-
-
-class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
-    """Receives files with the names and shapes of the model's checkpoint, in any floating-point dtype."""
-
-    init_info_cls = FileInitInfo
-    update_info_cls = FileUpdateInfo
-    supports_draft_weight_update = False  # vLLM refuses them by that name; no test here has a draft model
-
-    _staged: CheckpointFiles | None = None
-    _accepted: Shapes | None = None  # those that fitted the model, so that they are tried once
-
-    def init_transfer_engine(self, init_info: FileInitInfo) -> None:
-        """Files need no connection."""
-
-    def start_weight_update(self) -> None:
-        self._staged = None
-
-    def receive_weights(self, update_info: FileUpdateInfo) -> None:
-        """ValueError: the files are not those of this update, or do not fit. The model is as it was in any case."""
-        self._staged = None
-        if update_info.directory is None:
-            return
-        files = CheckpointFiles(update_info)
-        if files.shapes != self._accepted:
-            check_fit(self.model, self.model_config, files.shapes, self.parallel_config.tensor_parallel_size)
-            self._accepted = files.shapes
-        self._staged = files
-
-    def finish_weight_update(self) -> None:
-        """RuntimeError: the weights are partly new, and must be sent again before anything is generated."""
-        files, self._staged = self._staged, None
-        if files is None:
-            return
-        try:
-            load(self.model, self.model_config, files)
-        except Exception as error:
-            raise RuntimeError(f"this engine has a part of the new weights only: {error}") from error
-
-    def shutdown(self) -> None:
-        self._staged = None
-
-
-class CheckpointFiles:
-    """The files of an update, opened and found to be whole. Tensors are read when asked for.
-
-    ValueError: a file is not there, damaged, or of another update.
-    """
-
-    def __init__(self, info: FileUpdateInfo) -> None:
-        self._files: dict[str, Any] = {}  # tensor name -> the open file
-        for number in range(info.files):
-            path = file_path(Path(str(info.directory)), number)
-            try:
-                file = safe_open(path, framework="pt")
-            except FileNotFoundError:
-                raise ValueError(f"{path} is not there: trainer and engine must see the same directory") from None
-            except SafetensorError as error:  # its header does not match its size, or is none
-                raise ValueError(f"{path} is damaged: {error}") from None
-            if (file.metadata() or {}).get("token") != info.token:
-                raise ValueError(f"{path} belongs to another update")
-            self._files.update(dict.fromkeys(file.keys(), file))
-        if len(self._files) != info.tensors:
-            raise ValueError(f"{info.directory} holds {len(self._files)} tensors, expected {info.tensors}")
-        self.shapes: Shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, file.get_tensor(name)) for name, file in self._files.items())
-
-
-@dataclass
-class FileTrainerInitInfo(TrainerInitInfo):
-    """directory: where the files of an update are, as long as it lasts."""
-
-    backend: ClassVar[str] = BACKEND
-    directory: Path
-
-
-class FileTrainerWeightTransferEngine(TrainerWeightTransferEngine[FileTrainerInitInfo]):
-    """Writes what `source` yields and has the engines load it. Ranks other than 0 only take part in gathering."""
-
-    init_info_cls = FileTrainerInitInfo
-
-    def __init__(self, *, client: VLLMWeightSyncClient, source: WeightSource, directory: Path, is_sender: bool) -> None:
-        super().__init__(client=client, source=source, is_sender=is_sender)
-        self.weights, self.directory = source, directory
-
-    @classmethod
-    def trainer_init(
-        cls,
-        init_info: FileTrainerInitInfo,
-        *,
-        client: VLLMWeightSyncClient,
-        source: WeightSource | None = None,
-    ) -> FileTrainerWeightTransferEngine:
-        if source is None:
-            raise ValueError(f"backend {BACKEND} needs a source of weights")
-        if init_info.is_sender:
-            client.init_weight_transfer_engine(asdict(FileInitInfo()))
-        return cls(client=client, source=source, directory=init_info.directory, is_sender=init_info.is_sender)
-
-    def send_weights(self) -> None:
-        """OSError: no room for the files, or the directory cannot be written."""
-        if not self.is_sender:
-            for _ in self.weights:
-                pass
-            return
-        check_room(self.directory, self.weights)
-        self.client.start_weight_update()
-        # A new directory for every update, told to the engines when it is complete and gone when they have read it.
-        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=self.directory) as directory:
-            info = write(Path(directory), self.weights)
-            self.client.update_weights(asdict(info))
-            self.client.finish_weight_update()
-
-
-def file_path(directory: Path, number: int) -> Path:
-    return directory / f"{number:05d}.safetensors"
+def tensors(source: WeightSource) -> Iterator[tuple[str, torch.Tensor]]:
+    """All of them, whole: by iteration in vLLM 0.32, `iter_full` in 0.33."""
+    return source.iter_full() if hasattr(source, "iter_full") else iter(source)
 
 
 def write(directory: Path, source: WeightSource) -> FileUpdateInfo:
-    """All tensors of the source, in files of about FILE_BYTES."""
-    info = FileUpdateInfo(str(directory), token=uuid.uuid4().hex)
-    part: dict[str, torch.Tensor] = {}
+    """All tensors of the source, in safetensors files of about FILE_BYTES. One tensor is in memory at a time.
 
-    def save() -> None:
-        safetensors.torch.save_file(part, file_path(directory, info.files), metadata={"token": info.token})
-        info.files, info.tensors = info.files + 1, info.tensors + len(part)
-        part.clear()
-
-    for name, tensor in source:
-        part[name] = tensor.detach().cpu().contiguous()
-        if sum(one.nbytes for one in part.values()) >= FILE_BYTES:
-            save()
-    save()
+    ValueError: the source yields something else than its metadata says.
+    """
+    remaining = tensors(source)
+    info = FileUpdateInfo(directory=directory.name)
+    with ThreadPoolExecutor(1) as hasher:
+        for part in _parts(metadata(source)):
+            name = f"{len(info.files):05d}.safetensors"
+            digest, size = hashlib.sha256(), 0
+            handle = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                for data in itertools.chain([_header(part)], _contents(part, remaining)):
+                    for start in range(0, len(data), CHUNK_BYTES):
+                        chunk = data[start : start + CHUNK_BYTES]
+                        hashed = hasher.submit(digest.update, chunk)
+                        file.write(chunk)
+                        hashed.result()
+                    size += len(data)
+            info.files.append({"name": name, "bytes": size, "sha256": digest.hexdigest()})
+            info.tensors += len(part)
+    if (more := next(remaining, None)) is not None:
+        raise ValueError(f"the source yields {more[0]!r}, which its metadata does not have")
     return info
+
+
+def _parts(metas: Iterable[ParamMeta]) -> Iterator[list[ParamMeta]]:
+    part: list[ParamMeta] = []
+    for meta in metas:
+        part.append(meta)
+        if sum(map(_bytes, part)) >= FILE_BYTES:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _bytes(meta: ParamMeta) -> int:
+    return torch.Size(meta.shape).numel() * meta.dtype.itemsize
+
+
+def _header(part: Sequence[ParamMeta]) -> memoryview:
+    """Of a safetensors file: its length in 8 bytes, then JSON, filled up to a multiple of 8 bytes."""
+    entries, end = {}, 0
+    for meta in part:
+        if meta.dtype not in DTYPES:
+            raise ValueError(f"{meta.name!r} is {meta.dtype}; expected one of {', '.join(map(str, DTYPES))}")
+        start, end = end, end + _bytes(meta)
+        entries[meta.name] = {"dtype": DTYPES[meta.dtype], "shape": [*meta.shape], "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return memoryview(len(text).to_bytes(8, "little") + text)
+
+
+def _contents(part: Iterable[ParamMeta], remaining: Iterator[tuple[str, torch.Tensor]]) -> Iterator[memoryview]:
+    for meta in part:
+        name, tensor = next(remaining, ("nothing", torch.empty(0)))
+        found, expected = (name, tensor.dtype, tuple(tensor.shape)), (meta.name, meta.dtype, tuple(meta.shape))
+        if found != expected:
+            raise ValueError(f"the source yields {found}, its metadata says {expected}")
+        array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        yield memoryview(array)
 
 
 def size(source: WeightSource) -> int:
     """Bytes of all its tensors."""
-    return sum(torch.Size(meta.shape).numel() * meta.dtype.itemsize for meta in source.metadata())
+    return sum(map(_bytes, metadata(source)))
 
 
 def check_room(directory: Path, source: WeightSource) -> None:
@@ -244,8 +183,8 @@ class WeightSender:
     """Sends the weights of `source`, a module or vLLM's WeightSource, to all replicas; the files are written once.
 
     clients: one per replica, engines that were started with `weight_transfer_config={"backend": "aepo_file"}` and the
-    worker extension of `aepo.vllm`. directory: on a file system that all of them see; None: shared memory, or the
-    directory for temporary files where that has no room.
+    worker extension of `aepo.vllm`. directory: on a file system that all of them see, for servers the one that they
+    name; None: shared memory, or the directory for temporary files where that has no room.
     """
 
     def __init__(
@@ -256,12 +195,15 @@ class WeightSender:
     ) -> None:
         if not clients:
             raise ValueError("clients: expected at least one replica")
-        source = ModuleSource(source) if isinstance(source, torch.nn.Module) else source
-        directory = directory or default_directory(source, Path(tempfile.gettempdir()))
-        directory.mkdir(parents=True, exist_ok=True)
-        self._replicas = _Replicas(clients)
-        self._engine = WeightTransferTrainerFactory.trainer_init(
-            FileTrainerInitInfo(directory=directory, rank=0), client=self._replicas, source=source
+        self._clients = list(clients)
+        self._source = ModuleSource(source) if isinstance(source, torch.nn.Module) else source
+        self._directory = (directory or default_directory(self._source, Path(tempfile.gettempdir()))).absolute()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._each(
+            "init_weight_transfer_engine",
+            lambda _, client: client.init_weight_transfer_engine(
+                asdict(FileInitInfo([client.secret], str(self._directory)))
+            ),
         )
 
     def send(self, version: int) -> None:
@@ -270,98 +212,78 @@ class WeightSender:
 
         WeightUpdateError: a replica failed. OSError: the files could not be written; no replica has changed.
         """
-        self._replicas.version = str(version)
         try:
-            self._engine.send_weights()
+            self._send(str(version))
         except BaseException:
-            self._replicas.withdraw()
-            raise
-        self._replicas.reset_prefix_cache()
-
-
-class _Replicas:
-    """Several engines as one VLLMWeightSyncClient. It stamps updates with `version`: vLLM's trainer engines do not."""
-
-    version: str | None = None
-
-    def __init__(self, clients: Sequence[WeightClient]) -> None:
-        self._clients = clients
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._each("init_weight_transfer_engine", lambda client: client.init_weight_transfer_engine(init_info))
-
-    def start_weight_update(self) -> None:
-        def start(client: WeightClient) -> None:
-            try:
-                client.start_weight_update()
-            except Exception:  # a trainer may have died in the middle of an update
+            # No replica waits for the end of the update, and none loads what it has accepted.
+            for client in self._clients:
                 _withdraw(client)
-                client.start_weight_update()
+            raise
+        self._each("reset_prefix_cache", lambda _, client: _reset(client), version)
 
-        self._each("start_weight_update", start)
+    def _send(self, version: str) -> None:
+        check_room(self._directory, self._source)
+        nonces = self._each("start_weight_update", lambda _, client: _start(client))
+        with update_directory(self._directory) as directory:
+            info = write(directory, self._source)
+            info.version = version
 
-    def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
-        self._each("update_weights", lambda client: client.update_weights(update_info))
+            def update(index: int, client: WeightClient) -> None:
+                client.update_weights(asdict(signed(info, nonces[index], client.secret)))
 
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        version = weight_version or self.version
-        self._each("finish_weight_update", lambda client: client.finish_weight_update(weight_version=version))
+            self._each("update_weights", update)
+            finish = "finish_weight_update"
+            self._each(finish, lambda _, client: client.finish_weight_update(weight_version=version), version)
 
-    def reset_prefix_cache(self) -> None:
-        def reset(client: WeightClient) -> None:
-            if not client.reset_prefix_cache():
-                raise RuntimeError("unfinished requests hold keys and values of the old weights")
+    def _each(self, what: str, call: Callable[[int, WeightClient], Result], version: object = None) -> list[Result]:
+        """The results of all replicas, which work at the same time; all are heard before any failure is reported.
 
-        self._each("reset_prefix_cache", reset)
+        version: those that do not fail have it from then on; None: they keep the one that they have.
+        """
 
-    def withdraw(self) -> None:
-        """After a failure: no replica waits for the end of the update, and none loads what it has accepted."""
-        for client in self._clients:
-            _withdraw(client)
+        def attempt(index: int, client: WeightClient) -> tuple[Result | None, Exception | None]:
+            try:
+                return call(index, client), None
+            except Exception as error:
+                return None, error
 
-    def _each(self, what: str, call: Callable[[WeightClient], None]) -> None:
-        """All replicas at the same time; all are heard before any failure is reported."""
         if len(self._clients) == 1:  # an engine inside this process stays on its thread
-            results = [_failure(call, self._clients[0])]
+            outcomes = [attempt(0, self._clients[0])]
         else:
             with ThreadPoolExecutor(len(self._clients)) as pool:
-                results = list(pool.map(lambda client: _failure(call, client), self._clients))
-        outcomes = zip((client.name for client in self._clients), results, strict=True)
-        failures = {name: error for name, error in outcomes if error is not None}
+                outcomes = list(pool.map(attempt, range(len(self._clients)), self._clients))
+        names = [client.name for client in self._clients]
+        failures = {name: error for name, (_, error) in zip(names, outcomes, strict=True) if error is not None}
         if failures:
-            message = f"{what} failed on {_listed(failures)}; {self._now_running(what, failures)}"
-            raise WeightUpdateError(message, failures)
+            others = ", ".join(name for name in names if name not in failures) or "no replica"
+            now = "every replica keeps the weights that it has"
+            if what == "finish_weight_update":
+                now = f"{others} has version {version}: send again or restart"
+            elif what == "reset_prefix_cache":
+                now = f"all replicas have version {version}"
+            raise WeightUpdateError(f"{what} failed on {_listed(failures)}; {now}", failures)
+        return [result for result, _ in outcomes]  # type: ignore[misc]  # none failed
 
-    def _now_running(self, what: str, failures: Mapping[str, Exception]) -> str:
-        others = [client.name for client in self._clients if client.name not in failures]
-        if what == "finish_weight_update":
-            return f"{', '.join(others) or 'no replica'} has version {self.version}: send again or restart"
-        if what == "reset_prefix_cache":
-            return f"all replicas have version {self.version}"
-        return "every replica keeps the weights that it has"
+
+def _start(client: WeightClient) -> list[str]:
+    try:
+        return client.start_weight_update()
+    except Exception:  # a trainer may have died in the middle of an update
+        _withdraw(client)
+        return client.start_weight_update()
+
+
+def _reset(client: WeightClient) -> None:
+    if not client.reset_prefix_cache():
+        raise RuntimeError("unfinished requests hold keys and values of the old weights")
 
 
 def _withdraw(client: WeightClient) -> None:
     with contextlib.suppress(Exception):  # it may be the one that failed, or that is gone
-        client.update_weights(asdict(FileUpdateInfo(None)))
+        client.update_weights(asdict(FileUpdateInfo(withdraw=True)))
     with contextlib.suppress(Exception):
         client.finish_weight_update()
 
 
-def _failure(call: Callable[[WeightClient], None], client: WeightClient) -> Exception | None:
-    try:
-        call(client)
-    except Exception as error:
-        return error
-    return None
-
-
 def _listed(failures: Mapping[str, Exception]) -> str:
     return "; ".join(f"replica {name} ({type(error).__name__}: {error})" for name, error in failures.items())
-
-
-# By name, so that a module that is imported twice registers once.
-with contextlib.suppress(ValueError):
-    WeightTransferEngineFactory.register_engine(BACKEND, __name__, FileWeightTransferEngine.__name__)
-with contextlib.suppress(ValueError):
-    WeightTransferTrainerFactory.register_engine(BACKEND, __name__, FileTrainerWeightTransferEngine.__name__)

@@ -25,7 +25,7 @@ import torch
 import triton.backends
 
 from tests.aepo.engine_toys import model, tokenizer
-from tests.integrations.server import served
+from tests.integrations.server import KEY, served
 
 if not torch.cuda.is_available():  # tests/conftest.py has turned the interpreter on
     backend = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
@@ -83,5 +83,6 @@ def url(model_dir, tmp_path_factory):
     """A server of the same model; its weights are those of whoever has sent some."""
     path = tmp_path_factory.mktemp("served")
     shutil.copytree(model_dir, path, dirs_exist_ok=True)
-    with served(path) as address:
+    with pytest.MonkeyPatch.context() as patch, served(path) as address:
+        patch.setenv("VLLM_API_KEY", KEY)
         yield address

@@ -12,7 +12,9 @@ from pathlib import Path
 import httpx
 
 # The flags of docs/vllm.md, and what makes a CPU server small. A number or a name per flag, None: none.
+KEY = "key-of-the-tests"
 FLAGS = {
+    "--api-key": KEY,
     "--logits-processors": "aepo.vllm:EntropyProcessor",
     "--worker-extension-cls": "aepo.vllm.EntropyWorkerExtension",
     "--logprobs-mode": "processed_logprobs",
@@ -26,12 +28,13 @@ FLAGS = {
     "--block-size": "32",
     "--max-num-seqs": "16",
     "--kv-cache-memory-bytes": "50000000",
+    "--additional-config": '{"aepo": {"capacity": 2000}}',
 }
 
 
 @contextlib.contextmanager
 def served(model_dir: Path) -> Iterator[str]:
-    """The URL of a server; ended with it."""
+    """The URL of a server, which reads new weights from `model_dir`/weights; ended with it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -39,7 +42,11 @@ def served(model_dir: Path) -> Iterator[str]:
     program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
     program += ["--host", "127.0.0.1", "--port", str(port)]
     program += [word for flag, value in FLAGS.items() for word in (flag, value) if word is not None]
-    environment = {**os.environ, "VLLM_PLUGINS": "aepo", "VLLM_SERVER_DEV_MODE": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    weights = model_dir / "weights"
+    weights.mkdir()
+    # Its engine knows the key from its front end alone.
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"}
+    environment |= {"VLLM_PLUGINS": "aepo", "VLLM_USE_V2_MODEL_RUNNER": "0", "AEPO_WEIGHTS_DIR": str(weights)}
     log = model_dir / "server.log"
     with log.open("w") as output:
         server = subprocess.Popen(program, env=environment, stdout=output, stderr=output)

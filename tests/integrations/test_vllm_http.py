@@ -2,6 +2,7 @@
 what crosses between them."""
 
 import asyncio
+import contextlib
 import math
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -9,15 +10,20 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import torch
+import vllm.envs
+from fastapi import FastAPI
 
-from aepo.vllm.endpoints import EntropyEndpoints, entropies
+from aepo.rollout.engines.vllm_http import headers
+from aepo.vllm.endpoints import Door, EntropyEndpoints, _written, entropies
+from aepo.vllm.manifest import signing_secret
 from tests.aepo.engine_toys import VOCAB, prompts
+from tests.integrations.server import KEY
 from tests.integrations.toys import NATS, entropy
 
 
 @pytest.fixture(scope="module")
 def server(url):
-    with httpx.Client(base_url=url, timeout=60) as client:
+    with httpx.Client(base_url=url, timeout=60, headers=headers()) as client:
         yield client
 
 
@@ -86,7 +92,8 @@ def test_problems_are_answers(server):
         code, answer = post(server, route, **body)
         assert code == 400
         assert message in answer["error"]
-    assert server.post("/aepo/forget", content="{").status_code == 400
+    for content in ("{", "[" * 100_000, '{"keys": NaN}', b"\xff", ""):
+        assert server.post("/aepo/forget", content=content).status_code == 400
     assert post(server, "forget", keys=None) == (200, {"forgotten": 0})
 
 
@@ -104,14 +111,183 @@ def test_null_for_nan_and_ranks_that_do_not_sample():
         return "3"
 
     engine = SimpleNamespace(collective_rpc=collective_rpc, get_weight_version=get_weight_version)
-    answer = asyncio.run(entropies(engine, {"keys": ["a"]}))
-    assert answer == {"entropies": {"a": [0.5, None]}, "weight_version": "3"}
+    answer = asyncio.run(entropies(Door(engine, [], None, None), {"keys": ["a"]}))
+    assert _written(answer) == b'{"entropies":{"a":[0.5,null]},"weight_version":"3"}'
+
+
+def start(engine, host="127.0.0.1", uds=None, api_key=None):
+    state = SimpleNamespace()
+    asyncio.run(EntropyEndpoints().init_state(engine, state, SimpleNamespace(host=host, uds=uds, api_key=api_key)))
+    return state.aepo
 
 
 def test_a_server_without_the_other_flags():
     async def collective_rpc(method):
         raise NotImplementedError("no aepo_status")
 
-    start = EntropyEndpoints().init_state(SimpleNamespace(collective_rpc=collective_rpc), SimpleNamespace(), None)
     with pytest.raises(RuntimeError, match="needs --logits-processors"):
-        asyncio.run(start)
+        start(SimpleNamespace(collective_rpc=collective_rpc))
+
+
+class Engine:
+    """What init_state asks of an engine."""
+
+    def __init__(self, backend="aepo_file"):
+        self.told = []
+        self.vllm_config = SimpleNamespace(weight_transfer_config=backend and SimpleNamespace(backend=backend))
+
+    async def collective_rpc(self, method):
+        return [{}]
+
+    async def init_weight_transfer_engine(self, request):
+        self.told.append(request.init_info)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in ("VLLM_API_KEY", "VLLM_SERVER_DEV_MODE", "AEPO_WEIGHTS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    vllm.envs.disable_envs_cache()
+    return monkeypatch
+
+
+@pytest.mark.parametrize("host", [None, "0.0.0.0", "::", "192.168.0.1", "example.org"])
+def test_a_server_in_a_network_needs_a_key_and_no_development_mode(environment, host):
+    for keys in (None, [""]):
+        with pytest.raises(RuntimeError, match="needs a key, --api-key or VLLM_API_KEY"):
+            start(Engine(), host, api_key=keys)
+    assert len(start(Engine(), host, api_key=["a", "b"]).digests) == 2
+    environment.setenv("VLLM_API_KEY", "from the environment")
+    assert len(start(Engine(), host).digests) == 1
+    environment.setenv("VLLM_SERVER_DEV_MODE", "1")
+    with pytest.raises(RuntimeError, match="VLLM_SERVER_DEV_MODE=1 lets everybody"):
+        start(Engine(), host)
+
+
+LOCAL = [{"host": host} for host in ("127.0.0.1", "127.3.2.1", "::1", "localhost")] + [{"uds": "/x", "host": None}]
+
+
+@pytest.mark.parametrize("place", LOCAL)
+def test_a_server_of_one_machine_may_do_without(environment, place):
+    environment.setenv("VLLM_SERVER_DEV_MODE", "1")
+    environment.setenv("AEPO_WEIGHTS_DIR", "/tmp")
+    engine = Engine()
+    door = start(engine, **place)
+    assert door.admits("")
+    assert "started without a key" in door.no_weights
+    assert engine.told == [{"secrets": [], "directory": "/tmp"}], "nobody else can tell it another secret"
+
+
+def test_who_may_send_weights_is_settled_at_the_start(environment, tmp_path):
+    for backend in ("nccl", None):
+        assert "without --weight-transfer-config" in start(Engine(backend), api_key=["a"]).no_weights
+    assert "without AEPO_WEIGHTS_DIR" in start(Engine(), api_key=["a"]).no_weights
+    for wrong in ("weights", str(tmp_path / "none"), __file__):
+        environment.setenv("AEPO_WEIGHTS_DIR", wrong)
+        with pytest.raises(RuntimeError, match="expected the absolute path of a directory"):
+            start(Engine(), api_key=["a"])
+    environment.setenv("AEPO_WEIGHTS_DIR", str(tmp_path))
+    engine = Engine()
+    door = start(engine, api_key=["a", "b"])
+    assert (door.weights_dir, door.no_weights) == (str(tmp_path), None)
+    assert engine.told == [{"secrets": [signing_secret("a"), signing_secret("b")], "directory": str(tmp_path)}]
+    assert [door.admits(words) for words in ("Bearer a", "bearer b", "Bearer c", "Bearer ", "Basic a", "a", "")] == [
+        *(True, True, False, False, False, False, False)
+    ]
+
+
+STEPS = ("start", "update", "finish", "withdraw", "reset_prefix_cache")
+POSTED = ("entropies", "decisions", "forget", *(f"weights/{step}" for step in STEPS))
+ROUTES = [*(("POST", f"/aepo/{name}") for name in POSTED), ("GET", "/aepo/status")]
+
+
+def test_the_routes_are_these():
+    app = FastAPI()
+    EntropyEndpoints().attach_router(app)
+    found = [(method, route.path) for route in app.routes for method in getattr(route, "methods", ())]
+    assert {one for one in found if one[1].startswith("/aepo")} == set(ROUTES)
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_every_route_wants_the_key(server, method, path):
+    for authorization in (None, b"Bearer", b"Bearer wrong", f"Basic {KEY}", KEY, b"Bearer \xe9", f"Bearer {KEY[:-1]}"):
+        wrong = {} if authorization is None else {"Authorization": authorization}
+        answer = httpx.request(method, server.base_url.join(path), headers=wrong, timeout=60)
+        assert (answer.status_code, answer.json()) == (401, {"error": "Unauthorized"})
+
+
+def test_large_bodies_are_refused_before_they_are_read(server):
+    large = b'{"keys": ["' + b"x" * (50 << 20) + b'"]}'
+    pieces = (large[start : start + (1 << 16)] for start in range(0, len(large), 1 << 16))
+    for content in (large, pieces):
+        with contextlib.suppress(httpx.WriteError):  # the server may close before all is sent
+            answer = server.post("/aepo/entropies", content=content)
+            assert answer.status_code == 413
+            assert len(answer.content) < 200
+    status(server)
+
+
+def test_many_keys_and_long_keys_are_refused_at_once(server):
+    for keys, message in (
+        ([str(i) for i in range(4097)], "body has 4097 keys, expected at most 4096"),
+        ({"x" * 257: 1}, "a key of more than 256 characters"),
+        (["x" * 1000], "a key of more than 256 characters"),
+        ({"a": 1 << 20, "b": 1}, "more than 1048576 tokens"),
+        ({"a": 10**400}, "more than 1048576 tokens"),
+    ):
+        code, answer = post(server, "entropies", keys=keys)
+        assert code == 400
+        assert message in answer["error"]
+    assert post(server, "decisions", queries={str(i): {} for i in range(4097)})[0] == 400
+    assert complete(server, prompts(4)[0], "x" * 257).status_code == 400
+
+
+def test_errors_do_not_repeat_a_body(server):
+    marker = "secret" * 1000
+    for route, body in (
+        ("entropies", {"keys": marker}),
+        ("entropies", {"keys": {"a": marker}}),
+        ("forget", {"keys": [{"a": marker}]}),
+        ("decisions", {"queries": marker}),
+        ("decisions", {"queries": {"a": {marker: 1}}}),
+        ("decisions", {"queries": {"a": {"alpha": marker, "initial_entropy": 1}}}),
+        ("weights/update", {"directory": marker}),
+        ("weights/update", {marker: 1}),
+    ):
+        answer = server.post(f"/aepo/{route}", json=body)
+        assert answer.status_code in (400, 409), route
+        assert len(answer.content) < 1500
+        assert "secret" * 10 not in answer.text
+
+
+def test_the_pool_is_never_full_for_good(server):
+    """Requests whose records nobody fetches, over twice what the pool holds."""
+    capacity = status(server)["capacity"]
+    assert capacity == 2000
+    for number in range(24):  # one token each, and room for 200
+        any_token = {"stop_token_ids": list(range(VOCAB))}
+        complete(server, prompts(4)[0], f"left-{number}", tokens=200, **any_token).raise_for_status()
+    assert status(server)["tokens"] <= capacity
+    code, answer = post(server, "entropies", keys=["left-0"])
+    assert (code, answer["problems"]["left-0"].partition(":")[0]) == (409, "expired")
+    assert len(post(server, "entropies", keys={"left-23": 1})[1]["entropies"]["left-23"]) == 1
+    post(server, "forget", keys=None)
+
+
+def test_vllms_own_routes_for_weights_are_not_there(server):
+    for path in ("/update_weights", "/collective_rpc", "/start_weight_update", "/update_weight_version"):
+        assert server.post(path, json={}).status_code == 404
+
+
+def test_steps_of_an_update_out_of_order(server):
+    assert server.post("/aepo/weights/finish").status_code == 409
+    assert server.post("/aepo/weights/update", json={"directory": "x"}).status_code == 409
+    assert server.post("/aepo/weights/update", json={"withdraw": True}).status_code == 400
+    for body in ({"directory": None}, {"directory": "x", "signature": "x"}, {"directory": "x", "signature": None}):
+        (nonce,) = server.post("/aepo/weights/start").raise_for_status().json()["nonces"]
+        answer = server.post("/aepo/weights/update", json={**body, "nonces": [nonce]})
+        assert (answer.status_code, "not signed with the key" in answer.text) == (409, True), answer.text
+    server.post("/aepo/weights/start").raise_for_status()
+    assert server.post("/aepo/weights/finish").status_code == 409
+    assert server.post("/aepo/weights/withdraw").status_code == 200
+    assert status(server)["no_weights"] is None

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aepo.vllm.records import FIRST_SIZE, EntropyRecords, Regions
+from aepo.vllm.records import EXPIRED, FIRST_SIZE, EntropyRecords, Regions
 
 CPU = torch.device("cpu")
 
@@ -156,6 +156,52 @@ def test_the_pool_doubles_and_then_overflows():
         EntropyRecords(CPU, 0)
 
 
+def test_the_oldest_that_have_ended_make_room():
+    records = EntropyRecords(CPU, 10)
+    for slot, key in enumerate("abc"):
+        admit(records, slot, key, capacity=3)
+    records.vacate(0), records.vacate(1)
+    admit(records, 0, "d", capacity=5)  # where a and b were
+    assert problem(records, "a") == problem(records, "b") == EXPIRED
+    assert read(records, c=None, d=None) == {"c": [], "d": []}
+    assert problem(records, "e").startswith("unknown")
+    admit(records, 1, "f", capacity=3)  # all others run
+    assert problem(records, "f").startswith("overflow")
+    records.vacate(0)
+    admit(records, 3, "g", capacity=11)  # will never fit: nothing goes for it
+    assert problem(records, "g").startswith("overflow")
+    assert read(records, d=None) == {"d": []}
+    admit(records, 1, "a", capacity=3)  # a key may be used again
+    assert read(records, a=None) == {"a": []}
+    assert problem(records, "d") == EXPIRED
+    records.drop(["b"])
+    assert problem(records, "b").startswith("unknown")
+
+
+def test_ended_requests_whose_slots_nobody_takes_make_room():
+    """Where the engine does not say that a request has ended, those that were not in its last step have."""
+    records = EntropyRecords(CPU, 9)
+    records.running = set()
+    for slot, key in enumerate("abc"):
+        admit(records, slot, key, capacity=3)
+    admit(records, 3, "d", capacity=3)
+    assert problem(records, "d").startswith("overflow"), "none of them has run yet"
+    records.running = {1, 2}
+    admit(records, 3, "d", capacity=3)
+    assert problem(records, "a") == EXPIRED
+    assert read(records, b=None, c=None, d=None) == {"b": [], "c": [], "d": []}
+
+
+def test_records_without_tokens_are_bounded_too(monkeypatch):
+    monkeypatch.setattr("aepo.vllm.records.MOST_RECORDS", 3)
+    records = EntropyRecords(CPU, 1)
+    for number in range(20):
+        admit(records, 0, f"k{number}", capacity=5)
+    assert len(records) == 3
+    assert problem(records, "k16") == EXPIRED
+    assert problem(records, "k12").startswith("unknown"), "the oldest of the expired are not remembered"
+
+
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 40), st.integers(0, 9))))
 def test_regions_never_overlap_and_come_back(steps):
     """Against a list of who owns each element."""
@@ -219,6 +265,6 @@ def test_records_follow_their_requests(actions):
         records.seen_running(slots.values())
     values, problems = records.read(dict.fromkeys(truth))
     assert values == {key: entropies for key, entropies in truth.items() if key not in problems}
-    assert all(text.startswith("overflow") for text in problems.values())
+    assert all(text.startswith(("overflow", "expired")) for text in problems.values())
     records.drop()
     assert (len(records), records.tokens, records.slots) == (0, 0, {})

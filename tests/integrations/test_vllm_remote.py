@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
@@ -11,7 +12,10 @@ import torch
 
 from aepo.config import VLLMConfig
 from aepo.rollout.engines.vllm import ReplicaGoneError, VLLMEngine
+from aepo.rollout.engines.vllm_http import headers
+from aepo.rollout.engines.vllm_weight_clients import RemoteWeightClient
 from aepo.rollout.sampler import Sampler
+from aepo.vllm.weights import WeightSender, WeightUpdateError
 from tests.aepo.engine_toys import EOS, VOCAB, assert_is_the_models_own, prompts, request
 from tests.integrations.conftest import qwen
 from tests.integrations.test_vllm_rollout import CONFIG, EXACT, Agent, Tools, generate, questions, shape, talkative
@@ -31,7 +35,7 @@ def engine(url, model) -> Iterator[VLLMEngine]:
 
 
 def assert_nothing_is_left(url: str) -> None:
-    status = httpx.get(f"{url}/aepo/status").json()
+    status = httpx.get(f"{url}/aepo/status", headers=headers()).json()
     assert (status["records"], status["tokens"]) == (0, 0)
 
 
@@ -72,10 +76,12 @@ def test_greedy_trees_are_those_of_the_transformers_engine(model, engine, url) -
 
 
 def test_weights_that_others_have_changed_are_noticed(engine, url) -> None:
-    httpx.post(f"{url}/update_weight_version", json={"new_version": "77"}).raise_for_status()
+    directory = Path(httpx.get(f"{url}/aepo/status", headers=headers()).json()["weights_dir"])
+    WeightSender([RemoteWeightClient(url)], qwen(torch.float32), directory).send(77)
     with pytest.raises(RuntimeError, match="weights version 77, expected 5"):
         generate(engine, request([1]))
-    httpx.post(f"{url}/update_weight_version", json={"new_version": "5"}).raise_for_status()
+    engine.refresh(5)
+    generate(engine, request([1]))
     engine.release()
     assert_nothing_is_left(url)
 
@@ -90,3 +96,33 @@ def test_what_does_not_fit_is_said_when_connecting(url) -> None:
         connect(url, VOCAB + 1)
     with pytest.raises(ReplicaGoneError, match="does not answer: ConnectError"):
         connect("http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("key", "message"), [(None, "is not set, and the server has a key"), ("wrong", "is none of the server's keys")]
+)
+def test_a_key_that_is_not_the_servers(url, monkeypatch, key, message) -> None:
+    monkeypatch.delenv("VLLM_API_KEY")
+    if key:
+        monkeypatch.setenv("VLLM_API_KEY", key)
+    with pytest.raises(ValueError, match=f"VLLM_API_KEY of this environment {message}"):
+        connect(url)
+    with pytest.raises(WeightUpdateError, match=message) as failure:
+        WeightSender([RemoteWeightClient(url)], qwen(torch.float32)).send(78)
+    assert "every replica keeps the weights" in str(failure.value)
+    assert "wrong" not in str(failure.value)
+
+
+def test_a_key_that_cannot_be_sent_is_not_shown(url, monkeypatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret\n")
+    with pytest.raises(ValueError, match="VLLM_API_KEY: expected printable ASCII") as failure:
+        connect(url)
+    assert "secret" not in str(failure.value)
+
+
+def test_weights_from_another_directory_are_refused(engine, url, tmp_path) -> None:
+    with pytest.raises(WeightUpdateError, match=r"is not there, of .*: trainer and engine must see the same directory"):
+        WeightSender([RemoteWeightClient(url)], qwen(torch.float32), tmp_path).send(79)
+    assert not list(tmp_path.iterdir())
+    generate(engine, request([1]))  # has the weights that it had
+    engine.release()

@@ -266,5 +266,8 @@ def test_engines_that_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="enable_batch_sharded_sampling"):
         EntropyProcessor(config(sharded=True), cpu)
     monkeypatch.setattr(vllm, "__version_tuple__", (0, 33, 0))
-    with pytest.raises(ImportError, match=r"needs vllm >=0.32,<0.33; found"):
-        EntropyProcessor(config(), cpu)
+    EntropyProcessor(config(), cpu)
+    for version in ((0, 31, 9), (0, 34, 0)):
+        monkeypatch.setattr(vllm, "__version_tuple__", version)
+        with pytest.raises(ImportError, match=r"needs vllm >=0.32,<0.34; found"):
+            EntropyProcessor(config(), cpu)

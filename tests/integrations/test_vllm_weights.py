@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import copy
+import functools
+import hashlib
 import logging
+import os
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from vllm import LLM, SamplingParams, TokensPrompt
-from vllm.distributed.weight_transfer.base import ModuleSource
+from vllm.distributed.weight_transfer.base import ModuleSource, ParamMeta
 
 from aepo.vllm import weights
-from aepo.vllm.weights import BACKEND, WeightSender, WeightUpdateError
+from aepo.vllm.manifest import FileUpdateInfo, signed
+from aepo.vllm.weight_files import FileWeightTransferEngine
+from aepo.vllm.weights import BACKEND, WeightSender, WeightUpdateError, process_secret, signing_secret
 from tests.aepo.engine_toys import model, tokenizer
 from tests.integrations.conftest import make_llm
 
@@ -24,15 +31,18 @@ CLOSE = 1e-5  # float32 against float64 in 3 layers; measured: 4e-6
 class Client:
     """A WeightClient of an engine in this process; `before` is called with the name of each method and its argument."""
 
+    secret = process_secret()
+
     def __init__(self, llm: LLM, name: str = "here", before=lambda method, argument: None) -> None:
         self.llm, self.name, self.before = llm, name, before
 
     def init_weight_transfer_engine(self, init_info) -> None:
         self.llm.init_weight_transfer_engine({"init_info": init_info})
 
-    def start_weight_update(self) -> None:
+    def start_weight_update(self) -> list[str]:
         self.before("start", None)
         self.llm.start_weight_update()
+        return self.llm.collective_rpc("aepo_nonce")
 
     def update_weights(self, update_info) -> None:
         self.before("update", update_info)
@@ -141,11 +151,60 @@ class Listed(ModuleSource):
         self._tensors = tensors
 
     def metadata(self):
-        holder = torch.nn.ParameterDict({name.replace(".", "/"): tensor for name, tensor in self._tensors})
-        return ModuleSource(holder).metadata()
+        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors]
 
     def __iter__(self):
         return iter(self._tensors)
+
+
+class Later:
+    """A source as vLLM 0.33 has them."""
+
+    def __init__(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        self._tensors = tensors
+
+    @functools.cached_property
+    def metadata(self):
+        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors]
+
+    def iter_full(self):
+        return iter(self._tensors)
+
+
+def test_a_source_of_the_next_vllm(llm):
+    trained = policy(seed=4)
+    WeightSender([Client(llm)], Later(list(trained.named_parameters()))).send(1)
+    assert error_against(sample(llm), trained) <= CLOSE
+
+
+@pytest.mark.parametrize("file_bytes", [1, 100, 1 << 30])
+def test_files_are_those_of_safetensors(tmp_path, monkeypatch, file_bytes):
+    monkeypatch.setattr(weights, "FILE_BYTES", file_bytes)
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 7)
+    tensors = {str(dtype): torch.randn(3, 5).to(dtype) for dtype in weights.DTYPES}
+    tensors |= {'ä "': torch.randn(()), "none": torch.empty(0, 4), "turned": torch.randn(4, 6).T}
+    info = weights.write(tmp_path, Listed(list(tensors.items())))
+    files = sorted(tmp_path.iterdir())
+    assert [(path.name, path.stat().st_size) for path in files] == [(one["name"], one["bytes"]) for one in info.files]
+    assert [hashlib.sha256(path.read_bytes()).hexdigest() for path in files] == [one["sha256"] for one in info.files]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+    read = {name: tensor for path in files for name, tensor in load_file(path).items()}
+    assert read.keys() == tensors.keys()
+    assert info.tensors == len(tensors)
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name].double(), tensor.double()), name
+    assert len(files) == {1: len(tensors) - 1, 100: 3, 1 << 30: 1}[file_bytes]
+
+
+def test_a_source_that_is_not_as_it_says(tmp_path):
+    source = Listed([("a", torch.zeros(2)), ("b", torch.zeros(3))])
+    for number, yielded in enumerate(([("b", torch.zeros(3))], [("a", torch.zeros(3))], [*source, *source], [])):
+        wrong = Later(source._tensors)
+        wrong.iter_full = lambda yielded=yielded: iter(yielded)
+        (tmp_path / str(number)).mkdir()
+        with pytest.raises(ValueError, match="the source yields"):
+            weights.write(tmp_path / str(number), wrong)
 
 
 @pytest.mark.parametrize(
@@ -181,29 +240,42 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def overwrite(path: Path) -> None:
-    path.write_bytes(b"no tensors here" * 100)
+def change_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
 
 
-def of_another_update(path: Path) -> None:
-    save_file(load_file(path), path, metadata={"token": "other"})
+def replace_by_a_link(path: Path) -> None:
+    path.rename(path.with_suffix(".real"))
+    path.symlink_to(path.with_suffix(".real"))
 
 
-def lose_a_tensor(path: Path) -> None:
-    tensors = load_file(path)
-    tensors.popitem()
-    with weights.safe_open(path, "pt") as file:
-        save_file(tensors, path, metadata=file.metadata())
+def give_two_names(path: Path) -> None:
+    os.link(path, path.with_suffix(".other"))
+
+
+def replace_by_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def replace_directory_by_a_link(path: Path) -> None:
+    real = path.parent.with_name("real")
+    path.parent.rename(real)
+    path.parent.symlink_to(real)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (cut, "is damaged"),
-        (overwrite, "is damaged"),
-        (of_another_update, "belongs to another update"),
-        (lose_a_tensor, "tensors, expected"),
-        (Path.unlink, "is not there: trainer and engine must see the same directory"),
+        (cut, r"00000\.safetensors has \d+ bytes, expected"),
+        (change_a_bit, "is damaged: its SHA-256 is not that of the update"),
+        (replace_by_a_link, "links are refused"),
+        (give_two_names, "is not a regular file with one name"),
+        (replace_by_a_pipe, "is not a regular file with one name"),
+        (replace_directory_by_a_link, "links are refused"),
+        (Path.unlink, "is not there, of .*: trainer and engine must see the same directory"),
     ],
 )
 def test_a_damaged_file_is_refused_and_changes_nothing(engines, damage, message, tmp_path):
@@ -211,15 +283,123 @@ def test_a_damaged_file_is_refused_and_changes_nothing(engines, damage, message,
 
     def before(method, argument):
         if method == "update" and argument["directory"]:
-            damage(weights.file_path(Path(argument["directory"]), 0))
+            damage(tmp_path / argument["directory"] / "00000.safetensors")
 
     old = logprobs(sample(llm))
     with pytest.raises(WeightUpdateError, match=message):
         WeightSender([Client(llm, before=before)], policy(seed=7), tmp_path).send(4)
     assert torch.equal(logprobs(sample(llm)), old)
-    assert not list(tmp_path.iterdir()), "no files are left"
+    if damage is not replace_directory_by_a_link:
+        assert not list(tmp_path.iterdir()), "no files are left"
     WeightSender([Client(llm)], policy(seed=8)).send(5)
     assert error_against(sample(llm), policy(seed=8)) <= CLOSE
+
+
+def test_a_file_that_changes_after_its_check_is_not_loaded(llm, tmp_path):
+    def before(method, version):
+        if method == "finish" and version:
+            change_a_bit(next(tmp_path.glob("*/00000.safetensors")))
+
+    old = logprobs(sample(llm))
+    with pytest.raises(WeightUpdateError, match="was changed after its check: this engine keeps its weights"):
+        WeightSender([Client(llm, before=before)], policy(seed=7), tmp_path).send(4)
+    assert torch.equal(logprobs(sample(llm)), old)
+
+
+class Recorder(Client):
+    """Keeps the last manifest, and puts `change` of it in its place."""
+
+    change = staticmethod(lambda manifest: manifest)
+    manifest = None
+
+    def update_weights(self, update_info) -> None:
+        if not update_info["withdraw"]:
+            self.manifest = update_info
+            update_info = self.change(update_info)
+        super().update_weights(update_info)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"signature": ""}, "not signed with the key"),
+        ({"signature": "\u00e9"}, "not signed with the key"),
+        ({"signature": None}, "not signed with the key"),
+        ({"version": "100"}, "not signed with the key"),
+        ({"tensors": 1}, "not signed with the key"),
+        ({"directory": None}, "not signed with the key"),
+        ({"files": []}, "not signed with the key"),
+        ({"nonces": ["other"]}, "not signed with the key"),
+        ({"withdraw": 1}, "not signed with the key"),
+    ],
+)
+def test_a_manifest_that_was_changed_is_refused(llm, changes, message):
+    old = logprobs(sample(llm))
+    client = Recorder(llm)
+    client.change = lambda manifest: {**manifest, **changes}
+    with pytest.raises(WeightUpdateError, match=message) as failure:
+        WeightSender([client], policy(seed=15)).send(13)
+    assert not any(str(value) in str(failure.value) for value in changes.values() if value and value != 1)
+    assert torch.equal(logprobs(sample(llm)), old)
+
+
+def test_names_that_leave_the_directory_are_refused_even_if_signed(llm):
+    for name in ("..", ".", "../x", "a/b", "/etc", "", ".hidden", "a\\b", "a\n", "a\x00", None):
+        for changes in ({"directory": name}, {"files": [{"name": name, "bytes": 1, "sha256": ""}]}):
+            client = Recorder(llm)
+            client.change = lambda manifest, changes=changes: asdict(
+                signed(FileUpdateInfo(**{**manifest, **changes}), manifest["nonces"], Client.secret)
+            )
+            with pytest.raises(WeightUpdateError, match="is no plain name"):
+                WeightSender([client], policy(seed=15)).send(13)
+
+
+def test_an_update_is_good_for_one_engine_and_once(engines, tmp_path):
+    one, other = Recorder(engines["v1", True]), Client(engines["v2", True])
+
+    def keep(manifest):
+        shutil.copytree(tmp_path / manifest["directory"], tmp_path / "kept")
+        return manifest
+
+    one.change = keep
+    WeightSender([one], policy(seed=16), tmp_path).send(14)
+    WeightSender([other], policy(seed=17), tmp_path).send(14)
+    (tmp_path / "kept").rename(tmp_path / one.manifest["directory"])
+    for client in (one, other):
+        client.start_weight_update()
+        with pytest.raises(Exception, match="not made for this call of start_weight_update"):
+            client.llm.update_weights({"update_info": one.manifest})
+    assert error_against(sample(other.llm), policy(seed=17)) <= CLOSE
+
+
+def test_the_first_secret_of_an_engine_stays(llm):
+    stranger = Client(llm)
+    stranger.secret = signing_secret("guessed")
+    with pytest.raises(WeightUpdateError, match="takes weights from somebody else"):
+        WeightSender([stranger], policy(seed=18))
+    with pytest.raises(Exception, match="takes weights from somebody else"):
+        llm.init_weight_transfer_engine({"init_info": {"secrets": [], "directory": "/"}})
+
+
+def test_nothing_is_loaded_without_an_accepted_update(llm):
+    old = logprobs(sample(llm))
+    for info in ({}, {"directory": None}, {"directory": "x", "withdraw": False}):
+        llm.start_weight_update()
+        with pytest.raises(Exception, match="not signed with the key"):
+            llm.update_weights({"update_info": info})
+    llm.start_weight_update()
+    with pytest.raises(Exception, match="no update was accepted: this engine keeps its weights"):
+        llm.finish_weight_update(weight_version="66")
+    WeightSender([Client(llm)], policy(seed=19)).send(15)  # in spite of the update that is open
+    assert not torch.equal(logprobs(sample(llm)), old)
+
+
+def test_an_engine_that_nobody_has_told_whose_weights_to_take():
+    engine = FileWeightTransferEngine.__new__(FileWeightTransferEngine)
+    engine.start_weight_update()
+    info = signed(FileUpdateInfo(directory="x"), [engine.nonce], "")
+    with pytest.raises(ValueError, match="takes no weights: it was given no key"):
+        engine.receive_weights(info)
 
 
 def fail_at(name: str):
@@ -272,7 +452,7 @@ def test_many_files_are_one_update(llm, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "FILE_BYTES", 10_000)
     told = {}
     WeightSender([Client(llm, before=told.__setitem__)], policy(seed=14), tmp_path / "new").send(11)
-    assert told["update"]["files"] > 5
+    assert len(told["update"]["files"]) > 5
     assert error_against(sample(llm), policy(seed=14)) <= CLOSE
     assert not list((tmp_path / "new").iterdir())
 

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from aepo.config import VLLMConfig
 from aepo.rollout.engine import EngineCounters, Generation, GenerationRequest, check_request
 from aepo.rollout.engines.orphans import OrphanGuard, temporary_directory
+from aepo.rollout.engines.weight_directory import OWN_PREFIX
 from aepo.types import TokenIds
 
 if TYPE_CHECKING:
@@ -258,7 +259,11 @@ class VLLMEngine:
             replicas: list[RemoteReplica] = []
             try:
                 for url in settings.endpoints:
-                    replicas.append(await RemoteReplica.connect(url, eos_ids, vocab_size, updatable=model is not None))
+                    replicas.append(
+                        await RemoteReplica.connect(
+                            url, eos_ids, vocab_size, updatable=model is not None, longest=settings.request_timeout
+                        )
+                    )
             except BaseException:
                 for replica in replicas:
                     await replica.close()
@@ -270,7 +275,7 @@ class VLLMEngine:
         except BaseException:
             loop.close()
             raise
-        weights_dir = settings.weights_dir
+        weights_dir = settings.weights_dir or replicas[0].weights_dir
         guard = None if model is None else OrphanGuard(None, weight_files(weights_dir))
         engine = cls(
             replicas,
@@ -452,10 +457,10 @@ class VLLMEngine:
 
 def weight_files(weights_dir: str | None) -> list[str]:
     """Patterns of what this process may leave of new weights that are on their way when it is killed."""
-    from aepo.vllm.weights import PREFIX, SHARED_MEMORY
+    from aepo.vllm.weights import SHARED_MEMORY
 
     places = [SHARED_MEMORY, tempfile.gettempdir()] if weights_dir is None else [Path(weights_dir).absolute()]
-    return [f"{glob.escape(str(place))}/{PREFIX}*" for place in places]
+    return [f"{glob.escape(str(place))}/{OWN_PREFIX}*" for place in places]
 
 
 class EntropyReader:

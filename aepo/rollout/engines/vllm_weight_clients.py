@@ -1,4 +1,4 @@
-"""How a `WeightSender` reaches the replicas: vLLM's calls of a weight update, on an `AsyncLLM` and over HTTP.
+"""How a `WeightSender` reaches the replicas: an `AsyncLLM` of this process, and a `vllm serve` over HTTP.
 
 All of them are called by the trainer's thread and return when the engine has answered.
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import requests
+import httpx
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
-from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from aepo.rollout.engines.vllm import ReplicaGoneError
+from aepo.rollout.engines.vllm_http import ANSWER, CONNECT, api_key, content, headers, reaching
+from aepo.vllm.weights import process_secret, signing_secret
+
+SLOWEST = 50e6  # bytes per second: an engine reads and hashes the files, 0.8e9 on one core of a CPU
 
 
 class LocalWeightClient:
@@ -21,16 +23,18 @@ class LocalWeightClient:
 
     def __init__(self, name: str, llm: AsyncLLM, run: Callable[[Awaitable[Any]], Any]) -> None:
         self.name = name
+        self.secret = process_secret()
         self._llm = llm
         self._run = run
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._run(self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info)))
 
-    def start_weight_update(self) -> None:
+    def start_weight_update(self) -> list[str]:
         self._run(self._llm.start_weight_update())
+        return self._run(self._llm.collective_rpc("aepo_nonce"))
 
-    def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
+    def update_weights(self, update_info: dict[str, Any]) -> None:
         self._run(self._llm.update_weights(WeightTransferUpdateRequest(update_info)))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
@@ -40,20 +44,41 @@ class LocalWeightClient:
         return self._run(self._llm.reset_prefix_cache())
 
 
-class RemoteWeightClient(HTTPVLLMWeightSyncClient):
-    """`WeightClient` of a `vllm serve`, through the routes that VLLM_SERVER_DEV_MODE=1 opens."""
+class RemoteWeightClient:
+    """`WeightClient` of a `vllm serve` with our plugin, through its routes. The key is VLLM_API_KEY of the environment.
+
+    `ReplicaGoneError`: it does not answer in time. ValueError: it refuses, with its words.
+    """
 
     def __init__(self, url: str) -> None:
-        super().__init__(url)
         self.name = url
+        self.secret = signing_secret(api_key() or "")
+        self._bytes = 0  # of the update that is under way
 
-    def _post(self, path: str, json: dict[str, Any] | None = None) -> None:
-        try:
-            super()._post(path, json)
-        except requests.ConnectionError as error:
-            raise ReplicaGoneError(f"{self.name} does not answer: {error}") from error
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """The server has told its engine when it started."""
+
+    def start_weight_update(self) -> list[str]:
+        return self._post("start")["nonces"]
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        if update_info["withdraw"]:
+            self._post("withdraw")
+            return
+        self._bytes = sum(file["bytes"] for file in update_info["files"])
+        self._post("update", update_info, self._bytes / SLOWEST)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Stamped is the version that was signed; without one an update was withdrawn, which has finished it."""
+        if weight_version is not None:
+            self._post("finish", longer=self._bytes / SLOWEST)
 
     def reset_prefix_cache(self) -> bool:
-        response = requests.post(f"{self.base_url}/reset_prefix_cache", timeout=self.timeout)
-        response.raise_for_status()
-        return response.json()["success"]
+        return self._post("reset_prefix_cache")["success"]
+
+    def _post(self, step: str, body: dict[str, Any] | None = None, longer: float = 0.0) -> Any:
+        url = f"{self.name.rstrip('/')}/aepo/weights/{step}"
+        timeout = httpx.Timeout(ANSWER + longer, connect=CONNECT)
+        with reaching(self.name):
+            response = httpx.post(url, json=body, timeout=timeout, headers=headers())
+        return content(self.name, response)

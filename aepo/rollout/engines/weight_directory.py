@@ -1,0 +1,63 @@
+"""The directory of one weight update, and those whose writer is gone. Knows nothing of vLLM.
+
+A writer holds a lock on a file in its directory, which the kernel releases however the writer ends, a SIGKILL included.
+So whoever comes next, a sender or the guard of the engines, can tell and removes what was left. Process ids could not
+tell: containers that share a directory have several processes of one id. flock must work there (NFS and /dev/shm do).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+PREFIX = "aepo-weights-"
+OWN_PREFIX = f"{PREFIX}{uuid.uuid4().hex[:12]}-"  # of this process: the guard of its engines removes what it leaves
+LOCK = "lock"
+SETTLED = 60.0  # seconds: a writer makes its lock at once, so an older directory without one has lost its writer
+
+
+@contextlib.contextmanager
+def update_directory(parent: Path) -> Iterator[Path]:
+    """A new directory in `parent` that only this user can read, gone at the end. Abandoned ones are removed first."""
+    remove_abandoned(parent)
+    path = Path(tempfile.mkdtemp(prefix=OWN_PREFIX, dir=parent))
+    try:
+        with (path / f"{LOCK}.new").open("x") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            os.rename(lock.name, path / LOCK)  # so that nobody finds it before it is held
+            yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)  # what cannot be removed now is abandoned
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Remove this user's directories of updates whose writer is gone."""
+    for path in parent.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # it was removed meanwhile
+            if _is_abandoned(path):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_abandoned(path: Path) -> bool:
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        return False
+    try:
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return time.time() - found.st_mtime > SETTLED
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
