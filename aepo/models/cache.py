@@ -41,7 +41,10 @@ def cached(target: Path, make: Callable[[Path], None]) -> Path:
             if not _whole(target):
                 if target.exists():
                     print(f"warning: {target} is not what was written, and is made again", file=sys.stderr)
-                    target.rename(partial.with_name(f"{partial.name}.damaged"))
+                    if target.is_dir():
+                        target.rename(partial.with_name(f"{partial.name}.damaged"))
+                    else:
+                        target.unlink()
                 with contextlib.suppress(OSError):  # another process was faster
                     partial.rename(target)
                 _remove_left(target)

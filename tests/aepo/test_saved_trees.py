@@ -94,5 +94,5 @@ def test_time_is_linear(text: str) -> None:
     ids = (ids * 8000)[:8000]
     start = time.perf_counter()
     assert "".join(token_texts(ids, decode)) == tokenizer.decode(ids)
-    assert decoded < 60 * len(ids), "whole prefixes decode 4,000 tokens for each"
+    assert decoded < 100 * len(ids), "whole prefixes decode 4,000 tokens for each"
     assert time.perf_counter() - start < 30
