@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from aepo import cli_eval, cli_shared
 from aepo.cli_shared import INTERRUPTED, ConfigFile, Overrides, explained, fail
 from aepo.install import DISTRIBUTION, explain_missing
+from aepo.interrupt import Interrupt
 
 if TYPE_CHECKING:
     from aepo.config import Config
@@ -208,17 +209,19 @@ def bench(
 
         aepo bench --list
     """
+    interrupt = Interrupt()
     try:
-        from aepo.bench.run import list_peers, run
-        from aepo.bench.settings import Settings
+        with interrupt, interrupt.allowed():
+            from aepo.bench.run import list_peers, run
+            from aepo.bench.settings import Settings
 
-        settings = Settings.from_text(
-            device=device, tokens=tokens, vocab=vocab, dtype=dtype, hidden=hidden, rounds=rounds, quick=quick
-        )
-        if list_only:
-            list_peers(settings.device)
-        elif not run(settings, questions or (), threads=threads, json_path=json_path, plot_path=plot):
-            fail("a kernel of this library has no row, see above")
+            settings = Settings.from_text(
+                device=device, tokens=tokens, vocab=vocab, dtype=dtype, hidden=hidden, rounds=rounds, quick=quick
+            )
+            if list_only:
+                list_peers(settings.device)
+            elif not run(settings, questions or (), threads=threads, json_path=json_path, plot_path=plot):
+                fail("a kernel of this library has no row, see above")
     except ValueError as error:
         fail(str(error))
     except KeyboardInterrupt:

@@ -19,6 +19,7 @@ from aepo.loss import (
     with_old_policy,
     with_reference,
 )
+from aepo.models.adapters import refuse_adapters
 from aepo.nonfinite import NonFiniteError, describe_tokens, first_nonfinite, is_finite, single_trajectories
 from aepo.own_loss import OwnLossError, own_loss, try_own_loss
 from aepo.packing import PackedBatch, entropy_statistics, microbatches, pack
@@ -32,10 +33,11 @@ EntropyStats = tuple[float, float]
 class Learner:
     """Owns the optimizer of `model`, and a frozen copy of `model` as it is now if the loss has a use for one.
 
-    OwnLossError if policy.loss does not work on made-up tokens.
+    ValueError: the model has adapters. OwnLossError: policy.loss does not work on made-up tokens.
     """
 
     def __init__(self, model: PreTrainedModel, config: Config, decode: Callable[[Sequence[int]], str]) -> None:
+        refuse_adapters(model)
         check_packing(model)
         # Evaluation mode: dropout would make the ratio differ from 1 before any update.
         self.model = model.eval()

@@ -310,3 +310,13 @@ def test_a_reward_that_cannot_work_is_found_before_the_first_step(tmp_path: Path
     with pytest.raises(AgentError, match=r"expected a list of 2 numbers.*tried at the start"):
         Trainer(config_for(tmp_path / "run"), agent, ToyLanguageModel())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_with_adapters_is_refused_and_lets_go_of_the_directory(tmp_path: Path) -> None:
+    """Its checkpoints could not be loaded."""
+    adapted = ToyLanguageModel()
+    adapted.model.peft_config = {}  # as PEFT leaves it on the model that it was given
+    with pytest.raises(ValueError, match="expected one without adapters"):
+        Trainer(config_for(tmp_path / "run"), toy_agent(), adapted)
+    assert not (tmp_path / "run").exists()
+    trainer_for(tmp_path / "run", "train.steps=0").train()
