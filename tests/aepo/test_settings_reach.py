@@ -242,3 +242,16 @@ def test_a_line_of_the_display_says_what_the_record_holds() -> None:
         "step  7/20  reward 1.00  success 2.00  entropy 3.00  clipped 4.00+5.00  fresh 6.0  tools 7 (8 failed)  "
         "grad 9.00  1234 tok/s  5.2 s"
     )
+
+
+def always(point) -> float:
+    """A branch rule of one's own."""
+    return 0.875
+
+
+def test_a_branch_rule_of_ones_own_decides(tmp_path: Path) -> None:
+    settings = ("rollout.branch_rule=test_settings_reach:always", "rollout.fresh_paths=2", "rollout.max_tokens=40")
+    trainer = trainer_for(tmp_path / "run", "log.trees=4", *settings)
+    trainer.train_step()
+    trees = json.loads((tmp_path / "run" / "trees" / "step_000001.json").read_text())["trees"]
+    assert {decision["probability"] for tree in trees for decision in tree["tree"]["decisions"]} == {0.875}

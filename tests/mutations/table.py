@@ -373,6 +373,13 @@ MUTATIONS = (
         "self._repeat(self._record)",
         "environment_branches test_paths_are_as_if_each_had_been_alone",
     ),
+    row(
+        "own-branch-rule-ignored",
+        "aepo/trainer.py",
+        "Sampler(self.engine, agent, config.rollout, rule)",
+        "Sampler(self.engine, agent, config.rollout)",
+        "settings_reach test_a_branch_rule_of_ones_own_decides",
+    ),
     # Rewards, formats, tools
     row(
         "success-needs-more",
