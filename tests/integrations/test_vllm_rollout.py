@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -423,7 +423,7 @@ def test_close_while_requests_run_on_a_silent_engine(in_processes, model, model_
         begin = time.monotonic()
         made.close()
         assert time.monotonic() - begin < 30
-        with pytest.raises(CancelledError):
+        with pytest.raises(asyncio.CancelledError):
             rollout.result(10)
     made.close()
     made.release()
