@@ -102,8 +102,8 @@ class Trainer:
             self.evaluator = Evaluator(self.engine, agent, self.scorer, config)
             if resume_step is None:
                 self.run_directory.replace_old()
-            else:
-                self.run_directory.set_aside(self.step)
+            elif (aside := self.run_directory.set_aside(self.step)) is not None:
+                self.display.console.print(f"what came after step {self.step} is now in {aside}", markup=False)
             self.log = RunLog(
                 self.run_directory,
                 config,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from aepo.rollout.engines.weight_directory import PREFIX, SETTLED, remove_abandoned, update_directory
+from aepo.rollout.engines.weight_directory import ALL, PREFIX, SETTLED, remove_abandoned, update_directory
 
 WRITER = """
 import sys, time
@@ -33,6 +33,9 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path, end):
     with update_directory(tmp_path) as directory:
         assert (left / "00000.safetensors").exists(), "its writer is alive"
         assert directory.stat().st_mode & 0o777 == 0o700
+        assert directory.name.startswith(PREFIX)
+        assert left.name.startswith(ALL)
+        assert not left.name.startswith(PREFIX)
         writer.send_signal(end)
         writer.wait()
         writer.stdout.close()
@@ -54,25 +57,25 @@ def test_what_is_not_an_abandoned_update_stays(tmp_path):
     parent = tmp_path / "parent"
     parent.mkdir()
     (parent / "data").mkdir()
-    (parent / f"{PREFIX}notes.txt").touch()
-    (parent / f"{PREFIX}link").symlink_to(others)
-    (parent / f"{PREFIX}new").mkdir()  # a writer that has not made its lock yet
-    (parent / f"{PREFIX}old").mkdir()
+    (parent / f"{ALL}notes.txt").touch()
+    (parent / f"{ALL}link").symlink_to(others)
+    (parent / f"{ALL}new").mkdir()  # a writer that has not made its lock yet
+    (parent / f"{ALL}old").mkdir()
     long_ago = time.time() - SETTLED - 1
-    os.utime(parent / f"{PREFIX}old", (long_ago, long_ago))
+    os.utime(parent / f"{ALL}old", (long_ago, long_ago))
     with update_directory(parent):
         pass
     assert {path.name for path in parent.iterdir()} == {
         "data",
-        *(PREFIX + name for name in ("notes.txt", "link", "new")),
+        *(ALL + name for name in ("notes.txt", "link", "new")),
     }
     assert others.exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs files of two users")
 def test_directories_of_other_users_stay(tmp_path):
-    (tmp_path / f"{PREFIX}theirs").mkdir()
-    (tmp_path / f"{PREFIX}theirs" / "lock").touch()
-    os.chown(tmp_path / f"{PREFIX}theirs", 12345, 12345)
+    (tmp_path / f"{ALL}theirs").mkdir()
+    (tmp_path / f"{ALL}theirs" / "lock").touch()
+    os.chown(tmp_path / f"{ALL}theirs", 12345, 12345)
     remove_abandoned(tmp_path)
-    assert (tmp_path / f"{PREFIX}theirs").exists()
+    assert (tmp_path / f"{ALL}theirs").exists()

@@ -18,8 +18,13 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+<<<<<<< HEAD
 PREFIX = "aepo-weights-"
 OWN_PREFIX = f"{PREFIX}{uuid.uuid4().hex[:12]}-"  # of this process: the guard of its engines removes what it leaves
+=======
+ALL = "aepo-weights-"
+PREFIX = f"{ALL}{uuid.uuid4().hex[:12]}-"  # of those that this process makes, for a guard that outlives it
+>>>>>>> server
 LOCK = "lock"
 SETTLED = 60.0  # seconds: a writer makes its lock at once, so an older directory without one has lost its writer
 
@@ -40,7 +45,7 @@ def update_directory(parent: Path) -> Iterator[Path]:
 
 def remove_abandoned(parent: Path) -> None:
     """Remove this user's directories of updates whose writer is gone."""
-    for path in parent.glob(f"{PREFIX}*"):
+    for path in parent.glob(f"{ALL}*"):
         with contextlib.suppress(OSError):  # it was removed meanwhile
             if _is_abandoned(path):
                 shutil.rmtree(path, ignore_errors=True)
