@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from aepo.config import VLLMConfig
 from aepo.rollout.engine import EngineCounters, Generation, GenerationRequest, check_request
 from aepo.rollout.engines.orphans import OrphanGuard, temporary_directory
-from aepo.rollout.engines.weight_directory import OWN_PREFIX
+from aepo.rollout.engines.weight_directory import PREFIX
 from aepo.types import TokenIds
 
 if TYPE_CHECKING:
@@ -460,7 +460,7 @@ def weight_files(weights_dir: str | None) -> list[str]:
     from aepo.vllm.weights import SHARED_MEMORY
 
     places = [SHARED_MEMORY, tempfile.gettempdir()] if weights_dir is None else [Path(weights_dir).absolute()]
-    return [f"{glob.escape(str(place))}/{OWN_PREFIX}*" for place in places]
+    return [f"{glob.escape(str(place))}/{PREFIX}*" for place in places]
 
 
 class EntropyReader:

@@ -18,13 +18,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-<<<<<<< HEAD
-PREFIX = "aepo-weights-"
-OWN_PREFIX = f"{PREFIX}{uuid.uuid4().hex[:12]}-"  # of this process: the guard of its engines removes what it leaves
-=======
 ALL = "aepo-weights-"
 PREFIX = f"{ALL}{uuid.uuid4().hex[:12]}-"  # of those that this process makes, for a guard that outlives it
->>>>>>> server
 LOCK = "lock"
 SETTLED = 60.0  # seconds: a writer makes its lock at once, so an older directory without one has lost its writer
 
@@ -33,7 +28,7 @@ SETTLED = 60.0  # seconds: a writer makes its lock at once, so an older director
 def update_directory(parent: Path) -> Iterator[Path]:
     """A new directory in `parent` that only this user can read, gone at the end. Abandoned ones are removed first."""
     remove_abandoned(parent)
-    path = Path(tempfile.mkdtemp(prefix=OWN_PREFIX, dir=parent))
+    path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     try:
         with (path / f"{LOCK}.new").open("x") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
