@@ -15,6 +15,7 @@ import places
 import runs
 import writes
 from fault import CALLS, ERRORS, Fault, mount_small_disk, name_of, wrap_call
+from judge import Foreign
 from runs import STEPS, Prepared, command
 
 KINDS = (
@@ -70,6 +71,8 @@ def record(prepared: Prepared, work: Path) -> list[str]:
     """Where faults can happen in this scenario, in the order of an undisturbed run, each with its number."""
     directory, trace = work / "recorded", work / "trace"
     prepared.copy_to(directory)
+    foreign = Foreign(directory, work / "recorded_outside")  # as in the tries: places are counted while it is looked at
+    foreign.plant_early()
     counts: Counter[str] = Counter()
 
     def set_up() -> None:
@@ -78,14 +81,28 @@ def record(prepared: Prepared, work: Path) -> list[str]:
         def note(where: str) -> None:
             os.write(descriptor, f"{where}\n".encode())
 
-        places.on_place = note
-        writes.watch(directory, lambda operation, path: note(f"{operation}:{name_of(path, directory)}"))
+        planting = False
+
+        def note_place(place: str) -> None:
+            nonlocal planting
+            planting = True
+            foreign.plant_late()
+            planting = False
+            note(place)
+
+        def note_write(operation: str, path: Path) -> None:
+            if not planting:
+                note(f"{operation}:{name_of(path, directory)}")
+
+        places.on_place = note_place
+        writes.watch(directory, note_write)
         for name in CALLS:
             wrap_call(name, lambda name, half, whole: (note(name), whole())[1])
 
     ended = runs.run(command(directory, prepared.scenario.arguments), work / "logs", set_up)
     assert ended.code == 0, ended
     shutil.rmtree(directory)
+    shutil.rmtree(work / "recorded_outside")
     found = []
     for where in trace.read_text().splitlines():
         counts[where] += 1
@@ -109,7 +126,8 @@ def candidates(scenario: str, wheres: Sequence[str], draw: random.Random) -> dic
     """All faults of a scenario by kind, in a random order in which every function comes before any comes again."""
     in_code = [where for where in wheres if ".py:" in where]
     in_calls = [where for where in wheres if where.partition("#")[0] in CALLS]
-    in_writes = [where for where in wheres if where not in set(in_code) | set(in_calls)]
+    elsewhere = {*in_code, *in_calls}
+    in_writes = [where for where in wheres if where not in elsewhere]
 
     def spread(these: Iterable[str], whats: Sequence[str]) -> list[Fault]:
         groups = defaultdict(list)
