@@ -28,11 +28,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 from vllm.distributed.weight_transfer.base import ModuleSource, ParamMeta, WeightSource
 
-from aepo.rollout.engines.weight_directory import PREFIX, update_directory
+from aepo.rollout.engines.weight_directory import update_directory
 from aepo.vllm.manifest import FileUpdateInfo, process_secret, signed, signing_secret
 from aepo.vllm.weight_files import BACKEND, FileInitInfo
 
-__all__ = ["BACKEND", "PREFIX", "WeightClient", "WeightSender", "WeightUpdateError", "process_secret", "signing_secret"]
+__all__ = ["BACKEND", "WeightClient", "WeightSender", "WeightUpdateError", "process_secret", "signing_secret"]
 
 SHARED_MEMORY = Path("/dev/shm")
 FILE_BYTES = 1 << 30  # one file holds this much
