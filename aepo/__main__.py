@@ -16,6 +16,8 @@ def main() -> None:
         _command_line()
     except SystemExit as end:
         sys.exit(end.code or status_of_output())
+    except KeyboardInterrupt:  # before a command has begun, which imports for a second
+        sys.exit(130)
 
 
 def _command_line() -> None:

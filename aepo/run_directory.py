@@ -32,8 +32,8 @@ FOLDERS = {  # what of each is ours
     "tensorboard": re.compile(r"events\.out\.tfevents\..+"),
 }
 _TEMPORARY = {  # what of each is ours while it is being written
-    ".": re.compile(r"\.(?:config\.yaml|run\.json|metrics\.jsonl|evals\.jsonl)\.writing|\.engine-\w{8}"),
-    "checkpoints": re.compile(r"\.(?:writing|replaced)_(?:[0-9]{6}|[1-9][0-9]{6,})"),
+    ".": re.compile(r"\.(?:config\.yaml|run\.json|metrics\.jsonl|evals\.jsonl)\.writing|\.engine-\w{8,}"),
+    "checkpoints": re.compile(r"\.(?:writing|replaced|removing)_(?:[0-9]{6}|[1-9][0-9]{6,})"),
     "trees": re.compile(rf"\.{_STEP}\.json\.writing"),
     "answers": re.compile(rf"\.{_STEP}\.jsonl\.writing"),
 }

@@ -44,7 +44,7 @@ class RunLog:
     """Writes the files above. `facts` are the model's and the agent's entries of run.json, `changed` how they and the
     settings differ from those that a resumed run was begun with.
 
-    A record that cannot be written, on a full disk, is an OSError, and kept: `flush` tries again.
+    What cannot be written, on a full disk, is an OSError, and kept: `flush` tries again.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class RunLog:
         require_boards(config)
         self.directory, self._path = directory, directory.path
         self._left: dict[str, list[str]] = {"metrics.jsonl": [], "evals.jsonl": []}  # lines that are not in their files
+        self._left_files: dict[str, Callable[[Path], None]] = {}  # files that are not there, with what writes them
         self._start = time.perf_counter()
         if resumed:
             self._facts = read_facts(self._path)
@@ -71,13 +72,19 @@ class RunLog:
             self._facts = {**started, **facts, **machine_facts(), "resumed": []}
         if config.log.wandb is not None:
             self._facts.setdefault("wandb_id", uuid.uuid4().hex[:8])
-        self._state(status="running", finished=None, reason=None, wall_seconds=None)  # first: it explains the others
+        # First: it explains the others. And true, should the run end before it begins.
+        before = {"finished": _now(), "reason": "it had not begun", "wall_seconds": self._facts.get("wall_seconds")}
+        self._state(status="interrupted", **before)
         try:
             write_file(self._path / "config.yaml", to_yaml(config))
         except OSError as error:
             self._state(status="failed", finished=_now(), reason=str(error), wall_seconds=0.0)
             raise
         self._boards = Boards(config, self._path, step, self._facts["wandb_id"] if config.log.wandb else None)
+
+    def begin(self) -> None:
+        """From here to `close`, run.json says that the run is running."""
+        self._state(status="running", finished=None, reason=None, wall_seconds=None)
 
     def step(self, record: Record) -> None:
         self._append("metrics.jsonl", record, prefix="")
@@ -94,6 +101,8 @@ class RunLog:
         self.directory.require()
         for name in self._left:
             self._write_left(name, flush=True)
+        for name in list(self._left_files):
+            self._write_left_file(name)
 
     def trees(
         self,
@@ -110,15 +119,12 @@ class RunLog:
             for one, path_advantages in zip(scored, advantages, strict=True)
         ]
         record = {"step": step, "vocab_size": vocab_size, "temperature": temperature, "trees": entries}
-        folder = self._path / "trees"
-        folder.mkdir(exist_ok=True)
-        write_file(folder / f"step_{step:06d}.json", json.dumps(record, default=str))
+        text = json.dumps(record, default=str)
+        self._write_whole(f"trees/step_{step:06d}.json", lambda path: write_file(path, text))
 
     def answers(self, step: int, answered: Sequence[AnsweredQuestion]) -> None:
         """Of a held-out evaluation."""
-        folder = self._path / "answers"
-        folder.mkdir(exist_ok=True)
-        write_answers(folder / f"step_{step:06d}.jsonl", step, answered)
+        self._write_whole(f"answers/step_{step:06d}.jsonl", lambda path: write_answers(path, step, answered))
 
     def close(self, status: str, reason: str | None = None) -> None:
         """`status`: finished, interrupted or failed; `reason`: the error's text. Records that are still left are tried
@@ -131,6 +137,11 @@ class RunLog:
             except OSError as error:
                 steps = ", ".join(str(json.loads(line)["step"]) for line in left)
                 lost.append(f"{name} lacks step {steps}: {error}")
+        for name in list(self._left_files):
+            try:
+                self._write_left_file(name)
+            except OSError as error:
+                lost.append(f"{name} is not there: {error}")
         if lost:
             status = "failed" if status == "finished" else status
             reason = "; ".join(filter(None, [reason, *lost]))
@@ -150,6 +161,16 @@ class RunLog:
     def _write_left(self, name: str, *, flush: bool = False) -> None:
         append_lines(self._path / name, "".join(self._left[name]), flush=flush)
         self._left[name].clear()
+
+    def _write_whole(self, name: str, write: Callable[[Path], None]) -> None:
+        self._left_files[name] = write
+        self._write_left_file(name)
+
+    def _write_left_file(self, name: str) -> None:
+        path = self._path / name
+        path.parent.mkdir(exist_ok=True)
+        self._left_files[name](path)
+        del self._left_files[name]
 
     def _state(self, **changes: Any) -> None:
         self._facts.update(changes)

@@ -120,6 +120,7 @@ class Trainer:
         step is saved."""
         with self.interrupt, self.run_directory, closing(self.engine), closing(self.agent), self.display:
             try:
+                self.log.begin()
                 if self.step:
                     self.display.resumed(self.step)
                 self._evaluate_if_due()
@@ -267,10 +268,12 @@ class Trainer:
             **clock.metrics(rollout["tokens.generated"], losses["tokens.trained"]),
             **memory_metrics(),
         }
-        self.log.step(record)
+        try:
+            self.log.step(record)
+        finally:
+            if self.step == 1 or self._due(self.config.log.trees_every):
+                self._save_trees(scored, samples)
         self.display.step(record)
-        if self.step == 1 or self._due(self.config.log.trees_every):
-            self._save_trees(scored, samples)
 
     def _save_trees(self, scored: Sequence[ScoredTree], samples: Sequence[Sample]) -> None:
         """The first questions of the batch. A path's advantage is that of its first token; 0 if it was left out."""
