@@ -594,7 +594,9 @@ def test_a_resumed_run_reads_like_one(tmp_path):
     held = RunDirectory.claim(path, resume=True)
     held.set_aside(2)
     resumed = RunLog(held, Config(), {"model": {}}, 2, resumed=True, changed=["a was 1 and is 2"])
-    assert read_facts(path)["status"] == "running"
+    assert (read_facts(path)["status"], read_facts(path)["reason"]) == ("interrupted", "it had not begun")
+    resumed.begin()
+    assert (read_facts(path)["status"], read_facts(path)["reason"]) == ("running", None)
     resumed.step({"step": 3, "policy.loss": 0.5})
     resumed.close("finished")
     records = read_records(path / "metrics.jsonl")
@@ -629,3 +631,25 @@ def test_the_report_says_whether_a_run_goes_on_or_was_killed(tmp_path):
     assert progress().endswith("35 of 40 steps, killed")
     (path / ".lock").write_text((path / ".lock").read_text().replace(socket.gethostname(), "elsewhere"))
     assert progress().endswith("still going (or it died without a word)")
+
+
+def test_trees_and_answers_that_could_not_be_written_are_tried_again(tmp_path):
+    path = tmp_path / "run"
+    log = RunLog(RunDirectory.claim(path, resume=False), Config(), {"model": {}}, 0, resumed=False)
+    for folder in ("trees", "answers"):
+        (path / folder).write_text("in the way")
+    with pytest.raises(FileExistsError):
+        log.trees(1, [], [], vocab_size=5, temperature=1.0, decode=str)
+    with pytest.raises(FileExistsError):
+        log.answers(1, [])
+    with pytest.raises(FileExistsError):
+        log.flush()
+    (path / "trees").unlink()
+    log.close("finished")
+    assert json.loads((path / "trees" / "step_000001.json").read_text())["step"] == 1
+    facts = read_facts(path)
+    assert facts["status"] == "failed"
+    assert "answers/step_000001.jsonl is not there" in facts["reason"]
+    (path / "answers").unlink()
+    log.flush()
+    assert (path / "answers" / "step_000001.jsonl").exists()
