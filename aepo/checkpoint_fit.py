@@ -16,8 +16,18 @@ from aepo.registry import error_text
 from aepo.tensor_file import DTYPES, is_finite
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-# Of the configuration: what says nothing about which function of its tokens the model is.
-IGNORED = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures", "use_cache", "return_dict")
+# Of the configuration: what says nothing about which function of its tokens the model is. (Where positions have a
+# table, its shape tells how many.)
+IGNORED = (
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "_name_or_path",
+    "architectures",
+    "use_cache",
+    "return_dict",
+    "max_position_embeddings",
+)
 _FLOATING = [name for dtype, name in DTYPES.items() if dtype.is_floating_point]
 
 

@@ -68,6 +68,7 @@ def make_engine(config: Config, language_model: LanguageModel, eos_ids: Sequence
                 seed=config.run.seed,
             )
     except ModuleNotFoundError as error:
-        if error.name not in ("vllm", "httpx", "requests"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("vllm", "httpx"):
             raise
-        raise ValueError(f"rollout.engine = vllm: {error.name} is not installed; {pip_install('vllm')}") from None
+        raise ValueError(f"rollout.engine = vllm: {package} is not installed; {pip_install('vllm')}") from None

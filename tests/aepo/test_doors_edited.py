@@ -246,6 +246,7 @@ OLD = {
     "versions": {},
     "commit": None,
     "resumed": [],
+    "status": "interrupted",
     "wall_seconds": 1.0,
 }
 """run.json as version 2 had it, without its hashes."""

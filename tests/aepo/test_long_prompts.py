@@ -69,6 +69,7 @@ def test_long_prompts_are_left_out_of_a_run(tmp_path: Path, capsys: pytest.Captu
     assert facts["long_prompts_dropped"] == {"train": 2, "heldout": 3}
     resumed = trainer(tmp_path / "run", 4, DROP, "train.steps=4", resume_step=3)
     assert [question.id for question in resumed.train_questions] == [f"q{i}" for i in range(10)]
+    resumed.run_directory.release()
     with pytest.raises(ValueError, match=r"begun with another agent: long_prompts_dropped.train was 2 and is 0; "):
         trainer(tmp_path / "run", 6, DROP, resume_step=3)
 

@@ -17,7 +17,9 @@ from aepo.checkpoint import list_checkpoints
 from aepo.run_log import read_records
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}", "OMP_NUM_THREADS": "1"}
+PATHS = f"{HERE}{os.pathsep}{HERE.parents[1]}"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT.pop("TRITON_INTERPRET", None)  # of the kernels' tests: NumPy's warnings come with it
 TOY = """
 import sys
 from trainer_toys import ToyLanguageModel, toy_agent
