@@ -136,11 +136,12 @@ class RunDirectory:
         return final
 
     def release(self) -> None:
-        """Somebody else may claim it. A directory that was made for this run and has nothing in it goes, too. A second
-        call does nothing."""
-        if self._created and self._lock.held:
+        """Somebody else may claim it. What could not be removed before is tried once more, and a directory that was made
+        for this run and has nothing in it goes, too. A second call does nothing."""
+        if self._lock.held:
             with contextlib.suppress(OSError):
-                if os.listdir(self.path) == [LOCK]:
+                _remove_temporaries(self.path)
+                if self._created and os.listdir(self.path) == [LOCK]:
                     (self.path / LOCK).unlink()
                     self.path.rmdir()
         self._lock.release()

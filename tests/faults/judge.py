@@ -110,7 +110,7 @@ def ending_problems(fault: Fault, ended: Ended, directory: Path, before: dict | 
     elif fault.kind == "kill -9":
         if code != -9:
             problems.append(f"exit code {code}")
-        if name not in (None, "running", "finished"):
+        if name not in (None, "running", "finished") and (name, reason) != ("interrupted", "it had not begun"):
             problems.append(f"killed, status {name}")
         return problems
     elif "signal" in fault.kind or (fault.kind == "output" and code == SIGNALLED):
