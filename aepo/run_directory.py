@@ -136,7 +136,7 @@ class RunDirectory:
         return final
 
     def release(self) -> None:
-        """Somebody else may claim it. What could not be removed before is tried once more, and a directory that was made
+        """Somebody else may claim it. What could not be removed is tried once more, and a directory that was made
         for this run and has nothing in it goes, too. A second call does nothing."""
         if self._lock.held:
             with contextlib.suppress(OSError):
