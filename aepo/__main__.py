@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from aepo.install import COMMANDS, DISTRIBUTION, explain_missing, pip_install
+from aepo.interrupt import Interrupt
 from aepo.output import guard_output, status_of_output
 
 
@@ -13,10 +14,11 @@ def main() -> None:
     """Run the command line; what it printed and nobody could read makes an exit code of 0 another one."""
     guard_output()
     try:
-        _command_line()
+        with Interrupt() as interrupt, interrupt.allowed():  # from here on, also where a command only imports
+            _command_line()
     except SystemExit as end:
         sys.exit(end.code or status_of_output())
-    except KeyboardInterrupt:  # before a command has begun, which imports for a second
+    except KeyboardInterrupt:
         sys.exit(130)
 
 

@@ -114,8 +114,8 @@ def ending_problems(fault: Fault, ended: Ended, directory: Path, before: dict | 
             problems.append(f"killed, status {name}")
         return problems
     elif "signal" in fault.kind or (fault.kind == "output" and code == SIGNALLED):
-        if code is None or code < 0:
-            if name is not None:
+        if code is None or code < 0:  # before Python handles signals, or when all is done
+            if name not in (None, "finished"):
                 problems.append(f"exit code {code}, status {name}")
         elif code != SIGNALLED:
             problems.append(f"exit code {code}")

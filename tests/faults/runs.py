@@ -29,7 +29,7 @@ import torch
 from test_trainer import outcome
 from trainer_toys import ToyLanguageModel, toy_agent
 
-from aepo import cli, cli_shared
+from aepo import __main__, cli, cli_shared
 from aepo.checkpoint import list_checkpoints
 from aepo.learner import Learner
 
@@ -149,7 +149,7 @@ def _exit_code(prepare: Callable[[], None] | None) -> int:
     try:
         if prepare is not None:
             prepare()
-        cli.main()
+        __main__.main()
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
             return end.code or 0
