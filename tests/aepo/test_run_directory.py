@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from disk_toys import full_disk
+from disk_toys import full_disk, recorded
 
 from aepo.config import Config, load_config, to_yaml
 from aepo.report.reader import read_run
@@ -513,6 +513,19 @@ def test_what_is_later_than_the_step_is_set_aside(tmp_path):
     assert held.set_aside(0) == path / "abandoned" / "5"
     assert sorted(one.name for one in path.glob("checkpoints/step_??????")) == ["step_000000"]
     assert steps(path / "abandoned/5/metrics.jsonl") == [*range(1, 21)]
+
+
+def test_the_order_of_setting_aside_is_that_of_the_disk(tmp_path, monkeypatch):
+    """Checkpoints are on the disk in their new place before their records are, and all before it counts as done."""
+    path = tmp_path / "run"
+    make_run(path)
+    with RunDirectory.claim(path, resume=True) as held:
+        events = recorded(monkeypatch)
+        held.set_aside(10)
+    checkpoints = ["rename step_000030 step_000030", "rename step_000020 step_000020"]
+    assert events[:5] == [*checkpoints, "flush .unfinished", "flush checkpoints", "flush checkpoints"]
+    assert events[5] == "flush .metrics.jsonl.writing"
+    assert events[-2:] == ["rename .unfinished 1", "flush abandoned"]
 
 
 def test_a_killed_setting_aside_can_be_repeated_and_loses_nothing(tmp_path):
