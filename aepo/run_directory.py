@@ -11,20 +11,23 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from aepo.run_files import REPLACED, read_facts, whole_lines, write_file
-from aepo.run_lock import LOCK, DirectoryLock, in_use, is_held, last_holder
+from aepo.run_lock import LOCK, DirectoryLock, in_use, is_foreign, is_held
 from aepo.run_records import RECORDS
 
 FILES = ("config.yaml", *RECORDS, "report.html", "run.json")  # as they are removed: run.json, which explains them, last
 ABANDONED = "abandoned"
+SUMS = "SHA256SUMS"  # of a checkpoint: says which files a run wrote there
 UNFINISHED = f"{ABANDONED}/.unfinished"  # what `set_aside` has moved so far
 
-_STEP = "step_(?:[0-9]{6}|[1-9][0-9]{6,})"  # f"step_{step:06d}", and no other way to write a step
+_NUMBER = "(?:[0-9]{6}|[1-9][0-9]{6,})"  # f"{step:06d}", and no other way to write a step
+_STEP, _REPLACED = f"step_{_NUMBER}", rf"\.replaced_{_NUMBER}"
 FOLDERS = {  # what of each is ours
     "checkpoints": re.compile(_STEP),
     "trees": re.compile(rf"{_STEP}\.json"),
@@ -33,7 +36,7 @@ FOLDERS = {  # what of each is ours
 }
 _TEMPORARY = {  # what of each is ours while it is being written
     ".": re.compile(r"\.(?:config\.yaml|run\.json|metrics\.jsonl|evals\.jsonl)\.writing|\.engine-\w{8,}"),
-    "checkpoints": re.compile(r"\.(?:writing|replaced|removing)_(?:[0-9]{6}|[1-9][0-9]{6,})"),
+    "checkpoints": re.compile(rf"\.(?:writing|removing)_{_NUMBER}|{_REPLACED}"),
     "trees": re.compile(rf"\.{_STEP}\.json\.writing"),
     "answers": re.compile(rf"\.{_STEP}\.jsonl\.writing"),
 }
@@ -53,7 +56,8 @@ class RunDirectory:
 
         BlockingIOError, in one line that names the holder: another process, or this one, holds it. FileExistsError: a
         new run, and there is one already, or files by the names of a run that no run.json explains. ValueError: a run
-        is to be resumed, or replaced, that is none of ours or cannot be read, or a link stands where a run has a file.
+        is to be resumed, or replaced, that is none of ours or cannot be read, or a link stands where a run has a file,
+        or a checkpoint that is to be removed has something in it that the run did not write.
         """
         path = Path(path)
         cls.check(path, resume=resume, overwrite=overwrite)
@@ -93,7 +97,8 @@ class RunDirectory:
         Until the last file is gone, run.json says what is happening: after a crash, the directory can be replaced
         again, and not resumed.
         """
-        _remove_temporaries(self.path)
+        for root in (*_set_aside(self.path), self.path):
+            _remove_temporaries(root)
         if not (self.path / "run.json").exists():
             return
         facts = read_facts(self.path)
@@ -173,8 +178,9 @@ def require_whole_settings(run: Path) -> None:
 
 
 def _refuse(path: Path, *, resume: bool, overwrite: bool) -> None:
-    if os.path.lexists(path) and not path.is_dir():
-        raise ValueError(f"run.dir = {path}: expected a directory, or nothing, got something else")
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISDIR(path.lstat().st_mode) and not path.is_dir():
+            raise ValueError(f"run.dir = {path}: expected a directory, or nothing, got something else")
     _refuse_other_kinds(path)
     if resume:
         facts = _read_run(path)
@@ -184,8 +190,12 @@ def _refuse(path: Path, *, resume: bool, overwrite: bool) -> None:
             _split(path / name, 0)
         require_whole_settings(path)
     elif (path / "run.json").exists():
-        if overwrite:
+        try:
             _read_run(path)
+        except ValueError as error:
+            raise ValueError(f"{error}: move it away, or choose another run.dir") from None
+        if overwrite:
+            _refuse_additions(path)
         else:
             raise FileExistsError(
                 f"{path} already holds a run: continue it with --resume {path}, replace it with --overwrite, "
@@ -211,10 +221,9 @@ def _read_run(path: Path) -> dict[str, Any]:
 
 def _refuse_other_kinds(path: Path) -> None:
     """ValueError: a link, or a folder for a file, by a name of ours. To follow it, or to replace it, were wrong."""
-    if os.path.lexists(path / LOCK):
-        _refuse_unless(path / LOCK, folder=False)
-        if not last_holder(path) and (path / LOCK).stat().st_size and not is_held(path):
-            raise ValueError(f"{path / LOCK}: expected that of a run: move it away, or choose another run.dir")
+    _refuse_unless(path / LOCK, folder=False)
+    if is_foreign(path):
+        raise ValueError(f"{path / LOCK}: expected that of a run: move it away, or choose another run.dir")
     for root in (path, *_set_aside(path)):
         for name in FILES:
             _refuse_unless(root / name, folder=False)
@@ -222,8 +231,45 @@ def _refuse_other_kinds(path: Path) -> None:
             _refuse_unless(root / folder, folder=True)
             for one in _ours(root, folder):
                 _refuse_unless(one, folder=folder == "checkpoints")
+        for folder, pattern in _TEMPORARY.items():
+            for one in _entries(root / folder):
+                if one.is_symlink() and pattern.fullmatch(one.name):
+                    _refuse_unless(one, folder=folder == "checkpoints")
     _refuse_unless(path / "wandb", folder=True)
     _refuse_unless(path / ABANDONED, folder=True)
+
+
+def _refuse_additions(path: Path) -> None:
+    """ValueError: a checkpoint, which is removed as a whole, has something in it that is not ours."""
+    for root in (path, *_set_aside(path)):
+        for one in _entries(root / "checkpoints"):
+            if not re.fullmatch(rf"{_STEP}|{_REPLACED}", one.name) or one.is_symlink():
+                continue
+            for added in _additions(one):
+                if (one / SUMS).exists():
+                    raise ValueError(f"{added}: expected only what the run wrote in a checkpoint: move it away")
+                raise ValueError(f"{one}: expected a checkpoint with a list of its files, {SUMS}: move it away")
+
+
+def _additions(checkpoint: Path) -> list[Path]:
+    """What is in a checkpoint and not in its list. Of one that was being replaced: nor in the new one, as it may have
+    lost its list."""
+    try:
+        sums = (checkpoint / SUMS).read_text()
+    except (OSError, UnicodeDecodeError):
+        sums = ""
+    listed = {checkpoint / name for name in (SUMS, *(line.partition("  ")[2] for line in sums.splitlines()))}
+    listed |= {parent for path in listed for parent in path.parents}
+    new = _final(checkpoint)
+    return [
+        path
+        for path in sorted(checkpoint.rglob("*"))
+        if path not in listed and (new == checkpoint or not os.path.lexists(new / path.relative_to(checkpoint)))
+    ]
+
+
+def _final(checkpoint: Path) -> Path:
+    return checkpoint.with_name(checkpoint.name.replace(".replaced_", "step_"))
 
 
 def _refuse_unless(path: Path, *, folder: bool) -> None:
@@ -234,7 +280,11 @@ def _refuse_unless(path: Path, *, folder: bool) -> None:
 
 def _entries(folder: Path) -> list[Path]:
     """Sorted; none of a folder that is not there, or of a link."""
-    return sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    with contextlib.suppress(FileNotFoundError):  # given up meanwhile
+        return sorted(folder.iterdir())
+    return []
 
 
 def _ours(root: Path, folder: str) -> list[Path]:
@@ -263,6 +313,8 @@ def _written(path: Path) -> Iterator[Path]:
 def _remove_written(root: Path, wandb_id: str | None) -> None:
     for folder in FOLDERS:
         for path in _ours(root, folder):
+            if folder == "checkpoints":
+                path = path.rename(path.with_name(path.name.replace("step_", ".removing_")))  # half of one is none
             _remove(path)
         _remove_if_empty(root / folder)
     _remove_wandb(root / "wandb", wandb_id)
@@ -276,13 +328,11 @@ def _remove_wandb(folder: Path, wandb_id: str | None) -> None:
     """The files of this run's id, and the links to them."""
     if wandb_id is None:
         return
-    there = _entries(folder)
-    links = [one for one in there if one.is_symlink() and f"-{wandb_id}" in os.readlink(one)]
-    for path in (
-        *links,
-        *(one for one in there if re.fullmatch(rf"(offline-)?run-.+-{re.escape(wandb_id)}", one.name)),
-    ):
-        _remove(path)
+    own = re.compile(rf"(offline-)?run-.+-{re.escape(wandb_id)}")
+    for path in _entries(folder):
+        parts = Path(os.readlink(path)).parts if path.is_symlink() else (path.name,)
+        if any(own.fullmatch(part) for part in parts):
+            _remove(path)
     _remove_if_empty(folder)
 
 
@@ -292,11 +342,14 @@ def _remove_temporaries(path: Path) -> None:
         for one in _entries(path / folder):
             if not pattern.fullmatch(one.name) or one.is_symlink():
                 continue
-            final = one.with_name(one.name.replace(".replaced_", "step_"))
+            final = _final(one)
             if final != one and not final.exists():
                 one.rename(final)
-            else:
-                _remove(one)
+                continue
+            for added in _additions(one) if final != one else ():
+                if os.path.lexists(added):  # not moved with the folder that it is in
+                    added.rename(final / added.relative_to(one))
+            _remove(one)
 
 
 def _remove(path: Path) -> None:

@@ -35,12 +35,12 @@ class DirectoryLock:
         self._path = directory / LOCK
         deadline = time.monotonic() + _PATIENCE
         while True:
-            if create:
-                directory.mkdir(parents=True, exist_ok=True)
             try:
+                if create:
+                    directory.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-            except FileNotFoundError:
-                if not create:
+            except (FileNotFoundError, FileExistsError):
+                if not create or time.monotonic() > deadline:
                     raise
                 continue  # whoever made it has just given it up
             try:
@@ -80,11 +80,13 @@ class DirectoryLock:
             return False
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         entry = {"pid": os.getpid(), "host": socket.gethostname(), "since": now, "command": _command()}
-        content = (json.dumps(entry) + "\n").encode()
+        # In one write, over all of an older and longer one: who reads it meanwhile finds the one or the other.
+        content = json.dumps(entry).ljust(os.fstat(descriptor).st_size - 1).encode() + b"\n"
         try:
-            os.pwrite(descriptor, content, 0)
-            os.ftruncate(descriptor, len(content))
-        except OSError as error:  # a full disk
+            if os.pwrite(descriptor, content, 0) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(descriptor, 0)
             raise OSError(error.errno, error.strerror, str(self._path)) from None
         return True
 
@@ -117,19 +119,51 @@ def is_held(directory: Path) -> bool | None:
 def last_holder(directory: Path) -> dict[str, Any]:
     """Who holds the lock, or held it last: pid, host, since, command. Empty: it is not known."""
     try:
-        content = json.loads((directory / LOCK).read_bytes())
-    except (OSError, ValueError):
+        return _entry((directory / LOCK).read_bytes())
+    except OSError:
         return {}
-    return content if isinstance(content, dict) and content.keys() >= {"pid", "host", "since", "command"} else {}
+
+
+def is_foreign(directory: Path) -> bool:
+    """Whether what is called `.lock` there has something else in it."""
+    try:
+        content = (directory / LOCK).read_bytes()
+    except OSError:
+        return False
+    return bool(content) and not _entry(content)
 
 
 def in_use(directory: Path) -> BlockingIOError:
-    by = last_holder(directory)
+    deadline = time.monotonic() + _PATIENCE
+    while not (by := last_holder(directory)) or _has_ended(by):  # the holder has not yet written who it is
+        if time.monotonic() > deadline:  # or it is in a container, where processes have other numbers
+            break
+        time.sleep(0.01)
     if not by:
         return BlockingIOError(f"{directory} is in use by another process")
     ours = (by["pid"], by["host"]) == (os.getpid(), socket.gethostname())
     who = f"{'this process, ' if ours else 'process '}{by['pid']}"
     return BlockingIOError(f"{directory} is in use by {who} on {by['host']} since {by['since']}: {by['command']}")
+
+
+def _entry(content: bytes) -> dict[str, Any]:
+    try:
+        entry = json.loads(content)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) and entry.keys() >= {"pid", "host", "since", "command"} else {}
+
+
+def _has_ended(by: dict[str, Any]) -> bool:
+    if by["host"] != socket.gethostname() or type(by["pid"]) is not int:
+        return False
+    try:
+        os.kill(by["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # of another user
+        return False
+    return False
 
 
 def _command() -> str:

@@ -6,16 +6,16 @@ import copy
 import hashlib
 import json
 import os
-import resource
 import shutil
+import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from disk_toys import full_disk, recorded
 from safetensors.torch import load_file, save_file
 from trainer_toys import ToyLanguageModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -132,13 +132,8 @@ def test_damage_is_noticed_named_and_the_next_whole_one_suggested(tmp_path: Path
 def test_a_disk_that_takes_no_more_keeps_the_old_checkpoint(tmp_path: Path, limit: int) -> None:
     """The system refuses to let a file grow beyond `limit`, as a full disk does."""
     save(tmp_path, 1)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        with pytest.raises(CheckpointError) as error:
-            save(tmp_path, 2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(limit), pytest.raises(CheckpointError) as error:
+        save(tmp_path, 2)
     assert "cannot save checkpoint" in str(error.value)
     assert "Older checkpoints kept: step_000001" in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"], "no half-written files are left"
@@ -294,26 +289,45 @@ def test_whatever_fails_while_saving_leaves_what_was_there(
 def test_a_kill_between_two_renames_costs_nothing(tmp_path: Path, at: int) -> None:
     save(tmp_path, 1)
     save(tmp_path, 2, success=0.5)
-    code = f"""
-import os, pathlib, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import test_checkpoint
-real, count = pathlib.Path.rename, []
-def rename(*args):
-    count.append(1)
-    if len(count) == {at}:
-        os.kill(os.getpid(), 9)
-    return real(*args)
-pathlib.Path.rename = rename
-test_checkpoint.save(pathlib.Path({str(tmp_path)!r}), 2)
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    toy, optimizer = trained()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # the others are not in a child
+        real, count = Path.rename, []
+
+        def rename(*args: Any) -> Path:
+            count.append(1)
+            if len(count) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args)
+
+        Path.rename = rename
+        try:
+            save_checkpoint(
+                tmp_path, 2, toy.model, toy.tokenizer, optimizer, heldout_success=None, config_yaml=YAML, keep=2
+            )
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert (tmp_path / ".writing_000002").is_dir(), "it was killed while it saved"
     assert [(c.step, c.heldout_success) for c in list_checkpoints(tmp_path)] == [(1, None), (2, 0.5)]
     assert load_checkpoint(checkpoint_path(tmp_path, 2), *fresh()) == 2
     save(tmp_path, 3, keep=5)
     assert names(tmp_path) == ["step_000001", "step_000002", "step_000003"]
     assert list_checkpoints(tmp_path)[1].heldout_success == 0.5
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+    events = recorded(monkeypatch)
+    path = save(tmp_path, 1)
+    at = events.index("rename step_000001 .replaced_000001")
+    assert events[at + 1 :][:2] == ["rename .writing_000001 step_000001", f"flush {tmp_path.name}"]
+    files = [str(file.name) for file in path.rglob("*")]
+    assert len(files) > 6
+    assert sorted(events[:at]) == sorted(f"flush {name}" for name in (*files, ".writing_000001"))
 
 
 def test_what_cannot_be_removed_is_a_warning(
@@ -375,10 +389,20 @@ def without(found: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in keys}
 
 
+def other_positions(config: dict[str, Any]) -> dict[str, Any]:
+    """rope_theta is in rope_parameters since transformers 5."""
+    if "rope_parameters" in config:
+        return {**config, "rope_parameters": {**config["rope_parameters"], "rope_theta": 5.0}}
+    return {**config, "rope_theta": 5.0}
+
+
 NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
 OTHERS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "newer": ("state.json", lambda s: {**s, "format": 2}, "format 2 is of a newer version of aepo, this one reads 1"),
     "no format": ("state.json", lambda s: without(s, "format"), "format: expected a whole number from 1, got None"),
+    "old format": ("state.json", lambda s: {**s, "format": 0}, "format: expected a whole number from 1, got 0"),
+    "few moments": ("state.json", lambda s: {**s, "moments": -1}, "moments: expected a whole number from 0, got -1"),
+    "before": ("state.json", lambda s: {**s, "step": -1}, "step: expected a whole number from 0, got -1"),
     "no object": ("state.json", lambda s: [s], "state.json: expected an object, got list"),
     "text": ("state.json", lambda s: {**s, "step": "2"}, "step: expected a whole number from 0, got '2'"),
     "truth": ("state.json", lambda s: {**s, "step": True}, "step: expected a whole number from 0, got True"),
@@ -386,7 +410,8 @@ OTHERS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "optimizer": ("state.json", lambda s: {**s, "optimizer": "SGD"}, "the optimizer was SGD, here it is AdamW"),
     "moments": ("state.json", lambda s: {**s, "moments": "all"}, "moments: expected a whole number from 0, got 'all'"),
     "type": ("config.json", lambda c: {**c, "model_type": "qwen2"}, "model_type was 'qwen2', here it is 'qwen3'"),
-    "theta": ("config.json", lambda c: {**c, "rms_norm_eps": 0.1}, "rms_norm_eps was 0.1, here it is 1e-06"),
+    "epsilon": ("config.json", lambda c: {**c, "rms_norm_eps": 0.1}, "rms_norm_eps was 0.1, here it is 1e-06"),
+    "theta": ("config.json", other_positions, "rope_theta was 5"),
     "list": ("config.json", lambda c: [c], "config.json: expected an object, got list"),
     "class": ("config.json", lambda c: {**c, "num_hidden_layers": "two"}, "config.json cannot be used: "),
     "no weight": ("model.safetensors", lambda w: without(w, NORM), f"model.safetensors: {NORM!r} is missing"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -70,6 +72,22 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_makes_is_no
     assert len(list(tmp_path.iterdir())) == 2, "the model, and what the living one makes"
     assert living.communicate("\n")[0] == f"{target}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_file_system_without_locks_has_a_cache_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may be of a living process is then left."""
+    calls = 0
+
+    def flock(descriptor: int, operation: int) -> None:
+        nonlocal calls
+        calls += 1
+        assert calls < 10, "it tries for ever"
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / "model.others").mkdir()
+    assert cached(tmp_path / "model", write) == tmp_path / "model"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.others"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "gone", "sums", "empty", "file"])

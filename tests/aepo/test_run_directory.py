@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from disk_toys import full_disk, recorded
 
 from aepo.config import Config, load_config, to_yaml
 from aepo.report.reader import read_run
@@ -62,6 +62,7 @@ def make_run(path: Path, steps: int = 35, every: int = 10) -> None:
         (path / "answers" / f"step_{step:06d}.jsonl").write_text(f"answers {step}\n")
         (path / "trees" / f"step_{step:06d}.json").write_text(f"trees {step}\n")
         (path / "checkpoints" / f"step_{step:06d}" / "run.yaml").write_text(config)
+        (path / "checkpoints" / f"step_{step:06d}" / "SHA256SUMS").write_text(f"{step:064}  run.yaml\n")
 
 
 def add_other_files(path: Path) -> None:
@@ -70,7 +71,7 @@ def add_other_files(path: Path) -> None:
     names += " checkpoints/step_000010_backup/run.yaml checkpoints/step_000010_1/x checkpoints/step_10/x"
     names += " checkpoints/step_0000010/x checkpoints/step_000010.tar.gz checkpoints/notes tensorboard/mine"
     names += " abandoned/mine abandoned/01/metrics.jsonl abandoned/3 .writing_000010 trees/.writing_000010"
-    names += " .engine-of-mine/x"
+    names += " .engine-of-mine/x .run.json.writing.mine trees/.step_000010.json.writing.bak"
     for name in names.split():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(name)
@@ -231,8 +232,11 @@ def test_released_is_free_and_a_start_that_failed_leaves_nothing(tmp_path):
     assert not (tmp_path / "runs" / "new").exists()
     held = RunDirectory.claim(tmp_path / "runs" / "new", resume=False)
     (held.path / "notes").write_text("mine")
+    (held.path / ".run.json.writing").write_text("")
+    (held.path / ".evals.jsonl.writing").symlink_to("notes")
     held.release()
-    assert content(held.path) == {"notes": "mine"}
+    assert sorted(os.listdir(held.path)) == [".evals.jsonl.writing", ".lock", "notes"]
+    (held.path / ".evals.jsonl.writing").unlink()
     (tmp_path / "empty").mkdir()
     RunDirectory.claim(tmp_path / "empty", resume=False).release()
     assert (tmp_path / "empty").is_dir(), "it was there before"
@@ -252,7 +256,10 @@ def test_a_run_whose_directory_was_replaced_writes_nothing_into_the_other(tmp_pa
     for write in (lambda: log.step({"step": 1}), log.flush, lambda: log.close("finished")):
         with pytest.raises(FileNotFoundError, match="run: was removed, moved or replaced while this run was going on"):
             write()
-    assert content(path) == {}
+    (path / ".run.json.writing").write_text("the other writes this now")
+    log.directory.release()
+    assert sorted(os.listdir(path)) == [".lock", ".run.json.writing"]
+    assert is_held(path)
     other.release()
 
 
@@ -268,14 +275,50 @@ def broken(path: Path, change: str) -> None:
         ("new", "(path / 'run.json').unlink()", FileExistsError, "run has config.yaml, metrics.jsonl, evals.jsonl, "),
         ("overwrite", "(path / 'run.json').unlink()", FileExistsError, "and no run.json that says so: move them away"),
         ("resume", "(path / 'run.json').unlink()", ValueError, "expected a run, whose run.json can be read"),
-        ("overwrite", "(path / 'run.json').write_text('{\"a\": 1}')", ValueError, "run.json: expected that of a run"),
-        ("overwrite", "(path / 'run.json').write_text('{')", ValueError, "whose run.json can be read"),
+        (
+            "replace",
+            "(path / 'run.json').write_text('{\"a\": 1}')",
+            ValueError,
+            "json: expected that of a run.*: move it",
+        ),
+        ("replace", "(path / 'run.json').write_text('')", ValueError, "whose run.json can be read: .*: move it away"),
+        (
+            "overwrite",
+            "(path / 'checkpoints/step_000020/notes').write_text('mine')",
+            ValueError,
+            "step_000020/notes: expected only what the run wrote in a checkpoint: move it away",
+        ),
+        (
+            "overwrite",
+            "p = path / 'abandoned/1/checkpoints'; p.mkdir(parents=True); s = path / 'checkpoints/step_000030';"
+            "(s / 'mine').mkdir(); s.rename(p / s.name)",
+            ValueError,
+            "abandoned/1/checkpoints/step_000030/mine: expected only what the run wrote in a checkpoint: move it away",
+        ),
+        (
+            "overwrite",
+            "p = path / 'checkpoints'; (p / '.replaced_000020').mkdir(); (p / '.replaced_000020/mine').touch()",
+            ValueError,
+            "checkpoints/.replaced_000020: expected a checkpoint with a list of its files, SHA256SUMS: move it away",
+        ),
+        (
+            "overwrite",
+            "(path / 'checkpoints/step_000020/SHA256SUMS').unlink()",
+            ValueError,
+            "step_000020: expected a checkpoint with a list of its files, SHA256SUMS: move it away",
+        ),
         ("resume", "(path / 'run.json').write_text('[]')", ValueError, "run.json: expected an object, got list"),
         (
             "resume",
             "(path / 'run.json').write_text(json.dumps({**facts, 'version': 99}))",
             ValueError,
             rf"run.json: expected version {FORMAT} or below, got 99: a newer aepo wrote it",
+        ),
+        (
+            "resume",
+            f"(path / 'run.json').write_text(json.dumps({{**facts, 'version': {FORMAT + 1}}}))",
+            ValueError,
+            "a newer aepo wrote it",
         ),
         (
             "any",
@@ -288,6 +331,12 @@ def broken(path: Path, change: str) -> None:
             "(path / 'checkpoints/step_000040').symlink_to('step_000010')",
             ValueError,
             "step_000040: expected a folder, as a run has there, got a link",
+        ),
+        (
+            "any",
+            "(path / '.evals.jsonl.writing').symlink_to('x')",
+            ValueError,
+            "writing: expected a file, .* got a link",
         ),
         ("any", "(path / 'report.html').symlink_to('config.yaml')", ValueError, "expected a file, .* got a link"),
         ("any", "(path / 'report.html').mkdir()", ValueError, "report.html: expected a file, .* got a folder"),
@@ -331,7 +380,8 @@ def test_what_cannot_be_right_is_one_line_and_changes_nothing(mode, change, erro
     path = tmp_path / "run"
     broken(path, change)
     before = content(path)
-    for kind in ("new", "overwrite", "resume") if mode == "any" else (mode,):
+    several = {"any": ("new", "overwrite", "resume"), "replace": ("new", "overwrite")}
+    for kind in several.get(mode, (mode,)):
         for refuse in (RunDirectory.check, RunDirectory.claim):
             with pytest.raises(error, match=message) as refused:
                 refuse(path, resume=kind == "resume", overwrite=kind == "overwrite")
@@ -385,6 +435,20 @@ def test_replacing_removes_what_a_run_wrote_and_nothing_else(tmp_path):
     assert content(path) == others
     held.release()
     RunDirectory.claim(path, resume=False)
+
+
+def test_replacing_removes_the_files_of_its_own_run_from_wandb(tmp_path):
+    path = tmp_path / "run"
+    make_run(path)
+    (path / "run.json").write_text(json.dumps({**FACTS, "wandb_id": "abcd"}))
+    for name in ("offline-run-1-abcd", "run-2-abcd", "run-3-abcd1234", "run-4-other"):
+        (path / "wandb" / name).mkdir(parents=True)
+    for name in ("run-2-abcd", "run-3-abcd1234"):
+        (path / "wandb" / f"latest-{name}").symlink_to(name)
+    (path / "wandb" / "debug.log").symlink_to("run-2-abcd/logs/debug.log")
+    with RunDirectory.claim(path, resume=False, overwrite=True) as held:
+        held.replace_old()
+    assert sorted(os.listdir(path / "wandb")) == ["latest-run-3-abcd1234", "run-3-abcd1234", "run-4-other"]
 
 
 def test_a_killed_replacement_can_be_repeated_and_is_not_resumed(tmp_path):
@@ -451,6 +515,19 @@ def test_what_is_later_than_the_step_is_set_aside(tmp_path):
     assert steps(path / "abandoned/5/metrics.jsonl") == [*range(1, 21)]
 
 
+def test_the_order_of_setting_aside_is_that_of_the_disk(tmp_path, monkeypatch):
+    """Checkpoints are on the disk in their new place before their records are, and all before it counts as done."""
+    path = tmp_path / "run"
+    make_run(path)
+    with RunDirectory.claim(path, resume=True) as held:
+        events = recorded(monkeypatch)
+        held.set_aside(10)
+    checkpoints = ["rename step_000030 step_000030", "rename step_000020 step_000020"]
+    assert events[:5] == [*checkpoints, "flush .unfinished", "flush checkpoints", "flush checkpoints"]
+    assert events[5] == "flush .metrics.jsonl.writing"
+    assert events[-2:] == ["rename .unfinished 1", "flush abandoned"]
+
+
 def test_a_killed_setting_aside_can_be_repeated_and_loses_nothing(tmp_path):
     """At every single change. In between, every checkpoint that is there has its records."""
     old = tmp_path / "old"
@@ -492,22 +569,14 @@ def test_what_a_killed_run_was_writing_is_removed_when_it_is_resumed(tmp_path):
     for name in ("checkpoints/.writing_000040/x", "checkpoints/.replaced_000030/x", ".engine-a1b2c3d4/x"):
         (path / name).mkdir(parents=True)
     (path / "checkpoints" / "step_000020").rename(path / "checkpoints" / ".replaced_000020")
+    for name in ("notes/1", "notes/2"):
+        (path / "checkpoints" / ".replaced_000010" / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / "checkpoints" / ".replaced_000010" / name).write_text(name)
+        before[f"checkpoints/step_000010/{name}"] = name
+    before["checkpoints/step_000030/x"] = "empty"  # not in a list, so nobody knows whose it was
     held = RunDirectory.claim(path, resume=True)
     assert held.set_aside(40) is None
     assert content(path) == before, "and the only copy of step 20 is put back"
-
-
-def limited(size: int) -> None:
-    """Files end there, as on a full disk: the kernel writes what still fits, then nothing."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-
-@pytest.fixture
-def full_disk():
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield limited
-    limited(resource.RLIM_INFINITY)
-    signal.signal(signal.SIGXFSZ, before)
 
 
 def new_log(path: Path) -> RunLog:
@@ -515,58 +584,55 @@ def new_log(path: Path) -> RunLog:
     return RunLog(RunDirectory.claim(path, resume=False), config, {}, 0, resumed=False)
 
 
-def test_a_record_that_cannot_be_written_is_kept_whole(tmp_path, full_disk):
+def test_a_record_that_cannot_be_written_is_kept_whole(tmp_path):
     log = new_log(tmp_path / "run")
     file = tmp_path / "run" / "metrics.jsonl"
     log.step({"step": 1, "text": "a" * 100})
     size = file.stat().st_size
-    full_disk(size + 20)
-    for step in (2, 3):
+    with full_disk(size + 20):
+        for step in (2, 3):
+            with pytest.raises(OSError, match="File too large"):
+                log.step({"step": step, "text": "b" * 100})
         with pytest.raises(OSError, match="File too large"):
-            log.step({"step": step, "text": "b" * 100})
-    with pytest.raises(OSError, match="File too large"):
-        log.evaluation({"step": 3, "success": 0.5, "text": "c" * 200})
-    assert file.stat().st_size == size, "no half line"
-    assert [record["step"] for record in log.evaluations()] == [3]
-    with pytest.raises(OSError, match="File too large"):
-        log.flush()
-    full_disk(resource.RLIM_INFINITY)
+            log.evaluation({"step": 3, "success": 0.5, "text": "c" * 200})
+        assert file.stat().st_size == size, "no half line"
+        assert [record["step"] for record in log.evaluations()] == [3]
+        with pytest.raises(OSError, match="File too large"):
+            log.flush()
     log.flush()
     log.flush()
     assert steps(file) == [1, 2, 3]
     assert steps(tmp_path / "run" / "evals.jsonl") == [3]
 
 
-def test_a_run_that_lacks_records_has_not_finished(tmp_path, full_disk):
+def test_a_run_that_lacks_records_has_not_finished(tmp_path):
     log = new_log(tmp_path / "run")
     log.step({"step": 1, "text": "a" * 10_000})
-    full_disk(9_000)  # run.json fits
-    with pytest.raises(OSError, match="File too large"):
-        log.step({"step": 2})
-    log.close("finished")
+    with full_disk(9_000):  # run.json fits
+        with pytest.raises(OSError, match="File too large"):
+            log.step({"step": 2})
+        log.close("finished")
     facts = read_facts(tmp_path / "run")
     assert facts["status"] == "failed"
     assert facts["reason"].startswith("metrics.jsonl lacks step 2: [Errno 27] File too")
 
 
-def test_what_is_written_as_a_whole_stays_whole(tmp_path, full_disk):
+def test_what_is_written_as_a_whole_stays_whole(tmp_path):
     log = new_log(tmp_path / "run")
     log.trees(1, [], [], vocab_size=5, temperature=1.0, decode=str)
     before = content(tmp_path / "run")
-    full_disk(10)
     for write in (
         lambda: log.trees(1, [], [], vocab_size=6, temperature=1.0, decode=str),
         lambda: log.close("finished"),
     ):
-        with pytest.raises(OSError, match="File too large"):
+        with full_disk(10), pytest.raises(OSError, match="File too large"):
             write()
         assert content(tmp_path / "run") == before
 
 
-def test_a_run_that_ends_while_it_is_set_up_says_so(tmp_path, full_disk):
+def test_a_run_that_ends_while_it_is_set_up_says_so(tmp_path):
     held = RunDirectory.claim(tmp_path / "run", resume=False)
-    full_disk(1_500)  # run.json fits, config.yaml does not
-    with pytest.raises(OSError, match="File too large"):
+    with full_disk(1_500), pytest.raises(OSError, match="File too large"):  # run.json fits, config.yaml does not
         RunLog(held, Config(), {}, 0, resumed=False)
     held.release()
     assert read_facts(tmp_path / "run")["status"] == "failed"

@@ -1,4 +1,4 @@
-"""Files that are written whole, where the path is something else than a file."""
+"""Files that are written whole: on the disk before they have their name, also where the path is no file."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import stat
 from pathlib import Path
 
 import pytest
+from disk_toys import recorded
 
-from aepo.run_files import refuse_unwritable, write_file
+from aepo.run_files import append_lines, refuse_unwritable, write_file
 
 
 def test_a_link_stays_a_link_and_its_file_is_written(tmp_path: Path) -> None:
@@ -45,3 +46,20 @@ def test_what_cannot_be_written_is_said_before(name: str, tmp_path: Path) -> Non
         refuse_unwritable("--json", tmp_path / name)
     assert "\n" not in str(raised.value)
     assert sorted(os.listdir(tmp_path)) == ["file", "loop"]
+
+
+def test_a_file_has_its_name_once_its_content_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = recorded(monkeypatch)
+    write_file(tmp_path / "run.json", "{}")
+    assert events == ["flush .run.json.writing", "rename .run.json.writing run.json"]
+
+
+def test_lines_are_flushed_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = recorded(monkeypatch)
+    append_lines(tmp_path / "evals.jsonl", "", flush=True)
+    append_lines(tmp_path / "evals.jsonl", "{}\n")
+    assert events == []
+    append_lines(tmp_path / "evals.jsonl", "", flush=True)  # those that were there
+    append_lines(tmp_path / "evals.jsonl", "{}\n", flush=True)
+    assert events == ["flush evals.jsonl"] * 2
+    assert (tmp_path / "evals.jsonl").read_text() == "{}\n{}\n"
