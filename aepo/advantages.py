@@ -118,7 +118,7 @@ def _per_path(rewards: Tensor, questions: Tensor, settings: AdvantageSettings) -
         return batch_advantages(rewards) if settings.kind == "batch" else group_advantages(rewards, questions)
     name = getattr(settings.own, "__qualname__", repr(settings.own))
     with blamed(f"policy.advantage: {name}", settings.own):
-        found = torch.as_tensor(settings.own(rewards.clone(), questions.clone()), dtype=torch.float64).detach()
+        found = torch.as_tensor(settings.own(rewards, questions), dtype=torch.float64).detach()
     if found.shape != rewards.shape:
         raise AgentError(f"policy.advantage: {name} returned shape {list(found.shape)}, expected {list(rewards.shape)}")
     if not found.isfinite().all():

@@ -508,3 +508,27 @@ def test_a_text_that_a_file_would_look_up() -> None:
     with pytest.raises(ValueError, match=re.escape("task.options: expected texts without '${', got '${x}'")):
         TaskConfig(name="mine:Task", options={"a": [{"b": "${x}"}]})
     assert TaskConfig(system="Costs $5 {each}").system == "Costs $5 {each}"
+
+
+def test_a_bound_belongs_to_the_range_unless_values_must_be_above_it() -> None:
+    seen = set()
+    for section, kind in typing.get_type_hints(Config).items():
+        for item in dataclasses.fields(kind):
+            for name, bound in ((name, item.metadata[name]) for name in ("low", "high", "above")):
+                if bound is None:
+                    continue
+                seen.add(name)
+                if name == "above":
+                    with pytest.raises(ValueError, match=rf"{section}\.{item.name} = .*: expected .*> {bound}"):
+                        kind(**{item.name: bound})
+                else:
+                    value = (bound,) * len(item.default) if isinstance(item.default, tuple) else bound
+                    assert getattr(kind(**{item.name: value}), item.name) == value
+    assert seen == {"low", "high", "above"}
+
+
+def test_an_override_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("train:\n  steps: 5\n")
+    with pytest.raises(ValueError, match=r"train\.steps = -1") as error:
+        load_config(tmp_path / "run.yaml", ["train.steps=-1"])
+    assert "run.yaml" not in str(error.value)

@@ -232,6 +232,8 @@ def test_a_value_that_may_be_a_text_is_one_where_nothing_else_fits() -> None:
     assert value_of("x1", "either", SCHEMA) == "x1"
     assert value_of("5", "maybe", SCHEMA) == "5"
     assert value_of("3.0", "count", SCHEMA) == 3
+    either = {"properties": {"n": {"type": ["number", "integer"]}}}
+    assert [type(value_of(text, "n", either)) for text in ("2.0", "2")] == [float, int]
     with pytest.raises(Unreadable):
         value_of("5", "items", SCHEMA)
 

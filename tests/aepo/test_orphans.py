@@ -128,10 +128,12 @@ def test_end_kills_at_once_and_leaves_weights_alone(script):
     """They may be those of another engine of this process."""
     parent = start(script, "end", "ignores")
     pids = [int(parent.stdout.readline()) for _ in range(2)]
+    begin = time.monotonic()
     parent.stdin.write("\n")
     parent.stdin.flush()
     try:
         assert parent.stdout.readline() == f"ended {-signal.SIGKILL}\n"
+        assert time.monotonic() - begin < orphans.GRACE / 2
         assert wait_until(lambda: not any(map(alive, pids)))
         assert left(script) == ["weights-1", "weights-1.tmp", "weights-2"]
     finally:
@@ -186,3 +188,22 @@ def test_the_environment_of_this_process_is_as_it_was(tmp_path, monkeypatch):
     assert os.environ["TMPDIR"] == str(tmp_path)
     assert os.environ["OTHER"] == os.environ["GONE"] == "before"
     assert "NEW" not in os.environ
+
+
+def test_a_guard_is_on_its_own(tmp_path, monkeypatch):
+    """Neither the signals of a terminal nor the guard of a process above it end it before its work is done."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with temporary_directory(tmp_path, "private-") as guard:
+        assert os.getsid(guard._process.pid) == guard._process.pid
+        assert marked(str(tmp_path)) == []
+        assert guard.directory.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_directory_stays_the_same_where_the_process_goes_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    guard = OrphanGuard(Path("private"))
+    monkeypatch.chdir("elsewhere")
+    with guard, guard.environment():
+        assert os.environ["TMPDIR"] == str(tmp_path / "private")
+    assert not (tmp_path / "private").exists()

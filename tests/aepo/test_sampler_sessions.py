@@ -189,3 +189,16 @@ def test_what_the_judge_raises_is_raised() -> None:
     sampler = Sampler(ScriptedEngine(tools_then(1)), ScriptedAgent(ScriptedTools()), settings(paths=1))
     with pytest.raises(AgentError, match="the judge is broken"):
         sampler.rollout([question()], 0, judge=lambda tree: broken())
+
+
+def test_a_prompt_that_cannot_be_made_leaves_no_environment_open() -> None:
+    class Fails(World):
+        def prompt_tokens(self, asked: Question, observation: str | None) -> tuple[int, ...]:
+            if asked.id == "q1":
+                raise AgentError("this row has no prompt")
+            return super().prompt_tokens(asked, observation)
+
+    world = Fails()
+    with pytest.raises(AgentError, match="this row has no prompt"):
+        grown(world, settings(paths=2), count=3)
+    assert [session.closed for session in world.sessions] == [1, 1, 1]

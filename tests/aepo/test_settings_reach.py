@@ -255,3 +255,12 @@ def test_a_branch_rule_of_ones_own_decides(tmp_path: Path) -> None:
     trainer.train_step()
     trees = json.loads((tmp_path / "run" / "trees" / "step_000001.json").read_text())["trees"]
     assert {decision["probability"] for tree in trees for decision in tree["tree"]["decisions"]} == {0.875}
+
+
+def test_every_optimiser_step_has_the_learning_rate_of_its_place_in_the_run(tmp_path: Path) -> None:
+    several = ("train.steps=2", "train.minibatches=2", "train.epochs=2", "optimizer.warmup_steps=8")
+    trainer = trainer_for(tmp_path / "run", *several)
+    optimizer, rates = trainer.learner.optimizer, []
+    optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+    trainer.train()
+    assert rates == pytest.approx([0.01 * place / 8 for place in range(1, 9)], rel=1e-12)

@@ -15,6 +15,7 @@ from trainer_toys import ToyLanguageModel, ToyTask, toy_agent
 from aepo.agents.protocol import AgentError
 from aepo.checkpoint import CheckpointError, list_checkpoints
 from aepo.config import Config, load_config
+from aepo.engine_factory import make_engine
 from aepo.learner import Learner, learning_rate
 from aepo.nonfinite import NonFiniteError
 from aepo.run_log import read_records
@@ -152,18 +153,24 @@ def test_an_interrupted_evaluation_is_made_up_for(tmp_path: Path, whole: Path) -
     InterruptIn(trainer.evaluator, "answers", nth=2)  # the one after step 2
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].step == 2
-    trainer_for(tmp_path / "run", "train.steps=4", resume_step=2).train()
+    (last,) = (one for one in list_checkpoints(tmp_path / "run" / "checkpoints") if one.step == 2)
+    assert last.heldout_success is None
+    resumed = trainer_for(tmp_path / "run", "train.steps=4", resume_step=2)
+    resumed._evaluate_if_due()
+    resumed.save()
+    (last,) = (one for one in list_checkpoints(tmp_path / "run" / "checkpoints") if one.step == 2)
+    assert last.heldout_success == outcome(whole)[1][1]["success"]
+    resumed.train()
     assert outcome(tmp_path / "run") == outcome(whole)
 
 
-def poison_gradient(trainer: Trainer) -> None:
-    """An infinite gradient out of finite losses, in the head alone."""
+def poison_gradient(trainer: Trainer, value: float) -> None:
+    """A gradient that is not finite out of finite losses, in the head alone."""
     head = trainer.learner.model.get_output_embeddings().weight
-    head.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([3]), torch.inf))
+    head.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([3]), value))
 
 
-@pytest.mark.parametrize("fault", ["loss", "gradient"])
+@pytest.mark.parametrize("fault", ["loss", "inf", "nan"])
 def test_a_non_finite_step_changes_nothing_and_names_the_tokens(tmp_path: Path, fault: str) -> None:
     trainer = trainer_for(tmp_path / "run")
     trainer.train_step()
@@ -179,14 +186,14 @@ def test_a_non_finite_step_changes_nothing_and_names_the_tokens(tmp_path: Path, 
 
         trainer.learner.pack = pack_with_nan  # type: ignore[method-assign]
     else:
-        poison_gradient(trainer)
+        poison_gradient(trainer, float(fault))
     with pytest.raises(NonFiniteError) as error:
         trainer.train()
     assert same(before, weights(trainer))
     assert "question q" in str(error.value)
     assert "path " in str(error.value)
     assert ", token " in str(error.value)
-    assert ("old log-prob nan" if fault == "loss" else "gradient norm is") in str(error.value)
+    assert ("old log-prob nan" if fault == "loss" else f"gradient norm is {fault}") in str(error.value)
     status = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (status["status"], status["reason"]) == ("failed", str(error.value))
     saved = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
@@ -320,3 +327,39 @@ def test_a_model_with_adapters_is_refused_and_lets_go_of_the_directory(tmp_path:
         Trainer(config_for(tmp_path / "run"), toy_agent(), adapted)
     assert not (tmp_path / "run").exists()
     trainer_for(tmp_path / "run", "train.steps=0").train()
+
+
+def test_the_first_evaluation_is_the_best_so_far_also_where_nothing_succeeded(tmp_path: Path) -> None:
+    class Hopeless(ToyTask):
+        def reward(self, question: Question, response: Response) -> Reward:
+            return Reward(float("7" in response.text), {}, False)
+
+    config = config_for(tmp_path / "run", "train.steps=1", "checkpoint.every=0")
+    Trainer(config, toy_agent(Hopeless()), ToyLanguageModel()).train()
+    assert [one.step for one in list_checkpoints(tmp_path / "run" / "checkpoints")] == [0, 1]
+
+
+def test_a_resumed_run_does_not_save_again_what_it_has_read(tmp_path: Path) -> None:
+    trainer_for(tmp_path / "run", "train.steps=1").train()
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step_000001")
+    before = saved.stat().st_ino, saved.stat().st_mtime_ns
+    trainer_for(tmp_path / "run", "train.steps=1", resume_step=1).train()
+    assert (saved.stat().st_ino, saved.stat().st_mtime_ns) == before
+
+
+def test_a_failed_start_closes_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+
+    def made(*arguments: object) -> object:
+        engine = make_engine(*arguments)  # type: ignore[arg-type]
+        engine.close = lambda: closed.append(engine)  # type: ignore[method-assign]
+        return engine
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr("aepo.trainer.make_engine", made)
+    monkeypatch.setattr("aepo.trainer.RunLog", full)
+    with pytest.raises(OSError, match="no room"):
+        trainer_for(tmp_path / "run")
+    assert len(closed) == 1

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from test_trainer import outcome, trainer_for
 
-from aepo.checkpoint import list_checkpoints
+from aepo.checkpoint import CheckpointError, list_checkpoints
 from aepo.run_log import read_records
+from aepo.types import RolloutTree
 
 
 def test_an_engine_that_cannot_be_refreshed_costs_no_step(tmp_path: Path) -> None:
@@ -64,3 +67,60 @@ def test_ctrl_c_that_also_ends_the_engine_is_an_interruption(tmp_path: Path) -> 
         trainer.train()
     assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints")][-1] == 1
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_a_signal_while_the_last_files_are_written_is_not_lost(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path / "run", "train.steps=1")
+    close = trainer.log.close
+
+    def closed(*arguments: str | None) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        close(*arguments)  # type: ignore[arg-type]
+
+    trainer.log.close = closed  # type: ignore[method-assign,assignment]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_state_that_an_interrupted_run_cannot_save_is_an_error(tmp_path: Path) -> None:
+    """Whoever pressed Ctrl-C believes that the last step is kept."""
+    trainer = trainer_for(tmp_path / "run")
+
+    def refresh(version: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    def save() -> None:
+        raise CheckpointError("no room for a checkpoint")
+
+    trainer.engine.refresh, trainer.save = refresh, save  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match="no room"):
+        trainer.train()
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (run["status"], "is not saved: no room for a checkpoint" in run["reason"]) == ("failed", True)
+
+
+def test_a_signal_cannot_keep_a_failed_run_from_saving(tmp_path: Path) -> None:
+    """Also where the error came at the door of what may be interrupted, so that nothing has closed it."""
+    trainer = trainer_for(tmp_path / "run")
+    save = trainer.save
+
+    def rollout(*arguments: object, **options: object) -> list[RolloutTree]:
+        raise RuntimeError("the engine is gone")
+
+    def interrupted_save() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        save()
+
+    @contextlib.contextmanager
+    def left_open() -> Iterator[None]:
+        trainer.interrupt._allowed = True
+        yield
+
+    trainer._evaluate_if_due = lambda: None  # type: ignore[method-assign]
+    trainer.sampler.rollout, trainer.save = rollout, interrupted_save  # type: ignore[method-assign]
+    trainer.interrupt.allowed = left_open  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="the engine is gone"):
+        trainer.train()
+    assert [one.step for one in list_checkpoints(tmp_path / "run" / "checkpoints")] == [0]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"

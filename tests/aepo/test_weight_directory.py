@@ -79,3 +79,11 @@ def test_directories_of_other_users_stay(tmp_path):
     os.chown(tmp_path / f"{ALL}theirs", 12345, 12345)
     remove_abandoned(tmp_path)
     assert (tmp_path / f"{ALL}theirs").exists()
+
+
+def test_a_lock_that_leads_elsewhere_is_none(tmp_path):
+    (tmp_path / f"{ALL}linked").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / f"{ALL}linked" / "lock").symlink_to(tmp_path / "file")
+    remove_abandoned(tmp_path)
+    assert (tmp_path / f"{ALL}linked").exists()
