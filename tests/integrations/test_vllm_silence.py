@@ -479,7 +479,9 @@ def test_two_trainers_at_the_same_step_do_not_take_each_others_weights(updated):
     assert generate(one, request([1]))[0].version == 3
     other = trainer(updated)  # a second run, or the same one again
     generate(other, request([1]))
-    with pytest.raises(ReplicaError, match=r"weights version 3@[0-9a-f]{12}, expected 3@[0-9a-f]{12}: they were changed"):
+    with pytest.raises(
+        ReplicaError, match=r"weights version 3@[0-9a-f]{12}, expected 3@[0-9a-f]{12}: they were changed"
+    ):
         generate(one, request([1]))
     one.refresh(3)
     generate(one, request([1]))

@@ -86,7 +86,7 @@ class RemoteWeightClient:
         )
         if loaded != weight_version:
             raise ReplicaError(
-                f"{self.name}: loaded weights version {loaded}, which somebody else sent, in place of {weight_version}"
+                f"{self.name}: loaded weights version {loaded}, expected {weight_version}: somebody else sends weights"
             )
 
     def reset_prefix_cache(self) -> bool:
