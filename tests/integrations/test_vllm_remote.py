@@ -78,7 +78,7 @@ def test_greedy_trees_are_those_of_the_transformers_engine(model, engine, url) -
 def test_weights_that_others_have_changed_are_noticed(engine, url) -> None:
     directory = Path(httpx.get(f"{url}/aepo/status", headers=headers()).json()["weights_dir"])
     WeightSender([RemoteWeightClient(url)], qwen(torch.float32), directory).send(77)
-    with pytest.raises(ReplicaError, match="weights version 77@[0-9a-f]+, expected 5@"):
+    with pytest.raises(ReplicaError, match=r"weights version 77@[0-9a-f]+, expected 5@"):
         generate(engine, request([1]))
     engine.refresh(5)
     generate(engine, request([1]))

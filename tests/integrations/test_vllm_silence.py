@@ -250,7 +250,7 @@ def test_a_server_that_drips_is_given_up(servers, path, slow):
     start = time.monotonic()
     if path in ("/v1/models", "/aepo/status"):
         servers[0].raw[path] = slow
-        with pytest.raises(ReplicaGoneError, match="does not answer: .* took more than 0.5 s"):
+        with pytest.raises(ReplicaGoneError, match=r"does not answer: .* took more than 0.5 s"):
             connect(servers[0])
     else:
         engine = connect(*servers, longest=1.0)
@@ -268,7 +268,7 @@ def test_a_weight_update_that_drips(servers, monkeypatch):
     monkeypatch.setattr(vllm_weight_clients, "ANSWER", 0.5)
     client = vllm_weight_clients.RemoteWeightClient(servers[0].url)
     servers[0].raw["/aepo/weights/start"] = drip
-    with pytest.raises(ReplicaGoneError, match="/aepo/weights/start took more than 0.5 s"):
+    with pytest.raises(ReplicaGoneError, match=r"/aepo/weights/start took more than 0.5 s"):
         client.start_weight_update()
 
 
@@ -479,9 +479,7 @@ def test_two_trainers_at_the_same_step_do_not_take_each_others_weights(updated):
     assert generate(one, request([1]))[0].version == 3
     other = trainer(updated)  # a second run, or the same one again
     generate(other, request([1]))
-    with pytest.raises(
-        ReplicaError, match=r"weights version 3@[0-9a-f]{12}, expected 3@[0-9a-f]{12}: they were changed"
-    ):
+    with pytest.raises(ReplicaError, match=r"weights version 3@[0-9a-f]{12}, expected 3@[0-9a-f]{12}: they were"):
         generate(one, request([1]))
     one.refresh(3)
     generate(one, request([1]))
