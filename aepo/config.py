@@ -7,10 +7,13 @@ are errors that suggest the right one. This module imports no torch. `aepo keys`
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from aepo.setting_types import Key, Section, key, keys_of, suggestion
 
@@ -186,11 +189,30 @@ class VLLMConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        wrong = [url for url in self.endpoints if not url.startswith(("http://", "https://"))]
-        if wrong or len(set(self.endpoints)) < len(self.endpoints):
-            raise ValueError(
-                f"vllm.endpoints = {list(self.endpoints)}: expected different URLs such as http://host:8000"
-            )
+        shown = [re.sub(r"//.*@", "//..@", url, flags=re.DOTALL) for url in self.endpoints]  # never a password
+        servers = [server_of(url) for url in self.endpoints]
+        if shown != list(self.endpoints):
+            raise ValueError(f"vllm.endpoints = {shown}: expected no user or password; the key is VLLM_API_KEY")
+        if None in servers or len(set(servers)) < len(servers):
+            raise ValueError(f"vllm.endpoints = {shown}: expected different URLs such as http://host:8000")
+
+
+def server_of(url: str) -> tuple[str, str, int, str] | None:
+    """Scheme, host, port and path of a base URL; None: it is none."""
+    if not url.isprintable() or set(url) & set(" \\?#"):
+        return None
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+        if host is None or parts.scheme not in ("http", "https") or port == 0:
+            return None
+        if ":" in host:
+            IPv6Address(host)
+        elif not re.fullmatch(r"[\w.-]+", host):
+            return None
+    except ValueError:
+        return None
+    return parts.scheme, host, port or {"http": 80, "https": 443}[parts.scheme], parts.path.rstrip("/")
 
 
 NO_PRESETS = {

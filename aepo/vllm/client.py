@@ -6,6 +6,7 @@ call to the workers, which waits for the step that is running.
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -115,3 +116,12 @@ def _queries(queries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
         except (TypeError, ValueError) as error:
             raise type(error)(f"queries[{reprlib.repr(key)}]: {error}") from error
     return {key: dict(query) for key, query in queries.items()}
+
+
+def own_words(error: Exception) -> str:
+    """Of the worker that failed, without what vLLM's processes say around them."""
+    text = str(error)
+    for around in (r"Call to \w+ method failed: (.*)", r"Worker failed with error '(.*)', please check the stack .*"):
+        if match := re.fullmatch(around, text, re.DOTALL):
+            text = match[1]
+    return text

@@ -40,6 +40,11 @@ def branch_rule(query: Mapping[str, Any]) -> RolloutConfig:
         )
         if not isinstance(value, expected) or isinstance(value, bool):
             raise TypeError(f"{name} must be {' or '.join(t.__name__ for t in expected)}; got {reprlib.repr(value)}")
+    for name, high in (("alpha", 1), ("gamma", math.inf), ("initial_entropy", math.inf)):
+        value = query.get(name, 0)
+        if not (0 <= value <= high and value < math.inf):
+            bounds = "in [0, 1]" if high == 1 else "finite and >= 0"
+            raise ValueError(f"{name} must be {bounds}; got {reprlib.repr(value)}")
     if query.get("consecutive", 0) < 0:
         raise ValueError(f"consecutive must be >= 0; got {reprlib.repr(query['consecutive'])}")
     return RolloutConfig(**{SETTINGS[name]: value for name, value in query.items() if name in SETTINGS})

@@ -29,7 +29,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from aepo.vllm import client
 from aepo.vllm.manifest import signing_secret
-from aepo.vllm.processor import KEY_CHARACTERS
+from aepo.vllm.processor import KEY_CHARACTERS, is_text
 from aepo.vllm.weight_files import BACKEND, FileInitInfo
 
 DIRECTORY = "AEPO_WEIGHTS_DIR"
@@ -146,7 +146,7 @@ async def _taken(door: Door, call: Callable[[], Awaitable[None]]) -> None:
     except EngineDeadError:
         raise
     except Exception as error:
-        raise Refused(409, str(error)) from error
+        raise Refused(409, client.own_words(error)) from error
 
 
 class EntropyEndpoints:
@@ -276,8 +276,11 @@ def _few(keys: Any) -> Any:
     if isinstance(keys, (dict, list)):
         if len(keys) > KEYS:
             raise Refused(400, f"body has {len(keys)} keys, expected at most {KEYS}: send them in parts")
-        if any(isinstance(key, str) and len(key) > KEY_CHARACTERS for key in keys):
+        texts = [key for key in keys if isinstance(key, str)]
+        if any(len(key) > KEY_CHARACTERS for key in texts):
             raise Refused(400, f"body has a key of more than {KEY_CHARACTERS} characters")
+        if not all(map(is_text, texts)):
+            raise Refused(400, "body has a key with half of a surrogate pair")
     return keys
 
 

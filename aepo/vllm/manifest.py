@@ -60,7 +60,7 @@ def signed(info: FileUpdateInfo, nonces: Sequence[str], secret: str) -> FileUpda
 def check(info: FileUpdateInfo, nonce: str | None, trusted: Sequence[str]) -> None:
     """ManifestError unless one of the secrets `trusted` has signed it for the worker with this nonce, and every name is
     that of something inside the directory."""
-    if not trusted:
+    if not trusted or not all(trusted):  # anybody can sign with an empty one
         raise ManifestError(
             "this engine takes no weights: it was given no key; vllm serve needs VLLM_PLUGINS=aepo and --api-key or "
             "VLLM_API_KEY"

@@ -67,9 +67,9 @@ class EntropyProcessor(V1LogitsProcessor, V2LogitsProcessor):
         key = (params.extra_args or {}).get(KEY)
         if key is None:
             return
-        if not isinstance(key, str) or not 0 < len(key) <= KEY_CHARACTERS:
+        if not isinstance(key, str) or not 0 < len(key) <= KEY_CHARACTERS or not is_text(key):
             raise ValueError(
-                f"extra_args[{KEY!r}] must be a str of 1 to {KEY_CHARACTERS} characters; got {reprlib.repr(key)}"
+                f"extra_args[{KEY!r}] must be a str of 1 to {KEY_CHARACTERS} characters; got {reprlib.repr(key)!a}"
             )
         if params.n != 1:
             raise ValueError(
@@ -189,6 +189,11 @@ class EntropyProcessor(V1LogitsProcessor, V2LogitsProcessor):
                 "its penalties or biases came before the processor: call entropy_status once before the first request"
             )
         return record is not None
+
+
+def is_text(key: str) -> bool:
+    """False: half of a surrogate pair is in it, which JSON can write and no message between vLLM's processes can."""
+    return not any("\ud800" <= character <= "\udfff" for character in key)
 
 
 def _changes_logits(params: SamplingParams) -> bool:

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import hmac
 import io
+import json
 import os
 import secrets
 import stat
@@ -39,7 +40,7 @@ Shapes = dict[str, tuple[int, ...]]  # of the tensors of a checkpoint, by their 
 @dataclass
 class FileInitInfo(WeightTransferInitInfo):
     """Whose updates an engine takes (none: nobody's), and the directory that has them. The first one counts: later ones
-    must have the same secrets."""
+    must be the same."""
 
     secrets: list[str] = field(default_factory=list, repr=False)
     directory: str | None = None
@@ -59,12 +60,16 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
     _accepted: Shapes | None = None  # those that fitted the model, so that they are tried once
 
     def init_transfer_engine(self, init_info: FileInitInfo) -> None:
-        """ValueError: other secrets than the first time."""
-        if self._trusted is not None and not hmac.compare_digest(
-            " ".join(init_info.secrets).encode(), " ".join(self._trusted.secrets).encode()
-        ):
+        """ValueError: other secrets or another directory than the first time, or a secret that is none."""
+        found = init_info.secrets
+        if not isinstance(found, list) or not all(isinstance(secret, str) and secret for secret in found):
+            raise ValueError("secrets must be a list of texts that are not empty")
+        if self._trusted is None:
+            self._trusted = init_info
+        elif not hmac.compare_digest(*(json.dumps(info.secrets).encode() for info in (init_info, self._trusted))):
             raise ValueError("this engine takes weights from somebody else, and that cannot be changed")
-        self._trusted = init_info
+        elif init_info.directory != self._trusted.directory:
+            raise ValueError("this engine reads weights from another directory, and that cannot be changed")
 
     def start_weight_update(self) -> None:
         self._staged, self._withdrawn, self.nonce = None, False, secrets.token_hex(16)

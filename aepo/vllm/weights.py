@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ import torch
 from vllm.distributed.weight_transfer.base import ModuleSource, ParamMeta, WeightSource
 
 from aepo.rollout.engines.weight_directory import update_directory
+from aepo.vllm.client import own_words
 from aepo.vllm.manifest import FileUpdateInfo, process_secret, signed, signing_secret
 from aepo.vllm.weight_files import BACKEND, FileInitInfo
 
@@ -50,7 +52,7 @@ DTYPES = {  # in the names of safetensors
 Result = TypeVar("Result")
 
 
-class WeightUpdateError(RuntimeError):
+class WeightUpdateError(ConnectionError):
     """New weights did not reach every replica; the message says which ones, and what they run now.
 
     failures: the errors of those that failed, by name.
@@ -86,6 +88,11 @@ class WeightClient(Protocol):
         ...
 
 
+def stamped(version: int) -> str:
+    """What engines call new weights. Nobody else does: another sender, or a second run, has the same step numbers."""
+    return f"{version}@{secrets.token_hex(6)}"
+
+
 def metadata(source: WeightSource) -> list[ParamMeta]:
     """A method in vLLM 0.32, a property in 0.33."""
     return source.metadata() if callable(source.metadata) else source.metadata
@@ -99,7 +106,7 @@ def tensors(source: WeightSource) -> Iterator[tuple[str, torch.Tensor]]:
 def write(directory: Path, source: WeightSource) -> FileUpdateInfo:
     """All tensors of the source, in safetensors files of about FILE_BYTES. One tensor is in memory at a time.
 
-    ValueError: the source yields something else than its metadata says.
+    ValueError: the source yields something else than its metadata says. WeightUpdateError: a tensor is not finite.
     """
     remaining = tensors(source)
     info = FileUpdateInfo(directory=directory.name)
@@ -157,8 +164,21 @@ def _contents(part: Iterable[ParamMeta], remaining: Iterator[tuple[str, torch.Te
         found, expected = (name, tensor.dtype, tuple(tensor.shape)), (meta.name, meta.dtype, tuple(meta.shape))
         if found != expected:
             raise ValueError(f"the source yields {found}, its metadata says {expected}")
+        if not _is_finite(tensor.detach()):
+            # Not only this update would be lost: NaN in a block of an engine's cache outlives finite weights, because
+            # zero times NaN is NaN where attention masks it.
+            raise WeightUpdateError(f"weight {name!r} is not finite; every replica keeps the weights that it has", {})
         array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         yield memoryview(array)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Smallest and largest are finite where all is, 16 times as fast as isfinite() of float32 on a CPU."""
+    if not tensor.numel():
+        return True
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.float()
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def size(source: WeightSource) -> int:
@@ -197,34 +217,38 @@ class WeightSender:
             raise ValueError("clients: expected at least one replica")
         self._clients = list(clients)
         self._source = ModuleSource(source) if isinstance(source, torch.nn.Module) else source
-        self._directory = (directory or default_directory(self._source, Path(tempfile.gettempdir()))).absolute()
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self.directory = (directory or default_directory(self._source, Path(tempfile.gettempdir()))).absolute()
+        self.directory.mkdir(parents=True, exist_ok=True)
         self._each(
             "init_weight_transfer_engine",
             lambda _, client: client.init_weight_transfer_engine(
-                asdict(FileInitInfo([client.secret], str(self._directory)))
+                asdict(FileInitInfo([client.secret], str(self.directory)))
             ),
         )
 
-    def send(self, version: int) -> None:
-        """Returns when every replica runs the present weights, stamps its tokens with `version` and has an empty prefix
-        cache. Requests should have ended; one that has not goes on with the new weights.
+    def send(self, version: int) -> str:
+        """Returns when every replica runs the present weights and has an empty prefix cache: the text with which they
+        stamp their tokens, "VERSION@RANDOM", another one for every call. Requests should have ended; one that has not
+        goes on with the new weights.
 
-        WeightUpdateError: a replica failed. OSError: the files could not be written; no replica has changed.
+        WeightUpdateError: a replica failed, or a weight is not finite. OSError: the files could not be
+        written; no replica has changed.
         """
         try:
-            self._send(str(version))
+            stamp = stamped(version)
+            self._send(stamp)
         except BaseException:
             # No replica waits for the end of the update, and none loads what it has accepted.
             for client in self._clients:
                 _withdraw(client)
             raise
-        self._each("reset_prefix_cache", lambda _, client: _reset(client), version)
+        self._each("reset_prefix_cache", lambda _, client: _reset(client), stamp)
+        return stamp
 
     def _send(self, version: str) -> None:
-        check_room(self._directory, self._source)
+        check_room(self.directory, self._source)
         nonces = self._each("start_weight_update", lambda _, client: _start(client))
-        with update_directory(self._directory) as directory:
+        with update_directory(self.directory) as directory:
             info = write(directory, self._source)
             info.version = version
 
@@ -286,4 +310,4 @@ def _withdraw(client: WeightClient) -> None:
 
 
 def _listed(failures: Mapping[str, Exception]) -> str:
-    return "; ".join(f"replica {name} ({type(error).__name__}: {error})" for name, error in failures.items())
+    return "; ".join(f"replica {name} ({type(error).__name__}: {own_words(error)})" for name, error in failures.items())

@@ -35,6 +35,7 @@ FLOORS = (
     ("aepo.vllm",),
     (
         "aepo.rollout.engines.vllm",
+        "aepo.rollout.engines.vllm_answers",
         "aepo.rollout.engines.vllm_http",
         "aepo.rollout.engines.vllm_local",
         "aepo.rollout.engines.vllm_remote",

@@ -88,6 +88,8 @@ def test_problems_are_answers(server):
         ("entropies", {"key": ["good"]}, "body must be an object with 'keys'"),
         ("decisions", {"queries": {"good": {"alpha": 1}}}, r"queries['good']"),
         ("decisions", {"queries": ["good"]}, "queries must be a mapping"),
+        ("decisions", {"queries": {"good": {"alpha": -1, "initial_entropy": 1}}}, "alpha must be in [0, 1]; got -1"),
+        ("forget", {"keys": ["\ud800"]}, "half of a surrogate pair"),
     ):
         code, answer = post(server, route, **body)
         assert code == 400
@@ -240,6 +242,7 @@ def test_many_keys_and_long_keys_are_refused_at_once(server):
         assert message in answer["error"]
     assert post(server, "decisions", queries={str(i): {} for i in range(4097)})[0] == 400
     assert complete(server, prompts(4)[0], "x" * 257).status_code == 400
+    assert complete(server, prompts(4)[0], "\udfff").status_code == 400
 
 
 def test_errors_do_not_repeat_a_body(server):

@@ -178,6 +178,14 @@ def test_nothing_is_known_of_a_prompt_that_is_half_read(llm, monkeypatch):
         ({"alpha": 0.5, "initial_entropy": 1.0, "consecutive": -1}, "consecutive must be >= 0"),
         ({"alpha": "uniform", "initial_entropy": 1.0}, "alpha must be int or float"),
         ({"alpha": 0.5, "initial_entropy": 1.0, "window": 2.0}, "window must be int"),
+        ({"alpha": -1, "initial_entropy": 1.0}, r"alpha must be in \[0, 1\]; got -1"),
+        ({"alpha": 5, "initial_entropy": 1.0}, r"alpha must be in \[0, 1\]; got 5"),
+        ({"alpha": math.nan, "initial_entropy": 1.0}, r"alpha must be in \[0, 1\]; got nan"),
+        ({"alpha": 0.5, "initial_entropy": 1.0, "gamma": -1}, "gamma must be finite and >= 0; got -1"),
+        ({"alpha": 0.5, "initial_entropy": 1.0, "gamma": math.inf}, "gamma must be finite and >= 0; got inf"),
+        ({"alpha": 0.5, "initial_entropy": -1.0}, "initial_entropy must be finite and >= 0; got -1.0"),
+        ({"alpha": 0.5, "initial_entropy": math.inf}, "initial_entropy must be finite and >= 0; got inf"),
+        ({"alpha": 0.5, "initial_entropy": math.nan}, "initial_entropy must be finite and >= 0; got nan"),
     ],
 )
 def test_wrong_queries(query, message):

@@ -26,7 +26,7 @@ from aepo.config import RolloutConfig, VLLMConfig
 from aepo.rollout.engine import GenerationRequest
 from aepo.rollout.engines import vllm_local
 from aepo.rollout.engines.orphans import marked
-from aepo.rollout.engines.vllm import ReplicaGoneError, VLLMEngine
+from aepo.rollout.engines.vllm import ReplicaError, ReplicaGoneError, VLLMEngine
 from aepo.rollout.sampler import RolloutError, Sampler
 from aepo.rollout.tree import path_nodes
 from aepo.types import Question, RolloutTree, TokenIds, ToolCall, ToolResult, Turn
@@ -353,9 +353,9 @@ def test_refresh_sends_the_weights_and_a_foreign_version_is_noticed(model, engin
     engine.release()
     replica = engine._alive[0]
     engine._loop.run(replica._llm.update_weight_version("99"))
-    with pytest.raises(RuntimeError, match="sampled with weights version 99, expected 8"):
+    with pytest.raises(ReplicaError, match="sampled with weights version 99, expected 8@"):
         generate(engine, *asked)
-    engine._loop.run(replica._llm.update_weight_version("8"))
+    engine._loop.run(replica._llm.update_weight_version(engine._stamp))
     engine.release()
     assert_nothing_is_left(engine)
 

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -18,8 +19,9 @@ from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed.weight_transfer.base import ModuleSource, ParamMeta
 
 from aepo.vllm import weights
-from aepo.vllm.manifest import FileUpdateInfo, signed
-from aepo.vllm.weight_files import FileWeightTransferEngine
+from aepo.vllm.client import own_words
+from aepo.vllm.manifest import FileUpdateInfo, ManifestError, check, signed
+from aepo.vllm.weight_files import FileInitInfo, FileWeightTransferEngine
 from aepo.vllm.weights import BACKEND, WeightSender, WeightUpdateError, process_secret, signing_secret
 from tests.aepo.engine_toys import model, tokenizer
 from tests.integrations.conftest import make_llm
@@ -37,6 +39,8 @@ class Client:
         self.llm, self.name, self.before = llm, name, before
 
     def init_weight_transfer_engine(self, init_info) -> None:
+        # An engine keeps to the first directory. A new one for every test would take a minute.
+        self.llm.collective_rpc(lambda worker: setattr(worker.weight_transfer_engine, "_trusted", None))
         self.llm.init_weight_transfer_engine({"init_info": init_info})
 
     def start_weight_update(self) -> list[str]:
@@ -114,20 +118,22 @@ def error_against(output, module) -> float:
 def test_the_engine_runs_the_weights_that_were_sent(engines, runner, tied):
     llm, trained = engines[runner, tied], policy(tied)
     sender = WeightSender([Client(llm)], trained)
-    for version in (7, 8):
+    stamps = set()
+    for version in (7, 7, 8):
         with torch.no_grad():
             for parameter in trained.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
         old = logprobs(sample(llm))
         assert sample(llm).num_cached_tokens > 0
-        sender.send(version)
+        stamp = sender.send(version)
         output = sample(llm)
         assert output.num_cached_tokens == 0
         assert error_against(output, trained) <= CLOSE
         assert (logprobs(output) - old).abs().max() > 0.1, "the weights differ enough to be told apart"
-        assert [(span.version, span.end - span.start) for span in output.outputs[0].weight_versions] == [
-            (str(version), 4)
-        ]
+        assert [(span.version, span.end - span.start) for span in output.outputs[0].weight_versions] == [(stamp, 4)]
+        assert re.fullmatch(f"{version}@[0-9a-f]{{12}}", stamp)
+        stamps.add(stamp)
+    assert len(stamps) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -372,13 +378,72 @@ def test_an_update_is_good_for_one_engine_and_once(engines, tmp_path):
     assert error_against(sample(other.llm), policy(seed=17)) <= CLOSE
 
 
-def test_the_first_secret_of_an_engine_stays(llm):
-    stranger = Client(llm)
-    stranger.secret = signing_secret("guessed")
-    with pytest.raises(WeightUpdateError, match="takes weights from somebody else"):
-        WeightSender([stranger], policy(seed=18))
+def receiver() -> FileWeightTransferEngine:
+    """The worker's side alone, without a model."""
+    return FileWeightTransferEngine.__new__(FileWeightTransferEngine)
+
+
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        ((["a", "b"], "/d"), (["a b"], "/d")),
+        ((["a", "b"], "/d"), (["a"], "/d")),
+        ((["a"], "/d"), ([], "/")),
+        (([], None), (["guessed"], "/d")),
+        (([], None), ([], "/d")),
+        ((["a"], "/d"), (["a"], "/e")),
+        ((["a"], "/d"), (["a"], None)),
+    ],
+)
+def test_the_first_secrets_and_directory_of_an_engine_stay(first, later):
+    engine = receiver()
+    engine.init_transfer_engine(FileInitInfo(*first))
+    engine.init_transfer_engine(FileInitInfo(*first))
+    with pytest.raises(ValueError, match="and that cannot be changed"):
+        engine.init_transfer_engine(FileInitInfo(*later))
+    assert engine._trusted == FileInitInfo(*first)
+
+
+@pytest.mark.parametrize("secrets", [[""], ["a", ""], [None], [1], "a", None, {"a": 1}])
+def test_a_secret_that_everybody_has_is_none(secrets):
+    """A server without a key has none, and its development mode asks nobody who he is."""
+    for known in (None, []):
+        engine = receiver()
+        if known is not None:
+            engine.init_transfer_engine(FileInitInfo(known))
+        with pytest.raises(ValueError, match="secrets must be a list of texts that are not empty"):
+            engine.init_transfer_engine(FileInitInfo(secrets, "/tmp"))
+        assert engine._trusted == (None if known is None else FileInitInfo(known))
+    info = signed(FileUpdateInfo(directory="x"), ["n"], "")
+    with pytest.raises(ManifestError, match="was given no key"):
+        check(info, "n", [""])
+
+
+def test_a_stranger_is_refused_with_the_workers_words(llm):
+    WeightSender([Client(llm)], policy(seed=18)).send(15)
     with pytest.raises(Exception, match="takes weights from somebody else"):
-        llm.init_weight_transfer_engine({"init_info": {"secrets": [], "directory": "/"}})
+        llm.init_weight_transfer_engine({"init_info": {"secrets": [signing_secret("guessed")], "directory": "/"}})
+
+
+def test_words_of_a_worker():
+    words = "it's not signed"
+    around = f"Worker failed with error '{words}', please check the stack trace above for the root cause"
+    for text in (words, around, f"Call to collective_rpc method failed: {words}", f"Call to x method failed: {around}"):
+        assert own_words(RuntimeError(text)) == words
+
+
+@pytest.mark.parametrize("dtype", weights.DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, dtype, value):
+    broken = torch.zeros(4, 5)
+    broken[3, 1] = value
+    broken = broken.to(dtype)
+    tensors = [("good", torch.full((3,), torch.finfo(dtype).max).to(dtype)), ("none", torch.empty(0, 4, dtype=dtype))]
+    weights.write(tmp_path, Listed(tensors))
+    (tmp_path / "00000.safetensors").unlink()
+    if not broken.float().isfinite().all():
+        with pytest.raises(WeightUpdateError, match="weight 'broken' is not finite"):
+            weights.write(tmp_path, Listed([*tensors, ("broken", broken)]))
 
 
 def test_nothing_is_loaded_without_an_accepted_update(llm):
@@ -395,7 +460,7 @@ def test_nothing_is_loaded_without_an_accepted_update(llm):
 
 
 def test_an_engine_that_nobody_has_told_whose_weights_to_take():
-    engine = FileWeightTransferEngine.__new__(FileWeightTransferEngine)
+    engine = receiver()
     engine.start_weight_update()
     info = signed(FileUpdateInfo(directory="x"), [engine.nonce], "")
     with pytest.raises(ValueError, match="takes no weights: it was given no key"):
@@ -413,7 +478,7 @@ def fail_at(name: str):
 @pytest.mark.parametrize("method", ["start", "update"])
 def test_no_replica_changes_before_all_have_accepted(engines, method):
     one, other = engines["v1", True], engines["v2", True]
-    WeightSender([Client(one), Client(other, "there")], policy(seed=9)).send(6)
+    stamp = WeightSender([Client(one), Client(other, "there")], policy(seed=9)).send(6)
     with pytest.raises(WeightUpdateError, match=r"failed on replica there .*the cable is out") as failure:
         WeightSender([Client(one), Client(other, "there", fail_at(method))], policy(seed=10)).send(7)
     assert "every replica keeps the weights" in str(failure.value)
@@ -421,7 +486,7 @@ def test_no_replica_changes_before_all_have_accepted(engines, method):
         one.finish_weight_update()  # it does not hold on to files that are gone
     for llm in (one, other):
         assert error_against(sample(llm), policy(seed=9)) <= CLOSE
-        assert sample(llm).outputs[0].weight_versions[0].version == "6"
+        assert sample(llm).outputs[0].weight_versions[0].version == stamp
     WeightSender([Client(one), Client(other, "there")], policy(seed=10)).send(7)
     assert max(error_against(sample(llm), policy(seed=10)) for llm in (one, other)) <= CLOSE
 
@@ -429,7 +494,9 @@ def test_no_replica_changes_before_all_have_accepted(engines, method):
 def test_a_replica_that_is_lost_at_the_end_is_named(engines):
     one, other = engines["v1", True], engines["v2", True]
     sender = WeightSender([Client(one), Client(other, "there", fail_at("finish"))], policy(seed=11))
-    with pytest.raises(WeightUpdateError, match=r"replica there .*; here has version 8: send again or restart"):
+    with pytest.raises(
+        WeightUpdateError, match=r"replica there .*; here has version 8@[0-9a-f]+: send again or restart"
+    ):
         sender.send(8)
     WeightSender([Client(one), Client(other, "there")], policy(seed=12)).send(9)
     assert max(error_against(sample(llm), policy(seed=12)) for llm in (one, other)) <= CLOSE

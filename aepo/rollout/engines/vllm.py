@@ -53,7 +53,11 @@ FinishReason = Literal["stop", "eos", "length", "abort"]
 Result = TypeVar("Result")
 
 
-class ReplicaGoneError(ConnectionError):
+class ReplicaError(ConnectionError):
+    """A replica refuses, answers what cannot be right, or has weights that are not ours."""
+
+
+class ReplicaGoneError(ReplicaError):
     """A replica has died or cannot be reached. Others may go on with its requests."""
 
 
@@ -168,12 +172,15 @@ class VLLMEngine:
         version: int,
         model: torch.nn.Module | None,
         weights_dir: str | None,
+        stamp: str | None = None,
         guard: OrphanGuard | None = None,
     ) -> None:
-        """guard: ends with the engine, and ends what is left of it then."""
+        """stamp: what the replicas call their weights, None where `refresh` is to give them a name.
+        guard: ends with the engine, and ends what is left of it then."""
         self.version = version
         self.counters = EngineCounters()
         self.max_positions = min(replica.max_positions for replica in replicas)
+        self._stamp = stamp
         self._vocab_size = vocab_size
         self._loop = loop
         self._replicas = list(replicas)
@@ -212,15 +219,16 @@ class VLLMEngine:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from aepo.rollout.engines.vllm_local import start_replicas
+        from aepo.vllm.weights import stamped
 
         place = os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir()
         if len(os.fsencode(place)) > SOCKET_BYTES - len("/aepo-vllm-/") - 12 - 36:
             place = "/tmp"
         guard = temporary_directory(Path(place), "aepo-vllm-", weight_files(settings.weights_dir))
-        loop = LoopThread()
+        loop, stamp = LoopThread(), stamped(version)
         try:
             replicas = loop.run(
-                start_replicas(model_dir, eos_ids=eos_ids, settings=settings, version=version, seed=seed, guard=guard)
+                start_replicas(model_dir, eos_ids=eos_ids, settings=settings, version=stamp, seed=seed, guard=guard)
             )
             return cls(
                 replicas,
@@ -229,6 +237,7 @@ class VLLMEngine:
                 version=version,
                 model=model,
                 weights_dir=settings.weights_dir,
+                stamp=stamp,
                 guard=guard,
             )
         except BaseException:
@@ -298,8 +307,9 @@ class VLLMEngine:
         """One result per request, in order. Temperature 0 takes the likeliest token and reports the distribution at
         temperature 1.
 
-        ValueError: a request that cannot be served. ReplicaGoneError: no replica is left. FloatingPointError: the
-        model's logits are not finite.
+        ValueError: a request that cannot be served. ReplicaGoneError: no replica is left. ReplicaError: one of
+        them answers what cannot be right, or has other weights. FloatingPointError: the model's logits are not
+        finite.
         """
         for index, request in enumerate(requests):
             check_request(index, request, self.max_positions, self._vocab_size)
@@ -330,7 +340,7 @@ class VLLMEngine:
                 if completion.finish_reason == "abort":
                     aborts += 1
                     if aborts == ABORTS:
-                        raise RuntimeError(f"{replica.name}: a request was aborted {ABORTS} times, not by this engine")
+                        raise ReplicaError(f"{replica.name}: a request was aborted {ABORTS} times, not by this engine")
                     continue
                 entropies, version = await self._readers[replica.name].read(key, len(completion.token_ids))
                 del self._open[key]
@@ -342,9 +352,9 @@ class VLLMEngine:
 
     def _check_version(self, replica: Replica, version: str | None) -> None:
         """A replica whose weights are not ours to change may call them what it likes."""
-        if self._model is not None and version != str(self.version):
-            raise RuntimeError(
-                f"{replica.name}: a segment was sampled with weights version {version}, expected {self.version}: they "
+        if self._model is not None and version != self._stamp:
+            raise ReplicaError(
+                f"{replica.name}: a segment was sampled with weights version {version}, expected {self._stamp}: they "
                 "were changed by somebody else"
             )
 
@@ -401,6 +411,8 @@ class VLLMEngine:
                     await replica.forget(keys)
                 except ReplicaGoneError as error:
                     self._lose(replica, error)
+                except ReplicaError as error:  # must not hide what the rollout ends with
+                    logger.warning("records stay until there is no room for newer ones: %s", error)
         self._open.clear()
         self._homes.clear()
 
@@ -408,7 +420,7 @@ class VLLMEngine:
         """Send the model's weights to all replicas that are left, which drop what they have cached under the old ones.
 
         A replica that turns out to be gone is left out from then on, as in a rollout. RuntimeError: the engine was made
-        without a model, or a replica failed to take the weights.
+        without a model. WeightUpdateError: a replica failed to take the weights, or they are not finite.
         """
         if not self._replicas:
             raise RuntimeError("the engine is closed")
@@ -421,7 +433,8 @@ class VLLMEngine:
                 if self._sender is None:
                     clients = [replica.weight_client(self._loop) for replica in self._alive]
                     self._sender = WeightSender(clients, self._model, self._weights_dir)
-                self._sender.send(version)
+                    self._weights_dir = self._sender.directory  # engines keep to the first one
+                self._stamp = self._sender.send(version)
                 break
             except WeightUpdateError as error:
                 gone = {name: e for name, e in error.failures.items() if isinstance(e, ReplicaGoneError)}
@@ -485,14 +498,15 @@ class EntropyReader:
             asked, self._waiting = self._waiting, {}
             try:
                 found = await self._replica.entropies({key: length for key, (length, _) in asked.items()})
-            except Exception as error:
+                answers = {key: (found.entropies[key], found.version) for key in asked}
+            except Exception as error:  # whatever it is, nobody must wait for ever
                 for _, answer in asked.values():
                     if not answer.done():
                         answer.set_exception(error)
             else:
                 for key, (_, answer) in asked.items():
                     if not answer.done():
-                        answer.set_result((found.entropies[key], found.version))
+                        answer.set_result(answers[key])
         self._task = None
 
 

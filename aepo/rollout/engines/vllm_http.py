@@ -1,18 +1,19 @@
-"""How we speak to a `vllm serve`: its key, how long to wait, and what its answers mean."""
+"""How we speak to a `vllm serve`: its key, how long to wait, and how much it may say."""
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
+import json
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 
-from aepo.rollout.engines.vllm import ReplicaGoneError
+from aepo.rollout.engines.vllm import ReplicaError, ReplicaGoneError
 
 CONNECT = 10.0  # seconds, to a server that is there
 ANSWER = 60.0  # seconds, for all that no text is generated for; the engine answers between two of its steps
+ANSWER_BYTES = 1 << 20  # of an answer without texts and entropies
 WORDS = 500  # characters of a refusal
 
 
@@ -27,33 +28,81 @@ def api_key() -> str | None:
     return key
 
 
-def headers() -> dict[str, str]:
+def http_client(url: str) -> httpx.AsyncClient:
+    """Without a time to read in, which counts silence alone: `ask` limits the whole."""
     key = api_key()
-    return {} if key is None else {"Authorization": f"Bearer {key}"}
-
-
-@contextlib.contextmanager
-def reaching(url: str) -> Iterator[None]:
-    """ReplicaGoneError for what httpx raises where there is no answer."""
+    headers = {"Accept-Encoding": "identity"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+    timeout = httpx.Timeout(None, connect=CONNECT)
     try:
-        yield
+        return httpx.AsyncClient(base_url=url.rstrip("/"), timeout=timeout, headers=headers)
+    except httpx.InvalidURL as error:
+        raise ReplicaError(f"{url}: {error}") from None
+
+
+async def ask(
+    client: httpx.AsyncClient,
+    url: str,
+    path: str,
+    body: Any = None,
+    *,
+    method: str = "POST",
+    seconds: float | None,
+    most: int = ANSWER_BYTES,
+    if_not_found: str = "",
+) -> Any:
+    """The JSON of an answer. seconds: from the request to the last byte, None: the caller watches. most: bytes of it.
+
+    ReplicaGoneError: there is no answer, not in time, or the server has failed. ReplicaError: it refuses, with its
+    words, or answers no JSON.
+    """
+    content = b"" if body is None else json.dumps(body).encode()
+    try:
+        status, raw = await asyncio.wait_for(_exchange(client, method, path, content, most), seconds)
+    except asyncio.TimeoutError:
+        raise ReplicaGoneError(f"{url} does not answer: {path} took more than {seconds:g} s") from None
     except httpx.TransportError as error:
-        raise ReplicaGoneError(f"{url} does not answer: {type(error).__name__} {error}".rstrip()) from error
-
-
-def content(url: str, response: httpx.Response, if_not_found: str = "") -> Any:
-    """Of an answer. ReplicaGoneError: the server has failed. ValueError: it refuses, with its words."""
-    path, status = response.request.url.path, response.status_code
+        raise ReplicaGoneError(f"{url} does not answer: {path}: {type(error).__name__} {error}".rstrip()) from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ReplicaError(f"{url}: {path} answered what cannot be read: {type(error).__name__} {error}") from error
+    if raw is None:
+        raise ReplicaError(f"{url}: {path} answered more than {most} bytes")
     if status >= 500:
-        raise ReplicaGoneError(f"{url} failed with status {status}: {response.text[:WORDS]}")
+        raise ReplicaGoneError(f"{url} failed with status {status} ({path}): {_words(raw)}")
     if status == 401:
         has = "is none of the server's keys" if api_key() else "is not set, and the server has a key"
-        raise ValueError(f"{url}: VLLM_API_KEY of this environment {has} ({path})")
+        raise ReplicaError(f"{url}: VLLM_API_KEY of this environment {has} ({path})")
     if status == 404 and if_not_found:
-        raise ValueError(f"{url}: {if_not_found} ({path})")
+        raise ReplicaError(f"{url}: {if_not_found} ({path})")
     if status != 200:
-        raise ValueError(f"{url}: refused {path} with status {status}: {response.text[:WORDS]}")
+        raise ReplicaError(f"{url}: refused {path} with status {status}: {_words(raw)}")
     try:
-        return response.json()
-    except ValueError:
-        raise ValueError(f"{url}: {path} answered no JSON: is this a `vllm serve`?") from None
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        raise ReplicaError(f"{url}: {path} answered no JSON: is this a `vllm serve`?") from None
+
+
+async def _exchange(
+    client: httpx.AsyncClient, method: str, path: str, content: bytes, most: int
+) -> tuple[int, bytes | None]:
+    """Status and body; None: it is longer than `most`. As it comes: what is packed although we did not ask for that is
+    no JSON."""
+    headers = {"Content-Type": "application/json"} if content else {}
+    async with client.stream(method, path, content=content, headers=headers) as response:
+        parts, size = [], 0
+        async for part in response.aiter_raw():
+            size += len(part)
+            if size > most:
+                return response.status_code, None
+            parts.append(part)
+    return response.status_code, b"".join(parts)
+
+
+def _words(raw: bytes) -> str:
+    """What a refusal says, in one line: {"error": words} of our routes, {"error": {"message": words}} of vLLM's."""
+    text = raw.decode(errors="replace")
+    try:
+        found = json.loads(raw)["error"]
+        text = str(found["message"] if isinstance(found, dict) else found)
+    except (ValueError, RecursionError, TypeError, KeyError):
+        pass
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))[:WORDS]

@@ -30,6 +30,7 @@ from aepo.rollout.engines.vllm import (
     Completion,
     LoopThread,
     Recorded,
+    ReplicaError,
     ReplicaGoneError,
     finish_reason,
     sampling_settings,
@@ -44,7 +45,7 @@ ANSWER = 300.0  # seconds for that: it does not answer while it loads new weight
 
 
 async def start_replicas(
-    model_dir: Path, *, eos_ids: Sequence[int], settings: VLLMConfig, version: int, seed: int, guard: OrphanGuard
+    model_dir: Path, *, eos_ids: Sequence[int], settings: VLLMConfig, version: str, seed: int, guard: OrphanGuard
 ) -> list[LocalReplica]:
     """`settings.replicas` engines, started at the same time, in processes marked by `guard`. If one of them fails, or
     this is cancelled, none is left.
@@ -179,7 +180,7 @@ class LocalReplica:
         spans = last.weight_versions or ()
         versions = [span.version for span in spans if span.end > span.start]
         if len(versions) > 1:
-            raise RuntimeError(f"{self.name}: the weights changed within a segment, versions {' to '.join(versions)}")
+            raise ReplicaError(f"{self.name}: the weights changed within a segment, versions {' to '.join(versions)}")
         return Completion(
             token_ids,
             logprobs,
@@ -204,9 +205,9 @@ class LocalReplica:
     def weight_client(self, loop: LoopThread) -> LocalWeightClient:
         return LocalWeightClient(self.name, self._llm, lambda call: loop.run(self.alive(call)))
 
-    async def begin(self, version: int) -> None:
+    async def begin(self, version: str) -> None:
         """The version of its weights. RuntimeError: entropies cannot be recorded there."""
-        await self.alive(self._llm.update_weight_version(str(version)))
+        await self.alive(self._llm.update_weight_version(version))
         await self.alive(entropy_status_async(self._llm))
 
     async def close(self) -> None:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import httpx
-
 from aepo.rollout.engine import GenerationRequest
+from aepo.rollout.engines import vllm_answers
 from aepo.rollout.engines.vllm import (
     LOGPROBS_MODE,
     Completion,
     LoopThread,
     Recorded,
+    ReplicaError,
     ReplicaGoneError,
-    finish_reason,
     sampling_settings,
 )
-from aepo.rollout.engines.vllm_http import ANSWER, CONNECT, content, headers, reaching
+from aepo.rollout.engines.vllm_http import ANSWER, ANSWER_BYTES, ask, http_client
 
 if TYPE_CHECKING:
     from aepo.vllm.weights import WeightClient
@@ -28,6 +26,9 @@ if TYPE_CHECKING:
 HEARTBEAT = 30.0  # seconds of silence after which a server is asked whether it is alive
 # Of one message to the plugin's routes, which refuse more (aepo/vllm/endpoints.py).
 KEYS, TOKENS = 4096, 1 << 20
+# Of answers: a token comes with its log-prob and three times as text, a prompt token as its id, an entropy has 25.
+TOKEN_BYTES, PROMPT_TOKEN_BYTES, ENTROPY_BYTES = 4096, 16, 32
+NAN_REFUSED = "Out of range float values"  # what vLLM's JSON encoder says
 
 
 class RemoteReplica:
@@ -41,8 +42,9 @@ class RemoteReplica:
         self.name = url
         self.max_positions: int = status["max_model_len"]
         self.weights_dir: str | None = status["weights_dir"]
-        self._client = _client(url, read=None)
-        self._asking = _client(url, read=ANSWER)  # connections of its own: generating may hold all of the other's
+        self._vocab_size: int = status["vocab_size"]
+        self._client = http_client(url)
+        self._asking = http_client(url)  # connections of its own: generating may hold all of the other's
         self._model = model
         self._eos_ids = list(eos_ids)
         self._longest = longest
@@ -53,13 +55,16 @@ class RemoteReplica:
     async def connect(
         cls, url: str, eos_ids: Sequence[int], vocab_size: int, *, updatable: bool, longest: float
     ) -> RemoteReplica:
-        """updatable: weights will be sent. ConnectionError: it does not answer. ValueError: it was started without what
-        we need, which is named."""
-        async with _client(url, read=ANSWER) as client:
-            with reaching(url):
-                models = content(url, await client.get("/v1/models"))
-                response = await client.get("/aepo/status")
-            status = content(url, response, "started without VLLM_PLUGINS=aepo")
+        """updatable: weights will be sent. ConnectionError: it does not answer, or not what is expected. ValueError:
+        it was started without what we need, which is named."""
+        path, missing = "/aepo/status", "started without VLLM_PLUGINS=aepo"
+        async with http_client(url) as client:
+            models = await ask(client, url, "/v1/models", method="GET", seconds=ANSWER)
+            answer = await ask(client, url, path, method="GET", seconds=ANSWER, if_not_found=missing)
+        with vllm_answers.checking(url, "/v1/models"):
+            model = vllm_answers.model_name(models)
+        with vllm_answers.checking(url, path):
+            status = vllm_answers.status(answer)
         for name, found, expected in (
             ("vocabulary", status["vocab_size"], vocab_size),
             ("--logprobs-mode", status["logprobs_mode"], LOGPROBS_MODE),
@@ -68,7 +73,7 @@ class RemoteReplica:
                 raise ValueError(f"{url}: {name} is {found}, expected {expected}")
         if updatable and status["weights_dir"] is None:
             raise ValueError(f"{url}: {status['no_weights']}")
-        return cls(url, status, models["data"][0]["id"], eos_ids, longest)
+        return cls(url, status, model, eos_ids, longest)
 
     async def complete(self, request: GenerationRequest, key: str) -> Completion:
         body = {
@@ -85,20 +90,21 @@ class RemoteReplica:
             "return_token_ids": True,
             "vllm_xargs": {"aepo_key": key},
         }
-        answer = await self._watched(body)
-        (choice,) = answer["choices"]
-        return Completion(
-            tuple(choice["token_ids"]),
-            tuple(choice["logprobs"]["token_logprobs"]),
-            finish_reason(choice["finish_reason"], choice["stop_reason"]),
-            answer["usage"]["prompt_tokens"] - (answer["usage"]["prompt_tokens_details"] or {}).get("cached_tokens", 0),
-            version=None,
-        )
+        path = "/v1/completions"
+        most = ANSWER_BYTES + TOKEN_BYTES * request.max_new_tokens + PROMPT_TOKEN_BYTES * len(request.token_ids)
+        try:
+            answer = await self._watched(ask(self._client, self.name, path, body, seconds=None, most=most))
+        except ReplicaError as error:
+            if NAN_REFUSED in str(error):
+                raise FloatingPointError(f"{self.name}: the model's logits are not finite: {error}") from error
+            raise
+        with vllm_answers.checking(self.name, path):
+            return vllm_answers.completion(answer, request, self._vocab_size)
 
-    async def _watched(self, body: dict[str, Any]) -> Any:
+    async def _watched(self, generating: Coroutine[Any, Any, Any]) -> Any:
         """The completion, as long as the server is alive."""
         started = time.monotonic()
-        work = asyncio.ensure_future(self._post(self._client, "/v1/completions", body))
+        work = asyncio.ensure_future(generating)
         try:
             while not work.done():
                 left = started + self._longest - time.monotonic()
@@ -107,6 +113,7 @@ class RemoteReplica:
                 await asyncio.wait({work}, timeout=min(HEARTBEAT, left))
                 if not work.done():
                     await self._check_alive()
+            self._heard = time.monotonic()
             return work.result()
         finally:
             work.cancel()
@@ -115,45 +122,41 @@ class RemoteReplica:
     async def _check_alive(self) -> None:
         async with self._beat:  # one for all that wait
             if time.monotonic() - self._heard >= HEARTBEAT:
-                with reaching(self.name):
-                    content(self.name, await self._asking.get("/aepo/status"))
+                await ask(self._asking, self.name, "/aepo/status", method="GET", seconds=ANSWER)
                 self._heard = time.monotonic()
 
     async def entropies(self, lengths: Mapping[str, int]) -> Recorded:
-        values: dict[str, list[float]] = {}
-        version = None
+        values: dict[str, Sequence[float]] = {}
+        version, path = None, "/aepo/entropies"
         for part in _parts(lengths):
-            answer = await self._post(self._asking, "/aepo/entropies", {"keys": part})
-            # JSON has no NaN
-            values |= {key: [math.nan if x is None else x for x in row] for key, row in answer["entropies"].items()}
-            version = answer["weight_version"]
+            most = ANSWER_BYTES + ENTROPY_BYTES * sum(part.values())
+            answer = await self._post(path, {"keys": part}, most)
+            with vllm_answers.checking(self.name, path):
+                read = vllm_answers.recorded(answer, part, self._vocab_size)
+            if version not in (None, read.version):
+                raise ReplicaError(f"{self.name}: the weights changed, from {version} to {read.version}")
+            values |= read.entropies
+            version = read.version
         return Recorded(values, version)
 
     async def forget(self, keys: Sequence[str]) -> None:
         for start in range(0, len(keys), KEYS):
-            await self._post(self._asking, "/aepo/forget", {"keys": list(keys[start : start + KEYS])})
+            await self._post("/aepo/forget", {"keys": list(keys[start : start + KEYS])})
 
     def weight_client(self, loop: LoopThread) -> WeightClient:
         from aepo.rollout.engines.vllm_weight_clients import RemoteWeightClient
 
-        return RemoteWeightClient(self.name)
+        return RemoteWeightClient(self.name, loop)
 
     async def close(self) -> None:
         """The server goes on."""
         await self._client.aclose()
         await self._asking.aclose()
 
-    async def _post(self, client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Any:
-        with reaching(self.name):
-            response = await client.post(path, json=body)
+    async def _post(self, path: str, body: dict[str, Any], most: int = ANSWER_BYTES) -> Any:
+        answer = await ask(self._asking, self.name, path, body, seconds=ANSWER, most=most)
         self._heard = time.monotonic()
-        return content(self.name, response)
-
-
-def _client(url: str, read: float | None) -> httpx.AsyncClient:
-    return httpx.AsyncClient(
-        base_url=url.rstrip("/"), timeout=httpx.Timeout(read, connect=CONNECT, pool=None), headers=headers()
-    )
+        return answer
 
 
 def _parts(lengths: Mapping[str, int]) -> Iterator[dict[str, int]]:

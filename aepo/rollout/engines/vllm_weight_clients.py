@@ -5,16 +5,19 @@ All of them are called by the trainer's thread and return when the engine has an
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
-import httpx
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from aepo.rollout.engines.vllm_http import ANSWER, CONNECT, api_key, content, headers, reaching
+from aepo.rollout.engines import vllm_answers
+from aepo.rollout.engines.vllm import LoopThread, ReplicaError
+from aepo.rollout.engines.vllm_http import ANSWER, api_key, ask, http_client
 from aepo.vllm.weights import process_secret, signing_secret
 
+Result = TypeVar("Result")
 SLOWEST = 50e6  # bytes per second: an engine reads and hashes the files, 0.8e9 on one core of a CPU
 
 
@@ -47,38 +50,67 @@ class LocalWeightClient:
 class RemoteWeightClient:
     """`WeightClient` of a `vllm serve` with our plugin, through its routes. The key is VLLM_API_KEY of the environment.
 
-    `ReplicaGoneError`: it does not answer in time. ValueError: it refuses, with its words.
+    loop: where it is spoken to; None: a thread of its own. `ReplicaGoneError`: it does not answer in time.
+    `ReplicaError`: it refuses, with its words, or loads other weights than those that were sent.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, loop: LoopThread | None = None) -> None:
         self.name = url
         self.secret = signing_secret(api_key() or "")
+        self._loop = loop or LoopThread()
         self._bytes = 0  # of the update that is under way
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """The server has told its engine when it started."""
 
     def start_weight_update(self) -> list[str]:
-        return self._post("start")["nonces"]
+        return self._post("start", read=vllm_answers.nonces)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         if update_info["withdraw"]:
-            self._post("withdraw")
+            self._post("withdraw", read=_accepted)
             return
         self._bytes = sum(file["bytes"] for file in update_info["files"])
-        self._post("update", update_info, self._bytes / SLOWEST)
+        self._post("update", update_info, self._bytes / SLOWEST, read=_accepted)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Stamped is the version that was signed; without one an update was withdrawn, which has finished it."""
-        if weight_version is not None:
-            self._post("finish", longer=self._bytes / SLOWEST)
+        """Stamped is the version that was signed; without one an update was withdrawn, which has finished it.
+
+        ReplicaError: the server has loaded another version, which somebody else has sent."""
+        if weight_version is None:
+            return
+        loaded = self._post(
+            "finish",
+            longer=self._bytes / SLOWEST,
+            read=lambda answer: vllm_answers.field(answer, "weight_version", str),
+        )
+        if loaded != weight_version:
+            raise ReplicaError(
+                f"{self.name}: loaded weights version {loaded}, expected {weight_version}: somebody else sends weights"
+            )
 
     def reset_prefix_cache(self) -> bool:
-        return self._post("reset_prefix_cache")["success"]
+        return self._post("reset_prefix_cache", read=lambda answer: vllm_answers.field(answer, "success", bool))
 
-    def _post(self, step: str, body: dict[str, Any] | None = None, longer: float = 0.0) -> Any:
-        url = f"{self.name.rstrip('/')}/aepo/weights/{step}"
-        timeout = httpx.Timeout(ANSWER + longer, connect=CONNECT)
-        with reaching(self.name):
-            response = httpx.post(url, json=body, timeout=timeout, headers=headers())
-        return content(self.name, response)
+    def _post(
+        self,
+        step: str,
+        body: dict[str, Any] | None = None,
+        longer: float = 0.0,
+        *,
+        read: Callable[[Any], Result],
+    ) -> Result:
+        path = f"/aepo/weights/{step}"
+
+        async def post() -> Any:
+            async with http_client(self.name) as client:
+                return await ask(client, self.name, path, body, seconds=ANSWER + longer)
+
+        answer = self._loop.run(post())
+        with vllm_answers.checking(self.name, path):
+            return read(answer)
+
+
+def _accepted(answer: Any) -> None:
+    if not isinstance(answer, dict):
+        raise ValueError(f"expected an object, got {reprlib.repr(answer)}")
