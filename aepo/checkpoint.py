@@ -37,6 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aepo.checkpoint_fit import MOMENTS, model_problem, moments_problem, state_problem, stored_weights
 from aepo.registry import error_text
+from aepo.run_records import Fingerprints
 from aepo.tensor_file import write_tensors
 
 FORMAT = 1
@@ -87,8 +88,10 @@ def save_checkpoint(
     heldout_success: float | None,
     config_yaml: str,
     keep: int,
+    records: Fingerprints | None = None,
 ) -> Path:
     """Write the checkpoint of `step`, then remove all before it but the newest `keep`, with this one, and the best.
+    records: of the run, which have to be there when it is resumed from here.
 
     CheckpointError, in one line, where the disk is full or not writable, weights or moments are not finite, or whatever
     else is in the way; what was there before is still there, and nothing else. What cannot be removed is a warning.
@@ -102,7 +105,7 @@ def save_checkpoint(
         if final.is_symlink() or (final.exists() and not final.is_dir()):
             raise FileExistsError(f"{final.name} is there and was not written by a run")
         temporary.mkdir()
-        _write(temporary, step, model, tokenizer, optimizer, heldout_success, config_yaml)
+        _write(temporary, step, model, tokenizer, optimizer, heldout_success, config_yaml, records or {})
         for path in (*temporary.rglob("*"), temporary):
             _flush(path)
         if final.exists():
@@ -160,6 +163,12 @@ def load_weights(path: Path, model: PreTrainedModel) -> None:
     _copy_weights(path, model)
 
 
+def records_before(path: Path) -> Fingerprints:
+    """Of the run, when this checkpoint was written; empty: it is of a version that did not say. The checkpoint is one
+    that has been verified."""
+    return json.loads((path / "state.json").read_text()).get("records", {})
+
+
 def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
     """As `load_weights`, and the moments of the optimizer, which must be of this one too. Returns the step."""
     state = _checked_state(path, model)
@@ -189,6 +198,7 @@ def _write(
     optimizer: torch.optim.Optimizer,
     heldout_success: float | None,
     config_yaml: str,
+    records: Fingerprints,
 ) -> None:
     weights = {names[0]: tensor for names, tensor in stored_weights(model)}
     parameters = {name for name, _ in model.named_parameters()}  # buffers may hold infinities
@@ -203,6 +213,7 @@ def _write(
         "heldout_success": heldout_success,
         "optimizer": type(optimizer).__name__,
         "moments": len({name.rpartition("|")[0] for name in moments}),  # parameters that have some
+        "records": records,
     }
     sums = {}
     for file, tensors, finite, metadata in (

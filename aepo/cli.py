@@ -9,6 +9,7 @@ import difflib
 import json
 from collections.abc import Collection
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -68,7 +69,10 @@ def train(
     overrides: Overrides = None,
     config: ConfigFile = None,
     resume: Annotated[Optional[Path], typer.Option(metavar="RUN", help="Continue this run exactly.")] = None,  # noqa: UP045
-    from_step: Annotated[Optional[int], typer.Option(help="With --resume: not from the newest checkpoint.")] = None,  # noqa: UP045
+    from_step: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="With --resume: not from the newest checkpoint."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a run that is already in run.dir.")] = False,
 ) -> None:
     """Train an agent.
@@ -104,8 +108,11 @@ def train(
         else:
             if config is not None or overwrite:
                 raise ValueError("--resume continues a run with its own settings: expected no --config, no --overwrite")
+            if "run.dir" in named_settings(overrides or ()):
+                raise ValueError(f"run.dir: expected not to be set with --resume, the run is {resume}")
             read_facts(resume)
-            settings = load_config(resume / "config.yaml", [*(overrides or ()), f"run.dir={resume}"])
+            settings = load_config(resume / "config.yaml", overrides or ())
+            settings = replace(settings, run=replace(settings.run, dir=str(resume)))  # it may have been moved
             step = cli_shared.newest_step(resume) if from_step is None else from_step
         _train(settings, step, overwrite, named_settings(overrides or ()))
 

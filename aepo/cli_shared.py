@@ -61,11 +61,13 @@ def described(config: Config, agent: Agent) -> str:
 
 
 def device(config: Config) -> str:
+    """ValueError: it is not there."""
     import torch
 
-    if config.run.device != "auto":
-        return config.run.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    there = torch.cuda.is_available()
+    if config.run.device == "cuda" and not there:
+        raise ValueError("run.device = 'cuda': expected a GPU that torch can use, torch.cuda.is_available() is False")
+    return config.run.device if config.run.device != "auto" else "cuda" if there else "cpu"
 
 
 def newest_step(run: Path) -> int:

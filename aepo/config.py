@@ -303,6 +303,11 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear"] = key("constant", "after warmup; linear falls to 0 at the last step")
     max_grad_norm: float = key(1.0, "gradients are scaled down to this norm; inf: never", above=0, infinite=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if max(self.betas) == 1:  # of which AdamW would say so without the setting's name
+            raise ValueError(f"optimizer.betas = {self.betas!r}: expected two numbers below 1")
+
 
 @dataclass(frozen=True)
 class TrainConfig(Section):

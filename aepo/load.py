@@ -54,7 +54,7 @@ def load_model(
     dtype, cache_dir = getattr(torch, config.dtype), Path(config.cache_dir).expanduser()
     if config.name == "tiny":
         language_model = warm_started(warm_start, cache_dir, device=device, progress=progress)
-        language_model.model.to(dtype)
+        language_model.model.to(dtype).config.dtype = dtype  # which its checkpoints will say
         return language_model
     directory = model_directory(cache_dir) if config.name == "smollm2-135m-instruct" else Path(config.name).expanduser()
     refuse_adapter_directory(directory)

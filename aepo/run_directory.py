@@ -19,8 +19,8 @@ from typing import Any
 
 from aepo.run_files import REPLACED, read_facts, whole_lines, write_file
 from aepo.run_lock import LOCK, DirectoryLock, in_use, is_foreign, is_held
+from aepo.run_records import RECORDS
 
-RECORDS = ("metrics.jsonl", "evals.jsonl")
 FILES = ("config.yaml", *RECORDS, "report.html", "run.json")  # as they are removed: run.json, which explains them, last
 ABANDONED = "abandoned"
 SUMS = "SHA256SUMS"  # of a checkpoint: says which files a run wrote there

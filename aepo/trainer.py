@@ -19,7 +19,7 @@ from aepo.advantages import Sample, advantage_settings, make_samples
 from aepo.agents.agent import Agent
 from aepo.agents.question_checks import Context, check_questions, fitting, one_of_each_row
 from aepo.agents.remembered import agent_facts, agent_parts, not_as_recorded
-from aepo.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, save_checkpoint
+from aepo.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, records_before, save_checkpoint
 from aepo.config import Config, changed_settings, load_config, to_yaml
 from aepo.display import Display
 from aepo.engine_factory import make_engine
@@ -34,6 +34,7 @@ from aepo.rollout.tree import flatten
 from aepo.run_directory import RunDirectory
 from aepo.run_files import read_facts
 from aepo.run_log import RunLog
+from aepo.run_records import fingerprints, require_records
 from aepo.scoring import Scorer
 from aepo.types import Question, ScoredTree
 
@@ -89,11 +90,17 @@ class Trainer:
             if resume_step is not None:
                 path = checkpoint_path(self.directory / "checkpoints", resume_step)
                 self.step = load_checkpoint(path, self.learner.model, self.learner.optimizer)
+                require_records(self.directory, records_before(path), path)
+                if self.step > config.train.steps:
+                    raise ValueError(
+                        f"train.steps = {config.train.steps}: expected {self.step} or more, it has made them"
+                    )
+                changed = [*_changed_settings(path / "run.yaml", config), *changed]
             self.engine = make_engine(config, language_model, agent.format.eos_ids, self.step)
             undo.callback(self.engine.close)
             dropped = self._drop_long_prompts()
             changed += not_as_recorded(config.run.dir, recorded, dropped, named=named)
-            changed = list(dict.fromkeys([*(_changed_settings(config) if recorded is not None else ()), *changed]))
+            changed = list(dict.fromkeys(changed))
             for line in changed:
                 self.display.console.print(f"not as in the run: {line}", markup=False, highlight=False)
             for line in edited:
@@ -197,6 +204,7 @@ class Trainer:
             heldout_success=success,
             config_yaml=to_yaml(self.config),
             keep=self.config.checkpoint.keep,
+            records=fingerprints(self.directory),
         )
         self._saved = (self.step, success)
 
@@ -311,9 +319,9 @@ class Trainer:
         }
 
 
-def _changed_settings(config: Config) -> list[str]:
-    """Since the run was begun, or was last resumed."""
-    before = load_config(Path(config.run.dir) / "config.yaml")
+def _changed_settings(then: Path, config: Config) -> list[str]:
+    """Since the checkpoint was written that has these settings."""
+    before = load_config(then)
     changed = changed_settings(before, config)
     return [f"{name} was {was!r} and is {now!r}" for name, (was, now) in changed.items() if name != "run.dir"]
 

@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from trainer_toys import ToyLanguageModel, toy_agent
 from typer.testing import CliRunner, Result
 
 from aepo import cli, cli_shared
 from aepo.checkpoint import list_checkpoints
-from aepo.run_log import read_records
+from aepo.run_files import read_records
 
 SMALL = ["train.steps=2", "train.questions=4", "rollout.paths=2", "rollout.max_tokens=6", "log.tensorboard=false"]
 
@@ -82,6 +83,7 @@ def test_resume_from_a_corrupt_checkpoint_names_the_file_and_the_way_out(tmp_pat
         (["train", "--config", "missing.yaml"], "missing.yaml"),
         (["train", "--from-step", "3"], "expected --resume RUN with it"),
         (["train", "--resume", "nowhere"], "nowhere"),
+        (["train", "--resume", "here", "run.dir=there"], "run.dir: expected not to be set with --resume"),
         (["train", "--resume", "nowhere", "--overwrite"], "expected no --config, no --overwrite"),
         (["eval", "nowhere"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
@@ -251,3 +253,10 @@ def test_ctrl_c_in_a_terminal(tmp_path: Path) -> None:
 
 def read_lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    refused = run("train", *SMALL, "run.device=cuda", f"run.dir={tmp_path / 'run'}")
+    assert refused.output.startswith("error: run.device = 'cuda': expected a GPU that torch can use")
+    assert not (tmp_path / "run").exists()

@@ -24,7 +24,7 @@ FLOORS = (
     ("aepo.yaml_settings",),
     ("aepo.settings_reading",),
     ("aepo.config",),
-    ("aepo.interrupt", "aepo.snapshot", "aepo.run_files", "aepo.run_lock"),
+    ("aepo.interrupt", "aepo.snapshot", "aepo.run_files", "aepo.run_lock", "aepo.run_records"),
     ("aepo.agents.protocol",),
     ("aepo.models",),
     ("aepo.agents.formats", "aepo.agents.tools", "aepo.agents.rewards"),
