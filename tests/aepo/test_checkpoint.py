@@ -250,11 +250,14 @@ def raised_by(function: Callable[[], None]) -> BaseException | None:
     return None
 
 
-@pytest.mark.parametrize("error", [OSError(5, "disk"), MemoryError(), RuntimeError("two\nlines"), Stop()], ids=repr)
+ERRORS = (OSError(5, "disk"), MemoryError(), RuntimeError("two\nlines"), Stop())
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_whatever_fails_while_saving_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: BaseException
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
+    """At every one of these calls, with the errors in turn; with each of them at the first."""
     save(tmp_path, 1)
     before = (save(tmp_path, 2, success=0.5) / "SHA256SUMS").read_text()
     toy, optimizer = trained(1)
@@ -263,7 +266,7 @@ def test_whatever_fails_while_saving_leaves_what_was_there(
         save_checkpoint(tmp_path, 2, toy.model, toy.tokenizer, optimizer, heldout_success=0.7, config_yaml=YAML, keep=2)
 
     failed = 0
-    for at in range(1, 200):
+    for at, error in [*((1, error) for error in ERRORS), *((at, ERRORS[at % 4]) for at in range(2, 200))]:
         with monkeypatch.context() as patch:
             count = failing(patch, call, at, error)
             raised = raised_by(write)

@@ -455,6 +455,8 @@ def test_a_killed_replacement_can_be_repeated_and_is_not_resumed(tmp_path):
     """At every single file that it removes."""
     old = tmp_path / "old"
     make_run(old, steps=12)
+    with RunDirectory.claim(old, resume=True) as held:
+        held.set_aside(5)
     add_other_files(old)
     others = other_files(old)
     for count in range(1, 100):

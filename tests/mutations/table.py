@@ -669,4 +669,40 @@ MUTATIONS = (
         "_number(record['policy.clip_low'])}+{_number(record['policy.clip_high'])",
         "settings_reach test_a_line_of_the_display_says_what_the_record_holds",
     ),
+    # What a run leaves on the disk
+    row(
+        "checkpoint-files-are-not-flushed",
+        "aepo/checkpoint.py",
+        "            _flush(path)\n",
+        "            pass\n",
+        "checkpoint test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name",
+    ),
+    row(
+        "records-are-not-flushed",
+        "aepo/run_log.py",
+        "self._write_left(name, flush=True)",
+        "self._write_left(name)",
+        "run_log test_what_was_logged_before_is_on_the_disk_after_a_flush",
+    ),
+    row(
+        "another-rope-theta-fits",
+        "aepo/checkpoint_fit.py",
+        '    "max_position_embeddings",\n',
+        '    "max_position_embeddings",\n    "rope_theta",\n    "rope_parameters",\n',
+        "checkpoint test_what_is_of_another_is_refused_before_anything_changes[theta]",
+    ),
+    row(
+        "notes-in-a-checkpoint-are-overwritten",
+        "aepo/run_directory.py",
+        "            _refuse_additions(path)\n",
+        "            pass\n",
+        "run_directory test_what_cannot_be_right_is_one_line_and_changes_nothing",
+    ),
+    row(
+        "overwrite-takes-the-wandb-files-of-others",
+        "aepo/run_directory.py",
+        "run-.+-{re.escape(wandb_id)}",
+        "run-.+",
+        "run_directory test_replacing_removes_the_files_of_its_own_run_from_wandb",
+    ),
 )
