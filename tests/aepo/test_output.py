@@ -23,6 +23,7 @@ from aepo.run_log import read_records
 HERE = Path(__file__).parent
 PATHS = f"{HERE}{os.pathsep}{HERE.parents[1]}"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT.pop("PYTHONUNBUFFERED", None)  # would hide what is not flushed
 ENVIRONMENT.pop("TRITON_INTERPRET", None)  # of the kernels' tests: NumPy's warnings come with it
 TOY = """
 import sys
