@@ -18,8 +18,8 @@ def main() -> None:
             _command_line()
     except SystemExit as end:
         sys.exit(end.code or status_of_output())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt:  # or nobody reads what is printed, which counts as one
+        sys.exit(status_of_output() or 130)
 
 
 def _command_line() -> None:

@@ -319,16 +319,11 @@ class PolicyConfig(Section):
 class OptimizerConfig(Section):
     section: ClassVar[str] = "optimizer"
     learning_rate: float = key(1e-6, "peak learning rate of AdamW", low=0)
-    betas: tuple[float, float] = key((0.9, 0.95), "AdamW", low=0, high=1)
+    betas: tuple[float, float] = key((0.9, 0.95), "AdamW", low=0, below=1)
     weight_decay: float = key(0.0, "AdamW, on matrices only", low=0)
     warmup_steps: int = key(0, "optimiser steps of linear warmup", low=0)
     schedule: Literal["constant", "linear"] = key("constant", "after warmup; linear falls to 0 at the last step")
     max_grad_norm: float = key(1.0, "gradients are scaled down to this norm; inf: never", above=0, infinite=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if max(self.betas) == 1:  # of which AdamW would say so without the setting's name
-            raise ValueError(f"optimizer.betas = {self.betas!r}: expected two numbers below 1")
 
 
 @dataclass(frozen=True)

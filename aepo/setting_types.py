@@ -28,12 +28,13 @@ def key(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
+    below: float | None = None,
     infinite: bool = False,
     empty: bool = False,
     instead: Mapping[str, str] = types.MappingProxyType({}),
     expected: str = "",
 ) -> Any:
-    """A setting: default, one line of help, and its range low <= value <= high, value > above. `infinite`: inf is a
+    """A setting: default, one line of help, and its range low <= value <= high, above < value < below. `infinite`: inf is a
     value; `empty`: so is the text without letters. `instead` is what to write for well-known names that are no values
     (in small letters, without separators); `expected` is the type in words where annotations cannot say it."""
     metadata: dict[str, Any] = {
@@ -41,6 +42,7 @@ def key(
         "low": low,
         "high": high,
         "above": above,
+        "below": below,
         "infinite": infinite,
         "empty": empty,
     }
@@ -175,6 +177,7 @@ def _in_range(number: float, limits: Mapping[str, Any]) -> bool:
         and (limits["low"] is None or number >= limits["low"])
         and (limits["high"] is None or number <= limits["high"])
         and (limits["above"] is None or number > limits["above"])
+        and (limits["below"] is None or number < limits["below"])
     )
 
 
@@ -222,7 +225,7 @@ def _settings(section: type[Section]) -> list[tuple[dataclasses.Field, Any, str]
     return settings
 
 
-_SIGNS = {"above": ">", "low": ">=", "high": "<="}
+_SIGNS = {"above": ">", "low": ">=", "high": "<=", "below": "<"}
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null", Any: "any"}
 
 

@@ -192,7 +192,6 @@ class Trainer:
         success = self._heldout_success()
         if self._saved == (self.step, success):
             return
-        self.log.flush()
         self.display.stage("checkpoint")
         self.log.flush()  # a checkpoint is never ahead of the records
         save_checkpoint(
@@ -237,8 +236,10 @@ class Trainer:
         KeyboardInterrupt where a signal came, which a terminal sends to the engines' processes, too."""
         interrupted = self.interrupt.came or isinstance(error, KeyboardInterrupt)
         reason = None if interrupted else str(error) or type(error).__name__
-        unsaved: BaseException | None = error if isinstance(error, CheckpointError) else None
-        if unsaved is None:
+        unsaved: BaseException | None = None
+        if isinstance(error, CheckpointError):
+            unsaved, reason = error, f"the state after step {self.step} is not saved: {error}"
+        else:
             try:
                 self.save()
                 saved = checkpoint_path(self.directory / "checkpoints", self.step)

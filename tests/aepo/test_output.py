@@ -23,6 +23,7 @@ from aepo.run_log import read_records
 HERE = Path(__file__).parent
 PATHS = f"{HERE}{os.pathsep}{HERE.parents[1]}"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT.pop("PYTHONUNBUFFERED", None)  # would hide what is not flushed
 ENVIRONMENT.pop("TRITON_INTERPRET", None)  # of the kernels' tests: NumPy's warnings come with it
 TOY = """
 import sys
@@ -116,7 +117,13 @@ def test_a_full_disk_behind_standard_output(forks: Forks, tmp_path: Path) -> Non
 def test_a_terminal_that_goes_away(forks: Forks, controlling: bool, tmp_path: Path) -> None:
     """With SIGHUP, where it is the terminal of the session; then every write to it fails with EIO."""
     ours, theirs = pty.openpty()
-    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "session": True, "controlling": controlling}
+    streams: dict[str, Any] = {
+        "stdin": theirs,
+        "stdout": theirs,
+        "stderr": theirs,
+        "session": True,
+        "controlling": controlling,
+    }
     forks.start("train", *ENDLESS, f"run.dir={tmp_path / 'run'}", **streams)
     os.close(theirs)
     while b"reward" not in os.read(ours, 4096):  # the first step
@@ -129,7 +136,7 @@ def test_a_terminal_that_goes_away(forks: Forks, controlling: bool, tmp_path: Pa
 @pytest.mark.slow
 def test_nohup_outlives_its_terminal(forks: Forks, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
-    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "session": True, "nohup": True}
+    streams: dict[str, Any] = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "session": True, "nohup": True}
     forks.start("train", "train.steps=3", *SMALL, f"run.dir={tmp_path / 'run'}", **streams)
     os.close(theirs)
     os.close(ours)
@@ -142,7 +149,7 @@ def test_nohup_outlives_its_terminal(forks: Forks, tmp_path: Path) -> None:
 def test_streams_that_nobody_wants(forks: Forks, which: str, tmp_path: Path) -> None:
     """Closed before the start, or standard error alone: the run goes on. No file gets the number of a closed one."""
     with open("/dev/full", "wb") as full:
-        closed = {"stdin": CLOSED, "stdout": CLOSED, "stderr": CLOSED}
+        closed: dict[str, Any] = {"stdin": CLOSED, "stdout": CLOSED, "stderr": CLOSED}
         forks.start(
             *("train", "train.steps=2", *SMALL, f"run.dir={tmp_path / 'run'}"),
             **(closed if which == "closed" else {"stderr": full.fileno()}),
@@ -211,7 +218,7 @@ def test_standard_error_that_is_lost_ends_nothing() -> None:
     program = COUNT + (
         "signal.signal(signal.SIGTERM, lambda *_: os._exit(3)); guard_output(); before = os.listdir('/dev/fd')\n"
         "print('lost', file=sys.stderr); sys.stderr.flush()\n"
-        "print(sys.stderr.buffer.lost.strerror, os.listdir('/dev/fd') == before)"
+        "print(sys.stderr.buffer.raw.lost.strerror, os.listdir('/dev/fd') == before)"
     )
     with open("/dev/full", "wb") as full:
         done = subprocess.run(

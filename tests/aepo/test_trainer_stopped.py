@@ -120,7 +120,8 @@ def test_a_signal_cannot_keep_a_failed_run_from_saving(tmp_path: Path) -> None:
     trainer._evaluate_if_due = lambda: None  # type: ignore[method-assign]
     trainer.sampler.rollout, trainer.save = rollout, interrupted_save  # type: ignore[method-assign]
     trainer.interrupt.allowed = left_open  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="the engine is gone"):
+    with pytest.raises((RuntimeError, KeyboardInterrupt)) as error:  # the latter would end all tests
         trainer.train()
+    assert error.type is RuntimeError
     assert [one.step for one in list_checkpoints(tmp_path / "run" / "checkpoints")] == [0]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"

@@ -491,7 +491,42 @@ MUTATIONS = (
         'random.Random("heldout")',
         "data test_a_share_is_held_out",
     ),
+    row(
+        "environments-stay-open",
+        "aepo/rollout/sampler.py",
+        "close_all([*opened, *sessions[len(growths) :]])",
+        "close_all(opened)",
+        "sampler_sessions test_a_prompt_that_cannot_be_made_leaves_no_environment_open",
+    ),
     # Training, evaluation and what is measured
+    row(
+        "every-epoch-has-the-same-learning-rates",
+        "aepo/trainer.py",
+        "self.learner.apply(step, count)",
+        "self.learner.apply(step, index)",
+        "settings_reach test_every_optimiser_step_has_the_learning_rate_of_its_place_in_the_run",
+    ),
+    row(
+        "nan-gradients-pass",
+        "aepo/learner.py",
+        'if not norm < float("inf")',
+        'if norm == float("inf")',
+        "trainer test_a_non_finite_step_changes_nothing_and_names_the_tokens",
+    ),
+    row(
+        "success-after-a-resume-is-not-saved",
+        "aepo/trainer.py",
+        "if self._saved == (self.step, success)",
+        "if self._saved is not None and self._saved[0] == self.step",
+        "trainer test_an_interrupted_evaluation_is_made_up_for",
+    ),
+    row(
+        "a-lost-state-is-no-error",
+        "aepo/trainer.py",
+        "if unsaved is not None and interrupted:",
+        "if False:",
+        "trainer_stopped test_a_state_that_an_interrupted_run_cannot_save_is_an_error",
+    ),
     row(
         "epochs-ignored",
         "aepo/trainer.py",
