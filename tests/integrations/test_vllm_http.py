@@ -3,6 +3,7 @@ what crosses between them."""
 
 import asyncio
 import contextlib
+import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -31,11 +32,11 @@ def complete(server, prompt, key=None, tokens=8, temperature=1.0, **more):
     body = {"prompt": list(prompt), "max_tokens": tokens, "temperature": temperature, "ignore_eos": True, **more}
     body |= {"logprobs": VOCAB, "return_tokens_as_token_ids": True}
     body |= {"vllm_xargs": {"aepo_key": key}} if key else {}
-    return server.post("/v1/completions", json=body)
+    return server.post("/v1/completions", content=json.dumps(body), headers={"Content-Type": "application/json"})
 
 
 def post(server, route, **body):
-    answer = server.post(f"/aepo/{route}", json=body)
+    answer = server.post(f"/aepo/{route}", content=json.dumps(body))
     return answer.status_code, answer.json()
 
 
@@ -257,7 +258,7 @@ def test_errors_do_not_repeat_a_body(server):
         ("weights/update", {"directory": marker}),
         ("weights/update", {marker: 1}),
     ):
-        answer = server.post(f"/aepo/{route}", json=body)
+        answer = server.post(f"/aepo/{route}", content=json.dumps(body))
         assert answer.status_code in (400, 409), route
         assert len(answer.content) < 1500
         assert "secret" * 10 not in answer.text

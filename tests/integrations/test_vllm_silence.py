@@ -99,7 +99,7 @@ class Server:
 @pytest.fixture
 def servers(monkeypatch) -> Iterator[tuple[Server, Server]]:
     monkeypatch.setattr(vllm_remote, "HEARTBEAT", 0.2)
-    monkeypatch.setattr(vllm_remote, "ANSWER", 0.5)
+    monkeypatch.setattr(vllm_remote, "ANSWER", 1.5)
     monkeypatch.setenv("VLLM_API_KEY", "the-key")
     pair = Server(), Server()
     yield pair
@@ -127,7 +127,7 @@ def test_every_request_has_the_key(servers):
 @pytest.mark.parametrize("path", ["/v1/models", "/aepo/status"])
 def test_a_server_that_is_silent_from_the_start(servers, path):
     del servers[0].answers[path]
-    with pytest.raises(ReplicaGoneError, match=r"does not answer: /.* took more than 0.[56] s"):
+    with pytest.raises(ReplicaGoneError, match=r"does not answer: /.* took more than [0-9.]+ s"):
         connect(servers[0])
 
 
@@ -182,7 +182,7 @@ def test_a_silent_weight_update(servers, monkeypatch):
     client = vllm_weight_clients.RemoteWeightClient(servers[0].url)
     manifest = {"withdraw": False, "files": [{"bytes": 5e6}]}
     for call in (client.start_weight_update, lambda: client.update_weights(manifest), client.reset_prefix_cache):
-        with pytest.raises(ReplicaGoneError, match=r"does not answer: /.* took more than 0.[56] s"):
+        with pytest.raises(ReplicaGoneError, match=r"does not answer: /.* took more than [0-9.]+ s"):
             call()
     with pytest.raises(ReplicaGoneError):
         client.finish_weight_update("3")
@@ -239,7 +239,7 @@ def endless(handler) -> None:
 
 
 def said(status: int, body: bytes, *headers: str) -> Callable[[BaseHTTPRequestHandler], None]:
-    head = "\r\n".join([f"HTTP/1.1 {status} X", f"Content-Length: {len(body)}", *headers])
+    head = "\r\n".join([f"HTTP/1.1 {status} X", f"Content-Length: {len(body)}", "Connection: close", *headers])
     return lambda handler: handler.wfile.write(head.encode() + b"\r\n\r\n" + body)
 
 
@@ -250,16 +250,16 @@ def test_a_server_that_drips_is_given_up(servers, path, slow):
     start = time.monotonic()
     if path in ("/v1/models", "/aepo/status"):
         servers[0].raw[path] = slow
-        with pytest.raises(ReplicaGoneError, match=r"does not answer: .* took more than 0.5 s"):
+        with pytest.raises(ReplicaGoneError, match=r"does not answer: .* took more than 1.5 s"):
             connect(servers[0])
     else:
-        engine = connect(*servers, longest=1.0)
+        engine = connect(*servers, longest=3.0)
         servers[0].raw[path] = slow
         results = generate(engine, *(ask(group) for group in "ab"))
         assert [result.token_ids for result in results] == [(5,)] * 2
         assert path in servers[0].asked
         engine.close()
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 20
 
 
 def test_a_weight_update_that_drips(servers, monkeypatch):
@@ -454,7 +454,9 @@ class Updated(Server):
         staged = []
         self.answers |= {
             "/aepo/weights/start": lambda _: self.calls.append("start") or {"nonces": ["n"]},
-            "/aepo/weights/update": lambda body: self.calls.append("update") or staged.append(body["version"]) or {},
+            "/aepo/weights/update": lambda body: (
+                self.calls.append("update") or staged.append(body["version"]) or {"ok": 1}
+            ),
             "/aepo/weights/finish": lambda _: setattr(self, "version", staged[-1]) or {"weight_version": self.version},
             "/aepo/weights/withdraw": lambda _: self.calls.append("withdraw") or {},
             "/aepo/weights/reset_prefix_cache": lambda _: {"success": True},
@@ -501,7 +503,8 @@ def test_a_server_that_has_loaded_other_weights(updated):
 @pytest.mark.parametrize("answer", [None, [], {"nonces": []}, {"nonces": [1]}, {"weight_version": 3}, {"success": 1}])
 def test_weight_answers_of_the_wrong_shape(updated, step, answer):
     engine = trainer(updated)
-    updated.answers[f"/aepo/weights/{step}"] = lambda _: answer
+    right = updated.answers[f"/aepo/weights/{step}"]
+    updated.answers[f"/aepo/weights/{step}"] = lambda body: right(body) and answer
     if step == "update" and isinstance(answer, dict):
         engine.refresh(4)  # says nothing that is needed
     else:

@@ -438,7 +438,10 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, dtype, value)
     broken = torch.zeros(4, 5)
     broken[3, 1] = value
     broken = broken.to(dtype)
-    tensors = [("good", torch.full((3,), torch.finfo(dtype).max).to(dtype)), ("none", torch.empty(0, 4, dtype=dtype))]
+    tensors = [
+        ("good", torch.full((3,), torch.finfo(dtype).max, dtype=torch.float64).to(dtype)),
+        ("none", torch.empty(0, 4, dtype=dtype)),
+    ]
     weights.write(tmp_path, Listed(tensors))
     (tmp_path / "00000.safetensors").unlink()
     if not broken.float().isfinite().all():

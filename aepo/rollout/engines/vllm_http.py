@@ -28,13 +28,17 @@ def api_key() -> str | None:
     return key
 
 
+def headers() -> dict[str, str]:
+    key = api_key()
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
 def http_client(url: str) -> httpx.AsyncClient:
     """Without a time to read in, which counts silence alone: `ask` limits the whole."""
-    key = api_key()
-    headers = {"Accept-Encoding": "identity"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+    sent = {"Accept-Encoding": "identity", **headers()}
     timeout = httpx.Timeout(None, connect=CONNECT)
     try:
-        return httpx.AsyncClient(base_url=url.rstrip("/"), timeout=timeout, headers=headers)
+        return httpx.AsyncClient(base_url=url.rstrip("/"), timeout=timeout, headers=sent)
     except httpx.InvalidURL as error:
         raise ReplicaError(f"{url}: {error}") from None
 

@@ -59,10 +59,10 @@ class RemoteReplica:
         it was started without what we need, which is named."""
         path, missing = "/aepo/status", "started without VLLM_PLUGINS=aepo"
         async with http_client(url) as client:
-            models = await ask(client, url, "/v1/models", method="GET", seconds=ANSWER)
+            answer = await ask(client, url, "/v1/models", method="GET", seconds=ANSWER)
+            with vllm_answers.checking(url, "/v1/models"):
+                model = vllm_answers.model_name(answer)
             answer = await ask(client, url, path, method="GET", seconds=ANSWER, if_not_found=missing)
-        with vllm_answers.checking(url, "/v1/models"):
-            model = vllm_answers.model_name(models)
         with vllm_answers.checking(url, path):
             status = vllm_answers.status(answer)
         for name, found, expected in (
