@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from aepo.install import COMMANDS, DISTRIBUTION, explain_missing, pip_install
@@ -14,12 +15,13 @@ def main() -> None:
     """Run the command line; what it printed and nobody could read makes an exit code of 0 another one."""
     guard_output()
     try:
-        with Interrupt() as interrupt, interrupt.allowed():  # from here on, also where a command only imports
+        # Ctrl-C from here on, also where a command only imports. What SIGTERM ends there has nothing to put away.
+        with Interrupt([signal.SIGINT]) as interrupt, interrupt.allowed():
             _command_line()
     except SystemExit as end:
         sys.exit(end.code or status_of_output())
-    except KeyboardInterrupt:  # or nobody reads what is printed, which counts as one
-        sys.exit(status_of_output() or 130)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _command_line() -> None:

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import FrameType, TracebackType
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -23,14 +23,15 @@ class Interrupt:
     installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, signals: Collection[signal.Signals] = SIGNALS) -> None:
+        self._signals = signals
         self._came = self._allowed = False
         self._raised = -math.inf
 
     def __enter__(self) -> Interrupt:
         self._before = {}
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in self._signals:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._on_signal)
         return self

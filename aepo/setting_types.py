@@ -34,9 +34,9 @@ def key(
     instead: Mapping[str, str] = types.MappingProxyType({}),
     expected: str = "",
 ) -> Any:
-    """A setting: default, one line of help, and its range low <= value <= high, above < value < below. `infinite`: inf is a
-    value; `empty`: so is the text without letters. `instead` is what to write for well-known names that are no values
-    (in small letters, without separators); `expected` is the type in words where annotations cannot say it."""
+    """A setting: default, one line of help, and its range low <= value <= high, above < value < below. `infinite`: inf
+    is a value; `empty`: so is the text without letters. `instead` is what to write for well-known names that are no
+    values (in small letters, without separators); `expected` is the type in words where annotations cannot say it."""
     metadata: dict[str, Any] = {
         "help": help,
         "low": low,

@@ -89,6 +89,8 @@ def test_a_file_system_without_locks_has_a_cache_too(tmp_path: Path, monkeypatch
     (tmp_path / "model.others").mkdir()
     assert cached(tmp_path / "model", write) == tmp_path / "model"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.others"]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with one model."""
