@@ -396,10 +396,10 @@ def _split(path: Path, step: int) -> tuple[bytes, bytes]:
 
 def _setting_names(path: Path) -> list[str]:
     """section.setting of a YAML file; none where it cannot be read as such, which whoever loads it says better."""
-    from omegaconf import OmegaConf
+    import yaml
 
     try:
-        sections: Any = OmegaConf.to_container(OmegaConf.load(path))
+        sections: Any = yaml.safe_load(path.read_bytes())
         return [f"{section}.{name}" for section, content in sections.items() for name in content]
     except Exception:  # of YAML, and of the values that it makes
         return []
