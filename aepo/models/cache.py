@@ -16,8 +16,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from aepo.registry import error_text
 
 SUMS = "SHA256SUMS"
@@ -100,6 +98,8 @@ def _lock(descriptor: int) -> bool | None:
 
 @contextlib.contextmanager
 def _naming(cache_dir: Path) -> Iterator[None]:
+    from safetensors import SafetensorError  # not before a model is made: the kernels alone do without
+
     try:
         yield
     except (OSError, SafetensorError) as error:
