@@ -41,7 +41,8 @@ def finish(llm):
 
 
 @pytest.mark.parametrize(
-    ("key", "n", "message"), [("", 1, "non-empty str"), (7, 1, "non-empty str"), ("k", 2, "n must be 1")]
+    ("key", "n", "message"),
+    [*((key, 1, "a str of 1 to 256 characters") for key in ("", 7, "k" * 257, "\ud800")), ("k", 2, "n must be 1")],
 )
 def test_requests_that_cannot_be_tracked(llm, key, n, message):
     with pytest.raises(VLLMValidationError, match=message):
