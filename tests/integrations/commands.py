@@ -14,7 +14,13 @@ ROOT = Path(__file__).parents[2]
 
 def start(*arguments: str | Path, stderr: int = subprocess.STDOUT) -> subprocess.Popen[str]:
     """In a session of its own, as a shell would, without what this process sets for engines inside it."""
-    inside = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "VLLM_LOGGING_STREAM", "TRITON_INTERPRET")
+    inside = (
+        "VLLM_ENABLE_V1_MULTIPROCESSING",
+        "VLLM_USE_V2_MODEL_RUNNER",
+        "VLLM_LOGGING_LEVEL",
+        "VLLM_LOGGING_STREAM",
+        "TRITON_INTERPRET",
+    )
     environment = {name: value for name, value in os.environ.items() if name not in inside}
     command = [sys.executable, "-m", "aepo.cli", *map(str, arguments)]
     return subprocess.Popen(
