@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import math
 import os
@@ -36,6 +35,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aepo.checkpoint_fit import MOMENTS, model_problem, moments_problem, state_problem, stored_weights
+from aepo.file_sums import sha256_of
 from aepo.registry import error_text
 from aepo.run_records import Fingerprints
 from aepo.tensor_file import write_tensors
@@ -230,7 +230,7 @@ def _write(
     (directory / "run.yaml").write_text(config_yaml, encoding="utf-8")
     for path in directory.rglob("*"):
         if path.is_file() and path.name not in sums:
-            sums[path.relative_to(directory).as_posix()] = _sha256(path)
+            sums[path.relative_to(directory).as_posix()] = sha256_of(path)
     (directory / SUMS).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
 
 
@@ -270,7 +270,7 @@ def _problem(path: Path) -> str | None:
         return f"{path / SUMS} is cut off"
     for name, checksum in expected.items():
         try:
-            if _sha256(path / name) != checksum:
+            if sha256_of(path / name) != checksum:
                 return f"{path / name} does not have the checksum it was written with"
         except (OSError, ValueError) as error:
             return f"{path / name} cannot be read ({error})"
@@ -359,14 +359,6 @@ def _warns(what: str) -> Iterator[None]:
     except Exception as error:
         with contextlib.suppress(OSError, ValueError):  # standard error may be closed
             print(f"warning: {what}: {error_text(error)}", file=sys.stderr)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import shutil
 import sys
@@ -16,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from aepo.file_sums import sha256_of
 from aepo.registry import error_text
 
 SUMS = "SHA256SUMS"
@@ -35,7 +35,7 @@ def cached(target: Path, make: Callable[[Path], None]) -> Path:
         with _partial(target) as partial:
             make(partial)
             names = sorted(path.name for path in partial.iterdir())
-            (partial / SUMS).write_text("".join(f"{_sha256(partial / name)}  {name}\n" for name in names))
+            (partial / SUMS).write_text("".join(f"{sha256_of(partial / name)}  {name}\n" for name in names))
             if not _whole(target):
                 if target.exists():
                     print(f"warning: {target} is not what was written, and is made again", file=sys.stderr)
@@ -54,7 +54,7 @@ def cached(target: Path, make: Callable[[Path], None]) -> Path:
 def _whole(target: Path) -> bool:
     try:
         sums = [line.partition("  ")[::2] for line in (target / SUMS).read_text().splitlines()]
-        return bool(sums) and all(_sha256(target / name) == checksum for checksum, name in sums)
+        return bool(sums) and all(sha256_of(target / name) == checksum for checksum, name in sums)
     except (OSError, ValueError):
         return False
 
@@ -106,11 +106,3 @@ def _naming(cache_dir: Path) -> Iterator[None]:
         raise ValueError(
             f"model.cache_dir = {str(cache_dir)!r}: expected a directory to write to: {error_text(error)}"
         ) from error
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -20,7 +20,15 @@ FLOORS = (
     ("aepo_kernels.reference", "aepo_kernels.kernels", "aepo_kernels.cuda"),
     ("aepo_kernels.ops", "aepo_kernels.linear_head"),
     ("aepo_kernels",),
-    ("aepo.types", "aepo.install", "aepo.output", "aepo.registry", "aepo.own_code", "aepo.setting_types"),
+    (
+        "aepo.types",
+        "aepo.file_sums",
+        "aepo.install",
+        "aepo.output",
+        "aepo.registry",
+        "aepo.own_code",
+        "aepo.setting_types",
+    ),
     ("aepo.yaml_settings",),
     ("aepo.settings_reading",),
     ("aepo.config",),
@@ -134,7 +142,15 @@ def test_heavy_packages_have_their_rooms():
 
 def test_config_and_types_need_no_torch():
     late = ("aepo", "aepo.own_loss")  # which looks its version up late; which has torch in its annotations
-    free = ("aepo.types", "aepo.install", "aepo.registry", "aepo.own_code", "aepo.report", "aepo.config")
+    free = (
+        "aepo.types",
+        "aepo.file_sums",
+        "aepo.install",
+        "aepo.registry",
+        "aepo.own_code",
+        "aepo.report",
+        "aepo.config",
+    )
     settings = ("aepo.setting_types", "aepo.yaml_settings", "aepo.settings_reading")
     for module in (*late, *free, *settings):
         loaded = imports(MODULES[module], module_level=module in late)
