@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 from aepo.agents.protocol import AgentError, Session
 from aepo.config import RolloutConfig
+from aepo.interrupt import heard_by_main_thread
 from aepo.rollout.branching import BranchRule
 from aepo.rollout.engine import Engine, Generation
 from aepo.rollout.growth import Growth, PathState
@@ -113,7 +114,8 @@ class Sampler:
         judge: Judge | None = None,
     ) -> list[RolloutTree]:
         """`rollout_async` for callers without an event loop."""
-        return asyncio.run(self.rollout_async(questions, seed, progress=progress, judge=judge))
+        with heard_by_main_thread():
+            return asyncio.run(self.rollout_async(questions, seed, progress=progress, judge=judge))
 
     async def rollout_async(
         self,

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
 import signal
+import subprocess
 import threading
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from aepo import interrupt as module
-from aepo.interrupt import SIGNALS, Interrupt
+from aepo.interrupt import SIGNALS, WAKE, Interrupt, heard_by_main_thread
+from aepo.rollout.engines.vllm import LoopThread
+from aepo.rollout.sampler import Sampler
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -102,3 +109,93 @@ def test_another_thread_installs_nothing() -> None:
     thread.start()
     thread.join()
     assert seen == [before, False]
+
+
+LONG = 20.0  # seconds that the main thread waits if it hears nothing
+PROMPT = 5.0  # seconds in which it must hear it, on a busy machine
+
+
+@contextlib.contextmanager
+def received_by_another_thread(number: int) -> Iterator[None]:
+    """As happens where that one unblocks signals when this one is about to be woken. KeyboardInterrupt, promptly."""
+    sent: list[float] = []
+
+    def work() -> None:
+        time.sleep(0.3)  # until the main thread waits
+        sent.append(time.monotonic())
+        signal.pthread_kill(threading.get_ident(), number)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+        assert time.monotonic() - sent[0] < PROMPT
+    finally:
+        thread.join()
+
+
+def a_process() -> None:
+    with subprocess.Popen(["sleep", str(LONG)]) as process:
+        try:
+            process.wait()
+        finally:
+            process.kill()
+
+
+WAITS: dict[str, Callable[[], object]] = {
+    "lock": lambda: threading.Event().wait(LONG),
+    "event loop": lambda: asyncio.run(asyncio.sleep(LONG)),
+    "process": a_process,
+    "sleep": lambda: time.sleep(LONG),
+}
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
+def test_one_that_another_thread_received_is_heard(wait: Callable[[], object], number: signal.Signals) -> None:
+    with Interrupt() as interrupt, received_by_another_thread(number), interrupt.allowed():
+        wait()
+
+
+def test_one_that_another_thread_received_is_heard_by_an_engine_and_a_rollout_of_ones_own() -> None:
+    """Without `Interrupt`, as where somebody calls them from a script."""
+    loop = LoopThread()
+    with received_by_another_thread(signal.SIGINT):
+        loop.run(asyncio.sleep(LONG))
+    loop.close()
+
+    class Endless(Sampler):
+        async def rollout_async(self, *asked: object, **more: object) -> list:  # type: ignore[override,type-arg]
+            await asyncio.sleep(LONG)
+            return []
+
+    with received_by_another_thread(signal.SIGINT):
+        Endless(None, None, None).rollout([], 0)  # type: ignore[arg-type]
+
+
+def test_what_hears_them_is_put_away() -> None:
+    before, threads = signal.getsignal(WAKE), threading.active_count()
+    files = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        with Interrupt(), heard_by_main_thread(), Interrupt([signal.SIGINT]):
+            assert threading.active_count() == threads + 1, "one for all of them"
+        assert signal.set_wakeup_fd(-1) == -1
+        assert signal.getsignal(WAKE) is before
+        assert threading.active_count() == threads
+        assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_somebody_elses_wakeup_descriptor_stays() -> None:
+    received, arrives = os.pipe()
+    os.set_blocking(arrives, False)
+    signal.set_wakeup_fd(arrives)
+    try:
+        with Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGTERM)
+            assert interrupt.came
+            assert os.read(received, 1) == bytes([signal.SIGTERM])
+    finally:
+        assert signal.set_wakeup_fd(-1) == arrives
+        os.close(received)
+        os.close(arrives)

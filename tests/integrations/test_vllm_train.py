@@ -92,6 +92,9 @@ def test_kill_9_leaves_neither_process_nor_file(tmp_path, monkeypatch, moment):
     assert wait_until(lambda: not members(trainer.pid), 40), members(trainer.pid)
     assert wait_until(lambda: not list(run.glob(".engine-*")), 10)
     assert wait_until(lambda: not list(weights.iterdir()), 10)
-    ours = [path for path in temporary.iterdir() if not path.name.startswith("torchinductor_")]
-    assert not ours, "sockets and the like"
+
+    def ours() -> list[Path]:
+        return [path for path in temporary.iterdir() if not path.name.startswith("torchinductor_")]
+
+    assert wait_until(lambda: not ours(), 10), f"sockets and the like: {ours()}"
     shutil.rmtree(temporary)

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from aepo.config import VLLMConfig
+from aepo.interrupt import heard_by_main_thread
 from aepo.rollout.engine import EngineCounters, Generation, GenerationRequest, check_request
 from aepo.rollout.engines.orphans import OrphanGuard, temporary_directory
 from aepo.rollout.engines.weight_directory import PREFIX
@@ -125,7 +126,8 @@ class LoopThread:
         """Wait for it, in this thread; it is cancelled if that ends early. TimeoutError: after `timeout` seconds."""
         future = self.submit(work)
         try:
-            return future.result(timeout)
+            with heard_by_main_thread():
+                return future.result(timeout)
         except FutureTimeoutError:  # its own name before Python 3.11
             future.cancel()
             raise TimeoutError from None
