@@ -328,7 +328,8 @@ def _remove_wandb(folder: Path, wandb_id: str | None) -> None:
     """The files of this run's id, and the links to them."""
     if wandb_id is None:
         return
-    own = re.compile(rf"(offline-)?run-.+-{re.escape(wandb_id)}")
+    # With a number behind it where a run was resumed within a second of its start
+    own = re.compile(rf"(offline-)?run-.+-{re.escape(wandb_id)}(-\d+)?")
     for path in _entries(folder):
         parts = Path(os.readlink(path)).parts if path.is_symlink() else (path.name,)
         if any(own.fullmatch(part) for part in parts):

@@ -25,14 +25,13 @@ has finished. This page looks again every two seconds.</p></html>"""
 
 
 def serve_report(runs: Sequence[Path], port: int = 8765) -> None:
-    """Serve the page at http://127.0.0.1:PORT until Ctrl-C; it follows the run directories while the runs go on.
+    """Serve the page at http://127.0.0.1:PORT, which follows the run directories, until a KeyboardInterrupt.
 
     port 0: any free one. ValueError: as `write_report`, but a run may have nothing to show yet; or the port is taken.
     """
     with make_server(runs, port) as server:
         print(f"live report: http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever()
+        server.serve_forever()
 
 
 class LiveReport:

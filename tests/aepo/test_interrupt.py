@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,15 @@ from aepo import interrupt as module
 from aepo.interrupt import SIGNALS, WAKE, Interrupt, heard_by_main_thread
 from aepo.rollout.engines.vllm import LoopThread
 from aepo.rollout.sampler import Sampler
+
+
+@pytest.fixture(autouse=True)
+def handled() -> Iterator[None]:
+    """All of them, also where whoever runs the tests ignores one (nohup)."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -71,12 +81,65 @@ def test_where_the_putting_away_hangs_another_one_ends_it(monkeypatch: pytest.Mo
         pytest.fail("raised again")
 
 
-def test_one_that_was_swallowed_is_raised_at_the_next_check() -> None:
+def test_one_that_was_swallowed_is_raised_where_allowed_ends_and_at_the_next_check() -> None:
     with Interrupt() as interrupt:
-        with interrupt.allowed(), contextlib.suppress(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), interrupt.allowed(), contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             interrupt.check()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_one_that_came_during_a_destructor_comes_again(number: signal.Signals) -> None:
+    """Python drops what is raised there, and a rollout would go on for minutes."""
+
+    class Dropped:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+            gone.append(True)
+
+    gone: list[bool] = []
+    begin = time.monotonic()
+    with Interrupt() as interrupt, pytest.raises(KeyboardInterrupt), interrupt.allowed():  # noqa: PT012
+        made = Dropped()
+        del made
+        time.sleep(LONG)
+    assert time.monotonic() - begin < PROMPT
+    assert not gone, "it was raised there"
+
+
+def test_another_error_of_a_destructor_is_told_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: told.append(dropped.exc_value))
+    hook = sys.unraisablehook
+
+    class Broken:
+        def __del__(self) -> None:
+            raise ValueError("no")
+
+    with Interrupt(), Interrupt():
+        made = Broken()
+        del made
+    assert [str(one) for one in told] == ["no"]
+    assert sys.unraisablehook is hook
+
+
+def test_one_inside_of_another_has_what_came_to_it_and_hands_out_what_comes() -> None:
+    with Interrupt() as outer:
+        signal.raise_signal(signal.SIGTERM)
+        with Interrupt() as inner:
+            assert inner.came
+            with pytest.raises(KeyboardInterrupt):
+                inner.check()
+    with Interrupt() as outer:
+        with Interrupt() as inner:
+            assert not inner.came, "that of another time"
+            signal.raise_signal(signal.SIGTERM)
+        assert outer.came
+        with pytest.raises(KeyboardInterrupt), outer.allowed():
+            pytest.fail("raised at the door")
+    with Interrupt() as after:
+        assert not after.came
 
 
 def test_hold_inside_of_allowed() -> None:

@@ -70,7 +70,9 @@ def start(script: Path, moment: str, child: str = "ends") -> subprocess.Popen[st
     (script.parent / "run").mkdir()
     arguments = [sys.executable, str(script), str(script.parent / "run"), moment, child]
     environment = {**os.environ, "PYTHONPATH": str(Path(orphans.__file__).parent)}
-    return subprocess.Popen(arguments, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        arguments, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
+    )
 
 
 def wait_until(condition, seconds: float = 10.0) -> bool:
@@ -119,6 +121,25 @@ def test_an_engine_and_its_worker_end_with_their_trainer(script, child):
         assert (time.monotonic() - killed > orphans.GRACE) == (child == "ignores")
         assert wait_until(lambda: left(script) == ["weights-2"]), left(script)
         assert wait_until(lambda: not memory.exists())
+    finally:
+        for pid in filter(alive, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM])
+def test_what_a_terminal_sends_to_all_of_them_leaves_no_shared_memory(script, number):
+    """It is the tracker that removes it, which gets the signal, too."""
+    parent = start(script, "later")
+    pids = [int(parent.stdout.readline()) for _ in range(2)]
+    private = script.parent / "run" / "private"
+    assert wait_until((private / "memory").exists)
+    memory = Path("/dev/shm", (private / "memory").read_text())
+    try:
+        os.killpg(parent.pid, number)
+        parent.wait(10)
+        assert wait_until(lambda: not any(map(alive, pids)), 20)
+        assert wait_until(lambda: not memory.exists())
+        assert wait_until(lambda: left(script) == ["weights-2"]), left(script)
     finally:
         for pid in filter(alive, pids):
             os.kill(pid, signal.SIGKILL)
