@@ -1,19 +1,22 @@
-"""Whether what a checkpoint holds is of this model and this optimizer. Nothing is changed by asking."""
+"""Whether what a checkpoint holds is of this model, tokenizer and optimizer. Nothing is changed by asking."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from aepo.registry import error_text
-from aepo.tensor_file import DTYPES, is_finite
+from aepo.tensor_file import DTYPES, is_finite, sha256_of_tensors
+
+if TYPE_CHECKING:
+    from aepo.models.language_model import LanguageModel
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 # Of the configuration: what says nothing about which function of its tokens the model is. (Where positions have a
@@ -80,6 +83,49 @@ def moments_problem(path: Path, trained: Mapping[str, Tensor], optimizer: str, s
         for key in MOMENTS
     }
     return _tensors_problem(file, wanted, set(wanted))
+
+
+def require_tokenizer(path: Path, language_model: LanguageModel, name: str) -> None:
+    """ValueError, in one line: the tokenizer, or what ends a text, is not as in this checkpoint. name: model.name.
+
+    Both tokenizers are loaded by the same code, so that another version of transformers is no difference. The chat
+    template is not looked at here: it is of the format (`aepo.agents.remembered`).
+    """
+    if problem := _tokenizer_problem(path, language_model):
+        raise ValueError(
+            f"model.name = {name!r}: expected the tokenizer that the run has trained with, got another one: {problem}. "
+            f"Put the files of the run's back, which are in {path}"
+        )
+
+
+def _tokenizer_problem(path: Path, language_model: LanguageModel) -> str | None:
+    try:
+        written = _tokenizer_parts(AutoTokenizer.from_pretrained(path, local_files_only=True))
+    except Exception as error:  # transformers has no kind of its own
+        return f"that of {path.name} cannot be loaded: {error_text(error)}"
+    here = _tokenizer_parts(language_model.tokenizer)
+    if part := next((part for part in here if here[part] != written.get(part)), None):
+        return f"its {part} is not as in {path.name}"
+    file = path / "generation_config.json"
+    if file.is_file():  # the first checkpoints have none
+        was = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        now = getattr(getattr(language_model.model, "generation_config", None), "eos_token_id", None)
+        if was != now:
+            return f"{file.name}: eos_token_id was {was!r}, here it is {now!r}"
+    return None
+
+
+def _tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """All that decides what a text's tokens are. Every call sets truncation and padding anew."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts["vocabulary"] = parts.pop("model")
+    roles = {role: token for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return {part: value for part, value in parts.items() if part not in ("truncation", "padding")} | roles
+
+
+def weights_sha256(model: PreTrainedModel) -> str:
+    """Of all weights as they are, in their type."""
+    return sha256_of_tensors({names[0]: tensor for names, tensor in stored_weights(model)})
 
 
 def stored_weights(model: PreTrainedModel) -> Iterator[tuple[tuple[str, ...], Tensor]]:

@@ -54,6 +54,10 @@ class Learner:
         if config.policy.reference if self.own_loss is not None else self.objective.kl_coef != 0:
             self._reference = copy.deepcopy(model).requires_grad_(False)
 
+    @property
+    def has_reference(self) -> bool:
+        return self._reference is not None
+
     def pack(self, samples: Sequence[Sample], questions: int) -> list[Minibatch]:
         """One minibatch per optimiser step of an epoch; whole questions stay together. An empty one is left out."""
         train = self._config.train

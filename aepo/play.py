@@ -21,6 +21,7 @@ from aepo.agents.question_checks import Context, Split, check_questions, fitting
 from aepo.agents.remembered import agent_facts, agent_parts, not_as_recorded
 from aepo.answers import AnsweredQuestion, read_answers, write_answers
 from aepo.checkpoint import checkpoint_path, load_weights
+from aepo.checkpoint_fit import require_tokenizer
 from aepo.config import Config, config_value
 from aepo.engine_factory import make_engine
 from aepo.estimates import Interval
@@ -88,7 +89,9 @@ def loaded(subject: Subject, console: Console, own_rule: str | None = None) -> I
                 say(console, f"not as in the run: {difference}")
             for edited in code_changes(recorded.get("code"), code):
                 say(console, f"warning: {edited}")
-            load_weights(checkpoint_path(subject.run / "checkpoints", subject.step), language_model.model)
+            checkpoint = checkpoint_path(subject.run / "checkpoints", subject.step)
+            load_weights(checkpoint, language_model.model)
+            require_tokenizer(checkpoint, language_model, config.model.name)
         directory = stack.enter_context(tempfile.TemporaryDirectory())  # where vLLM gets the weights from; not in a run
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=directory))
         engine = make_engine(config, language_model, agent.format.eos_ids, subject.step or 0)

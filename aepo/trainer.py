@@ -10,7 +10,7 @@ import contextlib
 import random
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,6 +20,7 @@ from aepo.agents.agent import Agent
 from aepo.agents.question_checks import Context, check_questions, fitting, one_of_each_row
 from aepo.agents.remembered import agent_facts, agent_parts, not_as_recorded
 from aepo.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, records_before, save_checkpoint
+from aepo.checkpoint_fit import require_tokenizer, weights_sha256
 from aepo.config import Config, changed_settings, load_config, to_yaml
 from aepo.display import Display
 from aepo.engine_factory import make_engine
@@ -49,8 +50,9 @@ class Trainer:
     The language model's weights are trained in place. resume_step: continue from the checkpoint of that step in
     `config.run.dir`; None: a new run, which must not find another one there, or is to `overwrite` it: it is replaced
     when all else is in order. OSError: another process works there. ValueError: the run was begun with another agent
-    (task, data, format, tools, rewards), unless `named`, the settings that were given for this time, holds one that
-    says that it is meant. What differs, settings and edited code too, is printed and recorded.
+    (task, data, format, tools, rewards) or another reference, unless `named`, the settings that were given for this
+    time, holds one that says that it is meant; or with another tokenizer. What differs, settings and edited code too,
+    is printed and recorded.
     """
 
     def __init__(
@@ -86,10 +88,14 @@ class Trainer:
             check_questions(agent, self.heldout, "held-out", self.display.console)
             rule = branch_rule(config.rollout)
             self.learner = Learner(language_model.model, config, agent.format.decode)
+            if resume_step is None or self.learner.has_reference:
+                self._remembered["starting_weights"] = weights_sha256(language_model.model)
+                changed += _other_reference(config, recorded, self._remembered["starting_weights"], named)
             self.step = 0
             if resume_step is not None:
                 path = checkpoint_path(self.directory / "checkpoints", resume_step)
                 self.step = load_checkpoint(path, self.learner.model, self.learner.optimizer)
+                require_tokenizer(path, language_model, config.model.name)
                 require_records(self.directory, records_before(path), path)
                 if self.step > config.train.steps:
                     raise ValueError(
@@ -325,6 +331,23 @@ def _changed_settings(then: Path, config: Config) -> list[str]:
     before = load_config(then)
     changed = changed_settings(before, config)
     return [f"{name} was {was!r} and is {now!r}" for name, (was, now) in changed.items() if name != "run.dir"]
+
+
+def _other_reference(
+    config: Config, recorded: Mapping[str, Any] | None, digest: str, named: Collection[str]
+) -> list[str]:
+    """What the run is told of the frozen weights where they are others than it was begun with. ValueError: nothing in
+    the command says that this is meant. Runs of before have no record of them."""
+    was = (recorded or {}).get("starting_weights", digest)
+    if was == digest:
+        return []
+    if not {"model.name", "model.dtype"} & {*named}:
+        raise ValueError(
+            f"model.name = {config.model.name!r}: expected the weights that {config.run.dir} was begun with, which are "
+            f"its reference (SHA-256 {was[:12]}..), got others ({digest[:12]}..). Put them back, or give model.name in "
+            "this command, to say that these are meant from here on"
+        )
+    return [f"the frozen starting weights were {was[:12]}.. and are {digest[:12]}.."]
 
 
 def _own_functions(config: Config) -> dict[str, list[Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import typing
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any, Literal
 
 import yaml
@@ -122,7 +123,7 @@ def read(node: yaml.Node, hint: Any) -> Any:
     kinds = alternatives(hint)
     if isinstance(node, yaml.ScalarNode):
         behind = re.match(r"[ \t]+(#[^\s#].*)", node.end_mark.buffer[node.end_mark.pointer :])
-        if behind and node.tag == _PLAIN and node.value and str in kinds:
+        if behind and node.tag == _PLAIN and node.value and _holds_text(hint):
             raise ValueError(
                 f"{behind[1]!r} behind {node.value!r} is a comment in YAML: expected quotes around the whole text, or "
                 "a space after the #"
@@ -146,7 +147,7 @@ def read_plain(text: str, hint: Any) -> Any:
     if text in _NULL and (type(None) in kinds or not texts):
         return None
     if (float in kinds or int in kinds) and (number := _number(text, words=float in kinds)) is not None:
-        return number
+        return number if float in kinds or _exact(number, text) else text
     if texts:
         return text
     if _list_of_any_length(hint):
@@ -162,6 +163,12 @@ def _name(node: yaml.ScalarNode) -> str | int:
 
 def takes_text(hint: Any) -> bool:
     return any(kind is str or typing.get_origin(kind) is Literal for kind in alternatives(hint))
+
+
+def _holds_text(hint: Any) -> bool:
+    """Whether a scalar may be any text there, also as the one element of a list that is written without brackets."""
+    kinds = [elements_of(kind) or kind for kind in alternatives(hint)]
+    return str in kinds or Any in kinds
 
 
 def _list_of_any_length(hint: Any) -> bool:
@@ -182,6 +189,11 @@ def _any(text: str) -> Any:
     return text if number is None else number
 
 
+def _exact(number: float, text: str) -> bool:
+    """Not 0.99999999999999999999, which would be an integer once it is rounded."""
+    return isinstance(number, int) or not number.is_integer() or number == 0 or Decimal(text) == number
+
+
 def _number(text: str, words: bool) -> float | None:
     """As Python writes numbers, so that 012 is none; YAML's .inf and .nan, and with `words` inf and nan."""
     if not text.isascii() or text != text.strip():
@@ -196,4 +208,5 @@ def _number(text: str, words: bool) -> float | None:
         number = float(text) if re.search(r"[.eE]", text) else None
     except ValueError:
         return None
-    return None if number in (float("inf"), float("-inf")) else number  # 1e999
+    underflows = number == 0 and re.search("[1-9]", re.split("[eE]", text)[0])
+    return None if number in (float("inf"), float("-inf")) or underflows else number  # 1e999, 1e-999

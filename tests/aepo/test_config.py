@@ -111,6 +111,10 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("policy.eps_high=inf", "policy.eps_high = inf: expected a number or null >= 0, a finite one"),
         ("task.success=nan", "task.success = nan: expected a number, a finite one"),
         ("train.steps=1e16", "train.steps = 1e+16: expected an integer >= 0"),
+        ("train.steps=1e-400", "train.steps = '1e-400': expected an integer >= 0"),
+        ("train.steps=0.99999999999999999999", "train.steps = '0.99999999999999999999': expected an integer >= 0"),
+        ("train.steps=2.00000000000000000001", "train.steps = '2.00000000000000000001': expected an integer >= 0"),
+        ("optimizer.weight_decay=-1e-999", "optimizer.weight_decay = '-1e-999': expected a number >= 0"),
         ("train.steps=inf", "train.steps = 'inf': expected an integer >= 0"),
         ("train.steps=true", "train.steps = True: expected an integer >= 0"),
         ("train.steps=010", "train.steps = '010': expected an integer >= 0"),
@@ -268,6 +272,15 @@ def test_old_log_probs_follow_the_engine() -> None:
         ("run:\n  dir: [x]\n", "run.dir = ['x']: expected a text (in"),
         ("run:\n  dir: runs/exp #2\n", "run.dir: '#2' behind 'runs/exp' is a comment in YAML: expected quotes around"),
         ("task:\n  tools: [\n   a #2\n  ]\n", "task.tools: '#2' behind 'a' is a comment in YAML"),
+        ("task:\n  tools: my_tools:look_up #2\n", "task.tools: '#2' behind 'my_tools:look_up' is a comment in YAML"),
+        ("vllm:\n  endpoints: http://a:8000 #2\n", "vllm.endpoints: '#2' behind 'http://a:8000' is a comment in"),
+        ("task:\n  rewards: a:b #2\n", "task.rewards: '#2' behind 'a:b' is a comment in YAML"),
+        ("task:\n  rewards:\n  - a:b #2\n", "task.rewards: '#2' behind 'a:b' is a comment in YAML"),
+        ("task:\n  rewards:\n    a:b: 1 #2\n", "task.rewards: '#2' behind '1' is a comment in YAML"),
+        ("task:\n  options:\n    x: runs/exp #2\n", "task.options: '#2' behind 'runs/exp' is a comment in YAML"),
+        ("task:\n  options:\n    x: [{y: a #2\n    }]\n", "task.options: '#2' behind 'a' is a comment in YAML"),
+        ("format:\n  chat_template_kwargs:\n    a: x #y\n", "format.chat_template_kwargs: '#y' behind 'x' is a"),
+        ("task:\n  train: rows #2\n", "task.train: '#2' behind 'rows' is a comment in YAML"),
         ("run:\n  dir: {x: 1}\n", "run.dir = {'x': 1}: expected a text (in"),
         ("run:\n  dir: a: b\n", "wrong.yaml, line 2: cannot be read as YAML: mapping values are not allowed here"),
         ("run:\n  dir: @x\n", "wrong.yaml, line 2: cannot be read as YAML: found character '@' that cannot start"),
@@ -546,3 +559,19 @@ def test_an_override_is_not_blamed_on_the_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train\.steps = -1") as error:
         load_config(tmp_path / "run.yaml", ["train.steps=-1"])
     assert "run.yaml" not in str(error.value)
+
+
+def test_a_comment_without_a_space_is_one_where_no_text_may_stand(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "train:\n  steps: 4 #few\neval:\n  pass_at: 1 #one\n  every: 0.0e-999 #none\nrun:\n  device: cpu #2\n"
+    )
+    config = load_config(file)
+    assert (config.train.steps, config.eval.pass_at, config.eval.every, config.run.device) == (4, (1,), 0, "cpu")
+
+
+def test_a_number_that_is_rounded_is_that_number() -> None:
+    settings = ["optimizer.learning_rate=0.99999999999999999999", "optimizer.weight_decay=5e-324", "train.steps=2.00"]
+    config = load_config(overrides=[*settings, "task.options={a: 0.99999999999999999999, b: 1e-999}", "task.name=a:b"])
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay, config.train.steps) == (1.0, 5e-324, 2)
+    assert config.task.options == {"a": 1.0, "b": "1e-999"}
