@@ -11,6 +11,7 @@ import mmap
 import os
 import re
 import shutil
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from vllm.distributed.weight_transfer.base import ModuleSource, ParamMeta
 from aepo.vllm import weight_files, weights
 from aepo.vllm.client import own_words
 from aepo.vllm.manifest import FileUpdateInfo, ManifestError, _canonical, _hmac, check, signed
-from aepo.vllm.weight_files import FileInitInfo, FileWeightTransferEngine, read
+from aepo.vllm.weight_files import CheckpointFiles, FileInitInfo, FileWeightTransferEngine
 from aepo.vllm.weights import BACKEND, WeightSender, WeightUpdateError, process_secret, signing_secret
 from tests.aepo.engine_toys import model, tokenizer
 from tests.integrations.conftest import make_llm
@@ -304,20 +305,41 @@ def test_a_damaged_file_is_refused_and_changes_nothing(engines, damage, message,
     assert error_against(sample(llm), policy(seed=8)) <= CLOSE
 
 
-def overwrite_through_a_map(path: Path) -> None:
-    """Which leaves its times as they are on tmpfs."""
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
-        content[-4096:] = bytes(4096)
-
-
-@pytest.mark.parametrize("harm", [overwrite_through_a_map, lambda path: os.truncate(path, 100), Path.unlink])
-def test_what_was_checked_is_loaded_whatever_becomes_of_the_file(llm, tmp_path, harm):
+@pytest.mark.parametrize("harm", [change_a_bit, lambda path: os.truncate(path, 100), Path.unlink])
+def test_a_file_that_changes_after_its_check_is_not_loaded(llm, tmp_path, harm):
     def before(method, version):
         if method == "finish" and version:
             harm(next(tmp_path.glob("*/00000.safetensors")))
 
-    WeightSender([Client(llm, before=before)], policy(seed=7), tmp_path).send(4)
-    assert error_against(sample(llm), policy(seed=7)) <= CLOSE
+    old = logprobs(sample(llm))
+    with pytest.raises(WeightUpdateError, match="was changed after its check: this engine keeps its weights"):
+        WeightSender([Client(llm, before=before)], policy(seed=7), tmp_path).send(4)
+    assert torch.equal(logprobs(sample(llm)), old)
+
+
+def test_what_is_written_through_a_map_ends_as_an_engine_that_is_not_whole(llm):
+    """Which leaves the times of a file on tmpfs as they are, where its pages were written to before."""
+    maps = []
+
+    def before(method, version):
+        if method == "update" and version:
+            with next(Path(directory).glob("*/00000.safetensors")).open("r+b") as file:
+                maps.append(mmap.mmap(file.fileno(), 0))
+            maps[0][-4096:] = maps[0][-4096:]
+        if method == "finish" and version:
+            maps[0][-4096:] = bytes(4096)
+
+    def is_whole():
+        return llm.collective_rpc("aepo_is_whole") == [True]
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        assert is_whole()
+        with pytest.raises(WeightUpdateError, match=r"a part of the new weights only: .*changed after its check"):
+            WeightSender([Client(llm, before=before)], policy(seed=7), Path(directory)).send(4)
+        assert not is_whole()
+    WeightSender([Client(llm)], policy(seed=8)).send(5)
+    assert is_whole()
+    assert error_against(sample(llm), policy(seed=8)) <= CLOSE
 
 
 def written(directory: Path, content: bytes, tensors: int = 1) -> FileUpdateInfo:
@@ -334,7 +356,7 @@ def written(directory: Path, content: bytes, tensors: int = 1) -> FileUpdateInfo
 def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, dtype):
     info = written(tmp_path, save({"w": torch.ones(3).to(dtype)}))
     with pytest.raises(ValueError, match=r"weight 'w' is \w+; expected one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2"):
-        read(tmp_path, info, torch.float32)
+        CheckpointFiles(tmp_path, info, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +377,7 @@ def test_weights_that_an_engine_would_have_as_no_finite_numbers_are_refused(tmp_
     broken[3, 1] = value
     info = written(tmp_path, save({"good": good, "broken": broken.to(dtype)}), 2)
     with pytest.raises(ValueError, match=f"weight 'broken' is not finite in {engine}, the type of this engine"):
-        read(tmp_path, info, engine)
+        CheckpointFiles(tmp_path, info, engine)
 
 
 W = '"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
@@ -383,13 +405,13 @@ W = '"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
 def test_a_file_that_is_signed_and_no_safetensors_file_is_refused(tmp_path, header, message):
     content = len(header).to_bytes(8, "little") + header.encode() + bytes(8)
     with pytest.raises(ValueError, match=f"update/a is damaged: .*{message}|update/a is {message}"):
-        read(tmp_path, written(tmp_path, content), torch.float32)
+        CheckpointFiles(tmp_path, written(tmp_path, content), torch.float32)
 
 
 @pytest.mark.parametrize("content", [b"", b"1234567", bytes([255] * 9), (99).to_bytes(8, "little") + b"{}"])
 def test_a_file_without_room_for_its_header_is_refused(tmp_path, content):
     with pytest.raises(ValueError, match=r"update/a is damaged: it has a header of \d+ bytes"):
-        read(tmp_path, written(tmp_path, content), torch.float32)
+        CheckpointFiles(tmp_path, written(tmp_path, content), torch.float32)
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path):
@@ -398,9 +420,9 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path):
     size = path.stat().st_size
     os.truncate(path, size - 4)
     with io.FileIO(path) as file, pytest.raises(ValueError, match="it ends early"):
-        weight_files._read_tensors(file, size, hashlib.sha256())
+        weight_files._checked_tensors(file, size, torch.float32, hashlib.sha256())
     with pytest.raises(ValueError, match=f"has {size - 4} bytes, expected {size}"):
-        read(tmp_path, info, torch.float32)
+        CheckpointFiles(tmp_path, info, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["k_proj", "v_proj"])
