@@ -38,6 +38,7 @@ BODY_BYTES = 1 << 21
 BODY_SECONDS = 60.0
 KEYS, TOKENS = 4096, 1 << 20
 WORDS = 1000  # characters of an error
+PARTLY_LOADED = "partly-loaded"  # the version of weights some of which are older than others
 
 
 class Refused(Exception):
@@ -120,7 +121,14 @@ async def finish(door: Door, body: Any) -> dict[str, Any]:
     versions = await door.engine.collective_rpc("aepo_staged")
     if versions[0] is None or len(set(versions)) > 1:
         raise Refused(409, "no update was accepted: the engine keeps its weights")
-    await _taken(door, lambda: door.engine.finish_weight_update(versions[0]))
+    try:
+        await _taken(door, lambda: door.engine.finish_weight_update(versions[0]))
+    except Refused:
+        if not all(await door.engine.collective_rpc("aepo_is_whole")):
+            await door.engine.update_weight_version(
+                PARTLY_LOADED
+            )  # whoever generates now does not take them for others
+        raise
     return {"weight_version": versions[0]}
 
 
@@ -256,9 +264,16 @@ async def _body(request: Request) -> Any:
     except asyncio.TimeoutError:
         raise Refused(408, f"the body did not come within {BODY_SECONDS:g} s") from None
     try:
-        return await asyncio.to_thread(json.loads, raw, parse_constant=_no_number) if raw else None
+        return await asyncio.to_thread(json.loads, raw, parse_int=_int, parse_constant=_no_number) if raw else None
     except (ValueError, RecursionError):
         raise Refused(400, "body is no JSON") from None
+
+
+def _int(digits: str) -> int:
+    """Of 64 bits: vLLM passes no other to its workers."""
+    if len(digits) > 20 or not -(1 << 63) <= int(digits) < 1 << 63:
+        raise Refused(400, "body has an integer of more than 64 bits")
+    return int(digits)
 
 
 def _no_number(name: str) -> float:

@@ -78,6 +78,10 @@ class EntropyWorkerExtension:
         """Version of the weights that were accepted and are not loaded yet."""
         return getattr(self.weight_transfer_engine, "staged_version", None)
 
+    def aepo_is_whole(self) -> bool:
+        """Whether the last weights that were sent are loaded altogether."""
+        return getattr(self.weight_transfer_engine, "is_whole", True)
+
     def aepo_processor(self) -> EntropyProcessor | None:
         """This worker's processor, from now on the first in line: before penalties and biases change the logits."""
         if not get_pp_group().is_last_rank:

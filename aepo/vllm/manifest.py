@@ -11,13 +11,17 @@ import hashlib
 import hmac
 import json
 import re
+import reprlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateInfo
 
-PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # a name that stays in its directory
+PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")  # a name that stays in its directory
+VERSION = re.compile(r"[!-~]{1,64}")  # ASCII without spaces; it goes onto tokens and into logs
+SHA256 = re.compile(r"[0-9a-f]{64}")
+FILES = 65_536  # of one update; about 1 GB each
 
 
 class ManifestError(ValueError):
@@ -58,8 +62,8 @@ def signed(info: FileUpdateInfo, nonces: Sequence[str], secret: str) -> FileUpda
 
 
 def check(info: FileUpdateInfo, nonce: str | None, trusted: Sequence[str]) -> None:
-    """ManifestError unless one of the secrets `trusted` has signed it for the worker with this nonce, and every name is
-    that of something inside the directory."""
+    """ManifestError unless one of the secrets `trusted` has signed it for the worker with this nonce, and every field
+    is what it must be, names those of something inside the directory."""
     if not trusted or not all(trusted):  # anybody can sign with an empty one
         raise ManifestError(
             "this engine takes no weights: it was given no key; vllm serve needs VLLM_PLUGINS=aepo and --api-key or "
@@ -70,11 +74,46 @@ def check(info: FileUpdateInfo, nonce: str | None, trusted: Sequence[str]) -> No
     matches = [hmac.compare_digest(_hmac(secret, content), signature) for secret in trusted]  # all are compared
     if not any(matches):
         raise ManifestError("the update is not signed with the key of this engine")
+    _check_fields(info)
     if nonce is None or nonce not in info.nonces:
         raise ManifestError("the update was not made for this call of start_weight_update")
-    for name in (info.directory, *(file["name"] for file in info.files)):
-        if not isinstance(name, str) or not PLAIN.fullmatch(name):
-            raise ManifestError(f"{name!r} is no plain name: expected letters, digits, '_', '-', and '.' inside")
+
+
+def _check_fields(info: FileUpdateInfo) -> None:
+    """A signature says who has made it, not that it is well made. vLLM hands all of it on unseen: a version that is no
+    text ended the engine with the next token."""
+    _expect("version", info.version, _matches(info.version, VERSION), "1 to 64 printable ASCII characters, no spaces")
+    _expect("withdraw", info.withdraw, info.withdraw is False, "false")
+    _expect("tensors", info.tensors, _is_count(info.tensors), "an int >= 0")
+    nonces = info.nonces
+    known = isinstance(nonces, list) and all(isinstance(nonce, str) for nonce in nonces)
+    _expect("nonces", nonces, known, "a list of texts")
+    files = info.files
+    _expect("files", files, isinstance(files, list) and len(files) <= FILES, f"a list of at most {FILES}")
+    _expect_plain("directory", info.directory)
+    for i, file in enumerate(files):
+        described = isinstance(file, dict) and file.keys() == {"name", "bytes", "sha256"}
+        _expect(f"files[{i}]", file, described, "name, bytes and sha256")
+        _expect_plain(f"files[{i}].name", file["name"])
+        _expect(f"files[{i}].bytes", file["bytes"], _is_count(file["bytes"]), "an int >= 0")
+        _expect(f"files[{i}].sha256", file["sha256"], _matches(file["sha256"], SHA256), "64 hex digits, lower case")
+
+
+def _expect_plain(field: str, name: object) -> None:
+    _expect(field, name, _matches(name, PLAIN), "a plain name: letters, digits, '_', '-', and '.' inside, at most 255")
+
+
+def _expect(field: str, found: object, is_right: bool, expected: str) -> None:
+    if not is_right:
+        raise ManifestError(f"{field} of the update = {reprlib.repr(found)}: expected {expected}")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _matches(value: object, pattern: re.Pattern[str]) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None
 
 
 def _canonical(info: FileUpdateInfo) -> str:

@@ -87,6 +87,25 @@ def load(model: Any, model_config: ModelConfig, weights: Iterable[tuple[str, tor
                 dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
 
 
+@torch.inference_mode()
+def clean_caches(model: torch.nn.Module) -> None:
+    """Zero for every key and value that is not finite, left by weights that made some.
+
+    A block that is given to a new request holds what the last one wrote, and attention multiplies what it masks by
+    zero: NaN times zero is NaN, so one bad update would spoil answers under all later weights. Finite ones stay as they
+    are, those of running requests, too.
+    """
+    for layer in model.modules():
+        cache = getattr(layer, "kv_cache", None)
+        if not isinstance(cache, torch.Tensor) or not cache.numel():
+            continue
+        if not cache.is_floating_point() or cache.itemsize == 1:  # 8 bits have no such reduction
+            continue
+        # Writing without looking would touch every page of a CPU's cache, also those that were never used.
+        if not torch.stack([cache.amin(), cache.amax()]).isfinite().all():
+            cache.nan_to_num_(0.0, 0.0, 0.0)
+
+
 def _lacks(layer: torch.nn.Module, loaded: int, tied: bool) -> bool:
     """Whether a layer got less than a checkpoint holds. Vocabularies are padded and quantised layers have tensors of
     their own, so anything is enough there; scales of attention and a tied head need not come."""

@@ -32,7 +32,7 @@ from vllm.distributed.weight_transfer.base import ModuleSource, ParamMeta, Weigh
 from aepo.rollout.engines.weight_directory import update_directory
 from aepo.vllm.client import own_words
 from aepo.vllm.manifest import FileUpdateInfo, process_secret, signed, signing_secret
-from aepo.vllm.weight_files import BACKEND, FileInitInfo
+from aepo.vllm.weight_files import BACKEND, DTYPES, FileInitInfo, is_finite
 
 __all__ = ["BACKEND", "WeightClient", "WeightSender", "WeightUpdateError", "process_secret", "signing_secret"]
 
@@ -40,14 +40,6 @@ SHARED_MEMORY = Path("/dev/shm")
 FILE_BYTES = 1 << 30  # one file holds this much
 CHUNK_BYTES = 1 << 24  # written and hashed at the same time
 MIB = 1 << 20
-DTYPES = {  # in the names of safetensors
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
 
 Result = TypeVar("Result")
 
@@ -164,21 +156,12 @@ def _contents(part: Iterable[ParamMeta], remaining: Iterator[tuple[str, torch.Te
         found, expected = (name, tensor.dtype, tuple(tensor.shape)), (meta.name, meta.dtype, tuple(meta.shape))
         if found != expected:
             raise ValueError(f"the source yields {found}, its metadata says {expected}")
-        if not _is_finite(tensor.detach()):
+        if not is_finite(tensor.detach(), tensor.dtype):
             # Not only this update would be lost: NaN in a block of an engine's cache outlives finite weights, because
             # zero times NaN is NaN where attention masks it.
             raise WeightUpdateError(f"weight {name!r} is not finite; every replica keeps the weights that it has", {})
         array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         yield memoryview(array)
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Smallest and largest are finite where all is, 16 times as fast as isfinite() of float32 on a CPU."""
-    if not tensor.numel():
-        return True
-    if tensor.dtype.itemsize == 1:
-        tensor = tensor.float()
-    return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def size(source: WeightSource) -> int:

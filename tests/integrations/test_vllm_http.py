@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import httpx
@@ -16,7 +17,7 @@ from fastapi import FastAPI
 
 from aepo.rollout.engines.vllm_http import headers
 from aepo.vllm.endpoints import Door, EntropyEndpoints, _written, entropies
-from aepo.vllm.manifest import signing_secret
+from aepo.vllm.manifest import FileUpdateInfo, signed, signing_secret
 from tests.aepo.engine_toys import VOCAB, prompts
 from tests.integrations.server import KEY
 from tests.integrations.toys import NATS, entropy
@@ -236,7 +237,8 @@ def test_many_keys_and_long_keys_are_refused_at_once(server):
         ({"x" * 257: 1}, "a key of more than 256 characters"),
         (["x" * 1000], "a key of more than 256 characters"),
         ({"a": 1 << 20, "b": 1}, "more than 1048576 tokens"),
-        ({"a": 10**400}, "more than 1048576 tokens"),
+        ({"a": 1 << 62}, "more than 1048576 tokens"),
+        ({"a": 10**400}, "an integer of more than 64 bits"),
     ):
         code, answer = post(server, "entropies", keys=keys)
         assert code == 400
@@ -262,6 +264,45 @@ def test_errors_do_not_repeat_a_body(server):
         assert answer.status_code in (400, 409), route
         assert len(answer.content) < 1500
         assert "secret" * 10 not in answer.text
+
+
+NUMBERS = (2**63, -(2**63) - 1, 10**400, 2**63 - 1, -(2**63), 10**18, 1e308, -1e308, 5e-324, True, None, [], {}, "1")
+
+
+@pytest.mark.parametrize("name", ["alpha", "gamma", "penalty", "threshold", "window", "consecutive", "initial_entropy"])
+def test_no_number_of_a_query_ends_the_server(server, name):
+    complete(server, prompts(4)[0], "asked").raise_for_status()
+    for number in NUMBERS:
+        code, answer = post(server, "decisions", queries={"asked": {"alpha": 0.5, "initial_entropy": 1, name: number}})
+        assert (code, *answer) in ((200, "decisions"), (400, "error")), (number, answer)
+        if isinstance(number, int) and not -(2**63) <= number < 2**63:
+            assert answer == {"error": "body has an integer of more than 64 bits"}
+        if number is not None:  # all that there are
+            assert post(server, "entropies", keys={"asked": number})[0] in (400, 409)
+    answer = server.post("/aepo/decisions", content='{"queries": {"asked": {"alpha": 1e999, "initial_entropy": 1}}}')
+    assert answer.status_code == 400
+    assert len(post(server, "entropies", keys={"asked": 8})[1]["entropies"]["asked"]) == 8
+
+
+def test_no_field_of_a_signed_update_ends_the_server(server):
+    before = status(server)["weight_version"]
+    for field, wrong in (
+        *(("version", version) for version in (5, 1.5, True, None, "", "x" * 100_000, "\x1b[31m\n", "\ud800", ["1"])),
+        *(("tensors", count) for count in (-1, True, 2**62, "1")),
+        *(("files", files) for files in ({}, [5], [{"name": "a"}], [{"name": "a", "bytes": True, "sha256": "0" * 64}])),
+        *(("directory", name) for name in ("..", "\ud800", 5, "x" * 300)),
+    ):
+        server.post("/aepo/weights/withdraw")  # what never came to a worker has left the update open
+        nonces = server.post("/aepo/weights/start").raise_for_status().json()["nonces"]
+        info = FileUpdateInfo(**{"directory": "x", "version": "1", field: wrong})
+        manifest = asdict(signed(info, nonces, signing_secret(KEY)))
+        code, answer = post(server, "weights/update", **manifest)
+        assert code in (400, 409), (field, wrong)
+        assert answer["error"].isprintable()
+        assert len(answer["error"]) < 500
+        assert server.post("/aepo/weights/finish").status_code == 409
+        complete(server, prompts(4)[0], tokens=2).raise_for_status()
+    assert status(server)["weight_version"] == before
 
 
 def test_the_pool_is_never_full_for_good(server):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,40 @@ def test_weights_that_others_have_changed_are_noticed(engine, url) -> None:
     with pytest.raises(ReplicaError, match=r"weights version 77@[0-9a-f]+, expected 5@"):
         generate(engine, request([1]))
     engine.refresh(5)
+    generate(engine, request([1]))
+    engine.release()
+    assert_nothing_is_left(url)
+
+
+class Writes(RemoteWeightClient):
+    """Writes to a file through a map, after the server has checked it. The time of a page's first write is known."""
+
+    def update_weights(self, update_info) -> None:
+        if not update_info["withdraw"]:
+            (path,) = Path(self.directory, update_info["directory"]).glob("00000.*")
+            with path.open("r+b") as file:
+                self.map = mmap.mmap(file.fileno(), 0)
+            self.map[-4096:] = self.map[-4096:]
+        super().update_weights(update_info)
+
+    def finish_weight_update(self, weight_version=None) -> None:
+        self.map[-4096:] = bytes(4096)
+        super().finish_weight_update(weight_version)
+
+
+def test_a_server_with_a_part_of_new_weights_says_so(engine, url) -> None:
+    def status() -> dict:
+        return httpx.get(f"{url}/aepo/status", headers=headers()).json()
+
+    client = Writes(url)
+    client.directory = status()["weights_dir"]
+    with pytest.raises(WeightUpdateError, match=r"a part of the new weights only: .*changed after its check"):
+        WeightSender([client], qwen(torch.float32), Path(client.directory)).send(6)
+    assert status()["weight_version"] == "partly-loaded"
+    with pytest.raises(ReplicaError, match="weights version partly-loaded, expected "):
+        generate(engine, request([1]))
+    engine.refresh(7)
+    assert status()["weight_version"].startswith("7@")
     generate(engine, request([1]))
     engine.release()
     assert_nothing_is_left(url)

@@ -5,28 +5,32 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import io
 import logging
+import mmap
 import os
 import re
 import shutil
-from dataclasses import asdict
+import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed.weight_transfer.base import ModuleSource, ParamMeta
 
-from aepo.vllm import weights
+from aepo.vllm import weight_files, weights
 from aepo.vllm.client import own_words
-from aepo.vllm.manifest import FileUpdateInfo, ManifestError, check, signed
-from aepo.vllm.weight_files import FileInitInfo, FileWeightTransferEngine
+from aepo.vllm.manifest import FileUpdateInfo, ManifestError, _canonical, _hmac, check, signed
+from aepo.vllm.weight_files import CheckpointFiles, FileInitInfo, FileWeightTransferEngine
 from aepo.vllm.weights import BACKEND, WeightSender, WeightUpdateError, process_secret, signing_secret
 from tests.aepo.engine_toys import model, tokenizer
 from tests.integrations.conftest import make_llm
 
 PROMPT = tuple(range(40, 190))  # longer than one block of vLLM's cache, 128 on CPUs
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 CLOSE = 1e-5  # float32 against float64 in 3 layers; measured: 4e-6
 
 
@@ -219,9 +223,9 @@ def test_a_source_that_is_not_as_it_says(tmp_path):
         (
             {"intermediate_size": 56},
             "",
-            r"mlp\.down_proj\.weight' of shape \[32, 56\] does not fit .*: it has more elements",
+            r"mlp\.gate_proj\.weight' of shape \[56, 32\] does not fit .*: it has more elements",
         ),
-        ({"intermediate_size": 40}, "", r"mlp\.down_proj\.weight' of shape \[32, 40\] does not fit"),
+        ({"intermediate_size": 40}, "", r"mlp\.gate_proj\.weight' of shape \[40, 32\] does not fit"),
         ({"vocab_size": 270}, "", r"embed_tokens\.weight' of shape \[270, 32\] does not fit"),
         ({"num_hidden_layers": 4}, "", r"layers\.3\..* does not fit"),
         ({}, "layers.1.self_attn.k_proj", r"not there, in model\.layers\.1\.self_attn\.qkv_proj\)"),
@@ -301,15 +305,144 @@ def test_a_damaged_file_is_refused_and_changes_nothing(engines, damage, message,
     assert error_against(sample(llm), policy(seed=8)) <= CLOSE
 
 
-def test_a_file_that_changes_after_its_check_is_not_loaded(llm, tmp_path):
+@pytest.mark.parametrize("harm", [change_a_bit, lambda path: os.truncate(path, 100), Path.unlink])
+def test_a_file_that_changes_after_its_check_is_not_loaded(llm, tmp_path, harm):
     def before(method, version):
         if method == "finish" and version:
-            change_a_bit(next(tmp_path.glob("*/00000.safetensors")))
+            harm(next(tmp_path.glob("*/00000.safetensors")))
 
     old = logprobs(sample(llm))
     with pytest.raises(WeightUpdateError, match="was changed after its check: this engine keeps its weights"):
         WeightSender([Client(llm, before=before)], policy(seed=7), tmp_path).send(4)
     assert torch.equal(logprobs(sample(llm)), old)
+
+
+def test_what_is_written_through_a_map_ends_as_an_engine_that_is_not_whole(llm):
+    """Which leaves the times of a file on tmpfs as they are, where its pages were written to before."""
+    maps = []
+
+    def before(method, version):
+        if method == "update" and version:
+            with next(Path(directory).glob("*/00000.safetensors")).open("r+b") as file:
+                maps.append(mmap.mmap(file.fileno(), 0))
+            maps[0][-4096:] = maps[0][-4096:]
+        if method == "finish" and version:
+            maps[0][-4096:] = bytes(4096)
+
+    def is_whole():
+        return llm.collective_rpc("aepo_is_whole") == [True]
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        assert is_whole()
+        with pytest.raises(WeightUpdateError, match=r"a part of the new weights only: .*changed after its check"):
+            WeightSender([Client(llm, before=before)], policy(seed=7), Path(directory)).send(4)
+        assert not is_whole()
+    WeightSender([Client(llm)], policy(seed=8)).send(5)
+    assert is_whole()
+    assert error_against(sample(llm), policy(seed=8)) <= CLOSE
+
+
+def written(directory: Path, content: bytes, tensors: int = 1) -> FileUpdateInfo:
+    """A file, and a manifest that describes it rightly."""
+    (directory / "update").mkdir()
+    (directory / "update" / "a").write_bytes(content)
+    file = {"name": "a", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return FileUpdateInfo(directory="update", files=[file], tensors=tensors, version="1")
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.float8_e8m0fnu]
+)
+def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, dtype):
+    info = written(tmp_path, save({"w": torch.ones(3).to(dtype)}))
+    with pytest.raises(ValueError, match=r"weight 'w' is \w+; expected one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2"):
+        CheckpointFiles(tmp_path, info, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "engine"),
+    [
+        *((value, dtype, dtype) for value in (float("nan"), float("inf"), -float("inf")) for dtype in FLOATS),
+        (float("nan"), torch.float8_e4m3fn, torch.bfloat16),
+        (-float("inf"), torch.float8_e5m2, torch.bfloat16),
+        (1e39, torch.float64, torch.float32),
+        (-1e39, torch.float64, torch.bfloat16),
+        (7e4, torch.float32, torch.float16),
+        (7e4, torch.bfloat16, torch.float16),
+    ],
+)
+def test_weights_that_an_engine_would_have_as_no_finite_numbers_are_refused(tmp_path, value, dtype, engine):
+    good = torch.full((2,), 6e4, dtype=torch.float64).clamp(max=torch.finfo(dtype).max).to(dtype)
+    broken = torch.zeros(4, 5, dtype=torch.float64)
+    broken[3, 1] = value
+    info = written(tmp_path, save({"good": good, "broken": broken.to(dtype)}), 2)
+    with pytest.raises(ValueError, match=f"weight 'broken' is not finite in {engine}, the type of this engine"):
+        CheckpointFiles(tmp_path, info, engine)
+
+
+W = '"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("{", "its header is not that of safetensors"),
+        ("[]", "its header is not that of safetensors"),
+        ('{"w":5}', "its header is not that of safetensors"),
+        ('{"w":{"dtype":["F32"],"shape":[2],"data_offsets":[0,8]}}', "its header is not that of safetensors"),
+        ('{"w":{"dtype":"F32","shape":[2],"data_offsets":[0]}}', "damaged: "),
+        ("{}", "has 8 bytes of tensors, its header describes 0"),
+        ('{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "has 8 bytes of tensors, its header describes 4"),
+        ('{"w":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', "weight 'w' has other bytes than its shape says"),
+        ('{"w":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}', "weight 'w' has other bytes than its shape says"),
+        ('{"w":{"dtype":"F32","shape":[-1,-2],"data_offsets":[0,8]}}', r"weight 'w' has the shape \[-1, -2\]"),
+        ('{"w":{"dtype":"F32","shape":[2,true],"data_offsets":[0,8]}}', r"weight 'w' has the shape \[2, True\]"),
+        ('{"w":{"dtype":"F32","shape":[2.0],"data_offsets":[0,8]}}', r"weight 'w' has the shape \[2.0\]"),
+        (f"{{{W},{W.replace('w', 'v')}}}", "weight 'v' has other bytes|weight 'w' has other bytes"),
+        ('{"w":{"dtype":"F32","shape":[1073741824],"data_offsets":[0,4294967296]}}', "describes 4294967296"),
+    ],
+)
+def test_a_file_that_is_signed_and_no_safetensors_file_is_refused(tmp_path, header, message):
+    content = len(header).to_bytes(8, "little") + header.encode() + bytes(8)
+    with pytest.raises(ValueError, match=f"update/a is damaged: .*{message}|update/a is {message}"):
+        CheckpointFiles(tmp_path, written(tmp_path, content), torch.float32)
+
+
+@pytest.mark.parametrize("content", [b"", b"1234567", bytes([255] * 9), (99).to_bytes(8, "little") + b"{}"])
+def test_a_file_without_room_for_its_header_is_refused(tmp_path, content):
+    with pytest.raises(ValueError, match=r"update/a is damaged: it has a header of \d+ bytes"):
+        CheckpointFiles(tmp_path, written(tmp_path, content), torch.float32)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path):
+    info = written(tmp_path, save({"w": torch.ones(100)}))
+    path = tmp_path / "update" / "a"
+    size = path.stat().st_size
+    os.truncate(path, size - 4)
+    with io.FileIO(path) as file, pytest.raises(ValueError, match="it ends early"):
+        weight_files._checked_tensors(file, size, torch.float32, hashlib.sha256())
+    with pytest.raises(ValueError, match=f"has {size - 4} bytes, expected {size}"):
+        CheckpointFiles(tmp_path, info, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["k_proj", "v_proj"])
+def test_weights_that_overflow_leave_nothing_behind(llm, name):
+    """Finite, so they are taken, and what they leave in the cache of keys and values is not. Blocks are used again."""
+    trained = policy(seed=20)
+    WeightSender([Client(llm)], trained).send(1)
+    broken = copy.deepcopy(trained)
+    with torch.no_grad():
+        for path, parameter in broken.named_parameters():
+            if name in path or "input_layernorm" in path:
+                parameter.fill_(1e30)
+    WeightSender([Client(llm)], broken).send(2)
+    for shift in range(3):
+        llm.generate(
+            [TokensPrompt(prompt_token_ids=[shift, *PROMPT])] * 8, SamplingParams(max_tokens=4), use_tqdm=False
+        )
+    WeightSender([Client(llm)], trained).send(3)
+    for _ in range(8):
+        assert error_against(sample(llm), trained) <= CLOSE
 
 
 class Recorder(Client):
@@ -356,8 +489,63 @@ def test_names_that_leave_the_directory_are_refused_even_if_signed(llm):
             client.change = lambda manifest, changes=changes: asdict(
                 signed(FileUpdateInfo(**{**manifest, **changes}), manifest["nonces"], Client.secret)
             )
-            with pytest.raises(WeightUpdateError, match="is no plain name"):
+            with pytest.raises(WeightUpdateError, match="expected a plain name"):
                 WeightSender([client], policy(seed=15)).send(13)
+
+
+FILE = {"name": "a", "bytes": 1, "sha256": "0" * 64}
+GOOD = FileUpdateInfo(directory="x", files=[FILE], tensors=1, version="17@9f2c", nonces=["n"])
+
+
+def test_a_manifest_as_the_sender_makes_it_is_taken():
+    for version in ("1", "x" * 64, weights.stamped(10**6)):
+        check(signed(replace(GOOD, version=version), ["n"], "secret"), "n", ["secret"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(
+            ({"version": wrong}, "version of the update = .*: expected 1 to 64 printable ASCII characters")
+            for wrong in (5, 1.5, True, None, [], {}, "", "x" * 65, "x" * 100_000, "\x1b[31m\n", "a b", "1\n", "\u00e9")
+        ),
+        *(
+            ({"tensors": wrong}, "tensors of the update = .*: expected an int >= 0")
+            for wrong in (True, -1, 1.0, "1", None)
+        ),
+        *(
+            ({"nonces": wrong}, "nonces of the update = .*: expected a list of texts")
+            for wrong in ("n", 5, [5], {"n": 1})
+        ),
+        *(({"withdraw": wrong}, "withdraw of the update = .*: expected false") for wrong in (1, 0, None, "no")),
+        *(
+            ({"files": wrong}, "files of the update = .*: expected a list")
+            for wrong in ({}, "a", 5, None, [FILE] * 65_537)
+        ),
+        *(
+            ({"files": [FILE, wrong]}, r"files\[1\] of the update = .*: expected name, bytes and sha256")
+            for wrong in (5, "a", {}, {"name": "a", "bytes": 1}, {**FILE, "more": 1})
+        ),
+        *(
+            ({"files": [{**FILE, "name": wrong}]}, r"files\[0\].name of the update = .*: expected a plain name")
+            for wrong in ("../x", "", 5, None, "a" * 256, ["a"])
+        ),
+        *(
+            ({"files": [{**FILE, "bytes": wrong}]}, r"files\[0\].bytes of the update = .*: expected an int >= 0")
+            for wrong in (True, -1, 1.0, "1", None)
+        ),
+        *(
+            ({"files": [{**FILE, "sha256": wrong}]}, r"files\[0\].sha256 of the update = .*: expected 64 hex digits")
+            for wrong in ("", "0" * 63, "G" * 64, "0" * 64 + "\n", 5, None)
+        ),
+    ],
+)
+def test_fields_that_are_signed_and_wrong_are_refused(changes, message):
+    info = replace(GOOD, **changes)
+    with pytest.raises(ManifestError, match=message) as failure:
+        check(replace(info, signature=_hmac("secret", _canonical(info))), "n", ["secret"])
+    assert len(str(failure.value)) < 500
+    assert str(failure.value).isprintable()
 
 
 def test_an_update_is_good_for_one_engine_and_once(engines, tmp_path):
