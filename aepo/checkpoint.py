@@ -37,6 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from aepo.checkpoint_fit import MOMENTS, model_problem, moments_problem, state_problem, stored_weights
 from aepo.file_sums import sha256_of
 from aepo.registry import error_text
+from aepo.run_files import regular
 from aepo.run_records import Fingerprints
 from aepo.tensor_file import write_tensors
 
@@ -270,7 +271,7 @@ def _problem(path: Path) -> str | None:
         return f"{path / SUMS} is cut off"
     for name, checksum in expected.items():
         try:
-            if sha256_of(path / name) != checksum:
+            if sha256_of(regular(path / name)) != checksum:
                 return f"{path / name} does not have the checksum it was written with"
         except (OSError, ValueError) as error:
             return f"{path / name} cannot be read ({error})"
@@ -278,12 +279,13 @@ def _problem(path: Path) -> str | None:
 
 
 def _sums(path: Path) -> dict[str, str]:
-    return {name: checksum for checksum, _, name in (s.partition("  ") for s in (path / SUMS).read_text().splitlines())}
+    lines = regular(path / SUMS).read_text().splitlines()
+    return {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
 
 
 def _heldout_success(path: Path) -> float | None:
     try:
-        success = json.loads((path / "state.json").read_text())["heldout_success"]
+        success = json.loads(regular(path / "state.json").read_text())["heldout_success"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     return success if type(success) in (int, float) and math.isfinite(success) else None

@@ -17,9 +17,10 @@ import typer
 from typer.core import TyperGroup
 
 from aepo import cli_eval, cli_shared
-from aepo.cli_shared import INTERRUPTED, ConfigFile, Overrides, explained, fail
+from aepo.cli_shared import INTERRUPTED, ConfigFile, Overrides, explained, fail, given_path
 from aepo.install import DISTRIBUTION, explain_missing
 from aepo.interrupt import Interrupt
+from aepo.user_paths import user_path
 
 if TYPE_CHECKING:
     from aepo.config import Config
@@ -68,7 +69,7 @@ def _before_any_command(
 def train(
     overrides: Overrides = None,
     config: ConfigFile = None,
-    resume: Annotated[Optional[Path], typer.Option(metavar="RUN", help="Continue this run exactly.")] = None,  # noqa: UP045
+    resume: Annotated[Optional[str], typer.Option(metavar="RUN", help="Continue this run exactly.")] = None,  # noqa: UP045
     from_step: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=0, help="With --resume: not from the newest checkpoint."),
@@ -98,22 +99,23 @@ def train(
         aepo train --resume runs/demo train.steps=200
     """
     from aepo.config import load_config, named_settings
-    from aepo.run_log import read_facts
+    from aepo.run_files import read_facts, regular
 
     with explained():
         if resume is None:
             if from_step is not None:
                 raise ValueError("--from-step: expected --resume RUN with it")
-            settings, step = load_config(config, overrides or ()), None
+            settings, step = load_config(given_path("--config", config), overrides or ()), None
         else:
             if config is not None or overwrite:
                 raise ValueError("--resume continues a run with its own settings: expected no --config, no --overwrite")
             if "run.dir" in named_settings(overrides or ()):
                 raise ValueError(f"run.dir: expected not to be set with --resume, the run is {resume}")
-            read_facts(resume)
-            settings = load_config(resume / "config.yaml", overrides or ())
-            settings = replace(settings, run=replace(settings.run, dir=str(resume)))  # it may have been moved
-            step = cli_shared.newest_step(resume) if from_step is None else from_step
+            run = user_path("--resume", resume)
+            read_facts(run)
+            settings = load_config(regular(run / "config.yaml"), overrides or ())
+            settings = replace(settings, run=replace(settings.run, dir=str(run)))  # it may have been moved
+            step = cli_shared.newest_step(run) if from_step is None else from_step
         _train(settings, step, overwrite, named_settings(overrides or ()))
 
 
@@ -123,8 +125,11 @@ app.command()(cli_eval.rollout)
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
-    out: Annotated[Optional[Path], typer.Option(help="The page; default: report.html in the run.")] = None,  # noqa: UP045
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories.")],
+    out: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="FILE", help="The page; default: report.html in the run."),
+    ] = None,
     live: Annotated[bool, typer.Option("--live", help="Serve the page, and follow the run while it goes on.")] = False,
     port: Annotated[Optional[int], typer.Option(help="With --live; default: 8765, 0: any free one.")] = None,  # noqa: UP045
 ) -> None:
@@ -145,14 +150,15 @@ def report(
     from aepo.report import serve_report, write_report
 
     with explained():
+        named = [user_path("RUN", run) for run in runs]
         if not live:
             if port is not None:
                 raise ValueError(f"--port {port}: expected --live with it")
-            page = write_report(runs, out)
+            page = write_report(named, given_path("--out", out))
         elif out is not None:
             raise ValueError(f"--out {out}: expected no --live with it, which writes no file")
         else:
-            serve_report(runs, 8765 if port is None else port)
+            serve_report(named, 8765 if port is None else port)
             return
     typer.echo(f"wrote {page}")
 
@@ -187,9 +193,9 @@ def bench(
     dtype: Annotated[Optional[str], typer.Option(help="bfloat16, float16 or float32.")] = None,  # noqa: UP045
     rounds: Annotated[Optional[int], typer.Option(help="Timed rounds; default: 7, with --quick 3.")] = None,  # noqa: UP045
     threads: Annotated[Optional[int], typer.Option(help="CPU threads; default: torch's own choice.")] = None,  # noqa: UP045
-    json_path: Annotated[Optional[Path], typer.Option("--json", metavar="FILE", help="Write all rows there.")] = None,  # noqa: UP045
+    json_path: Annotated[Optional[str], typer.Option("--json", metavar="FILE", help="Write all rows there.")] = None,  # noqa: UP045
     plot: Annotated[
-        Optional[Path],  # noqa: UP045
+        Optional[str],  # noqa: UP045
         typer.Option(metavar="FILE", help="Draw time and memory as .svg or .png; needs several --tokens or --vocab."),
     ] = None,
     list_only: Annotated[
@@ -227,7 +233,9 @@ def bench(
             )
             if list_only:
                 list_peers(settings.device)
-            elif not run(settings, questions or (), threads=threads, json_path=json_path, plot_path=plot):
+                return
+            json_file, figure = given_path("--json", json_path), given_path("--plot", plot)
+            if not run(settings, questions or (), threads=threads, json_path=json_file, plot_path=figure):
                 fail("a kernel of this library has no row, see above")
     except ValueError as error:
         fail(str(error))
@@ -268,7 +276,7 @@ def _train(config: Config, resume_step: int | None, overwrite: bool, named: Coll
         try_own_loss(function, config, dtype, cli_shared.device(config))
     with naming_its_directory(None if resume_step is None else directory):
         agent, language_model = cli_shared.load(config)
-    with closing(agent):
+    with closing(agent), cli_shared.advising_if_full(directory):
         from aepo.trainer import Trainer
 
         Trainer(config, agent, language_model, resume_step=resume_step, overwrite=overwrite, named=named).train()

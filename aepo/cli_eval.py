@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from aepo.cli_shared import ConfigFile, Overrides, explained
+from aepo.cli_shared import ConfigFile, Overrides, explained, given_path
+from aepo.user_paths import user_path
 
 SubjectName = Annotated[
     str,
@@ -37,7 +37,7 @@ def evaluate(
         typer.Option("--json", metavar="FILE", help="All numbers as JSON; -: to standard output, and nothing else."),
     ] = None,
     answers: Annotated[
-        Optional[Path],  # noqa: UP045
+        Optional[str],  # noqa: UP045
         typer.Option(metavar="FILE", help="Every answer, one JSON line per question."),
     ] = None,
 ) -> None:
@@ -69,18 +69,19 @@ def evaluate(
     }
     given = [*(overrides or ()), *(f"{key}={value}" for key, value in shorthands.items() if value is not None)]
     every = not any(override.startswith("eval.questions=") for override in given)
-    to_stdout = json_path == "-"
-    json_out = sys.stdout if to_stdout else None if json_path is None else Path(json_path)
+    to_stdout, stdout = json_path == "-", sys.stdout
     with explained(), contextlib.redirect_stdout(sys.stderr) if to_stdout else contextlib.nullcontext():
         from aepo.play import run_evaluation
         from aepo.subject import find_subject
 
-        run_evaluation(find_subject(subject, config, given, step, best), every, answers, json_out)
+        json_out = stdout if to_stdout else given_path("--json", json_path)
+        asked = find_subject(subject, given_path("--config", config), given, step, best)
+        run_evaluation(asked, every, given_path("--answers", answers), json_out)
 
 
 def rollout(
     subject: SubjectName,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="A new directory for trees, answers and the page.")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="A new directory for trees, answers and the page.")],
     overrides: Overrides = None,
     config: ConfigFile = None,
     step: Step = None,
@@ -104,4 +105,5 @@ def rollout(
         from aepo.play import run_rollout
         from aepo.subject import find_subject
 
-        run_rollout(find_subject(subject, config, overrides or (), step, best), questions, heldout, out)
+        asked = find_subject(subject, given_path("--config", config), overrides or (), step, best)
+        run_rollout(asked, questions, heldout, user_path("--out", out))

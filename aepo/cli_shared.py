@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
 import typer
 
 from aepo.interrupt import Interrupt
+from aepo.user_paths import user_path
 
 if TYPE_CHECKING:
     from aepo.agents.agent import Agent
@@ -22,7 +24,12 @@ Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045, typer on Python 3.10 reads this form alone
     typer.Argument(metavar="[section.key=value]...", help="Settings, e.g. train.steps=100; `aepo keys` lists them."),
 ]
-ConfigFile = Annotated[Optional[Path], typer.Option(help="A YAML file with settings.")]  # noqa: UP045
+ConfigFile = Annotated[Optional[str], typer.Option(metavar="FILE", help="A YAML file with settings.")]  # noqa: UP045
+
+
+def given_path(name: str, given: str | None) -> Path | None:
+    """`user_path` of an argument that need not be there."""
+    return None if given is None else user_path(name, given)
 
 
 def load(config: Config) -> tuple[Agent, LanguageModel]:
@@ -77,6 +84,22 @@ def newest_step(run: Path) -> int:
     if not found:
         raise ValueError(f"{run}: no checkpoints there")
     return found[-1].step
+
+
+@contextmanager
+def advising_if_full(run: Path) -> Iterator[None]:
+    """Where the disk of a run is full, how to go on is a line before the error."""
+    from aepo.checkpoint import list_checkpoints
+
+    try:
+        yield
+    except Exception as error:
+        causes = (error, error.__cause__, error.__context__)
+        if any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one in causes):
+            saved = bool(list_checkpoints(run / "checkpoints"))
+            how = f"aepo train --resume {run}" if saved else "the same command, with --overwrite if it refuses"
+            typer.echo(f"the disk of {run} is full: make room, then go on with: {how}", err=True)
+        raise
 
 
 @contextmanager

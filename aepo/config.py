@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from aepo.setting_types import Key, Section, key, keys_of, suggestion
+from aepo.user_paths import expanded
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class RunConfig(Section):
         "auto", "auto: cuda where there is one, else cpu", instead={"gpu": "A GPU is run.device=cuda"}
     )
     threads: int = key(0, "CPU threads for torch; 0: leave torch's own choice", low=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "dir", expanded("run.dir", self.dir))
 
 
 TASKS = ("facts", "files", "reasoning_gym")
@@ -189,6 +194,8 @@ class VLLMConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.weights_dir is not None:
+            object.__setattr__(self, "weights_dir", expanded("vllm.weights_dir", self.weights_dir))
         shown = [re.sub(r"//.*@", "//..@", url, flags=re.DOTALL) for url in self.endpoints]  # never a password
         servers = [server_of(url) for url in self.endpoints]
         if shown != list(self.endpoints):

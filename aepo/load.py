@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 from numbers import Number
 from pathlib import Path
@@ -37,6 +38,7 @@ from aepo.models.small import Progress
 from aepo.models.smollm2 import model_directory
 from aepo.registry import resolve
 from aepo.types import Question
+from aepo.user_paths import user_path
 
 
 def load_model(
@@ -51,12 +53,13 @@ def load_model(
     progress: of the warm start of the tiny model. ValueError, in one line: there is no model of this name, its
     directory cannot be used, or the cache directory cannot be written.
     """
-    dtype, cache_dir = getattr(torch, config.dtype), Path(config.cache_dir).expanduser()
+    dtype, cache_dir = getattr(torch, config.dtype), user_path("model.cache_dir", config.cache_dir)
     if config.name == "tiny":
         language_model = warm_started(warm_start, cache_dir, device=device, progress=progress)
         language_model.model.to(dtype).config.dtype = dtype  # which its checkpoints will say
         return language_model
-    directory = model_directory(cache_dir) if config.name == "smollm2-135m-instruct" else Path(config.name).expanduser()
+    converted = config.name == "smollm2-135m-instruct"
+    directory = model_directory(cache_dir) if converted else user_path("model.name", config.name)
     refuse_adapter_directory(directory)
     if not (directory / "config.json").is_file():
         raise ValueError(
@@ -206,7 +209,7 @@ def _check_options(cls: type[Task], options: Mapping[str, Any]) -> None:
 
 def _text_or_file(text: str) -> str:
     """A path of a text file stands for what is in it."""
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # not `user_path`: a text may begin with ~, too
     try:
         if "\n" not in text and path.is_file():
             return path.read_text(encoding="utf-8")

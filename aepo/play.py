@@ -40,7 +40,8 @@ from aepo.own_code import code_changes, code_facts, code_of, named_part
 from aepo.rollout.branching import branch_rule
 from aepo.rollout.engine import Engine
 from aepo.rollout.sampler import Sampler
-from aepo.run_files import refuse_unwritable, write_file
+from aepo.run_directory import refuse_output, refuse_run_files
+from aepo.run_files import write_file
 from aepo.run_log import machine_facts, naming_its_directory, read_facts
 from aepo.saved_trees import tree_entry
 from aepo.scoring import Scorer
@@ -104,7 +105,7 @@ def run_evaluation(subject: Subject, every: bool, answers: Path | None, json_out
     given = {"--answers": answers, "--json": json_out}
     paths = {name: path for name, path in given.items() if isinstance(path, Path)}
     for name, path in paths.items():
-        refuse_unwritable(name, path)
+        refuse_output(name, path)
     if len(paths) == 2 and answers == json_out:
         raise ValueError(f"--answers {answers}: expected another file than that of --json")
     console = wide_console()
@@ -131,6 +132,7 @@ def run_evaluation(subject: Subject, every: bool, answers: Path | None, json_out
 
 def run_rollout(subject: Subject, count: int, heldout: bool, out: Path) -> None:
     """Trees of `count` questions as training samples them. Whatever ends it, those that were finished are written."""
+    refuse_run_files("--out", out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: expected a new or an empty directory")
     try:

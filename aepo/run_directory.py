@@ -12,13 +12,14 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from aepo.run_files import REPLACED, read_facts, whole_lines, write_file
-from aepo.run_lock import LOCK, DirectoryLock, in_use, is_foreign, is_held
+from aepo.run_files import REPLACED, read_facts, refuse_unwritable, regular, whole_lines, write_file
+from aepo.run_lock import LOCK, DirectoryLock, in_use, is_foreign, is_held, last_holder
 from aepo.run_records import RECORDS
 
 FILES = ("config.yaml", *RECORDS, "report.html", "run.json")  # as they are removed: run.json, which explains them, last
@@ -45,26 +46,36 @@ _TEMPORARY = {  # what of each is ours while it is being written
 class RunDirectory:
     """One that this process holds until `release`, or until it ends, however it ends."""
 
-    def __init__(self, path: Path, lock: DirectoryLock, *, created: bool) -> None:
+    def __init__(self, path: Path, lock: DirectoryLock, *, created: Sequence[Path]) -> None:
         self.path = path
         self._lock = lock
         self._created = created
 
     @classmethod
     def claim(cls, path: Path | str, *, resume: bool, overwrite: bool = False) -> RunDirectory:
-        """Lock it, and create it for a new run. Nothing else is changed.
+        """Lock it, and create it, with its parents, for a new run. Nothing else is changed.
 
         BlockingIOError, in one line that names the holder: another process, or this one, holds it. FileExistsError: a
         new run, and there is one already, or files by the names of a run that no run.json explains. ValueError: a run
         is to be resumed, or replaced, that is none of ours or cannot be read, or a link stands where a run has a file,
-        or a checkpoint that is to be removed has something in it that the run did not write.
+        or what is to be removed has something in it that the run did not write, or the place is one where another run
+        keeps its own files. Other OSErrors name run.dir: the directory cannot be made, locked or written.
         """
         path = Path(path)
-        cls.check(path, resume=resume, overwrite=overwrite)
-        created = not path.exists()
-        claimed = cls(path, DirectoryLock(path, create=not resume), created=created)
+        if is_held(path):
+            raise in_use(path)
+        _refuse(path, resume=resume, overwrite=overwrite)
+        created = [one for one in (path, *path.parents) if not one.exists()]
+        try:
+            claimed = cls(path, DirectoryLock(path, create=not resume), created=created)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            _remove_created(created)
+            raise _unusable(path, error) from None
         try:  # what another process did before this one had the lock
             _refuse(path, resume=resume, overwrite=overwrite)
+            _require_writable(path)
         except BaseException:
             claimed.release()
             raise
@@ -80,11 +91,8 @@ class RunDirectory:
 
     @staticmethod
     def check(path: Path | str, *, resume: bool, overwrite: bool = False) -> None:
-        """The refusals of `claim`, without holding or creating anything."""
-        path = Path(path)
-        if is_held(path):
-            raise in_use(path)
-        _refuse(path, resume=resume, overwrite=overwrite)
+        """The refusals of `claim`, before the work on a model. It is claimed and released, as only that tells."""
+        RunDirectory.claim(path, resume=resume, overwrite=overwrite).release()
 
     def require(self) -> None:
         """OSError: the directory that is held is no longer there, by its name."""
@@ -142,13 +150,13 @@ class RunDirectory:
 
     def release(self) -> None:
         """Somebody else may claim it. What could not be removed is tried once more, and a directory that was made
-        for this run and has nothing in it goes, too. A second call does nothing."""
+        for this run and has nothing in it goes, too, with its parents. A second call does nothing."""
         if self._lock.held:
             with contextlib.suppress(OSError):
                 _remove_temporaries(self.path)
                 if self._created and os.listdir(self.path) == [LOCK]:
                     (self.path / LOCK).unlink()
-                    self.path.rmdir()
+                    _remove_created(self._created)
         self._lock.release()
 
 
@@ -157,10 +165,46 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_").partition(".")[0])
 
 
+def refuse_output(name: str, path: Path) -> None:
+    """ValueError, before the work and not after it: the file is one of a run's own, or cannot be written. name: of the
+    argument."""
+    refuse_run_files(name, path)
+    refuse_unwritable(name, path)
+
+
+def refuse_run_files(name: str, path: Path) -> None:
+    """ValueError, which begins with `name`: a run keeps its own files there, also by another way to that place. A page
+    may have the name that a report gives it."""
+    try:
+        real = Path(os.path.realpath(path))
+    except (OSError, ValueError):  # who writes there says it
+        return
+    for run in real.parents:
+        if _is_own(real.relative_to(run)) and _is_run(run):
+            raise ValueError(f"{name} {path}: expected another place, {run} is a run and keeps its own files there")
+
+
+def _is_own(inside: Path) -> bool:
+    first, *others = inside.parts
+    if inside.name == "report.html" and (not others or (first == ABANDONED and len(others) == 2)):
+        return False
+    return first in (*FILES, LOCK, *FOLDERS, ABANDONED, "wandb") or bool(_TEMPORARY["."].fullmatch(first))
+
+
+def _is_run(folder: Path) -> bool:
+    if is_held(folder):
+        return True
+    try:
+        _read_run(folder)
+    except ValueError:  # damaged, and of a run all the same
+        return (folder / "run.json").exists() and bool(last_holder(folder))
+    return True
+
+
 def require_whole_settings(run: Path) -> None:
     """ValueError: config.yaml lacks settings that the newest checkpoint has. They would be read as their defaults."""
     checkpoints = sorted(_ours(run, "checkpoints"), key=step_of)
-    copy, config = (checkpoints[-1] / "run.yaml" if checkpoints else None), run / "config.yaml"
+    copy, config = (checkpoints[-1] / "run.yaml" if checkpoints else None), regular(run / "config.yaml")
     if copy is None or not (copy.is_file() and config.is_file()):  # who reads them says it
         return
     whole, there = copy.read_bytes().strip(), config.read_bytes().strip()
@@ -178,10 +222,17 @@ def require_whole_settings(run: Path) -> None:
 
 
 def _refuse(path: Path, *, resume: bool, overwrite: bool) -> None:
-    with contextlib.suppress(FileNotFoundError):
+    try:
         if not stat.S_ISDIR(path.lstat().st_mode) and not path.is_dir():
             raise ValueError(f"run.dir = {path}: expected a directory, or nothing, got something else")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise _unusable(path, error) from None
     _refuse_other_kinds(path)
+    _refuse_runs_in_temporaries(path)
+    if not resume:
+        refuse_run_files("run.dir =", path)
     if resume:
         facts = _read_run(path)
         if facts["status"] == REPLACED:
@@ -196,6 +247,7 @@ def _refuse(path: Path, *, resume: bool, overwrite: bool) -> None:
             raise ValueError(f"{error}: move it away, or choose another run.dir") from None
         if overwrite:
             _refuse_additions(path)
+            _refuse_runs_aside(path)
         else:
             raise FileExistsError(
                 f"{path} already holds a run: continue it with --resume {path}, replace it with --overwrite, "
@@ -231,10 +283,9 @@ def _refuse_other_kinds(path: Path) -> None:
             _refuse_unless(root / folder, folder=True)
             for one in _ours(root, folder):
                 _refuse_unless(one, folder=folder == "checkpoints")
-        for folder, pattern in _TEMPORARY.items():
-            for one in _entries(root / folder):
-                if one.is_symlink() and pattern.fullmatch(one.name):
-                    _refuse_unless(one, folder=folder == "checkpoints")
+        for one in _temporaries(root):
+            if one.is_symlink():
+                _refuse_unless(one, folder=one.parent.name == "checkpoints")
     _refuse_unless(path / "wandb", folder=True)
     _refuse_unless(path / ABANDONED, folder=True)
 
@@ -251,11 +302,27 @@ def _refuse_additions(path: Path) -> None:
                 raise ValueError(f"{one}: expected a checkpoint with a list of its files, {SUMS}: move it away")
 
 
+def _refuse_runs_aside(path: Path) -> None:
+    """ValueError: a folder in abandoned/ is another run, which has files there that none has that was set aside."""
+    for root in _set_aside(path):
+        for name in ("run.json", "config.yaml", LOCK):
+            if os.path.lexists(root / name):
+                raise ValueError(f"{root / name}: expected only what this run has set aside: move {root} away")
+
+
+def _refuse_runs_in_temporaries(path: Path) -> None:
+    """ValueError: another run is in a folder that is removed as what a killed run was writing."""
+    for root in (path, *_set_aside(path)):
+        for one in _temporaries(root):
+            if not one.is_symlink() and (found := next(one.rglob(LOCK), None)):
+                raise ValueError(f"{found.parent}: expected only what the run was writing, got a run: move it away")
+
+
 def _additions(checkpoint: Path) -> list[Path]:
     """What is in a checkpoint and not in its list. Of one that was being replaced: nor in the new one, as it may have
     lost its list."""
     try:
-        sums = (checkpoint / SUMS).read_text()
+        sums = regular(checkpoint / SUMS).read_text()
     except (OSError, UnicodeDecodeError):
         sums = ""
     listed = {checkpoint / name for name in (SUMS, *(line.partition("  ")[2] for line in sums.splitlines()))}
@@ -273,8 +340,13 @@ def _final(checkpoint: Path) -> Path:
 
 
 def _refuse_unless(path: Path, *, folder: bool) -> None:
-    if path.is_symlink() or (path.exists() and path.is_dir() != folder):
-        kind = "a link" if path.is_symlink() else "a folder" if path.is_dir() else "a file"
+    try:
+        mode = path.lstat().st_mode  # one look: it may be given up meanwhile
+    except OSError:
+        return
+    if not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)):
+        kinds = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFREG: "a file"}
+        kind = kinds.get(stat.S_IFMT(mode), "a pipe, a socket or a device")
         raise ValueError(f"{path}: expected a {'folder' if folder else 'file'}, as a run has there, got {kind}")
 
 
@@ -339,18 +411,43 @@ def _remove_wandb(folder: Path, wandb_id: str | None) -> None:
 
 def _remove_temporaries(path: Path) -> None:
     """What a killed run was writing. A checkpoint that was being replaced, by one that is not there, is put back."""
-    for folder, pattern in _TEMPORARY.items():
-        for one in _entries(path / folder):
-            if not pattern.fullmatch(one.name) or one.is_symlink():
-                continue
-            final = _final(one)
-            if final != one and not final.exists():
-                one.rename(final)
-                continue
-            for added in _additions(one) if final != one else ():
-                if os.path.lexists(added):  # not moved with the folder that it is in
-                    added.rename(final / added.relative_to(one))
-            _remove(one)
+    for one in _temporaries(path):
+        if one.is_symlink():
+            continue
+        final = _final(one)
+        if final != one and not final.exists():
+            one.rename(final)
+            continue
+        for added in _additions(one) if final != one else ():
+            if os.path.lexists(added):  # not moved with the folder that it is in
+                added.rename(final / added.relative_to(one))
+        _remove(one)
+
+
+def _temporaries(root: Path) -> list[Path]:
+    return [
+        one for folder, pattern in _TEMPORARY.items() for one in _entries(root / folder) if pattern.fullmatch(one.name)
+    ]
+
+
+def _require_writable(path: Path) -> None:
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise _unusable(path, error) from None
+
+
+def _unusable(path: Path, error: OSError) -> OSError:
+    where = f" ({error.filename})" if error.filename is not None and str(error.filename) != str(path) else ""
+    expected = "expected a directory that can be made, locked and written"
+    return type(error)(f"run.dir = {path}: {expected}: {error.strerror or error}{where}")
+
+
+def _remove_created(folders: Sequence[Path]) -> None:
+    """The innermost comes first; one that is no longer empty, and those around it, stay."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _remove(path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +20,7 @@ def read_facts(directory: Path) -> dict[str, Any]:
     """run.json of a run. ValueError: it is not there, not readable, or of a newer version."""
     path = directory / "run.json"
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads(regular(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory}: expected a run, whose run.json can be read: {error}") from None
     if not isinstance(facts, dict):
@@ -28,6 +29,14 @@ def read_facts(directory: Path) -> dict[str, Any]:
     if isinstance(version, int) and version > FORMAT:
         raise ValueError(f"{path}: expected version {FORMAT} or below, got {version}: a newer aepo wrote it")
     return facts
+
+
+def regular(path: Path) -> Path:
+    """OSError: it is not there, or it is a pipe, from which reading never ends, or a device."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(f"{path}: expected a file, got a pipe, a socket or a device")
+    return path
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -43,7 +52,7 @@ def whole_lines(path: Path) -> tuple[list[bytes], bytes]:
     """The records of a .jsonl file as they are written, with their newlines, and what stands behind the last one.
     ValueError: as `read_records`."""
     try:
-        content = path.read_bytes()
+        content = regular(path).read_bytes()
     except FileNotFoundError:
         return [], b""
     *lines, tail = content.split(b"\n")  # not splitlines: U+2028 may stand in a JSON string
@@ -63,22 +72,31 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     What is behind a link is written, not the link; and what is no file, as /dev/stdout, is written to, not replaced.
     """
     if path.exists() and not path.is_file():
-        try:
-            with path.open("wb") as file:
-                yield file
-        except OSError as error:  # its own text does not name the file if a write fails
-            raise OSError(error.errno, error.strerror, str(path)) from None
+        with _named(path), path.open("wb") as file:
+            yield file
         return
     temporary = _temporary(path)
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(os.path.realpath(path))
+        with _named(path):
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(os.path.realpath(path))
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An error of a write, as on a full disk, does not say of which file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _temporary(path: Path) -> Path:
@@ -112,7 +130,7 @@ def append_lines(path: Path, lines: str, *, flush: bool = False) -> None:
     """All of them, or, after an error, none. flush: to the disk itself, also those that were there."""
     if not lines and not (flush and path.exists()):
         return
-    with path.open("ab", buffering=0) as file:  # a buffer would be written after all when it is closed
+    with _named(path), path.open("ab", buffering=0) as file:  # a buffer would be written after all when it is closed
         size = file.seek(0, os.SEEK_END)
         try:
             rest = memoryview(lines.encode())

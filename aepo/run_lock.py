@@ -19,6 +19,8 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+from aepo.run_files import regular
+
 LOCK = ".lock"
 _CANNOT_LOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _PATIENCE = 0.5  # seconds, for those who only look whether it is free
@@ -119,7 +121,7 @@ def is_held(directory: Path) -> bool | None:
 def last_holder(directory: Path) -> dict[str, Any]:
     """Who holds the lock, or held it last: pid, host, since, command. Empty: it is not known."""
     try:
-        return _entry((directory / LOCK).read_bytes())
+        return _entry(regular(directory / LOCK).read_bytes())
     except OSError:
         return {}
 
@@ -127,7 +129,7 @@ def last_holder(directory: Path) -> dict[str, Any]:
 def is_foreign(directory: Path) -> bool:
     """Whether what is called `.lock` there has something else in it."""
     try:
-        content = (directory / LOCK).read_bytes()
+        content = regular(directory / LOCK).read_bytes()
     except OSError:
         return False
     return bool(content) and not _entry(content)

@@ -6,6 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from aepo.run_files import regular
+
 RECORDS = ("metrics.jsonl", "evals.jsonl")
 
 Fingerprints = dict[str, list[Any]]
@@ -32,7 +34,7 @@ def require_records(run: Path, written: Fingerprints, checkpoint: Path) -> None:
 
 def _content(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return regular(path).read_bytes()
     except FileNotFoundError:
         return b""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from aepo.config import Config, changed_settings, load_config, named_settings
 from aepo.run_directory import require_whole_settings
+from aepo.user_paths import user_path
 
 BUILT_IN = ("tiny", "smollm2-135m-instruct")
 
@@ -34,7 +35,7 @@ def find_subject(
     name: str, config: Path | None, overrides: Sequence[str], step: int | None = None, best: bool = False
 ) -> Subject:
     """ValueError, in one line: `name` is neither, or something is asked for that the other one has."""
-    path = Path(name).expanduser()
+    path = user_path("RUN|MODEL", name)
     if (path / "run.json").is_file():
         if config is not None:
             raise ValueError(

@@ -11,6 +11,7 @@ from typing import Any
 from aepo.bench.harness import Row, is_baseline, is_ours
 from aepo.bench.settings import Settings
 from aepo.install import pip_install
+from aepo.run_directory import refuse_run_files
 
 PEERS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 """Colours; red is ours, black is eager."""
@@ -21,6 +22,7 @@ def check_plot(settings: Settings, path: Path) -> None:
     """ValueError where no figure can come of it; asked before minutes of measuring."""
     if path.suffix not in FORMATS:
         raise ValueError(f"a plot's file must end with one of {', '.join(FORMATS)}; got {path}")
+    refuse_run_files("--plot", path)
     if max(len(settings.tokens or ()), len(settings.vocab or ())) < 2:
         raise ValueError("a plot needs several numbers of tokens or sizes of the vocabulary, e.g. --tokens 128,256,512")
     if importlib.util.find_spec("matplotlib") is None:

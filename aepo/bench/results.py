@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from aepo.bench.harness import Refusal, Row
-from aepo.run_files import refuse_unwritable, write_file
+from aepo.run_directory import refuse_output
+from aepo.run_files import write_file
 
 
 def check_json(path: Path) -> None:
     """ValueError if the file cannot be written: better before a measurement than after it."""
     with contextlib.suppress(OSError, ValueError):  # said below
         path.parent.mkdir(parents=True, exist_ok=True)
-    refuse_unwritable("--json", path)
+    refuse_output("--json", path)
 
 
 def write_json(

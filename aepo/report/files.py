@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from aepo.run_files import regular
+
 
 def read_part(file: Path, reader: Callable[[Path], Any], problems: list[str]) -> Any:
     """What `reader` makes of a file; None, and a line in `problems`, if it cannot."""
     try:
-        return reader(file)
+        return reader(regular(file))
     except FileNotFoundError:
         problems.append(f"{file.name} is missing")
     except Exception as error:  # a damaged file, in as many ways as its reader has; the page says so and goes on

@@ -12,6 +12,7 @@ from aepo.report.charts import chart_data, moving_mean, window
 from aepo.report.reader import Run, read_run
 from aepo.report.summary import differences, summary
 from aepo.report.trees import fitting_trees, page_tree
+from aepo.run_directory import refuse_output, refuse_run_files
 from aepo.run_files import write_file
 
 SCRIPTS = ("base.js", "charts.js", "export.js", "trees.js", "browser.js", "answers.js", "page.js")
@@ -21,8 +22,11 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     """Write the page about one run, or about several overlaid ones, and return its path.
 
     Default place: report.html in the run directory, or, for several runs, in the directory that holds them all.
-    ValueError: nothing was given, a directory is not a run, or a run has not finished a step or an evaluation.
+    ValueError: nothing was given, a directory is not a run, a run has not finished a step or an evaluation, or `out` is
+    one of a run's own files or cannot be written.
     """
+    if out is not None:
+        refuse_output("--out", Path(out))
     paths = named_runs(runs)
     first = next(iter(paths.values()))
     parent = first if len(paths) == 1 else Path(os.path.commonpath([path.resolve() for path in paths.values()]))
@@ -36,7 +40,9 @@ def write_rollout_page(
 
     trees: entries of "trees" as in RUN/trees/step_*.json. facts: as in run.json, such as model, task, format, tools,
     versions; its "name", or that of the directory, is the title. config: all settings, section -> name -> value.
+    ValueError: `out` is one of a run's own files.
     """
+    refuse_run_files("out", Path(out))
     plain = json.loads(json.dumps(list(trees), default=str), parse_constant=lambda name: None)
     problems: list[str] = []
     shown = fitting_trees([page_tree(0, entry) for entry in plain], problems)

@@ -59,12 +59,12 @@ def read_run(path: Path, name: str) -> Run:
 
 
 def _status(path: Path) -> str:
-    """Of a run whose run.json says that it goes on: running, or killed, or unknown where nothing can be said."""
+    """Of a run whose run.json says that it goes on: running, or ended, or unknown where nothing can be said."""
     held = is_held(path)
     if (
         held is False and last_holder(path).get("host") == socket.gethostname()
     ):  # a lock of another host may not be seen
-        return "killed"
+        return "ended without a word: killed, or the disk was full"
     return "running" if held else "unknown"
 
 

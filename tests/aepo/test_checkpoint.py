@@ -128,6 +128,17 @@ def test_damage_is_noticed_named_and_the_next_whole_one_suggested(tmp_path: Path
         verify_checkpoint(tmp_path / "step_000002")
 
 
+@pytest.mark.parametrize("name", ["config.json", "state.json", "SHA256SUMS", "model.safetensors"])
+def test_a_pipe_is_no_file_of_a_checkpoint(tmp_path: Path, name: str) -> None:
+    """Reading from it would never end."""
+    path = save(tmp_path, 1)
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    assert [one.step for one in list_checkpoints(tmp_path)] == [1]
+    with pytest.raises(CheckpointError, match=f"corrupt checkpoint: .*{name}: expected a file, got a pipe"):
+        verify_checkpoint(path)
+
+
 @pytest.mark.parametrize("limit", [100_000, 500])  # bytes: fails in the weights, and in the configuration
 def test_a_disk_that_takes_no_more_keeps_the_old_checkpoint(tmp_path: Path, limit: int) -> None:
     """The system refuses to let a file grow beyond `limit`, as a full disk does."""

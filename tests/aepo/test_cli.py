@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,8 +16,9 @@ from trainer_toys import ToyLanguageModel, toy_agent
 from typer.testing import CliRunner, Result
 
 from aepo import cli, cli_shared
-from aepo.checkpoint import list_checkpoints
+from aepo.checkpoint import CheckpointError, list_checkpoints
 from aepo.run_files import read_records
+from aepo.run_log import RunLog
 
 SMALL = ["train.steps=2", "train.questions=4", "rollout.paths=2", "rollout.max_tokens=6", "log.tensorboard=false"]
 
@@ -75,6 +77,55 @@ def test_resume_from_a_corrupt_checkpoint_names_the_file_and_the_way_out(tmp_pat
     assert [record["step"] for record in read_records(directory / "metrics.jsonl")] == [1, 2, 3]
 
 
+@pytest.mark.usefixtures("toy")
+def test_home_directories_in_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.yaml").write_text("run: {dir: ~/run}\n")
+    done = run("train", *SMALL, "--config", "~/settings.yaml")
+    assert done.exit_code == 0, done.output
+    assert f"aepo report {tmp_path}/run" in done.output
+    assert run("train", "--resume", "~/run", "train.steps=3").exit_code == 0
+    evaluated = run("eval", "~/run", "--json", "~/numbers.json", "--answers", "~/answers.jsonl")
+    assert evaluated.exit_code == 0, evaluated.output
+    assert run("rollout", "~/run", "--out", "~/trees").exit_code == 0
+    assert run("report", "~/run", "--out", "~/page.html").exit_code == 0
+    found = {"run", "settings.yaml", "numbers.json", "answers.jsonl", "trees", "page.html"}
+    assert set(os.listdir(tmp_path)) == found
+
+
+@pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_full_disk_ends_with_the_way_to_go_on(steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(log: RunLog, record: dict) -> None:
+        if record["step"] > steps:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+
+    def unsaved(*arguments: object, **others: object) -> None:
+        raise CheckpointError("cannot save") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RunLog, "step", full)
+    if steps == 0:
+        monkeypatch.setattr("aepo.trainer.save_checkpoint", unsaved)
+    directory = tmp_path / "run"
+    done = run("train", *SMALL, "checkpoint.every=1", f"run.dir={directory}")
+    assert done.exit_code == 1
+    how = f"aepo train --resume {directory}" if steps else "the same command, with --overwrite if it refuses"
+    assert f"the disk of {directory} is full: make room, then go on with: {how}\n" in done.output
+
+
+@pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize("name", ["run.json", "config.yaml", "checkpoints/step_000002/config.json"])
+def test_a_pipe_in_a_run_ends_its_resumption(name: str, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    assert run("train", *SMALL, f"run.dir={directory}").exit_code == 0
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+    failed = run("train", "--resume", directory, "train.steps=3")
+    assert failed.exit_code == 1
+    assert f"{name}: expected a file, got a pipe, a socket or a device" in failed.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -87,6 +138,17 @@ def test_resume_from_a_corrupt_checkpoint_names_the_file_and_the_way_out(tmp_pat
         (["train", "--resume", "nowhere", "--overwrite"], "expected no --config, no --overwrite"),
         (["eval", "nowhere"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
+        (["train", "--config", ""], "--config = '': expected a path, got none"),
+        (["train", "--resume", ""], "--resume = '': expected a path, got none"),
+        (
+            ["train", "run.dir=~nobody-here/x"],
+            "run.dir = '~nobody-here/x': expected ~ or ~user, whose",
+        ),
+        (["train", "run.dir=a\0b"], "run.dir = 'a\\x00b': expected a path, got a NUL character in it"),
+        (["train", "run.dir=q\udcff"], "run.dir = 'q\\udcff': expected a path in UTF-8"),
+        (["train", "run.dir=/proc/x/y"], "run.dir = /proc/x/y: expected a directory that can be made, locked and"),
+        (["bench", "linear", "--json", ""], "--json = '': expected a path, got none"),
+        (["bench", "linear", "--plot", ""], "--plot = '': expected a path, got none"),
         (["keys", "nosuchkey"], "no key contains 'nosuchkey'\n"),
         (["keys", "lerning_rate"], "no key contains 'lerning_rate': did you mean 'learning_rate'?"),
         (["keys", "taks"], "did you mean 'task'?"),

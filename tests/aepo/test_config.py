@@ -350,17 +350,17 @@ TEXTS = (
 def test_a_text_is_that_text_whatever_it_looks_like(tmp_path: Path, text: str) -> None:
     """From the command line, from a file that a program wrote, and from the run's own config.yaml. `null` is a text
     where a setting cannot be null."""
-    given = load_config(overrides=["task.name=files", f"run.dir={text}", f"task.columns.prompt={text}"])
-    assert (given.run.dir, given.task.columns) == (text, {"prompt": text})
+    given = load_config(overrides=["task.name=files", f"model.name={text}", f"task.columns.prompt={text}"])
+    assert (given.model.name, given.task.columns) == (text, {"prompt": text})
     if text in TEXTS:
         system = load_config(overrides=[f"task.system={text}", f"task.tools={text}"])
         assert (system.task.system, system.task.tools) == (text, (text,))
     file = tmp_path / "config.yaml"
     file.write_bytes(to_yaml(given).encode())
     assert load_config(file) == given
-    file.write_bytes(json.dumps({"run": {"dir": text}, "task": {"system": text, "tools": [text]}}).encode())
+    file.write_bytes(json.dumps({"model": {"name": text}, "task": {"system": text, "tools": [text]}}).encode())
     read = load_config(file)
-    assert (read.run.dir, read.task.system, read.task.tools) == (text, text, (text,))
+    assert (read.model.name, read.task.system, read.task.tools) == (text, text, (text,))
 
 
 @pytest.mark.parametrize(
@@ -371,11 +371,11 @@ def test_a_text_without_quotes_in_a_file(tmp_path: Path, text: str) -> None:
     file = tmp_path / "run.yaml"
     listed = [text, "b"] if text != "null" else ["b"]
     file.write_text(
-        f"run:\n  dir: {text}  # a comment\nvllm: {{weights_dir: '{text}'}}\n"
+        f"model:\n  name: {text}  # a comment\nlog: {{wandb: '{text}'}}\n"
         f"task:\n  name: files\n  columns: {{prompt: {text}}}\n  tools: [{', '.join(listed)}]\n  train: {text}x\n"
     )
     config = load_config(file)
-    assert (config.run.dir, config.vllm.weights_dir, config.task.columns) == (text, text, {"prompt": text})
+    assert (config.model.name, config.log.wandb, config.task.columns) == (text, text, {"prompt": text})
     assert (config.task.tools, config.task.train) == (tuple(listed), f"{text}x")
 
 

@@ -28,6 +28,7 @@ FLOORS = (
         "aepo.registry",
         "aepo.own_code",
         "aepo.setting_types",
+        "aepo.user_paths",
     ),
     ("aepo.yaml_settings",),
     ("aepo.settings_reading",),

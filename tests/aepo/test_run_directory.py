@@ -19,9 +19,10 @@ import pytest
 from disk_toys import full_disk, recorded
 
 from aepo.config import Config, load_config, to_yaml
+from aepo.report import write_report
 from aepo.report.reader import read_run
 from aepo.report.summary import summary
-from aepo.run_directory import RunDirectory
+from aepo.run_directory import RunDirectory, refuse_output
 from aepo.run_files import FORMAT, read_facts, read_records
 from aepo.run_lock import DirectoryLock, is_held
 from aepo.run_log import RunLog
@@ -699,7 +700,7 @@ def test_the_report_says_whether_a_run_goes_on_or_was_killed(tmp_path):
     assert progress().endswith("35 of 40 steps, still going")
     process.kill()
     process.wait()
-    assert progress().endswith("35 of 40 steps, killed")
+    assert progress().endswith("35 of 40 steps, ended without a word: killed, or the disk was full")
     (path / ".lock").write_text((path / ".lock").read_text().replace(socket.gethostname(), "elsewhere"))
     assert progress().endswith("still going (or it died without a word)")
 
@@ -724,3 +725,159 @@ def test_trees_and_answers_that_could_not_be_written_are_tried_again(tmp_path):
     (path / "answers").unlink()
     log.flush()
     assert (path / "answers" / "step_000001.jsonl").exists()
+
+
+OWN_FILES = (
+    "run.json config.yaml metrics.jsonl evals.jsonl .lock .run.json.writing trees/step_000007.json trees/new "
+    "answers/step_000010.jsonl checkpoints/step_000010/run.yaml checkpoints/new tensorboard/new "
+    "abandoned/1/evals.jsonl wandb/new link/metrics.jsonl ../other/../run/metrics.jsonl to_a_file to_a_new_file"
+)
+
+
+@pytest.mark.parametrize("name", OWN_FILES.split())
+@pytest.mark.parametrize("damaged", [False, True])
+def test_no_output_is_written_over_the_files_of_a_run(name, damaged, tmp_path):
+    path = tmp_path / "run"
+    make_run(path)
+    RunDirectory.claim(path, resume=True).release()
+    (tmp_path / "other").mkdir()
+    (path / "link").symlink_to(".")
+    (path / "to_a_file").symlink_to("metrics.jsonl")
+    (path / "to_a_new_file").symlink_to("trees/step_000099.json")
+    if damaged:
+        (path / "run.json").write_text("{")
+    before = content(path)
+    for refuse in (lambda: refuse_output("--out", path / name), lambda: write_report([path], path / name)):
+        with pytest.raises(
+            ValueError, match=f"^--out {path / name}: expected another place, .*run is a run"
+        ) as refused:
+            refuse()
+        assert "\n" not in str(refused.value)
+    assert content(path) == before
+
+
+def test_outputs_beside_the_files_of_a_run_are_written(tmp_path):
+    path = tmp_path / "run"
+    make_run(path)
+    with RunDirectory.claim(path, resume=True) as held:
+        held.set_aside(20)
+        for name in ("report.html", "numbers.json", "metrics.jsonl.bak", "abandoned/1/report.html", "../metrics.jsonl"):
+            refuse_output("--out", path / name)
+    (tmp_path / "no-run").mkdir()
+    (tmp_path / "no-run" / "run.json").write_text('{"success": 1}')
+    refuse_output("--json", tmp_path / "no-run" / "run.json")
+
+
+@pytest.mark.parametrize(
+    "folder", ["abandoned/7", "abandoned/.unfinished", "checkpoints", "checkpoints/.writing_000010"]
+)
+def test_no_run_begins_where_another_keeps_its_files(folder, tmp_path):
+    make_run(tmp_path / "run")
+    before = content(tmp_path / "run")
+    with pytest.raises(ValueError, match=f"run.dir = .*{folder}: expected another place, .*run is a run"):
+        RunDirectory.claim(tmp_path / "run" / folder, resume=False)
+    assert content(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    "folder", ["abandoned/7", "abandoned/.unfinished", "checkpoints/.writing_000010", ".engine-abcdefgh"]
+)
+def test_another_run_in_what_is_removed_is_not_replaced(folder, tmp_path):
+    """Copied there, or begun with an earlier version."""
+    make_run(tmp_path / "copy")
+    RunDirectory.claim(tmp_path / "copy", resume=True).release()
+    make_run(tmp_path / "run")
+    shutil.copytree(tmp_path / "copy", tmp_path / "run" / folder)
+    before = content(tmp_path / "run")
+    with pytest.raises(ValueError, match=f"{folder}.*: expected only what .* away"):
+        RunDirectory.claim(tmp_path / "run", resume=False, overwrite=True)
+    assert content(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("name", ["/proc/x/y", "file/run", "file/deep/run", "x" * 300, "loop/run"])
+def test_a_directory_that_cannot_be_made_is_said_before_the_work(name, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match=r"^run.dir = .*: expected a directory that can be made, locked and written: \w"):
+        RunDirectory.check(tmp_path / name, resume=False)
+    assert sorted(os.listdir(tmp_path)) == ["file", "loop"]
+
+
+READ_ONLY = """
+import os, sys
+from aepo.run_directory import RunDirectory
+if os.geteuid() == 0:
+    os.setresuid(65534, 65534, 65534)
+for path, resume in ((sys.argv[1], True), (sys.argv[2], False)):
+    try:
+        RunDirectory.check(path, resume=resume)
+        print("accepted")
+    except PermissionError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("what", ["directory", ".lock"])
+def test_a_directory_that_cannot_be_written_is_said_before_the_work(what, tmp_path):
+    path = tmp_path / "run"
+    make_run(path)
+    RunDirectory.claim(path, resume=True).release()
+    for parent in tmp_path.parents:  # of pytest, for its user alone
+        if parent.stat().st_uid == os.geteuid() and "pytest" in parent.name:
+            parent.chmod(0o755)
+    tmp_path.chmod(0o555)
+    path.chmod(0o555 if what == "directory" else 0o777)
+    (path / ".lock").chmod(0o666 if what == "directory" else 0o444)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", READ_ONLY, str(path), str(tmp_path / "new" / "run")], capture_output=True, text=True
+        )
+    finally:
+        tmp_path.chmod(0o755)
+        path.chmod(0o755)
+    expected = rf"run.dir = {path}: expected a directory that can be made, locked and written: Permission denied.*\n"
+    expected += rf"run.dir = {tmp_path}/new/run: expected .* and written: Permission denied.*\n"
+    assert re.fullmatch(expected, done.stdout), done.stdout + done.stderr
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_a_start_that_failed_leaves_no_parents_that_it_made(tmp_path):
+    RunDirectory.check(tmp_path / "a" / "b" / "run", resume=False)
+    held = RunDirectory.claim(tmp_path / "a" / "b" / "run", resume=False)
+    (tmp_path / "a" / "notes").touch()
+    held.release()
+    assert os.listdir(tmp_path / "a") == ["notes"]
+
+
+@pytest.mark.parametrize(
+    "name", ["run.json", "metrics.jsonl", "config.yaml", "report.html", ".lock", "trees/step_000010.json"]
+)
+def test_a_pipe_in_a_run_is_refused_and_not_waited_for(name, tmp_path):
+    path = tmp_path / "run"
+    make_run(path)
+    (path / name).unlink(missing_ok=True)
+    os.mkfifo(path / name)
+    for call in (
+        lambda: RunDirectory.claim(path, resume=True),
+        lambda: RunDirectory.claim(path, resume=False, overwrite=True),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: expected a file, as a run has there, got a pipe"):
+            call()
+    if name in ("run.json", "metrics.jsonl"):
+        read = {"run.json": lambda: read_facts(path), "metrics.jsonl": lambda: read_records(path / name)}[name]
+        with pytest.raises((ValueError, OSError), match=f"{name}: expected a file, got a pipe"):
+            read()
+    if name == "config.yaml":
+        with pytest.raises(OSError, match=r"config.yaml: expected a file, got a pipe"):
+            find_subject(str(path), None, [])
+    with pytest.raises((ValueError, OSError)):  # no number in it; it is read to the end
+        write_report([path])
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path):
+    log = new_log(tmp_path / "run")
+    with full_disk(10):
+        with pytest.raises(OSError, match=r"metrics.jsonl"):
+            log.step({"step": 1, "text": "b" * 100})
+        with pytest.raises(OSError, match=r"trees/step_000001.json"):
+            log.trees(1, [], [], vocab_size=5, temperature=1.0, decode=str)

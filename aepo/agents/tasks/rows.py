@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aepo.install import pip_install
+from aepo.user_paths import user_path
 
 Split = Literal["train", "heldout"]
 SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "heldout": ("test", "validation")}
@@ -62,7 +63,7 @@ def find_sources(given: Any, split: Split) -> list[Source]:
 
 def saved_splits(given: Any, split: Split) -> list[Path]:
     """That split of each directory with several that is given and has it."""
-    found = (_saved_split(Path(name).expanduser(), split) for name in _names(given))
+    found = (_saved_split(user_path(f"task.{split}", name), split) for name in _names(given))
     return [path for path in found if path is not None]
 
 
@@ -77,7 +78,7 @@ def _saved_split(path: Path, split: Split) -> Path | None:
 
 
 def _files(name: str, setting: str, split: Split) -> list[tuple[Path, ...]]:
-    path = Path(name).expanduser()
+    path = user_path(setting, name)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file():
             inner = _saved_split(path, split)

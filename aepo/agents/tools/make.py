@@ -12,6 +12,7 @@ from aepo.agents.protocol import Closable, Tool, ToolError
 from aepo.agents.tools.functions import FunctionTool
 from aepo.agents.tools.toolbox import check_tool
 from aepo.registry import error_text, resolve
+from aepo.user_paths import user_path
 
 FORMS = (
     "python, search:CORPUS.jsonl, package.module:function, package.module:Class, mcp:COMMAND ARGUMENTS, "
@@ -132,7 +133,7 @@ def _search(spec: str, path: str, setting: str) -> Tool:
     from aepo.agents.tools.search import SearchTool
 
     try:
-        return SearchTool.from_jsonl(path)
+        return SearchTool.from_jsonl(user_path(setting, path))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{setting} = {spec!r}: expected a JSONL file of documents: {error}") from None
     except ValueError as error:
