@@ -442,7 +442,7 @@ def test_records_that_cannot_be_dropped_do_not_hide_the_error(servers, caplog):
 class Updated(Server):
     """Takes weights, and keeps the version of whoever has sent some last, as `vllm serve` does."""
 
-    def __init__(self, weights_dir: Path | str) -> None:
+    def __init__(self, weights_dir: Path) -> None:
         super().__init__()
         self.version = "0"
         self.calls: list[str] = []
@@ -464,7 +464,8 @@ class Updated(Server):
 
 
 @pytest.fixture
-def updated(tmp_path, servers) -> Iterator[Updated]:
+def updated(tmp_path, servers, monkeypatch) -> Iterator[Updated]:
+    monkeypatch.setattr(vllm_remote, "ANSWER", 60.0)  # all of them do answer
     server = Updated(tmp_path)
     yield server
     server.close()
@@ -533,25 +534,24 @@ def test_weights_that_are_not_finite_reach_nobody(updated, tmp_path, value):
 @pytest.mark.parametrize(
     "named", ["/", "//", "~", "", "relative/dir", "TMP/made/by/server", "/proc/x", "/dev/null", "/x" * 9000]
 )
-def test_a_server_does_not_say_where_directories_are_made(servers, tmp_path, monkeypatch, named):
+def test_a_server_does_not_say_where_directories_are_made(updated, tmp_path, monkeypatch, named):
     monkeypatch.chdir(tmp_path)
-    updated = Updated(named.replace("TMP", str(tmp_path)))
+    status = {**STATUS, "weights_dir": named.replace("TMP", str(tmp_path))}
+    updated.answers["/aepo/status"] = lambda _: status
     before = loops()
     with pytest.raises(ReplicaError, match=f"{updated.url}: /aepo/status answered .*'weights_dir' is '") as failure:
         trainer(updated)
-    updated.close()
     assert len(str(failure.value)) < 1500
     assert not list(tmp_path.iterdir())
     assert updated.calls == []
     assert loops() == before
 
 
-def test_a_directory_of_ones_own_stands_in_for_that_of_the_server(servers, tmp_path):
-    updated = Updated("/elsewhere")
+def test_a_directory_of_ones_own_stands_in_for_that_of_the_server(updated, tmp_path):
+    updated.answers["/aepo/status"] = lambda _: {**STATUS, "weights_dir": "/elsewhere"}
     trainer(updated, weights_dir=str(tmp_path / "mine")).close()
     assert updated.calls[:2] == ["start", "update"]
     assert (tmp_path / "mine").is_dir()
-    updated.close()
 
 
 HOSTILE = "x\x1b[31m\n" * 30_000
