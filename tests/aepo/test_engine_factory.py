@@ -73,6 +73,50 @@ def test_endpoints_before_one_that_fails_are_closed(monkeypatch):
     assert threading.active_count() == threads
 
 
+class Named:
+    """A replica whose server names this directory."""
+
+    name, max_positions = "http://a", 100
+
+    def __init__(self, weights_dir):
+        self.shared_directory = lambda: weights_dir
+        self.is_closed = False
+
+    async def close(self):
+        self.is_closed = True
+
+
+def test_nothing_stays_open_where_a_guard_cannot_start(monkeypatch, tmp_path):
+    vllm_remote = pytest.importorskip("aepo.rollout.engines.vllm_remote")
+    pytest.importorskip("vllm")  # refresh imports it
+    replica = Named(str(tmp_path))
+
+    async def connect(*_, **__):
+        return replica
+
+    def refuse(*_):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(vllm_remote.RemoteReplica, "connect", connect)
+    monkeypatch.setattr("aepo.rollout.engines.vllm.OrphanGuard", refuse)
+    threads = threading.active_count()
+    with pytest.raises(OSError, match="no more processes"):
+        VLLMEngine.connect(
+            eos_ids=[], vocab_size=260, model=model(), settings=VLLMConfig(endpoints=("http://a",)), version=0
+        )
+    assert replica.is_closed
+    assert threading.active_count() == threads
+
+
+def test_a_directory_that_only_a_server_has_ends_the_start(tmp_path):
+    vllm_remote = pytest.importorskip("aepo.rollout.engines.vllm_remote")
+    status = {"max_model_len": 9, "vocab_size": 260, "weights_dir": str(tmp_path / "made" / "by server")}
+    replica = vllm_remote.RemoteReplica("http://a", status, "toy", [], 1.0)
+    with pytest.raises(ConnectionError, match=r"^http://a: /aepo/status answered .*No such file or directory"):
+        replica.shared_directory()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_loop_that_closes_ends_what_still_runs():
     cleaned = threading.Event()
 

@@ -384,6 +384,27 @@ def test_a_failed_start_is_one_line_and_leaves_nothing(
     assert not list(temporary.iterdir())
 
 
+def test_an_engine_that_is_killed_while_it_starts_is_not_said_to_have_told_why(
+    in_processes, model, model_dir, temporary
+) -> None:
+    """Nothing of its own stands above then."""
+
+    def kill() -> None:
+        while not (directories := list(temporary.iterdir())) or not (found := marked(str(directories[0]))):
+            time.sleep(0.01)
+        os.kill(found[0], signal.SIGKILL)
+
+    before = engine_processes()
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(ValueError, match=r"^vLLM's engine ended while it started.*, unless it was killed") as caught:
+        launch(model_dir, model)
+    thread.join()
+    assert str(caught.value).isprintable()
+    assert engine_processes() == before
+    assert not list(temporary.iterdir())
+
+
 def test_ctrl_c_while_engines_start_is_prompt_and_leaves_nothing(in_processes, model, model_dir, temporary) -> None:
     """When the first of their processes is there, long before they can answer."""
     sent: list[float] = []

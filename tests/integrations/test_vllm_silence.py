@@ -21,7 +21,7 @@ import torch
 
 from aepo.config import VLLMConfig
 from aepo.rollout.engine import GenerationRequest
-from aepo.rollout.engines import vllm_remote
+from aepo.rollout.engines import vllm, vllm_remote
 from aepo.rollout.engines.vllm import EntropyReader, Recorded, ReplicaError, ReplicaGoneError, VLLMEngine
 from aepo.vllm.weights import WeightUpdateError
 from tests.aepo.engine_toys import EOS, VOCAB, request
@@ -464,14 +464,15 @@ class Updated(Server):
 
 
 @pytest.fixture
-def updated(tmp_path, servers) -> Iterator[Updated]:
+def updated(tmp_path, servers, monkeypatch) -> Iterator[Updated]:
+    monkeypatch.setattr(vllm_remote, "ANSWER", 60.0)  # all of them do answer
     server = Updated(tmp_path)
     yield server
     server.close()
 
 
-def trainer(server: Server, version: int = 3) -> VLLMEngine:
-    settings = VLLMConfig(endpoints=(server.url,))
+def trainer(server: Server, version: int = 3, weights_dir: str | None = None) -> VLLMEngine:
+    settings = VLLMConfig(endpoints=(server.url,), weights_dir=weights_dir)
     model = torch.nn.Linear(2, 2)
     return VLLMEngine.connect(eos_ids=[EOS], vocab_size=VOCAB, model=model, settings=settings, version=version)
 
@@ -528,6 +529,115 @@ def test_weights_that_are_not_finite_reach_nobody(updated, tmp_path, value):
     engine.refresh(4)
     assert generate(engine, request([1]))[0].version == 4
     engine.close()
+
+
+@pytest.mark.parametrize(
+    "named", ["/", "//", "~", "", "relative/dir", "TMP/made/by/server", "/proc/x", "/dev/null", "/x" * 9000]
+)
+def test_a_server_does_not_say_where_directories_are_made(updated, tmp_path, monkeypatch, named):
+    monkeypatch.chdir(tmp_path)
+    status = {**STATUS, "weights_dir": named.replace("TMP", str(tmp_path))}
+    updated.answers["/aepo/status"] = lambda _: status
+    before = loops()
+    with pytest.raises(ReplicaError, match=f"{updated.url}: /aepo/status answered .*'weights_dir' is '") as failure:
+        trainer(updated)
+    assert len(str(failure.value)) < 1500
+    assert not list(tmp_path.iterdir())
+    assert updated.calls == []
+    assert loops() == before
+
+
+def test_a_directory_of_ones_own_stands_in_for_that_of_the_server(updated, tmp_path):
+    updated.answers["/aepo/status"] = lambda _: {**STATUS, "weights_dir": "/elsewhere"}
+    trainer(updated, weights_dir=str(tmp_path / "mine")).close()
+    assert updated.calls[:2] == ["start", "update"]
+    assert (tmp_path / "mine").is_dir()
+
+
+HOSTILE = "x\x1b[31m\n" * 30_000
+
+
+CHANGES = {
+    "mode": {"logprobs_mode": HOSTILE},
+    "vocabulary": {"vocab_size": 10**4000},
+    "positions": {"max_model_len": -(10**4000)},
+    "lists": {"weights_dir": [[HOSTILE] * 9] * 9},
+    "directory": {"weights_dir": HOSTILE},
+    "why none": {"weights_dir": None, "no_weights": HOSTILE},
+    "an object": {"no_weights": {HOSTILE: 1}},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_words_of_a_status_are_one_short_line(updated, change):
+    right = updated.answers["/aepo/status"](None)
+    updated.answers["/aepo/status"] = lambda _: {**right, **change}
+    with pytest.raises((ReplicaError, ValueError), match=updated.url) as failure:
+        trainer(updated)
+    assert_short(failure.value)
+
+
+@pytest.mark.parametrize(("path", "answer"), [
+    ("/v1/completions", at(COMPLETION, *CHOICE, "finish_reason", value=HOSTILE)),
+    ("/v1/completions", at(COMPLETION, *CHOICE, "token_ids", value=[HOSTILE])),
+    ("/v1/completions", at(COMPLETION, "usage", "prompt_tokens", value=10**4000)),
+    ("/v1/completions", at(COMPLETION, "usage", "prompt_tokens_details", value={"cached_tokens": 10**4000})),
+    ("/v1/completions", at(COMPLETION, *CHOICE, "logprobs", "token_logprobs", value=[-(10**4000)])),
+    ("/aepo/entropies", {"entropies": {HOSTILE: [0.5]}}),
+    ("/aepo/entropies", {"weight_version": HOSTILE}),
+    ("/aepo/weights/start", {"nonces": [HOSTILE, 1]}),
+    ("/aepo/weights/update", [HOSTILE]),
+    ("/aepo/weights/finish", {"weight_version": HOSTILE}),
+    ("/aepo/weights/reset_prefix_cache", {"success": HOSTILE}),
+])  # fmt: skip
+def test_words_of_any_other_answer_are_one_short_line(updated, monkeypatch, path, answer):
+    monkeypatch.setattr(vllm_remote, "ANSWER_BYTES", 1 << 23)
+    engine = trainer(updated)
+    right = updated.answers[path]
+    updated.answers[path] = lambda body: right(body) and ({**right(body), **answer} if path[-1] == "s" else answer)
+    with pytest.raises((ReplicaError, WeightUpdateError), match=updated.url) as failure:
+        engine.refresh(4) if "weights" in path else generate(engine, request([1]))
+    engine.close()
+    assert_short(failure.value)
+
+
+def test_words_of_what_is_no_http_are_one_short_line(updated):
+    for raw in (b"HTTP/1.1 200 OK\r\n" + b"\x1b[31m" * 9000 + b"\r\n\r\n", HOSTILE.encode()):
+        updated.raw["/v1/models"] = lambda handler, raw=raw: handler.wfile.write(raw)
+        with pytest.raises(ReplicaError, match=updated.url) as failure:
+            trainer(updated)
+        assert_short(failure.value)
+    for status in (302, 409, 500):
+        updated.raw["/v1/models"] = said(status, HOSTILE.encode())
+        with pytest.raises(ReplicaError, match=f"status {status}") as failure:
+            trainer(updated)
+        assert_short(failure.value)
+
+
+def assert_short(error: Exception) -> None:
+    text = str(error)
+    assert len(text) < 1500
+    assert text.isprintable(), text
+
+
+def test_nothing_stays_open_where_the_guard_cannot_start(updated, monkeypatch):
+    clients = []
+
+    def refuse(*_):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(vllm, "OrphanGuard", refuse)
+    made = vllm_remote.http_client
+    monkeypatch.setattr(vllm_remote, "http_client", lambda url: clients.append(made(url)) or clients[-1])
+    before = loops()
+    with pytest.raises(OSError, match="no more processes"):
+        trainer(updated)
+    assert [client.is_closed for client in clients] == [True] * 3
+    assert loops() == before
+
+
+def loops() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "aepo-vllm"}
 
 
 def test_a_url_that_cannot_be_one(servers):

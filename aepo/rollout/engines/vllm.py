@@ -15,6 +15,7 @@ import itertools
 import logging
 import math
 import os
+import reprlib
 import tempfile
 import threading
 import uuid
@@ -195,10 +196,15 @@ class VLLMEngine:
         self._counter = itertools.count()
         self._model = model
         self._weights_dir = None if weights_dir is None else Path(weights_dir)
-        self._guard = guard
-        if guard is not None:  # collected without `close`; at Python's end it is the guard itself that does it
-            weakref.finalize(self, guard.end).atexit = False
+        self._guard: OrphanGuard | None = None
+        if guard is not None:
+            self._end_with(guard)
         self._sender: WeightSender | None = None  # to the replicas that are there; made when it is needed
+
+    def _end_with(self, guard: OrphanGuard) -> None:
+        """It also ends where this is collected without `close`; at Python's end it is the guard itself that does it."""
+        self._guard = guard
+        weakref.finalize(self, guard.end).atexit = False
 
     @classmethod
     def launch(
@@ -259,8 +265,9 @@ class VLLMEngine:
     ) -> VLLMEngine:
         """Use the running `vllm serve` of `settings.endpoints`; their flags are in docs/vllm.md.
 
-        ConnectionError: one of them does not answer. ValueError: one of them lacks what we need, or serves another
-        vocabulary. The weights of `model` are sent to them at once, since nobody knows which ones they have.
+        ConnectionError: one of them does not answer, or names a directory for new weights that cannot be written here.
+        ValueError: one of them lacks what we need, or serves another vocabulary. The weights of `model` are sent to
+        them at once, since nobody knows which ones they have.
         """
         from aepo.rollout.engines.vllm_remote import RemoteReplica
 
@@ -286,19 +293,14 @@ class VLLMEngine:
         except BaseException:
             loop.close()
             raise
-        weights_dir = settings.weights_dir or replicas[0].weights_dir
-        guard = None if model is None else OrphanGuard(None, weight_files(weights_dir))
         engine = cls(
-            replicas,
-            loop,
-            vocab_size=vocab_size,
-            version=version,
-            model=model,
-            weights_dir=weights_dir,
-            guard=guard,
+            replicas, loop, vocab_size=vocab_size, version=version, model=model, weights_dir=settings.weights_dir
         )
         try:
             if model is not None:
+                if engine._weights_dir is None:
+                    engine._weights_dir = Path(replicas[0].shared_directory())
+                engine._end_with(OrphanGuard(None, weight_files(str(engine._weights_dir))))
                 engine.refresh(version)
         except BaseException:
             engine.close()
@@ -534,4 +536,5 @@ def finish_reason(reason: str | None, stopped_by: int | str | None) -> FinishRea
         return "stop" if isinstance(stopped_by, str) else "eos"
     if reason in ("length", "abort"):
         return reason  # type: ignore[return-value]  # mypy does not narrow to the literals
-    raise RuntimeError(f"vLLM ended a request with finish_reason = {reason!r}, expected stop, length or abort")
+    found = reprlib.repr(reason)  # a server's may be long
+    raise RuntimeError(f"vLLM ended a request with finish_reason = {found}, expected stop, length or abort")

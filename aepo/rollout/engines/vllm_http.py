@@ -10,11 +10,11 @@ from typing import Any
 import httpx
 
 from aepo.rollout.engines.vllm import ReplicaError, ReplicaGoneError
+from aepo.rollout.engines.vllm_answers import one_line
 
 CONNECT = 10.0  # seconds, to a server that is there
 ANSWER = 60.0  # seconds, for all that no text is generated for; the engine answers between two of its steps
 ANSWER_BYTES = 1 << 20  # of an answer without texts and entropies
-WORDS = 500  # characters of a refusal
 
 
 def api_key() -> str | None:
@@ -65,9 +65,9 @@ async def ask(
     except asyncio.TimeoutError:
         raise ReplicaGoneError(f"{url} does not answer: {path} took more than {seconds:g} s") from None
     except httpx.TransportError as error:
-        raise ReplicaGoneError(f"{url} does not answer: {path}: {type(error).__name__} {error}".rstrip()) from error
+        raise ReplicaGoneError(f"{url} does not answer: {path}: {_described(error)}") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ReplicaError(f"{url}: {path} answered what cannot be read: {type(error).__name__} {error}") from error
+        raise ReplicaError(f"{url}: {path} answered what cannot be read: {_described(error)}") from error
     if raw is None:
         raise ReplicaError(f"{url}: {path} answered more than {most} bytes")
     if status >= 500:
@@ -109,4 +109,9 @@ def _words(raw: bytes) -> str:
         text = str(found["message"] if isinstance(found, dict) else found)
     except (ValueError, RecursionError, TypeError, KeyError):
         pass
-    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))[:WORDS]
+    return one_line(text)
+
+
+def _described(error: Exception) -> str:
+    """httpx quotes what it could not read, up to 100 KiB of it."""
+    return one_line(f"{type(error).__name__} {error}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -80,7 +81,7 @@ async def start_replicas(
             if isinstance(error, ValueError):  # pydantic's, with a page of text
                 raise ValueError(refusal(error)) from None
             if isinstance(error, RuntimeError) and "initialization failed" in str(error):
-                raise ValueError(failed_start(model_dir, settings, arguments)) from None
+                raise ValueError(failed_start(str(error), model_dir, settings, arguments)) from None
             raise
         finally:
             pool.shutdown(wait=False)
@@ -106,8 +107,11 @@ def refusal(error: ValueError) -> str:
     return f"vLLM refuses {' and '.join(named) or 'these settings'}: {said}"
 
 
-def failed_start(model_dir: Path, settings: VLLMConfig, arguments: AsyncEngineArgs) -> str:
-    """One line about an engine's process that ended while it started. Its reason is known in that process alone."""
+def failed_start(said: str, model_dir: Path, settings: VLLMConfig, arguments: AsyncEngineArgs) -> str:
+    """One line about an engine's process that ended while it started. Its reason is known in that process alone.
+
+    said: by vLLM about it, "..Failed core proc(s): {'EngineCore': EXIT_CODE}"; of one that was just killed often "{}".
+    """
     memory = f"vllm.gpu_memory_utilization = {settings.gpu_memory_utilization:g}"
     if arguments.kv_cache_memory_bytes is not None:
         memory = f"vllm.kv_cache_gib = {settings.kv_cache_gib:g}"
@@ -122,8 +126,11 @@ def failed_start(model_dir: Path, settings: VLLMConfig, arguments: AsyncEngineAr
                 f"{memory}: keys and values of one sequence of {positions} positions (vllm.max_model_len) take "
                 f"{needed:.3g} GiB"
             )
+    found = re.search(r": (-?\d+)", said)
+    code = f" (exit code {found[1]})" if found else ""
     return (
-        "vLLM's engine ended while it started; its own message stands above. What it may lack memory for: "
+        f"vLLM's engine ended while it started{code}; its own message stands above, "
+        "unless it was killed, by somebody or by the kernel for lack of memory. What it may lack memory for: "
         f"{memory}, vllm.max_model_len = {settings.max_model_len}, vllm.max_num_seqs = {settings.max_num_seqs}"
     )
 

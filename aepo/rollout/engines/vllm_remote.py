@@ -32,7 +32,7 @@ NAN_REFUSED = "Out of range float values"  # what vLLM's JSON encoder says
 
 
 class RemoteReplica:
-    """`Replica` at a base URL such as http://host:8000. `weights_dir`: where that server reads new weights from.
+    """`Replica` at a base URL such as http://host:8000.
 
     How long a text takes is not known. So a server that has said nothing for a while is asked for its status, which its
     engine answers between two steps: it is gone when it does not, and when one segment takes longer than `longest` [s].
@@ -41,7 +41,7 @@ class RemoteReplica:
     def __init__(self, url: str, status: Mapping[str, Any], model: str, eos_ids: Sequence[int], longest: float) -> None:
         self.name = url
         self.max_positions: int = status["max_model_len"]
-        self.weights_dir: str | None = status["weights_dir"]
+        self._weights_dir: str | None = status["weights_dir"]
         self._vocab_size: int = status["vocab_size"]
         self._client = http_client(url)
         self._asking = http_client(url)  # connections of its own: generating may hold all of the other's
@@ -70,10 +70,17 @@ class RemoteReplica:
             ("--logprobs-mode", status["logprobs_mode"], LOGPROBS_MODE),
         ):
             if found != expected:
-                raise ValueError(f"{url}: {name} is {found}, expected {expected}")
+                raise ValueError(f"{url}: {name} is {vllm_answers.quoted(found)}, expected {expected}")
         if updatable and status["weights_dir"] is None:
-            raise ValueError(f"{url}: {status['no_weights']}")
+            raise ValueError(f"{url}: {vllm_answers.one_line(status['no_weights'])}")
         return cls(url, status, model, eos_ids, longest)
+
+    def shared_directory(self) -> str:
+        """Where that server, which is `updatable`, reads new weights from. ReplicaError: this machine does not have it
+        or cannot write there."""
+        assert self._weights_dir is not None
+        with vllm_answers.checking(self.name, "/aepo/status"):
+            return vllm_answers.shared_directory(self._weights_dir)
 
     async def complete(self, request: GenerationRequest, key: str) -> Completion:
         body = {

@@ -5,7 +5,6 @@ All of them are called by the trainer's thread and return when the engine has an
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -79,11 +78,7 @@ class RemoteWeightClient:
         ReplicaError: the server has loaded another version, which somebody else has sent."""
         if weight_version is None:
             return
-        loaded = self._post(
-            "finish",
-            longer=self._bytes / SLOWEST,
-            read=lambda answer: vllm_answers.field(answer, "weight_version", str),
-        )
+        loaded = self._post("finish", longer=self._bytes / SLOWEST, read=vllm_answers.weight_version)
         if loaded != weight_version:
             raise ReplicaError(
                 f"{self.name}: loaded weights version {loaded}, expected {weight_version}: somebody else sends weights"
@@ -113,4 +108,4 @@ class RemoteWeightClient:
 
 def _accepted(answer: Any) -> None:
     if not isinstance(answer, dict):
-        raise ValueError(f"expected an object, got {reprlib.repr(answer)}")
+        raise ValueError(f"expected an object, got {vllm_answers.quoted(answer)}")
