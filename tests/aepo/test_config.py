@@ -96,6 +96,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("optimizer.betas=[0.9,2]", "expected a list of 2 numbers >= 0 and < 1"),
         ("optimizer.betas=[0.9,1]", "expected a list of 2 numbers >= 0 and < 1"),
         ("optimizer.betas=[0.9]", "expected a list of 2 numbers"),
+        ("optimizer.betas=[0.9,0.95,0.99]", "optimizer.betas = [0.9, 0.95, 0.99]: expected a list of 2 numbers"),
         ("rollout.temperature=nan", "rollout.temperature = nan: expected a number >= 0, a finite one"),
         ("rollout.budget_beta=nan", "rollout.budget_beta = nan: expected a number, a finite one"),
         ("rollout.branch_alpha=-inf", "rollout.branch_alpha = -inf: expected a number or one of uniform, a finite one"),
@@ -422,7 +423,7 @@ def test_python_callers_get_the_same_types() -> None:
     for wrong in (Path("x"), None, 3, ""):
         with pytest.raises(ValueError, match=r"^run\.dir = .*: expected a text"):
             RunConfig(dir=wrong)
-    for wrong in (object(), {1.5: 0}, {"1": 0, 1: 0}, {(1,): 0}, math.nan, 2**63):
+    for wrong in (object(), {1.5: 0}, {True: 0}, {"1": 0, 1: 0}, {(1,): 0}, math.nan, 2**63):
         with pytest.raises(ValueError, match=r"^task\.options = .*: expected keys with values"):
             TaskConfig(name="mine:Task", options={"a": wrong})
 

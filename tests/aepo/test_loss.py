@@ -35,8 +35,12 @@ def gradients(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def test_packed_logits_and_gradients_are_those_of_each_trajectory_alone() -> None:
+@pytest.mark.parametrize("scaling", [8**-0.5, 0.9])
+def test_packed_logits_and_gradients_are_those_of_each_trajectory_alone(scaling: float) -> None:
+    """scaling: of the scores, that of most models and one of another's own (Granite, Gemma)."""
     model, samples = tiny_model(), random_samples(6)
+    for layer in model.model.layers:
+        layer.self_attn.scaling = scaling
     batch = pack(samples, dtype=torch.float64)
     packed = packed_logits(model, batch, rows_of(batch))
     direction = torch.linspace(-1, 1, packed.numel(), dtype=torch.float64).view_as(packed)
