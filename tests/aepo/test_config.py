@@ -18,6 +18,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aepo import yaml_settings
 from aepo.config import (
     NO_PRESETS,
     OBJECTIVE_KEYS,
@@ -115,6 +116,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("train.steps=inf", "train.steps = 'inf': expected an integer >= 0"),
         ("train.steps=true", "train.steps = True: expected an integer >= 0"),
         ("train.steps=010", "train.steps = '010': expected an integer >= 0"),
+        ("train.steps=\u0661\u0662", "train.steps = '\u0661\u0662': expected an integer >= 0"),
         ("train.steps=1:30", "train.steps = '1:30': expected an integer >= 0"),
         ("train.steps=9223372036854775808", "train.steps = 9223372036854775808: expected an integer >= 0, of 64 bits"),
         ("train.steps=" + 5000 * "9", "9.. (5002 letters): expected an integer >= 0"),
@@ -495,6 +497,14 @@ def values_of(hint: object) -> st.SearchStrategy:
 
 
 ENTRIES = {entry.name: entry for entry in all_keys()}
+
+
+def test_values_that_are_there_twice_are_written_out() -> None:
+    """An alias, which YAML writes for the same list, is refused when the run is resumed."""
+    shared = [1, [2]]
+    text = yaml_settings.dump({"task": {"options": {"a": shared, "b": shared}}})
+    assert yaml.safe_load(text) == {"task": {"options": {"a": shared, "b": shared}}}
+    assert "&" not in text
 
 
 @settings(max_examples=150, deadline=None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from engine_toys import EOS, VOCAB, request
 
 from aepo.rollout.engine import Generation, GenerationRequest
@@ -35,6 +37,8 @@ class Replica:
         self.forgotten: list[int] = []
         self.gone = False
         self.records = True
+        self.stamped: str | None = None  # with the completion; with the entropies it is "1"
+        self.logprob, self.entropy = -0.5, 0.25
 
     async def complete(self, request: GenerationRequest, key: str) -> Completion:
         if self.gone:
@@ -42,12 +46,12 @@ class Replica:
         self.groups.append(request.group)
         reason: Any = self.ends.pop(0) if self.ends else "length"
         tokens = () if reason == "abort" else (5,)
-        return Completion(tokens, (-0.5,) * len(tokens), reason, len(request.token_ids) - 1, None)
+        return Completion(tokens, (self.logprob,) * len(tokens), reason, len(request.token_ids) - 1, self.stamped)
 
     async def entropies(self, lengths: Mapping[str, int]) -> Recorded:
         if not self.records:
             raise ReplicaError(f"{self.name} has no records")
-        return Recorded({key: [0.25] * length for key, length in lengths.items()}, "1")
+        return Recorded({key: [self.entropy] * length for key, length in lengths.items()}, "1")
 
     async def forget(self, keys: Sequence[str]) -> None:
         if self.gone:
@@ -65,8 +69,9 @@ def loop() -> Iterator[LoopThread]:
     made.close()
 
 
-def engine_of(loop: LoopThread, *replicas: Replica) -> VLLMEngine:
-    return VLLMEngine(replicas, loop, vocab_size=VOCAB, version=1, model=None, weights_dir=None)  # type: ignore[arg-type]
+def engine_of(loop: LoopThread, *replicas: Replica, **more: Any) -> VLLMEngine:
+    given: Any = {"vocab_size": VOCAB, "version": 1, "model": None, "weights_dir": None, **more}
+    return VLLMEngine(replicas, loop, **given)
 
 
 def generate(engine: VLLMEngine, *groups: str) -> list[Generation]:
@@ -137,6 +142,28 @@ def test_a_replica_that_is_gone_is_not_asked_to_forget(loop: LoopThread) -> None
     assert replicas[0].groups == ["a", "b"]
 
 
+@pytest.mark.parametrize("stamped", [None, "1", "2"])
+def test_weights_that_were_not_sent_are_noticed_wherever_they_are_stamped(
+    loop: LoopThread, stamped: str | None
+) -> None:
+    replica = Replica("x")
+    replica.stamped = stamped
+    model, stamp = torch.nn.Linear(1, 1), stamped or "1"
+    assert len(generate(engine_of(loop, replica, model=model, stamp=stamp), "a")) == 1
+    with pytest.raises(ReplicaError, match=f"x: a segment was sampled with weights version {stamp}, expected 3: they"):
+        generate(engine_of(loop, replica, model=model, stamp="3"), "a")
+    assert len(generate(engine_of(loop, replica), "a")) == 1, "whose weights are not ours may have any"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["logprob", "entropy"])
+def test_numbers_that_are_not_finite_are_an_error(loop: LoopThread, name: str, value: float) -> None:
+    replica = Replica("x")
+    setattr(replica, name, value)
+    with pytest.raises(FloatingPointError, match="x: the model's logits are not finite at output position 0"):
+        generate(engine_of(loop, replica), "a")
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.5])
 def test_a_segment_is_sampled_as_it_was_asked_for(temperature: float) -> None:
     """Nothing is added, nothing left out of the text; seeds are halved, since vLLM's are signed."""
@@ -173,7 +200,8 @@ def answered(status: int, content: bytes, **more: Any) -> Any:
     return asyncio.run(asked())
 
 
-def test_a_server_that_has_failed_is_gone_and_one_that_refuses_is_not() -> None:
+def test_a_server_that_has_failed_is_gone_and_one_that_refuses_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
     assert answered(200, b'{"a": 1}') == {"a": 1}
     for status in (500, 502, 503):
         with pytest.raises(ReplicaGoneError, match=rf"^http://x failed with status {status} \(/path\): no$"):
@@ -182,6 +210,8 @@ def test_a_server_that_has_failed_is_gone_and_one_that_refuses_is_not() -> None:
         with pytest.raises(ReplicaError, match=rf"^http://x: refused /path with status {status}: no$") as refused:
             answered(status, b"no", if_not_found="" if status == 404 else "started without a plugin")
         assert not isinstance(refused.value, ReplicaGoneError)
+    with pytest.raises(ReplicaError, match=r"^http://x: VLLM_API_KEY of this environment is not set, and the server"):
+        answered(401, b"no")
     with pytest.raises(ReplicaError, match=r"^http://x: started without a plugin \(/path\)$"):
         answered(404, b"no", if_not_found="started without a plugin")
 

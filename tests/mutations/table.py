@@ -153,6 +153,34 @@ MUTATIONS = (
         "loss test_packed_logits_and_gradients_are_those_of_each_trajectory_alone",
     ),
     row(
+        "a-model-without-numbers-is-trained",
+        "aepo/loss.py",
+        "if not error <= limit:",
+        "if error > limit:",
+        "loss test_start_up_check_passes_no_model_without_numbers",
+    ),
+    row(
+        "packing-is-not-checked",
+        "aepo/learner.py",
+        "        check_packing(model)\n",
+        "",
+        "loss test_a_learner_checks_its_model",
+    ),
+    row(
+        "leaks-pass-in-bfloat16",
+        "aepo/loss.py",
+        "limit = 0.03 if",
+        "limit = 0.5 if",
+        "loss test_start_up_check_has_a_limit",
+    ),
+    row(
+        "trained-with-dropout",
+        "aepo/learner.py",
+        "self.model = model.eval()",
+        "self.model = model",
+        "loss test_a_learner_trains_without_dropout",
+    ),
+    row(
         "gradients-clipped-at-1",
         "aepo/learner.py",
         "self._config.optimizer.max_grad_norm).item()",
@@ -160,6 +188,13 @@ MUTATIONS = (
         "trainer test_gradients_are_clipped_to_the_configured_norm",
     ),
     row("own-advantage-ignored", "aepo/advantages.py", '        "own": own,\n', '        "own": None,\n', "advantages"),
+    row(
+        "own-advantages-end-those-of-steps",
+        "aepo/advantages.py",
+        '"kind": policy.advantage if own is None else None',
+        '"kind": policy.advantage if own is None else "group"',
+        "advantages",
+    ),
     row("warm-start-rate-ignored", "aepo/models/small.py", "config.peak_rate * min(", "2e-3 * min(", "imitate"),
     row(
         "warm-start-makes-no-mistakes",
@@ -437,6 +472,20 @@ MUTATIONS = (
         "vllm_replicas test_no_request_is_longer_than_the_smallest_replica_takes",
     ),
     row(
+        "weights-of-others-are-taken-for-ours",
+        "aepo/rollout/engines/vllm.py",
+        "if self._model is not None and version != self._stamp:",
+        "if False:",
+        "vllm_replicas test_weights_that_were_not_sent_are_noticed_wherever_they_are_stamped",
+    ),
+    row(
+        "entropies-that-are-not-finite-pass",
+        "aepo/rollout/engines/vllm.py",
+        "if not all(map(math.isfinite, pair))]",
+        "if not math.isfinite(pair[0])]",
+        "vllm_replicas test_numbers_that_are_not_finite_are_an_error",
+    ),
+    row(
         "aborted-requests-are-repeated-for-ever",
         "aepo/rollout/engines/vllm.py",
         "if aborts == ABORTS:",
@@ -631,6 +680,13 @@ MUTATIONS = (
         'if not norm < float("inf")',
         'if norm == float("inf")',
         "trainer test_a_non_finite_step_changes_nothing_and_names_the_tokens",
+    ),
+    row(
+        "held-out-questions-are-not-checked",
+        "aepo/trainer.py",
+        '            check_questions(agent, self.heldout, "held-out", self.display.console)\n',
+        "",
+        "trainer test_questions_of_both_splits_are_checked_before_the_first_step",
     ),
     row(
         "success-after-a-resume-is-not-saved",
@@ -937,6 +993,13 @@ MUTATIONS = (
         "run_log test_what_was_logged_before_is_on_the_disk_after_a_flush",
     ),
     row(
+        "a-model-that-has-not-got-its-name-is-taken",
+        "aepo/models/cache.py",
+        "            if not _whole(target):\n                raise OSError",
+        "            if False:\n                raise OSError",
+        "model_cache test_what_cannot_get_its_name_is_an_error",
+    ),
+    row(
         "another-rope-theta-fits",
         "aepo/checkpoint_fit.py",
         '    "max_position_embeddings",\n',
@@ -949,6 +1012,13 @@ MUTATIONS = (
         "            _refuse_additions(path)\n",
         "            pass\n",
         "run_directory test_what_cannot_be_right_is_one_line_and_changes_nothing",
+    ),
+    row(
+        "values-that-are-there-twice-become-aliases",
+        "aepo/yaml_settings.py",
+        "    def ignore_aliases(self, data: Any) -> bool:\n        return True\n",
+        "    pass\n",
+        "config test_values_that_are_there_twice_are_written_out",
     ),
     row(
         "overwrite-takes-the-wandb-files-of-others",
