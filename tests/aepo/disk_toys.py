@@ -24,14 +24,20 @@ def full_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def flushed(path: Path) -> str:
+    """The event of a flush of the file or directory as it is now."""
+    return f"flush {path.name}" if path.is_dir() else f"flush {path.name} {path.stat().st_size}"
+
+
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is flushed and renamed from now on, in this order: "flush NAME", "rename OLD NEW"."""
+    """What is flushed and renamed from now on, in this order: "flush NAME SIZE", "rename OLD NEW". A directory has no
+    SIZE; that of a file says whether its content had left the buffers of Python by then."""
     events: list[str] = []
     fsync = os.fsync
 
     def flush(descriptor: int) -> None:
         fsync(descriptor)
-        events.append(f"flush {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        events.append(flushed(Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
 
     def renaming(real: Any) -> Any:
         def rename(old: Path, new: Path | str) -> Path:

@@ -143,6 +143,8 @@ def test_presets_and_overrides() -> None:
     dapo = advantage_settings(PolicyConfig(preset="dapo", overlong_buffer=0))
     assert (dapo.drop_equal_groups, dapo.overlong_buffer) == (True, 0)
     assert advantage_settings(PolicyConfig(preset="aepo", advantage="batch")).kind == "batch"
+    steps = advantage_settings(PolicyConfig(preset="gigpo", advantage="test_advantages:halves"))
+    assert (steps.kind, steps.own) == ("gigpo", halves), "what GiGPO adds for the steps stays"
 
 
 def halves(rewards, questions):

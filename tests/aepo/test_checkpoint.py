@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from disk_toys import full_disk, recorded
+from disk_toys import flushed, full_disk, recorded
 from safetensors.torch import load_file, save_file
 from trainer_toys import ToyLanguageModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -102,6 +102,14 @@ def test_a_step_is_written_anew_and_later_ones_stay(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_000001", "step_000002", "step_000003"], "nothing is left behind"
 
 
+def test_an_older_step_that_is_saved_is_kept_beside_later_ones(tmp_path: Path) -> None:
+    """keep and the best are counted among those up to the step: a run that was resumed from before writes them."""
+    for step, success in ((3, None), (4, 0.5), (10, 0.9)):
+        save(tmp_path, step, success, keep=5)
+    save(tmp_path, 5, keep=1)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [4, 5, 10]
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS", "run.yaml"])
 @pytest.mark.parametrize("damage", ["bit", "cut", "gone"])
 def test_damage_is_noticed_named_and_the_next_whole_one_suggested(tmp_path: Path, name: str, damage: str) -> None:
@@ -137,6 +145,14 @@ def test_a_pipe_is_no_file_of_a_checkpoint(tmp_path: Path, name: str) -> None:
     assert [one.step for one in list_checkpoints(tmp_path)] == [1]
     with pytest.raises(CheckpointError, match=f"corrupt checkpoint: .*{name}: expected a file, got a pipe"):
         verify_checkpoint(path)
+
+
+def test_an_older_checkpoint_is_suggested_and_not_a_later_one(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=5)
+    (tmp_path / "step_000002" / "run.yaml").unlink()
+    with pytest.raises(CheckpointError, match=r"; step_000001 is whole: resume from it with --from-step 1$"):
+        verify_checkpoint(tmp_path / "step_000002")
 
 
 @pytest.mark.parametrize("limit", [100_000, 500])  # bytes: fails in the weights, and in the configuration
@@ -340,9 +356,9 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(
     path = save(tmp_path, 1)
     at = events.index("rename step_000001 .replaced_000001")
     assert events[at + 1 :][:2] == ["rename .writing_000001 step_000001", f"flush {tmp_path.name}"]
-    files = [str(file.name) for file in path.rglob("*")]
+    files = list(path.rglob("*"))
     assert len(files) > 6
-    assert sorted(events[:at]) == sorted(f"flush {name}" for name in (*files, ".writing_000001"))
+    assert sorted(events[:at]) == sorted(["flush .writing_000001", *map(flushed, files)])
 
 
 def test_what_cannot_be_removed_is_a_warning(

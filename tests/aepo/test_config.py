@@ -18,6 +18,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aepo import yaml_settings
 from aepo.config import (
     NO_PRESETS,
     OBJECTIVE_KEYS,
@@ -96,6 +97,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("optimizer.betas=[0.9,2]", "expected a list of 2 numbers >= 0 and < 1"),
         ("optimizer.betas=[0.9,1]", "expected a list of 2 numbers >= 0 and < 1"),
         ("optimizer.betas=[0.9]", "expected a list of 2 numbers"),
+        ("optimizer.betas=[0.9,0.95,0.99]", "optimizer.betas = [0.9, 0.95, 0.99]: expected a list of 2 numbers"),
         ("rollout.temperature=nan", "rollout.temperature = nan: expected a number >= 0, a finite one"),
         ("rollout.budget_beta=nan", "rollout.budget_beta = nan: expected a number, a finite one"),
         ("rollout.branch_alpha=-inf", "rollout.branch_alpha = -inf: expected a number or one of uniform, a finite one"),
@@ -118,6 +120,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("train.steps=inf", "train.steps = 'inf': expected an integer >= 0"),
         ("train.steps=true", "train.steps = True: expected an integer >= 0"),
         ("train.steps=010", "train.steps = '010': expected an integer >= 0"),
+        ("train.steps=\u0661\u0662", "train.steps = '\u0661\u0662': expected an integer >= 0"),
         ("train.steps=1:30", "train.steps = '1:30': expected an integer >= 0"),
         ("train.steps=9223372036854775808", "train.steps = 9223372036854775808: expected an integer >= 0, of 64 bits"),
         ("train.steps=" + 5000 * "9", "9.. (5002 letters): expected an integer >= 0"),
@@ -435,7 +438,7 @@ def test_python_callers_get_the_same_types() -> None:
     for wrong in (Path("x"), None, 3, ""):
         with pytest.raises(ValueError, match=r"^run\.dir = .*: expected a text"):
             RunConfig(dir=wrong)
-    for wrong in (object(), {1.5: 0}, {"1": 0, 1: 0}, {(1,): 0}, math.nan, 2**63):
+    for wrong in (object(), {1.5: 0}, {True: 0}, {"1": 0, 1: 0}, {(1,): 0}, math.nan, 2**63):
         with pytest.raises(ValueError, match=r"^task\.options = .*: expected keys with values"):
             TaskConfig(name="mine:Task", options={"a": wrong})
 
@@ -507,6 +510,14 @@ def values_of(hint: object) -> st.SearchStrategy:
 
 
 ENTRIES = {entry.name: entry for entry in all_keys()}
+
+
+def test_values_that_are_there_twice_are_written_out() -> None:
+    """An alias, which YAML writes for the same list, is refused when the run is resumed."""
+    shared = [1, [2]]
+    text = yaml_settings.dump({"task": {"options": {"a": shared, "b": shared}}})
+    assert yaml.safe_load(text) == {"task": {"options": {"a": shared, "b": shared}}}
+    assert "&" not in text
 
 
 @settings(max_examples=150, deadline=None)

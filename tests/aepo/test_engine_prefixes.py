@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from engine_toys import engine, generate, model, prompts, request, tokenizer
 
+from aepo.rollout.engines import huggingface
 from aepo.rollout.engines.huggingface import HuggingFaceEngine
 from aepo.rollout.engines.kv_cache import PrefixTree
 
@@ -96,6 +98,18 @@ def test_prefixes_of_very_different_lengths_do_not_pay_for_each_other() -> None:
     asked = [request(tokens, 1) for tokens in prompts(200, *[3] * 20)]
     generate(engine(used), *asked)
     assert sum(computed) <= 2 * (200 + 20 * 3)
+
+
+def test_a_forward_has_no_more_tokens_than_memory_was_meant_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One prompt that is longer goes alone."""
+    monkeypatch.setattr(huggingface, "PREFILL_TOKENS", 64)
+    used = model()
+    computed = []
+    used.model.register_forward_pre_hook(
+        lambda module, args, kwargs: computed.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    generate(engine(used), *(request(tokens, 1) for tokens in prompts(70, *[20] * 7)))
+    assert computed == [(1, 70), (3, 20), (3, 20), (1, 20)]
 
 
 def test_longest_prefix_among_samples_that_begin_alike() -> None:

@@ -58,6 +58,28 @@ def test_stop_string_that_ends_with_a_character_of_several_bytes() -> None:
     assert first_stop([*encoded, *encoded], ("né",)) == (3, "stop")
 
 
+def test_stop_string_of_characters_of_several_bytes() -> None:
+    """More tokens than characters: each may hold one byte."""
+    encoded = tokenizer()("né€é")["input_ids"]
+    assert len(encoded) == 8
+    assert first_stop([*byte_tokens("x"), *encoded], ("né€é",)) == (9, "stop")
+
+
+def test_stop_string_that_begins_with_a_space_which_decoders_drop() -> None:
+    """At the beginning of what they are given, as those of Llama 2 do."""
+    inner = Tokenizer(models.BPE(vocab={"\u2581": 0, "a": 1, "x": 2}, merges=[]))
+    inner.decoder = decoders.Metaspace()
+    rules = StopRules(PreTrainedTokenizerFast(tokenizer_object=inner), 3, [], torch.device("cpu"))
+    assert inner.decode([0, 1]) == "a"
+    assert rules.reason(MAY_COMPLETE, [2, 0, 1], (" a",)) == "stop"
+
+
+def test_every_end_of_text_counts() -> None:
+    rules = StopRules(tokenizer(), VOCAB, [EOS, 65, 3], torch.device("cpu"))
+    for stop in ((), STOP):
+        assert [int(i) for i in (rules.table(stop) == IS_EOS).nonzero()] == [3, 65, EOS]
+
+
 def test_only_tokens_that_can_complete_a_stop_string_are_looked_at() -> None:
     rules = StopRules(tokenizer(), VOCAB, [EOS], torch.device("cpu"))
     table = rules.table(STOP)

@@ -10,11 +10,13 @@ from trainer_toys import random_samples, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import aepo.loss
-from aepo.config import PolicyConfig
+from aepo.config import Config, PolicyConfig
+from aepo.learner import Learner
 from aepo.loss import (
     check_packing,
     loss_denominator,
     microbatch_loss,
+    packed_attention,
     packed_logits,
     policy_objective,
     token_statistics,
@@ -35,8 +37,12 @@ def gradients(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def test_packed_logits_and_gradients_are_those_of_each_trajectory_alone() -> None:
+@pytest.mark.parametrize("scaling", [8**-0.5, 0.9])
+def test_packed_logits_and_gradients_are_those_of_each_trajectory_alone(scaling: float) -> None:
+    """scaling: of the scores, that of most models and one of another's own (Granite, Gemma)."""
     model, samples = tiny_model(), random_samples(6)
+    for layer in model.model.layers:
+        layer.self_attn.scaling = scaling
     batch = pack(samples, dtype=torch.float64)
     packed = packed_logits(model, batch, rows_of(batch))
     direction = torch.linspace(-1, 1, packed.numel(), dtype=torch.float64).view_as(packed)
@@ -210,6 +216,56 @@ def test_start_up_check_notices_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.model.layers[0], "forward", leaking)
     with pytest.raises(ValueError, match="cannot be trained on packed trajectories"):
         check_packing(model)
+
+
+def test_start_up_check_passes_no_model_without_numbers() -> None:
+    """NaN is not above the limit either."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match=r"change by nan \(relative\) .* expected at most 0\.001"):
+        check_packing(model)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "leak", "passes"),
+    [
+        (torch.float32, 1e-4, True),
+        (torch.float32, 2e-3, False),
+        (torch.bfloat16, 0, True),
+        (torch.bfloat16, 0.1, False),
+    ],
+)
+def test_start_up_check_has_a_limit(
+    dtype: torch.dtype, leak: float, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 1e-3: these change the logits by 2e-4 and 4e-3. Of 0.03 in bfloat16, whose rounding alone gives 1e-2."""
+    model = tiny_model(dtype)
+    inner = model.model.norm.forward
+    monkeypatch.setattr(model.model.norm, "forward", lambda hidden: inner(hidden + leak * hidden.cumsum(1)))
+    if passes:
+        check_packing(model)
+    else:
+        with pytest.raises(ValueError, match="cannot be trained on packed trajectories"):
+            check_packing(model)
+
+
+def test_a_learner_checks_its_model() -> None:
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    with pytest.raises(ValueError, match="sliding_window"):
+        Learner(MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=4)), Config(), str)
+
+
+def test_a_learner_trains_without_dropout() -> None:
+    """It would make the ratio differ from 1 before any update."""
+    assert not any(module.training for module in Learner(tiny_model().train(), Config(), str).model.modules())
+
+
+def test_dropout_is_refused_in_packed_attention() -> None:
+    rows = torch.zeros(1, 1, 3, 8)
+    with pytest.raises(ValueError, match="packed attention has no dropout"):
+        packed_attention(torch.nn.Module(), rows, rows, rows, None, lengths=(3,), dropout=0.1)
 
 
 def test_statistics_off_the_mask_are_zero_and_nan_there_does_no_harm() -> None:

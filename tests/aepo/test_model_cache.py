@@ -63,6 +63,20 @@ def test_two_first_uses_at_once(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_what_cannot_get_its_name_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a path at which nothing is."""
+
+    def rename(*paths: Path) -> None:
+        raise OSError(errno.EACCES, "no")
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(
+        ValueError, match=r"model\.cache_dir = .* a directory to write to: .*model is not what was written"
+    ):
+        cached(tmp_path / "model", write)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_makes_is_not(tmp_path: Path) -> None:
     target = tmp_path / "model"
     dead, living = started(target), started(target)

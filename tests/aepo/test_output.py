@@ -274,6 +274,15 @@ def test_commands_that_only_print(command: list[str]) -> None:
     assert (process.returncode, said) == (1, b"error: standard output: No space left on device\n")
 
 
+def test_nohup_expects_no_full_disk() -> None:
+    """Only the terminal's end: what is printed behind `nohup aepo .. > file` is wanted."""
+    program = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); from aepo.__main__ import main; main()"
+    with open("/dev/full", "wb") as full:
+        process = start("keys", program=program, stdout=full)
+    _, said = process.communicate(timeout=300)
+    assert (process.returncode, said) == (1, b"error: standard output: No space left on device\n")
+
+
 @pytest.mark.slow
 def test_evaluations_rollouts_and_reports(forks: Forks, tmp_path: Path) -> None:
     """What they write to files is written; numbers that were to go to standard output are missed by the exit code."""

@@ -527,7 +527,7 @@ def test_the_order_of_setting_aside_is_that_of_the_disk(tmp_path, monkeypatch):
         held.set_aside(10)
     checkpoints = ["rename step_000030 step_000030", "rename step_000020 step_000020"]
     assert events[:5] == [*checkpoints, "flush .unfinished", "flush checkpoints", "flush checkpoints"]
-    assert events[5] == "flush .metrics.jsonl.writing"
+    assert events[5] == f"flush .metrics.jsonl.writing {(path / 'abandoned/1/metrics.jsonl').stat().st_size}"
     assert events[-2:] == ["rename .unfinished 1", "flush abandoned"]
 
 

@@ -51,7 +51,7 @@ def test_what_cannot_be_written_is_said_before(name: str, tmp_path: Path) -> Non
 def test_a_file_has_its_name_once_its_content_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events = recorded(monkeypatch)
     write_file(tmp_path / "run.json", "{}")
-    assert events == ["flush .run.json.writing", "rename .run.json.writing run.json"]
+    assert events == ["flush .run.json.writing 2", "rename .run.json.writing run.json"]
 
 
 def test_lines_are_flushed_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,5 +61,5 @@ def test_lines_are_flushed_where_that_is_asked_for(tmp_path: Path, monkeypatch: 
     assert events == []
     append_lines(tmp_path / "evals.jsonl", "", flush=True)  # those that were there
     append_lines(tmp_path / "evals.jsonl", "{}\n", flush=True)
-    assert events == ["flush evals.jsonl"] * 2
+    assert events == ["flush evals.jsonl 3", "flush evals.jsonl 6"]
     assert (tmp_path / "evals.jsonl").read_text() == "{}\n{}\n"

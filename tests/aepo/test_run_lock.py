@@ -122,3 +122,23 @@ def test_a_directory_that_is_given_up_between_two_looks(tmp_path: Path, monkeypa
         held.release()
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
     assert at > 5
+
+
+def test_a_directory_that_is_removed_between_opening_and_locking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock of a file that is gone keeps nobody out: it is taken again, on the file that is there."""
+    flock, left = fcntl.flock, [1, 2]
+
+    def late(descriptor: int, operation: int) -> None:
+        if left:
+            left.pop()
+            shutil.rmtree(tmp_path / "run")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    lock = DirectoryLock(tmp_path / "run", create=True)
+    assert lock.held
+    assert is_held(tmp_path / "run")
+    assert not left
+    lock.release()

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from disk_toys import full_disk, recorded
+from disk_toys import flushed, full_disk, recorded
 
 from aepo.config import load_config
 from aepo.run_directory import RunDirectory
@@ -26,7 +26,7 @@ def test_what_was_logged_before_is_on_the_disk_after_a_flush(tmp_path: Path, mon
     log.evaluation({"step": 1, "success": 0.5})
     events = recorded(monkeypatch)
     log.flush()
-    assert events == ["flush metrics.jsonl", "flush evals.jsonl"]
+    assert events == [flushed(tmp_path / "run" / name) for name in ("metrics.jsonl", "evals.jsonl")]
 
 
 def test_trees_and_answers_that_fail_while_they_are_written_are_tried_again(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from rollout_toys import (
     ANSWER,
+    SEARCH,
     Characters,
     ScriptedAgent,
     ScriptedEngine,
@@ -138,6 +139,44 @@ def test_cancelling_stops_the_tools_and_releases_the_engine() -> None:
     asyncio.run(cancelled())
     assert tools.calls
     assert engine.releases == 1
+
+
+def test_an_engine_that_fails_waits_for_no_tool_and_no_judge() -> None:
+    """One path's tool and the judge of a finished tree would take a minute each."""
+
+    def script(text: str, seed: int) -> tuple[str, float, str]:
+        if text.startswith("q2"):
+            raise ConnectionError("engine gone")
+        return (ANSWER if text.startswith("q0") else SEARCH), 1.0, "stop"
+
+    class Late(ScriptedEngine):
+        async def generate(self, requests):
+            name = Characters().decode(requests[0].token_ids)[:2]
+            await asyncio.sleep({"q0": 0, "q1": 0, "q2": 0.1}[name])
+            return await super().generate(requests)
+
+    cancelled: list[str] = []
+
+    async def minute(name: str) -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.append(name)
+            raise
+
+    class Tools(ScriptedTools):
+        async def run(self, calls):
+            await minute("tool")
+
+    async def rollout() -> None:
+        sampler = Sampler(Late(script, lockstep=False), ScriptedAgent(Tools()), settings(paths=1))
+        trees = sampler.rollout_async(questions(3), 0, judge=lambda tree: minute("judge"))
+        with pytest.raises(RolloutError, match="engine gone"):
+            await asyncio.wait_for(trees, 10)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(rollout())
+    assert sorted(cancelled) == ["judge", "tool"]
 
 
 def test_the_same_question_twice_is_refused() -> None:

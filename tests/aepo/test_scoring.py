@@ -191,6 +191,19 @@ def test_what_was_not_begun_is_run_by_score() -> None:
     assert sorted(asked) == ["q0", "q0", "q1", "q1", "q2", "q2"]
 
 
+def test_another_tree_of_the_same_question_is_judged_anew() -> None:
+    judge, asked = judge_of(1)
+    scorer, answers = scorer_of(ToyTask(judge)), (["{7}", "{8}"], ["{8}", "{7}"])
+    begun, other = (tree_of(QUESTION, each) for each in answers)
+    work = scorer.begin(begun)
+    assert work is not None
+    asyncio.run(work)
+    [scored] = scorer.score([other])
+    assert scored.tree is other
+    assert [reward.total for reward in scored.rewards] == [0.0, 1.0]
+    assert asked == ["q1"] * 4
+
+
 def test_what_score_runs_it_runs_at_once() -> None:
     judge, _ = judge_of(6)
     trees = [tree_of(Question(f"q{i}", "?", "7"), ["{7}", "{8}"]) for i in range(3)]

@@ -17,6 +17,7 @@ from aepo.checkpoint import CheckpointError, list_checkpoints
 from aepo.config import Config, load_config
 from aepo.engine_factory import make_engine
 from aepo.learner import Learner, learning_rate
+from aepo.models.adapters import refuse_adapters
 from aepo.nonfinite import NonFiniteError
 from aepo.run_log import read_records
 from aepo.trainer import Trainer, questions_of_step
@@ -319,6 +320,16 @@ def test_a_reward_that_cannot_work_is_found_before_the_first_step(tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("split", ["training", "held-out"])
+def test_questions_of_both_splits_are_checked_before_the_first_step(tmp_path: Path, split: str) -> None:
+    task = ToyTask()
+    questions = task.train if split == "training" else task.heldout
+    questions[-1] = questions[0]
+    with pytest.raises(ValueError, match=f"task toy: 1 ids belong to several {split} questions"):
+        Trainer(config_for(tmp_path / "run"), toy_agent(task), ToyLanguageModel())
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_with_adapters_is_refused_and_lets_go_of_the_directory(tmp_path: Path) -> None:
     """Its checkpoints could not be loaded."""
     adapted = ToyLanguageModel()
@@ -327,6 +338,14 @@ def test_a_model_with_adapters_is_refused_and_lets_go_of_the_directory(tmp_path:
         Trainer(config_for(tmp_path / "run"), toy_agent(), adapted)
     assert not (tmp_path / "run").exists()
     trainer_for(tmp_path / "run", "train.steps=0").train()
+
+
+def test_a_layer_of_peft_is_an_adapter_also_where_no_configuration_is_left() -> None:
+    adapted = ToyLanguageModel().model
+    refuse_adapters(adapted)
+    adapted.lm_head = type("Linear", (torch.nn.Linear,), {"__module__": "peft.tuners.lora.layer"})(2, 2)
+    with pytest.raises(ValueError, match="model: expected one without adapters, got Linear in lm_head: merge it"):
+        refuse_adapters(adapted)
 
 
 def test_the_first_evaluation_is_the_best_so_far_also_where_nothing_succeeded(tmp_path: Path) -> None:

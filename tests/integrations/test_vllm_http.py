@@ -13,10 +13,13 @@ import httpx
 import pytest
 import torch
 import vllm.envs
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from aepo.rollout.engines.vllm_http import headers
-from aepo.vllm.endpoints import Door, EntropyEndpoints, _written, entropies
+from aepo.vllm import endpoints
+from aepo.vllm.endpoints import Door, EntropyEndpoints, Refused, _body, _written, entropies, finish, update, withdraw
+from aepo.vllm.endpoints import start as start_update
 from aepo.vllm.manifest import FileUpdateInfo, signed, signing_secret
 from tests.aepo.engine_toys import VOCAB, prompts
 from tests.integrations.server import KEY
@@ -131,6 +134,67 @@ def test_a_server_without_the_other_flags():
 
     with pytest.raises(RuntimeError, match="needs --logits-processors"):
         start(SimpleNamespace(collective_rpc=collective_rpc))
+
+
+class Worked:
+    """An engine whose workers have accepted these versions; its steps raise `error`. What was called is kept."""
+
+    def __init__(self, *versions, error=None):
+        self.versions, self.error, self.called = versions, error, []
+
+    async def collective_rpc(self, method):
+        return list(self.versions)
+
+    def __getattr__(self, name):
+        async def step(*arguments):
+            self.called.append(name)
+            if self.error is not None:
+                raise self.error
+
+        return step
+
+
+def refused(handler, door, body=None):
+    with pytest.raises(Refused) as refusal:
+        asyncio.run(handler(door, body))
+    return refusal.value.status, str(refusal.value)
+
+
+def test_weights_are_loaded_where_all_workers_have_accepted_the_same():
+    engine = Worked("3@a", "3@a")
+    assert asyncio.run(finish(Door(engine, [], "/d", None), None)) == {"weight_version": "3@a"}
+    assert engine.called == ["finish_weight_update"]
+    for versions in ((None,), (None, "3@a"), ("3@a", None), ("3@a", "3@b")):
+        engine = Worked(*versions)
+        assert refused(finish, Door(engine, [], "/d", None))[0] == 409
+        assert not engine.called
+
+
+@pytest.mark.parametrize("handler", [start_update, update, finish, withdraw])
+def test_a_server_that_takes_no_weights_takes_no_step(handler):
+    engine = Worked("3@a")
+    assert refused(handler, Door(engine, [], None, "started without a key"), {}) == (403, "started without a key")
+    assert not engine.called
+
+
+def test_what_a_worker_refuses_is_an_answer_and_its_death_is_not():
+    assert refused(start_update, Door(Worked(error=ValueError("no room")), [], "/d", None)) == (409, "no room")
+    with pytest.raises(EngineDeadError):  # vLLM ends the server
+        asyncio.run(start_update(Door(Worked(error=EngineDeadError()), [], "/d", None), None))
+
+
+def test_a_body_that_does_not_come_is_given_up(monkeypatch):
+    monkeypatch.setattr(endpoints, "BODY_SECONDS", 0.05)
+
+    async def never():
+        await asyncio.sleep(20)
+
+    async def ask():
+        return await asyncio.wait_for(_body(Request({"type": "http", "method": "POST", "headers": []}, never)), 5)
+
+    with pytest.raises(Refused, match=r"did not come within 0\.05 s") as refusal:
+        asyncio.run(ask())
+    assert refusal.value.status == 408
 
 
 class Engine:

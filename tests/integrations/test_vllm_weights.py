@@ -607,6 +607,23 @@ def test_a_secret_that_everybody_has_is_none(secrets):
         check(info, "n", [""])
 
 
+def test_a_manifest_is_for_the_nonces_that_it_was_signed_with():
+    """Any of the trusted secrets may have signed it, wherever it stands; without a nonce nothing was begun."""
+    info = signed(FileUpdateInfo(directory="x", files=[{"name": "a.b", "bytes": 1, "sha256": ""}]), ["n", "m"], "s")
+    for nonce in ("n", "m"):
+        for trusted in (["s"], ["s", "t"], ["t", "s"]):
+            check(info, nonce, trusted)
+    for nonce in ("o", "", None):
+        with pytest.raises(ManifestError, match="was not made for this call of start_weight_update"):
+            check(info, nonce, ["s"])
+    for trusted in (["t"], ["S"], ["s "]):
+        with pytest.raises(ManifestError, match="is not signed with the key"):
+            check(info, "n", trusted)
+    for trusted in ([], [""], ["s", ""]):
+        with pytest.raises(ManifestError, match="was given no key"):
+            check(info, "n", trusted)
+
+
 def test_a_stranger_is_refused_with_the_workers_words(llm):
     WeightSender([Client(llm)], policy(seed=18)).send(15)
     with pytest.raises(Exception, match="takes weights from somebody else"):
