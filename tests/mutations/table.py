@@ -1044,7 +1044,7 @@ MUTATIONS = (
     row(
         "files-are-flushed-while-python-holds-them",
         "aepo/run_files.py",
-        "            file.flush()\n",
+        "                file.flush()\n",
         "",
         "run_files test_a_file_has_its_name_once_its_content_is_on_the_disk",
     ),
