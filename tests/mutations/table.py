@@ -689,6 +689,13 @@ MUTATIONS = (
         "trainer test_questions_of_both_splits_are_checked_before_the_first_step",
     ),
     row(
+        "infinite-weights-pass",
+        "aepo/learner.py",
+        "if (name := first_nonfinite(self.model.named_parameters())) is not None:",
+        "if False:",
+        "trainer test_an_optimiser_step_that_makes_a_weight_infinite_is_undone",
+    ),
+    row(
         "success-after-a-resume-is-not-saved",
         "aepo/trainer.py",
         "if self._saved == (self.step, success)",
