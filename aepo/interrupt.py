@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
+import select
 import signal
 import sys
 import threading
 import time
 from collections.abc import Collection, Iterator
 from types import FrameType, TracebackType
+from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 PATIENCE = 1.0  # seconds after a KeyboardInterrupt for what it ends to be put away, before another signal raises again
 # Sent to the main thread to end what it waits for; ignored by default, so harmless where it comes too late.
 WAKE = getattr(signal, "SIGURG", None)
-AGAIN = 0.05  # seconds until a signal that Python dropped comes again
-_DROPPED = 128  # is added to the number of such a signal
+AGAIN = 0.25  # seconds until a signal that came to nothing is raised again
 
 _pipe: int | None = None  # to the thread that wakes the main thread
 
@@ -29,46 +31,52 @@ def heard_by_main_thread() -> Iterator[None]:
     Python handles signals in the main thread, which sleeps on if the kernel gives one to another thread: to one that
     unblocks signals just then, as each start of a thread or process does. Ctrl-C while two vLLM engines started on a
     busy machine was not heard for 40 to 70 s, until they had started, 7 times in 24 (2-core Zen 4). In another thread,
-    where nothing can be installed, and where a wakeup descriptor is set already, also by this, nothing is done.
+    where nothing can be installed, and inside of another of these nothing is done. A wakeup descriptor of somebody else
+    stays; his loop is woken then.
     """
     global _pipe
-    if WAKE is None or threading.current_thread() is not threading.main_thread():
+    if WAKE is None or _pipe is not None or threading.current_thread() is not threading.main_thread():
         yield
         return
     received, arrives = os.pipe()
     os.set_blocking(arrives, False)
-    before = signal.set_wakeup_fd(arrives, warn_on_full_buffer=False)
-    if before != -1:
-        signal.set_wakeup_fd(before)
-        os.close(arrives)
-        os.close(received)
-        yield
-        return
-    handler = signal.signal(WAKE, lambda *_: None)  # a signal without a handler in Python interrupts nothing
     thread = threading.Thread(target=_wake_main_thread, args=(received, WAKE), name="aepo-signals", daemon=True)
-    thread.start()
-    _pipe = arrives
+    before, handler = -1, signal.getsignal(WAKE)
     try:
+        thread.start()
+        # Also where nothing is to be done: a signal without a handler in Python interrupts nothing.
+        signal.signal(WAKE, functools.partial(_on_wake, handler))
+        before = signal.set_wakeup_fd(arrives, warn_on_full_buffer=False)
+        if before != -1:
+            signal.set_wakeup_fd(before)
+        _pipe = arrives
         yield
     finally:
         _pipe = None
-        signal.set_wakeup_fd(-1)
-        os.close(arrives)
-        thread.join()
+        if before == -1:
+            signal.set_wakeup_fd(-1)
         if handler is not None:  # one that was not installed from Python
             signal.signal(WAKE, handler)
+        os.close(arrives)  # ends the thread
+        thread.join()
 
 
 def _wake_main_thread(received: int, wake: int) -> None:
-    """Until the other end of the pipe is closed."""
+    """Until the other end of the pipe is closed: once for each signal, and again and again while one that came is still
+    to be raised."""
     main = threading.main_thread().ident or 0
     with open(received, "rb", buffering=0) as pipe:
         while byte := pipe.read(1):
-            if byte[0] > _DROPPED:
-                time.sleep(AGAIN)
-                signal.pthread_kill(main, byte[0] - _DROPPED)
-            elif byte[0] != wake:
+            if byte[0] != wake:
                 signal.pthread_kill(main, wake)
+            while Interrupt.is_due() and not select.select([pipe], [], [], AGAIN)[0]:
+                signal.pthread_kill(main, wake)
+
+
+def _on_wake(handler: Any, number: int, frame: FrameType | None) -> None:
+    if callable(handler):
+        handler(number, frame)
+    Interrupt.raise_again()
 
 
 class Interrupt:
@@ -76,9 +84,9 @@ class Interrupt:
 
     That is at once inside `allowed` (waiting for engines, tools and rewards, which may take for ever), and at `check`.
     Everywhere else, while weights, counters and files change together, it waits for the next of these. One that was
-    swallowed is raised again, at the latest where `allowed` ends; what came inside of another `Interrupt` came there,
-    too. A signal that the process ignores (nohup) stays ignored. Outside the main thread, where Python handles no
-    signals, nothing is installed.
+    swallowed is raised again: Python drops what is raised inside `__del__` and the like, 1 of 10 signals to a run that
+    was starting. What came inside of another `Interrupt` came there, too. A signal that the process ignores (nohup)
+    stays ignored. Outside the main thread, where Python handles no signals, nothing is installed.
     """
 
     _innermost: Interrupt | None = None  # of those that are entered
@@ -86,19 +94,20 @@ class Interrupt:
     def __init__(self, signals: Collection[signal.Signals] = SIGNALS) -> None:
         self._signals = signals
         self._came = self._allowed = False
-        self._raised, self._number = -math.inf, 0
+        self._raised = -math.inf
 
     def __enter__(self) -> Interrupt:
-        self._entered = contextlib.ExitStack()
-        if threading.current_thread() is threading.main_thread():
-            self._outer, self._hook = Interrupt._innermost, sys.unraisablehook
-            self._came = self._outer is not None and self._outer.came
-            self._entered.callback(self._leave)
-            Interrupt._innermost, sys.unraisablehook = self, self._on_unraisable
-            for number in self._signals:
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self._entered.callback(signal.signal, number, signal.signal(number, self._on_signal))
-        self._entered.enter_context(heard_by_main_thread())
+        with contextlib.ExitStack() as entered:
+            if threading.current_thread() is threading.main_thread():
+                self._outer = Interrupt._innermost
+                self._came = self._outer is not None and self._outer.came
+                entered.callback(self._leave)
+                Interrupt._innermost = self
+                for number in self._signals:
+                    if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                        entered.callback(signal.signal, number, signal.signal(number, self._on_signal))
+            entered.enter_context(heard_by_main_thread())
+            self._entered = entered.pop_all()
         return self
 
     def __exit__(
@@ -107,19 +116,24 @@ class Interrupt:
         self._entered.close()
 
     def _leave(self) -> None:
-        Interrupt._innermost, sys.unraisablehook = self._outer, self._hook
+        Interrupt._innermost = self._outer
         if self._outer is not None:
             self._outer._came |= self._came
 
     @contextlib.contextmanager
     def allowed(self) -> Iterator[None]:
-        """For a block in which nothing changes that is kept. KeyboardInterrupt: a signal came, or had come."""
+        """For a block in which nothing changes that is kept. KeyboardInterrupt: a signal came, or had come, whatever
+        error the block made of it."""
         self._allowed = True
         try:
             self.check()
             yield
             if self._allowed:
                 self.check()
+        except Exception as error:
+            if self._allowed and self._came:
+                raise KeyboardInterrupt from error
+            raise
         finally:
             self._allowed = False
 
@@ -136,18 +150,30 @@ class Interrupt:
     def came(self) -> bool:
         return self._came
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._came = True
-        now = time.monotonic()
-        if self._allowed and now - self._raised >= PATIENCE:
-            self._raised, self._number = now, number
+    @classmethod
+    def is_due(cls) -> bool:
+        """Whether a signal came and may be raised. In any thread."""
+        inner = cls._innermost
+        return inner is not None and inner._came and inner._allowed
+
+    @classmethod
+    def raise_again(cls) -> None:
+        """A signal that came and that was swallowed. Not one that is being handled: `finally` and `except` are left in
+        peace, however long they take."""
+        error = sys.exc_info()[1]
+        while error is not None and not isinstance(error, KeyboardInterrupt):
+            error = error.__context__
+        inner, now = cls._innermost, time.monotonic()
+        if error is None and inner is not None and cls.is_due() and now - inner._raised >= AGAIN:
+            inner._raised = now
             raise KeyboardInterrupt
 
-    def _on_unraisable(self, dropped: sys.UnraisableHookArgs) -> None:
-        """Python drops what is raised inside `__del__` and the like, 1 of 10 signals to a run that was starting: it
-        comes again when that is over."""
-        if dropped.exc_type is KeyboardInterrupt and self._number and _pipe is not None:
-            self._raised = -math.inf
-            os.write(_pipe, bytes([_DROPPED + self._number]))
-        else:
-            self._hook(dropped)
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._came = True
+        if _pipe is not None:
+            with contextlib.suppress(OSError):  # full of signals
+                os.write(_pipe, bytes([number]))
+        now = time.monotonic()
+        if self._allowed and now - self._raised >= PATIENCE:
+            self._raised = now
+            raise KeyboardInterrupt

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,15 +18,6 @@ from aepo import interrupt as module
 from aepo.interrupt import SIGNALS, WAKE, Interrupt, heard_by_main_thread
 from aepo.rollout.engines.vllm import LoopThread
 from aepo.rollout.sampler import Sampler
-
-
-@pytest.fixture(autouse=True)
-def handled() -> Iterator[None]:
-    """All of them, also where whoever runs the tests ignores one (nohup)."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -89,6 +80,7 @@ def test_one_that_was_swallowed_is_raised_where_allowed_ends_and_at_the_next_che
             interrupt.check()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_one_that_came_during_a_destructor_comes_again(number: signal.Signals) -> None:
     """Python drops what is raised there, and a rollout would go on for minutes."""
@@ -108,20 +100,122 @@ def test_one_that_came_during_a_destructor_comes_again(number: signal.Signals) -
     assert not gone, "it was raised there"
 
 
-def test_another_error_of_a_destructor_is_told_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[object] = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: told.append(dropped.exc_value))
-    hook = sys.unraisablehook
+def test_one_that_c_code_drops_comes_again() -> None:
+    """Without a word of Python's: an `io` object's `close` when it is collected, a key's `__eq__`."""
 
-    class Broken:
-        def __del__(self) -> None:
-            raise ValueError("no")
+    class Closes(io.RawIOBase):
+        def close(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            super().close()
 
-    with Interrupt(), Interrupt():
-        made = Broken()
+    begin = time.monotonic()
+    with Interrupt() as interrupt, pytest.raises(KeyboardInterrupt), interrupt.allowed():  # noqa: PT012
+        made = Closes()
         del made
-    assert [str(one) for one in told] == ["no"]
-    assert sys.unraisablehook is hook
+        time.sleep(LONG)
+    assert time.monotonic() - begin < PROMPT
+
+
+def test_one_that_is_being_handled_does_not_come_again() -> None:
+    """However long that takes: engines are closed there, and files written."""
+    done = []
+    with Interrupt() as interrupt, pytest.raises(KeyboardInterrupt), interrupt.allowed():  # noqa: PT012
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            time.sleep(4 * module.AGAIN)
+            done.append("all")
+    assert done == ["all"]
+
+
+def test_one_that_is_being_handled_elsewhere_does_not_come_again() -> None:
+    """In other tasks of an event loop, in contexts around it, after another error of the handler's own."""
+    done = []
+
+    def put_away(where: str) -> None:
+        time.sleep(4 * module.AGAIN)
+        done.append(where)
+
+    @contextlib.contextmanager
+    def engine() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            put_away("of a context")
+
+    async def rollout() -> None:
+        async def tool() -> None:
+            try:
+                await asyncio.sleep(LONG)
+            finally:
+                put_away("of another task")
+
+        running = asyncio.create_task(tool())
+        await asyncio.sleep(0)
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            put_away("of the task")
+            del running
+
+    with Interrupt() as interrupt, pytest.raises(KeyboardInterrupt), interrupt.allowed(), engine():  # noqa: PT012
+        try:
+            asyncio.run(rollout())
+        except KeyboardInterrupt:
+            with contextlib.suppress(ValueError):
+                raise ValueError from None
+            put_away("of a handler")
+            raise
+    assert done == ["of the task", "of another task", "of a handler", "of a context"]
+
+
+def test_an_error_that_a_signal_was_made_into_ends_as_the_signal() -> None:
+    """As in an import, which says then that a module is broken."""
+    with Interrupt() as interrupt:
+        with pytest.raises(KeyboardInterrupt) as caught, interrupt.allowed():  # noqa: PT012
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            raise ImportError("broken")
+        assert isinstance(caught.value.__cause__, ImportError)
+    with Interrupt() as interrupt, pytest.raises(ImportError), interrupt.allowed():
+        raise ImportError("broken")
+
+
+def test_a_signal_to_a_forked_child_is_not_ours() -> None:
+    with Interrupt() as interrupt, interrupt.allowed():
+        child = os.fork()
+        if not child:
+            with contextlib.suppress(BaseException):
+                signal.raise_signal(signal.SIGTERM)
+            os._exit(0)
+        os.waitpid(child, 0)
+        time.sleep(3 * module.AGAIN)
+        assert not interrupt.came
+
+
+def test_an_interrupt_that_cannot_be_entered_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+
+    def fails() -> None:
+        raise OSError("Too many open files")
+
+    monkeypatch.setattr(module.os, "pipe", fails)
+    with pytest.raises(OSError, match="Too many"), Interrupt():
+        pass
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert Interrupt._innermost is None
+
+
+def test_somebody_elses_handler_of_what_wakes_hears_it_too() -> None:
+    heard: list[int] = []
+    before = signal.signal(WAKE, lambda number, frame: heard.append(number))
+    try:
+        with Interrupt() as interrupt:
+            signal.raise_signal(WAKE)
+            assert heard == [WAKE]
+            assert not interrupt.came
+    finally:
+        signal.signal(WAKE, before)
 
 
 def test_one_inside_of_another_has_what_came_to_it_and_hands_out_what_comes() -> None:
@@ -258,6 +352,12 @@ def test_somebody_elses_wakeup_descriptor_stays() -> None:
             signal.raise_signal(signal.SIGTERM)
             assert interrupt.came
             assert os.read(received, 1) == bytes([signal.SIGTERM])
+            with pytest.raises(KeyboardInterrupt), interrupt.allowed():
+                pytest.fail("raised at the door")
+        with Interrupt() as interrupt, pytest.raises(KeyboardInterrupt), interrupt.allowed():  # noqa: PT012
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+            time.sleep(LONG)  # also without a descriptor of ours it comes again
     finally:
         assert signal.set_wakeup_fd(-1) == arrives
         os.close(received)
