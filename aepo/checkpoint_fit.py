@@ -110,9 +110,14 @@ def _tokenizer_problem(path: Path, language_model: LanguageModel) -> str | None:
     if file.is_file():  # the first checkpoints have none
         was = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         now = getattr(getattr(language_model.model, "generation_config", None), "eos_token_id", None)
-        if was != now:
+        if _ids(was) != _ids(now):
             return f"{file.name}: eos_token_id was {was!r}, here it is {now!r}"
     return None
+
+
+def _ids(given: Any) -> set[Any]:
+    """Of eos_token_id: any of them ends a text, so one in a list is that one, and their order says nothing."""
+    return set(given) if isinstance(given, list) else {given}
 
 
 def _tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -187,7 +192,8 @@ def _config_difference(written: Any, config: PreTrainedConfig) -> str | None:
         dict(_flat(json.loads(type(config).from_dict(c).to_json_string(use_diff=False)))) for c in (written, here)
     )
     for key in sorted(was.keys() | now.keys()):
-        if was.get(key) != now.get(key):
+        is_end = key.rpartition(".")[2] == "eos_token_id"
+        if was.get(key) != now.get(key) and not (is_end and _ids(was.get(key)) == _ids(now.get(key))):
             return f"{key} was {was.get(key)!r}, here it is {now.get(key)!r}"
     return None
 

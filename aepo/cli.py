@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from collections.abc import Collection
 from contextlib import closing
 from dataclasses import replace
@@ -259,13 +260,15 @@ def main() -> None:
 
 def _train(config: Config, resume_step: int | None, overwrite: bool, named: Collection[str]) -> None:
     from aepo.advantages import advantage_settings
+    from aepo.config import named_files
     from aepo.own_loss import own_loss, try_own_loss
     from aepo.rollout.branching import branch_rule
-    from aepo.run_directory import RunDirectory
+    from aepo.run_directory import RunDirectory, refuse_removal
     from aepo.run_log import naming_its_directory
 
     directory = Path(config.run.dir)  # what is wrong with it is said before minutes of work on the model
     RunDirectory.check(directory, resume=resume_step is not None, overwrite=overwrite)
+    refuse_removal(directory, named_files(config), resume_step)
     advantage_settings(config.policy)
     branch_rule(config.rollout)
     if config.policy.loss is not None:
@@ -280,7 +283,7 @@ def _train(config: Config, resume_step: int | None, overwrite: bool, named: Coll
         from aepo.trainer import Trainer
 
         Trainer(config, agent, language_model, resume_step=resume_step, overwrite=overwrite, named=named).train()
-    typer.echo(f"finished: {directory}. Look at it with: aepo report {directory}")
+    typer.echo(f"finished: {directory}. Look at it with: aepo report {shlex.quote(str(directory))}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,7 +98,11 @@ def advising_if_full(run: Path) -> Iterator[None]:
         causes = (error, error.__cause__, error.__context__)
         if any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one in causes):
             saved = bool(list_checkpoints(run / "checkpoints"))
-            how = f"aepo train --resume {run}" if saved else "the same command, with --overwrite if it refuses"
+            how = (
+                f"aepo train --resume {shlex.quote(str(run))}"
+                if saved
+                else "the same command, with --overwrite if it refuses"
+            )
             typer.echo(f"the disk of {run} is full: make room, then go on with: {how}", err=True)
         raise
 

@@ -7,8 +7,10 @@ are errors that suggest the right one. This module imports no torch. `aepo keys`
 from __future__ import annotations
 
 import dataclasses
+import glob
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address
 from pathlib import Path
@@ -453,6 +455,26 @@ def changed_settings(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
 def config_value(config: Config, name: str) -> Any:
     section, _, setting = name.partition(".")
     return getattr(getattr(config, section), setting)
+
+
+def named_files(config: Config) -> Iterator[tuple[str, Path]]:
+    """The files and directories that are there of those that settings name, each with its setting."""
+    task = config.task
+    settings = {
+        "model.name": config.model.name,
+        "task.train": task.train,
+        "task.heldout": task.heldout,
+        "task.system": task.system,
+        "task.tools": [tool.removeprefix("search:") for tool in task.tools if tool.startswith("search:")],
+    }
+    for setting, value in settings.items():
+        for text in value if isinstance(value, list) else [value]:
+            if not isinstance(text, str) or "\0" in text:
+                continue
+            path = os.path.expanduser(text)
+            patterns = setting in ("task.train", "task.heldout") and not os.path.lexists(path)
+            found = glob.glob(path, recursive=True) if patterns else [path] if os.path.lexists(path) else []
+            yield from ((setting, Path(one)) for one in found)
 
 
 def named_settings(overrides: Sequence[str]) -> set[str]:

@@ -10,10 +10,11 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -201,6 +202,22 @@ def _is_run(folder: Path) -> bool:
     return True
 
 
+def refuse_removal(run: Path, needed: Iterable[tuple[str, Path]], resume_step: int | None) -> None:
+    """ValueError: a setting names files that are removed as this run begins, or moved to abandoned/. needed: settings
+    with what they name. resume_step: None: what is there is replaced."""
+    if resume_step is None:
+        gone, how = [*_written(run)], "--overwrite removes"
+    else:
+        ours = (one for folder in ("checkpoints", "trees", "answers") for one in _ours(run, folder))
+        gone, how = [one for one in ours if step_of(one) > resume_step], f"going on from step {resume_step} moves"
+    places = {Path(os.path.realpath(one)) for one in gone}
+    for setting, path in needed:
+        for one in (path, *_entries(path)):  # of a model directory, they may be links
+            real = Path(os.path.realpath(one))
+            if not places.isdisjoint((real, *real.parents)):
+                raise ValueError(f"{setting}: expected files that stay, {how} {path}: copy it and name the copy")
+
+
 def require_whole_settings(run: Path) -> None:
     """ValueError: config.yaml lacks settings that the newest checkpoint has. They would be read as their defaults."""
     checkpoints = sorted(_ours(run, "checkpoints"), key=step_of)
@@ -250,8 +267,8 @@ def _refuse(path: Path, *, resume: bool, overwrite: bool) -> None:
             _refuse_runs_aside(path)
         else:
             raise FileExistsError(
-                f"{path} already holds a run: continue it with --resume {path}, replace it with --overwrite, "
-                "or choose another run.dir"
+                f"{path} already holds a run: continue it with --resume {shlex.quote(str(path))}, replace it with "
+                "--overwrite, or choose another run.dir"
             )
     elif found := [*_written(path)]:
         names = ", ".join(str(one.relative_to(path)) for one in found[:3]) + (", ..." if len(found) > 3 else "")

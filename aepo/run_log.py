@@ -179,14 +179,19 @@ class RunLog:
 
 @contextlib.contextmanager
 def naming_its_directory(run: Path | None) -> Iterator[None]:
-    """Settings name files as seen from the directory in which a run was begun: a ValueError in another one says so."""
+    """Settings name files as seen from the directory in which a run was begun: a ValueError in another one says so. Of
+    a model that cannot be found, that the command may name it."""
     try:
         yield
     except ValueError as error:
-        began = None if run is None else read_facts(run).get("directory")
-        if began in (None, str(Path.cwd())):
+        if run is None:
             raise
-        raise ValueError(f"{error} ({run} was begun in {began})") from error
+        began = read_facts(run).get("directory")
+        elsewhere = "" if began in (None, str(Path.cwd())) else f" ({run} was begun in {began})"
+        moved = "; if it was moved, add model.name=PLACE to this command" * str(error).startswith("model.name = ")
+        if not (elsewhere or moved):
+            raise
+        raise ValueError(f"{error}{moved}{elsewhere}") from error
 
 
 def machine_facts() -> dict[str, Any]:

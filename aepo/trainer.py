@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import shlex
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -21,7 +22,7 @@ from aepo.agents.question_checks import Context, check_questions, fitting, one_o
 from aepo.agents.remembered import agent_facts, agent_parts, not_as_recorded
 from aepo.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, records_before, save_checkpoint
 from aepo.checkpoint_fit import require_tokenizer, weights_sha256
-from aepo.config import Config, changed_settings, load_config, to_yaml
+from aepo.config import Config, changed_settings, load_config, named_files, to_yaml
 from aepo.display import Display
 from aepo.engine_factory import make_engine
 from aepo.evaluation import Evaluator, answer_metrics, sampled_questions
@@ -32,7 +33,7 @@ from aepo.own_code import code_changes, code_facts, code_of, named_part
 from aepo.rollout.branching import branch_rule
 from aepo.rollout.sampler import Sampler
 from aepo.rollout.tree import flatten
-from aepo.run_directory import RunDirectory
+from aepo.run_directory import RunDirectory, refuse_removal
 from aepo.run_files import read_facts
 from aepo.run_log import RunLog
 from aepo.run_records import fingerprints, require_records
@@ -73,6 +74,7 @@ class Trainer:
         with contextlib.ExitStack() as undo:  # what has been taken is given back if something is wrong
             self.run_directory = RunDirectory.claim(self.directory, resume=resume_step is not None, overwrite=overwrite)
             undo.callback(self.run_directory.release)
+            refuse_removal(self.directory, named_files(config), resume_step)
             facts, code = agent_facts(agent), code_of(agent_parts(agent) | _own_functions(config))
             self._remembered = {**facts, "code": code_facts(code)}  # as it is now: files may change during the run
             recorded = None if resume_step is None else read_facts(self.directory)
@@ -250,7 +252,8 @@ class Trainer:
                 self.save()
                 saved = checkpoint_path(self.directory / "checkpoints", self.step)
                 self.display.console.print(f"the state after step {self.step} is saved in {saved}", markup=False)
-                self.display.console.print(f"go on with: aepo train --resume {self.directory}", markup=False)
+                command = f"aepo train --resume {shlex.quote(str(self.directory))}"
+                self.display.console.print(f"go on with: {command}", markup=False)
             except Exception as another:
                 unsaved = another
                 problem = f"the state after step {self.step} is not saved: {another}"

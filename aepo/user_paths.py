@@ -13,7 +13,8 @@ def user_path(name: str, given: str | Path) -> Path:
 
 
 def expanded(name: str, given: str) -> str:
-    """As `user_path`, and all else stays as it is written."""
+    """As `user_path`, as a text that means the same place when it is given again: `./~/x`, which is `~/x` to `Path`, is
+    an absolute path; all else stays as it is written."""
     if not given or "\0" in given:
         raise ValueError(f"{name} = {given!r}: expected a path, got {'a NUL character in it' if given else 'none'}")
     try:
@@ -23,4 +24,4 @@ def expanded(name: str, given: str) -> str:
     path = os.path.expanduser(given)
     if path.startswith("~"):
         raise ValueError(f"{name} = {given!r}: expected ~ or ~user, whose home directory is known (./~ is a file)")
-    return path
+    return str(Path.cwd() / path) if str(Path(path)).startswith("~") else path

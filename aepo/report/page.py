@@ -22,15 +22,17 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     """Write the page about one run, or about several overlaid ones, and return its path.
 
     Default place: report.html in the run directory, or, for several runs, in the directory that holds them all.
-    ValueError: nothing was given, a directory is not a run, a run has not finished a step or an evaluation, or `out` is
-    one of a run's own files or cannot be written.
+    ValueError: nothing was given, a directory is not a run, a run has not finished a step or an evaluation, or the page
+    would be written over a run's own files, also by a link, or cannot be written.
     """
     if out is not None:
         refuse_output("--out", Path(out))
     paths = named_runs(runs)
     first = next(iter(paths.values()))
     parent = first if len(paths) == 1 else Path(os.path.commonpath([path.resolve() for path in paths.values()]))
-    return _write(render([read_run(path, name) for name, path in paths.items()]), out or parent / "report.html")
+    page = Path(out or parent / "report.html")
+    refuse_run_files("report", page)
+    return _write(render([read_run(path, name) for name, path in paths.items()]), page)
 
 
 def write_rollout_page(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -30,6 +31,7 @@ from aepo.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
+from aepo.checkpoint_fit import model_problem, require_tokenizer
 from aepo.config import Config, to_yaml
 from aepo.learner import make_optimizer
 from aepo.models.language_model import LanguageModel
@@ -566,6 +568,24 @@ def test_all_ends_of_text_of_the_model_are_kept(tmp_path: Path) -> None:
     before = LanguageModel(toy.model, toy.tokenizer).eos_ids
     assert before == (1, 6)
     assert LanguageModel.from_directory(path, dtype=torch.float32, device="cpu").eos_ids == before
+
+
+@pytest.mark.parametrize("was", [1, [1], [1, 5], [5, 1], [5, 1, 5]])
+@pytest.mark.parametrize("now", [1, [1], [1, 5], [5, 1]])
+def test_ends_of_text_are_the_same_in_any_order(was: Any, now: Any, tmp_path: Path) -> None:
+    toy, optimizer = trained()
+    same = {*(was if isinstance(was, list) else [was])} == {*(now if isinstance(now, list) else [now])}
+    for owner, what in ((toy.model.config, "config.json"), (toy.model.generation_config, "generation_config.json")):
+        owner.eos_token_id = was
+        path = save_checkpoint(
+            tmp_path, 1, toy.model, toy.tokenizer, optimizer, heldout_success=None, config_yaml=YAML, keep=1
+        )
+        owner.eos_token_id = now
+        language_model = LanguageModel(toy.model, toy.tokenizer)
+        with contextlib.nullcontext() if same else pytest.raises(ValueError, match=f"{what}: eos_token_id was"):
+            if problem := model_problem(path, toy.model):
+                raise ValueError(problem)
+            require_tokenizer(path, language_model, "toy")
 
 
 def test_a_tokenizer_with_several_chat_templates(tmp_path: Path) -> None:

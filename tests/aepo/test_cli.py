@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,6 +94,55 @@ def test_home_directories_in_arguments(tmp_path: Path, monkeypatch: pytest.Monke
     assert run("report", "~/run", "--out", "~/page.html").exit_code == 0
     found = {"run", "settings.yaml", "numbers.json", "answers.jsonl", "trees", "page.html"}
     assert set(os.listdir(tmp_path)) == found
+
+
+@pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize("saved", [None, "~/x", "./~/x"])
+def test_a_folder_called_tilde_is_not_the_home_directory(
+    saved: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """saved: run.dir in the config.yaml of an earlier version, None: of this one."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    there, other = tmp_path / "~" / "x", tmp_path / "home" / "x"
+    for directory in ("./~/x", "~/x"):
+        done = run("train", *SMALL, f"run.dir={directory}")
+        assert done.exit_code == 0, done.output
+    if saved is not None:
+        file = there / "config.yaml"
+        file.write_text(re.sub("(?m)^  dir: .*", f"  dir: {saved}", file.read_text()))
+    longer = run("train", "--resume", "./~/x", "train.steps=3")
+    assert longer.exit_code == 0, longer.output
+    assert longer.output.endswith(f"Look at it with: aepo report '{there}'\n")
+    assert [len(read_records(one / "metrics.jsonl")) for one in (there, other)] == [3, 2]
+    evaluated = run("eval", "./~/x", "--json", "-")
+    assert json.loads(evaluated.stdout)["step"] == 3
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_run_does_not_remove_what_it_begins_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("train", *SMALL, "checkpoint.every=1", "run.dir=run").exit_code == 0
+    Path("links").mkdir()
+    Path("links/config.json").symlink_to("../run/checkpoints/step_000002/config.json")
+    Path("link").symlink_to("run/checkpoints/step_000002")
+    before = {path: path.read_bytes() for path in Path("run").rglob("*.*") if path.is_file() and path.name != ".lock"}
+    for model in ("run/checkpoints/step_000002", "link", "links"):
+        for command, how in (
+            ([*SMALL, "run.dir=run", "--overwrite"], "--overwrite removes"),
+            (["--resume", "run", "--from-step", "1"], "going on from step 1 moves"),
+        ):
+            done = run("train", *command, f"model.name={model}")
+            expected = f"error: model.name: expected files that stay, {how} {model}: copy it and name the copy\n"
+            assert (done.exit_code, done.output) == (1, expected)
+    assert {
+        path: path.read_bytes() for path in Path("run").rglob("*.*") if path.is_file() and path.name != ".lock"
+    } == before
+    kept = run("train", *SMALL, "run.dir=other", "model.name=run/checkpoints/step_000002", "--overwrite")
+    assert kept.exit_code == 0, kept.output
+    earlier = run("train", "--resume", "run", "--from-step", "1", "model.name=run/checkpoints/step_000001")
+    assert earlier.exit_code == 0, earlier.output
 
 
 @pytest.mark.usefixtures("toy")

@@ -181,6 +181,17 @@ def test_what_is_gone(home: Path) -> None:
         assert "task.system = 'system.txt': there is no such file" in done.failure
 
 
+def test_a_model_that_was_moved(home: Path) -> None:
+    """What is said to do about it works."""
+    save_chat_model(home / "model", "qwen")
+    assert aepo("train", *SMALL, *AGENT, "model.name=model", "run.dir=of_model", "train.steps=0").code == 0
+    (home / "model").rename("moved")
+    for done in both(run="of_model"):
+        assert "directory with a config.json; if it was moved, add model.name=PLACE to this command" in done.failure
+    for done in both("model.name=moved", run="of_model"):
+        assert done.code == 0, done.output
+
+
 def test_another_directory_than_the_run_was_begun_in(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings name files as seen from there."""
     (home / "elsewhere").mkdir()

@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 from disk_toys import full_disk, recorded
 
-from aepo.config import Config, load_config, to_yaml
+from aepo.config import Config, load_config, named_files, to_yaml
 from aepo.report import write_report
 from aepo.report.reader import read_run
 from aepo.report.summary import summary
-from aepo.run_directory import RunDirectory, refuse_output
+from aepo.run_directory import RunDirectory, refuse_output, refuse_removal
 from aepo.run_files import FORMAT, read_facts, read_records
 from aepo.run_lock import DirectoryLock, is_held
 from aepo.run_log import RunLog
@@ -754,6 +754,51 @@ def test_no_output_is_written_over_the_files_of_a_run(name, damaged, tmp_path):
             refuse()
         assert "\n" not in str(refused.value)
     assert content(path) == before
+
+
+@pytest.mark.parametrize("target", ["run/metrics.jsonl", "other/run.json", "other/checkpoints/new"])
+def test_no_page_is_written_through_a_link_to_the_files_of_a_run(target, tmp_path):
+    for name in ("run", "other"):
+        make_run(tmp_path / name)
+        RunDirectory.claim(tmp_path / name, resume=True).release()
+    runs = [tmp_path / "run", tmp_path / "other"]
+    for page, reported in ((tmp_path / "run" / "report.html", runs[:1]), (tmp_path / "report.html", runs)):
+        page.symlink_to(tmp_path / target)
+        before = content(tmp_path)
+        with pytest.raises(ValueError, match=f"^report {page}: expected another place, .* is a run"):
+            write_report(reported)
+        assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("resume_step", [None, 20])
+def test_what_settings_name_is_not_removed(resume_step, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "run")
+    with RunDirectory.claim(tmp_path / "run", resume=True) as held:
+        held.set_aside(30)
+    named = {
+        "model.name": "run/checkpoints/step_000030",
+        "task.train": "run/answers/*30.jsonl",
+        "task.heldout": "[run/../run/answers/step_000030.jsonl]",
+        "task.system": "run/trees/step_000030.json",
+        "task.tools": "['python', 'search:run/answers/step_000030.jsonl']",
+    }
+    for setting, value in named.items():
+        config = load_config(None, ["task.name=files", f"{setting}={value}"])
+        with pytest.raises(
+            ValueError, match=f"^{setting}: expected files that stay, .* run/.*30.*: copy it"
+        ) as refused:
+            refuse_removal(Path("run"), named_files(config), resume_step)
+        assert "\n" not in str(refused.value)
+        refuse_removal(Path("run"), named_files(config), 30)
+        refuse_removal(Path("elsewhere"), named_files(config), resume_step)
+    if resume_step is None:
+        aside = load_config(None, ["task.name=files", "task.train=run/abandoned/1/metrics.jsonl"])
+        with pytest.raises(ValueError, match=r"^task.train: .*--overwrite removes run/abandoned/1/metrics.jsonl"):
+            refuse_removal(Path("run"), named_files(aside), None)
+    (tmp_path / "run" / "answers" / "mine.jsonl").touch()
+    stays = ["task.name=files", "task.train=run/answers/mine.jsonl", "model.name=tiny", "task.system=~ a\0* **/**"]
+    refuse_removal(Path("run"), named_files(load_config(None, stays)), resume_step)
 
 
 def test_outputs_beside_the_files_of_a_run_are_written(tmp_path):

@@ -22,13 +22,28 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def test_a_home_directory_in_settings(home: Path) -> None:
+def test_a_home_directory_in_settings(home: Path, tmp_path: Path) -> None:
     config = load_config(None, ["run.dir=~/x", "vllm.weights_dir=~/w"])
     assert (config.run.dir, config.vllm.weights_dir) == (f"{home}/x", f"{home}/w")
     assert RunConfig(dir="~").dir == str(home)
     assert VLLMConfig(weights_dir=None).weights_dir is None
-    assert RunConfig(dir="./~/x").dir == "./~/x"
+    here = tmp_path / "here"
+    assert RunConfig(dir="./~/x").dir == f"{here}/~/x"
+    assert VLLMConfig(weights_dir="./~nobody-here").weights_dir == f"{here}/~nobody-here"
     assert RunConfig(dir="a/~/x").dir == "a/~/x"
+
+
+@pytest.mark.parametrize("given", ["~/x", "./~/x", "././~", ".//~nobody-here/x", "a/~/x", "./x", "x"])
+def test_a_path_that_was_read_means_the_same_when_it_is_read_again(given: str) -> None:
+    once = user_path("RUN", given)
+    assert once.is_absolute() == ("~" in given and not given.startswith("a"))
+    for again in (
+        str(once),
+        RunConfig(dir=str(once)).dir,
+        RunConfig(dir=given).dir,
+        str(Path(RunConfig(dir=given).dir)),
+    ):
+        assert user_path("RUN", again) == once
 
 
 def test_saved_settings_mean_the_same_directory(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

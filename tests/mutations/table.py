@@ -1154,6 +1154,27 @@ MUTATIONS = (
         "user_paths test_a_home_directory_in_settings",
     ),
     row(
+        "a-folder-called-tilde-becomes-the-home-directory",
+        "aepo/user_paths.py",
+        'return str(Path.cwd() / path) if str(Path(path)).startswith("~") else path',
+        "return path",
+        "user_paths test_a_path_that_was_read_means_the_same_when_it_is_read_again",
+    ),
+    row(
+        "a-report-goes-through-a-link-over-records",
+        "aepo/report/page.py",
+        '    refuse_run_files("report", page)\n',
+        "",
+        "run_directory test_no_page_is_written_through_a_link_to_the_files_of_a_run",
+    ),
+    row(
+        "overwrite-removes-the-model-it-begins-with",
+        "aepo/run_directory.py",
+        "            if not places.isdisjoint((real, *real.parents)):\n",
+        "            if False:\n",
+        "run_directory test_what_settings_name_is_not_removed",
+    ),
+    row(
         "values-that-are-there-twice-become-aliases",
         "aepo/yaml_settings.py",
         "    def ignore_aliases(self, data: Any) -> bool:\n        return True\n",
