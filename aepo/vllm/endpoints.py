@@ -15,7 +15,7 @@ import math
 import os
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ from vllm.engine.protocol import EngineClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from aepo.vllm import client
-from aepo.vllm.manifest import signing_secret
+from aepo.vllm.manifest import FileUpdateInfo, check_fields, signing_secret
 from aepo.vllm.processor import KEY_CHARACTERS, is_text
 from aepo.vllm.weight_files import BACKEND, FileInitInfo
+from aepo.vllm.weights import finish_update
 
 DIRECTORY = "AEPO_WEIGHTS_DIR"
 # Of one message. The trainer keeps to them by itself (aepo/rollout/engines/vllm_remote.py).
@@ -38,7 +39,6 @@ BODY_BYTES = 1 << 21
 BODY_SECONDS = 60.0
 KEYS, TOKENS = 4096, 1 << 20
 WORDS = 1000  # characters of an error
-PARTLY_LOADED = "partly-loaded"  # the version of weights some of which are older than others
 
 
 class Refused(Exception):
@@ -109,8 +109,10 @@ async def start(door: Door, body: Any) -> dict[str, Any]:
 
 async def update(door: Door, body: Any) -> dict[str, Any]:
     """A signed manifest (aepo.vllm.manifest.FileUpdateInfo) -> {}: all workers have checked its files"""
-    if not isinstance(body, dict) or body.get("withdraw", False) is not False:
+    _check_taken(door)
+    if not isinstance(body, dict) or body.keys() - {field.name for field in fields(FileUpdateInfo)}:
         raise Refused(400, "body must be the manifest of an update")
+    check_fields(FileUpdateInfo(**body))  # here, because vLLM cannot pass on to its workers all that JSON can say
     request = WeightTransferUpdateRequest(update_info=body)
     await _taken(door, lambda: door.engine.update_weights(request))
     return {}
@@ -121,14 +123,7 @@ async def finish(door: Door, body: Any) -> dict[str, Any]:
     versions = await door.engine.collective_rpc("aepo_staged")
     if versions[0] is None or len(set(versions)) > 1:
         raise Refused(409, "no update was accepted: the engine keeps its weights")
-    try:
-        await _taken(door, lambda: door.engine.finish_weight_update(versions[0]))
-    except Refused:
-        if not all(await door.engine.collective_rpc("aepo_is_whole")):
-            await door.engine.update_weight_version(
-                PARTLY_LOADED
-            )  # whoever generates now does not take them for others
-        raise
+    await _taken(door, lambda: finish_update(door.engine, versions[0]))
     return {"weight_version": versions[0]}
 
 
@@ -147,14 +142,18 @@ async def reset_prefix_cache(door: Door, body: Any) -> dict[str, Any]:
 
 async def _taken(door: Door, call: Callable[[], Awaitable[None]]) -> None:
     """A step of a weight update; the words of the worker that refuses it are the answer."""
-    if door.no_weights is not None:
-        raise Refused(403, door.no_weights)
+    _check_taken(door)
     try:
         await call()
     except EngineDeadError:
         raise
     except Exception as error:
         raise Refused(409, client.own_words(error)) from error
+
+
+def _check_taken(door: Door) -> None:
+    if door.no_weights is not None:
+        raise Refused(403, door.no_weights)
 
 
 class EntropyEndpoints:

@@ -78,9 +78,9 @@ class EntropyWorkerExtension:
         """Version of the weights that were accepted and are not loaded yet."""
         return getattr(self.weight_transfer_engine, "staged_version", None)
 
-    def aepo_is_whole(self) -> bool:
-        """Whether the last weights that were sent are loaded altogether."""
-        return getattr(self.weight_transfer_engine, "is_whole", True)
+    def aepo_loads(self) -> int:
+        """How often this worker has begun to load new weights, so that a failure before and one after can be told."""
+        return getattr(self.weight_transfer_engine, "loads", 0)
 
     def aepo_processor(self) -> EntropyProcessor | None:
         """This worker's processor, from now on the first in line: before penalties and biases change the logits."""

@@ -22,6 +22,7 @@ PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")  # a name that stays in
 VERSION = re.compile(r"[!-~]{1,64}")  # ASCII without spaces; it goes onto tokens and into logs
 SHA256 = re.compile(r"[0-9a-f]{64}")
 FILES = 65_536  # of one update; about 1 GB each
+WORDS = 200  # characters of a value in a message; reprlib alone makes 390,000 of lists in lists
 
 
 class ManifestError(ValueError):
@@ -74,20 +75,21 @@ def check(info: FileUpdateInfo, nonce: str | None, trusted: Sequence[str]) -> No
     matches = [hmac.compare_digest(_hmac(secret, content), signature) for secret in trusted]  # all are compared
     if not any(matches):
         raise ManifestError("the update is not signed with the key of this engine")
-    _check_fields(info)
+    check_fields(info)
     if nonce is None or nonce not in info.nonces:
         raise ManifestError("the update was not made for this call of start_weight_update")
 
 
-def _check_fields(info: FileUpdateInfo) -> None:
-    """A signature says who has made it, not that it is well made. vLLM hands all of it on unseen: a version that is no
-    text ended the engine with the next token."""
+def check_fields(info: FileUpdateInfo) -> None:
+    """ManifestError unless every field is what it must be. A signature says who has made it, not that it is well made.
+    vLLM hands all of it on unseen: a version that is no text ended the engine with the next token."""
     _expect("version", info.version, _matches(info.version, VERSION), "1 to 64 printable ASCII characters, no spaces")
     _expect("withdraw", info.withdraw, info.withdraw is False, "false")
     _expect("tensors", info.tensors, _is_count(info.tensors), "an int >= 0")
     nonces = info.nonces
-    known = isinstance(nonces, list) and all(isinstance(nonce, str) for nonce in nonces)
-    _expect("nonces", nonces, known, "a list of texts")
+    known = isinstance(nonces, list) and all(_matches(nonce, PLAIN) for nonce in nonces)
+    _expect("nonces", nonces, known, "a list of texts, letters and digits")
+    _expect("signature", info.signature, _matches(info.signature, SHA256), "64 hex digits, lower case")
     files = info.files
     _expect("files", files, isinstance(files, list) and len(files) <= FILES, f"a list of at most {FILES}")
     _expect_plain("directory", info.directory)
@@ -105,7 +107,12 @@ def _expect_plain(field: str, name: object) -> None:
 
 def _expect(field: str, found: object, is_right: bool, expected: str) -> None:
     if not is_right:
-        raise ManifestError(f"{field} of the update = {reprlib.repr(found)}: expected {expected}")
+        raise ManifestError(f"{field} of the update = {shown(found)}: expected {expected}")
+
+
+def shown(value: object) -> str:
+    """For a message: short, whatever it is."""
+    return reprlib.repr(value)[:WORDS]
 
 
 def _is_count(value: object) -> bool:

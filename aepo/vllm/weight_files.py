@@ -15,7 +15,6 @@ import io
 import json
 import math
 import os
-import reprlib
 import secrets
 import stat
 from collections.abc import Iterator, Mapping
@@ -28,13 +27,16 @@ import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from aepo.vllm.manifest import FileUpdateInfo, check
+from aepo.vllm.manifest import FileUpdateInfo, check, shown
 from aepo.vllm.reload import check_fit, clean_caches, load
 
 BACKEND = "aepo_file"
 READERS = 8  # threads that read and compute checksums, a file each: 0.8 to 2 GB/s per core
 CHUNK_BYTES = 1 << 22
 HEADER_BYTES = 100_000_000  # of a safetensors file; the limit of its library
+# Far above what models have. Without them a header of 1.7 MB, 80,000 dimensions, took 26 s to multiply, and torch
+# overflows where a tensor is empty, [0, 2**62, 2**62].
+DIMENSIONS, ELEMENTS, NAME_CHARACTERS = 8, 1 << 48, 512
 DTYPES = {  # in the names of safetensors
     torch.float64: "F64",
     torch.float32: "F32",
@@ -65,7 +67,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
     supports_draft_weight_update = False  # vLLM refuses them by that name; no test here has a draft model
 
     nonce: str | None = None  # of the update that has been started; good for one
-    is_whole = True  # not a part of old and a part of new weights
+    loads = 0  # how often a load was begun
     _trusted: FileInitInfo | None = None
     _staged: CheckpointFiles | None = None
     _withdrawn = False
@@ -77,7 +79,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         if not isinstance(found, list) or not all(isinstance(secret, str) and secret for secret in found):
             raise ValueError("secrets must be a list of texts that are not empty")
         if not isinstance(init_info.directory, str | None):
-            raise ValueError(f"directory must be a path or None; got {reprlib.repr(init_info.directory)}")
+            raise ValueError(f"directory must be a path or None; got {shown(init_info.directory)}")
         if self._trusted is None:
             self._trusted = init_info
         elif not hmac.compare_digest(*(json.dumps(info.secrets).encode() for info in (init_info, self._trusted))):
@@ -119,12 +121,11 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
                 return
             raise RuntimeError("no update was accepted: this engine keeps its weights")
         files.check_unchanged()
-        self.is_whole = False
+        self.loads += 1
         try:
             load(self.model, self.model_config, files)
         except Exception as error:
             raise RuntimeError(f"this engine has a part of the new weights only: {error}") from error
-        self.is_whole = True
         clean_caches(self.model)
 
     def shutdown(self) -> None:
@@ -295,23 +296,40 @@ def is_finite(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     return bool(torch.stack(tensor.aminmax()).to(dtype).double().isfinite().all())
 
 
+class Unfit(ValueError):
+    """Of a tensor that a header describes."""
+
+
+def _described(name: str, dtype: Any, shape: Any) -> tuple[torch.dtype, tuple[int, ...]]:
+    if len(name) > NAME_CHARACTERS or not name.isprintable():
+        raise Unfit(f"weight {shown(name)}: expected a name of at most {NAME_CHARACTERS} printable characters")
+    if dtype not in TYPES:
+        raise Unfit(f"weight {name!r} is {shown(dtype)}; expected one of {', '.join(TYPES)}")
+    lengths = isinstance(shape, list) and all(type(length) is int and length >= 0 for length in shape)
+    if not lengths or len(shape) > DIMENSIONS or math.prod(max(length, 1) for length in shape) >= ELEMENTS:
+        raise Unfit(
+            f"weight {name!r} has the shape {shown(shape)}; expected at most {DIMENSIONS} lengths, of less than "
+            f"{ELEMENTS} elements"
+        )
+    return TYPES[dtype], tuple(shape)
+
+
 def _entries(header: bytes, size: int) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     """Name, type and shape of the tensors, in the order of their bytes, of which there are `size`."""
     entries, end = [], 0
     try:
         described = json.loads(header)
         described.pop("__metadata__", None)
-        for name, entry in sorted(described.items(), key=lambda item: item[1]["data_offsets"]):
-            if entry["dtype"] not in TYPES:
-                raise ValueError(f"weight {name!r} is {entry['dtype']}; expected one of {', '.join(TYPES)}")
-            dtype, shape, (start, stop) = TYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-            if not all(type(length) is int and length >= 0 for length in shape):
-                raise ValueError(f"weight {name!r} has the shape {[*shape]}")
-            if (start, stop) != (end, end + math.prod(shape) * dtype.itemsize):
-                raise ValueError(f"weight {name!r} has other bytes than its shape says")
+        ordered = sorted(described.items(), key=lambda item: item[1]["data_offsets"])
+        for name, entry in ordered:
+            dtype, shape = _described(name, entry["dtype"], entry["shape"])
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            if entry["data_offsets"] != [start, end]:
+                raise Unfit(f"weight {name!r} has other bytes than its shape says")
             entries.append((name, dtype, shape))
-            end = stop
-    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError):
+    except Unfit:
+        raise
+    except (KeyError, TypeError, AttributeError, RecursionError, ValueError):
         raise ValueError("its header is not that of safetensors") from None
     if end != size:
         raise ValueError(f"it has {size} bytes of tensors, its header describes {end}")

@@ -28,8 +28,10 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from vllm.distributed.weight_transfer.base import ModuleSource, ParamMeta, WeightSource
+from vllm.engine.protocol import EngineClient
 
-from aepo.rollout.engines.weight_directory import update_directory
+from aepo.rollout.engines.vllm import PARTLY_LOADED
+from aepo.rollout.engines.weight_directory import remove_abandoned, update_directory
 from aepo.vllm.client import own_words
 from aepo.vllm.manifest import FileUpdateInfo, process_secret, signed, signing_secret
 from aepo.vllm.weight_files import BACKEND, DTYPES, FileInitInfo, is_finite
@@ -78,6 +80,19 @@ class WeightClient(Protocol):
     def reset_prefix_cache(self) -> bool:
         """False: unfinished requests hold on to it."""
         ...
+
+
+async def finish_update(engine: EngineClient, version: str) -> None:
+    """vLLM's `finish_weight_update`. Tokens are stamped PARTLY_LOADED until every worker has loaded all weights; also
+    where it fails or is cancelled, unless it fails before any worker has begun."""
+    before, loads = await engine.get_weight_version(), await engine.collective_rpc("aepo_loads")
+    await engine.update_weight_version(PARTLY_LOADED)
+    try:
+        await engine.finish_weight_update(version)
+    except Exception:
+        if await engine.collective_rpc("aepo_loads") == loads:
+            await engine.update_weight_version(before)
+        raise
 
 
 def stamped(version: int) -> str:
@@ -229,6 +244,7 @@ class WeightSender:
         return stamp
 
     def _send(self, version: str) -> None:
+        remove_abandoned(self.directory)
         check_room(self.directory, self._source)
         nonces = self._each("start_weight_update", lambda _, client: _start(client))
         with update_directory(self.directory) as directory:

@@ -57,6 +57,16 @@ def test_a_directory_of_a_server_is_one_that_exists_here(tmp_path):
     assert [path.name for path in before] == ["file", "link"]
 
 
+def test_a_directory_is_tried_and_nothing_in_it_is_removed(tmp_path):
+    """A server's word is no reason to clear up somewhere."""
+    left = tmp_path / "aepo-weights-0123456789ab-abcdefgh"
+    left.mkdir()
+    (left / "lock").touch()
+    os.utime(left, (1e9, 1e9))
+    shared_directory(str(tmp_path))
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == [left.name, "lock"]
+
+
 WRONG = ["", ".", "~", "/", "//", "///", "relative/dir", "/proc", "/proc/x", "/dev/null", "/etc/passwd", "\0", "/\0"]
 BELOW = [
     "new",
@@ -105,6 +115,7 @@ def test_a_directory_in_which_nothing_can_be_made(tmp_path, monkeypatch):
 
 def test_a_status_says_where_weights_go_or_why_not():
     answer = {"vocab_size": 9, "max_model_len": 9, "logprobs_mode": "x", "weights_dir": None, "no_weights": None}
+    answer["weight_version"] = "default"
     with pytest.raises(ValueError, match="'weights_dir' and 'no_weights' are null"):
         vllm_answers.status(answer)
     assert vllm_answers.status({**answer, "no_weights": "why"})

@@ -155,6 +155,16 @@ def test_weights_that_were_not_sent_are_noticed_wherever_they_are_stamped(
     assert len(generate(engine_of(loop, replica), "a")) == 1, "whose weights are not ours may have any"
 
 
+@pytest.mark.parametrize("model", [None, torch.nn.Linear(1, 1)])
+def test_nothing_is_taken_of_a_replica_with_a_part_of_new_weights(
+    loop: LoopThread, model: torch.nn.Module | None
+) -> None:
+    replica = Replica("x")
+    replica.stamped = "partly-loaded"
+    with pytest.raises(ReplicaError, match="x: an update of its weights did not finish, a part may be old"):
+        generate(engine_of(loop, replica, model=model, stamp="3"), "a")
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["logprob", "entropy"])
 def test_numbers_that_are_not_finite_are_an_error(loop: LoopThread, name: str, value: float) -> None:
@@ -253,10 +263,18 @@ def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(key: str, monkeypatc
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_model_len", 0), ("max_model_len", "9"), ("vocab_size", True), ("logprobs_mode", None), ("weights_dir", 1)],
+    [
+        ("max_model_len", 0),
+        ("max_model_len", "9"),
+        ("vocab_size", True),
+        ("logprobs_mode", None),
+        ("weights_dir", 1),
+        ("weight_version", None),
+    ],
 )
 def test_a_status_that_cannot_be_right(name: str, value: object) -> None:
     right = {"vocab_size": 9, "max_model_len": 1, "logprobs_mode": "x", "weights_dir": None, "no_weights": "why"}
+    right["weight_version"] = "default"
     assert vllm_answers.status(right) == right
     with pytest.raises(ValueError, match=f"'{name}' is {value!r}, expected"):
         vllm_answers.status({**right, name: value})

@@ -11,6 +11,8 @@ import pytest
 
 from aepo.rollout.engines.weight_directory import ALL, PREFIX, SETTLED, remove_abandoned, update_directory
 
+MADE = f"{ALL}0123456789ab-"  # of another process, and 8 characters of mkdtemp
+
 WRITER = """
 import sys, time
 from pathlib import Path
@@ -58,32 +60,72 @@ def test_what_is_not_an_abandoned_update_stays(tmp_path):
     parent.mkdir()
     (parent / "data").mkdir()
     (parent / f"{ALL}notes.txt").touch()
-    (parent / f"{ALL}link").symlink_to(others)
-    (parent / f"{ALL}new").mkdir()  # a writer that has not made its lock yet
-    (parent / f"{ALL}old").mkdir()
+    (parent / f"{MADE}a_link_8").symlink_to(others)
+    (parent / f"{MADE}new_made").mkdir()  # a writer that has not made its lock yet
+    (parent / f"{MADE}old_made").mkdir()
     long_ago = time.time() - SETTLED - 1
-    os.utime(parent / f"{ALL}old", (long_ago, long_ago))
+    os.utime(parent / f"{MADE}old_made", (long_ago, long_ago))
+    before = {path.name for path in parent.iterdir()}
     with update_directory(parent):
         pass
-    assert {path.name for path in parent.iterdir()} == {
-        "data",
-        *(ALL + name for name in ("notes.txt", "link", "new")),
-    }
+    assert {path.name for path in parent.iterdir()} == before, "who makes one removes none"
+    remove_abandoned(parent)
+    assert {path.name for path in parent.iterdir()} == before - {f"{MADE}old_made"}
     assert others.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("final", ["model.safetensors"]),
+        ("final", []),
+        ("final", ["lock"]),
+        ("0123456789AB-abcdefgh", ["lock", "00000.safetensors"]),
+        ("0123456789ab-abcdefg", ["lock"]),
+        ("0123456789ab-abcdefghi", ["lock"]),
+        ("0123456789ab-abcdefgh-copy", ["lock"]),
+        ("0123456789ab-abcdefgh", ["lock", "model.safetensors"]),
+        ("0123456789ab-abcdefgh", ["lock", "00000.safetensors", "notes"]),
+        ("0123456789ab-abcdefgh", ["lock", "kept/00000.safetensors"]),
+        ("0123456789ab-abcdefgh", ["lock/00000.safetensors"]),
+        ("0123456789ab-abcdefgh", ["00000.safetensors.bak"]),
+    ],
+)
+def test_what_people_call_alike_stays_with_all_that_is_in_it(tmp_path, name, files):
+    path = tmp_path / f"{ALL}{name}"
+    path.mkdir()
+    for file in files:
+        (path / file).parent.mkdir(exist_ok=True)
+        (path / file).write_text("precious")
+    os.utime(path, (1e9, 1e9))
+    before = sorted(tmp_path.rglob("*"))
+    remove_abandoned(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("files", [["lock"], ["lock", "00000.safetensors", "123456.safetensors"], ["lock.new"], []])
+def test_what_a_writer_leaves_at_any_moment_goes(tmp_path, files):
+    path = tmp_path / f"{MADE}abc_efg9"
+    path.mkdir()
+    for file in files:
+        (path / file).touch()
+    os.utime(path, (1e9, 1e9))
+    remove_abandoned(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs files of two users")
 def test_directories_of_other_users_stay(tmp_path):
-    (tmp_path / f"{ALL}theirs").mkdir()
-    (tmp_path / f"{ALL}theirs" / "lock").touch()
-    os.chown(tmp_path / f"{ALL}theirs", 12345, 12345)
+    (tmp_path / f"{MADE}of_other").mkdir()
+    (tmp_path / f"{MADE}of_other" / "lock").touch()
+    os.chown(tmp_path / f"{MADE}of_other", 12345, 12345)
     remove_abandoned(tmp_path)
-    assert (tmp_path / f"{ALL}theirs").exists()
+    assert (tmp_path / f"{MADE}of_other").exists()
 
 
 def test_a_lock_that_leads_elsewhere_is_none(tmp_path):
-    (tmp_path / f"{ALL}linked").mkdir()
+    (tmp_path / f"{MADE}linked_8").mkdir()
     (tmp_path / "file").touch()
-    (tmp_path / f"{ALL}linked" / "lock").symlink_to(tmp_path / "file")
+    (tmp_path / f"{MADE}linked_8" / "lock").symlink_to(tmp_path / "file")
     remove_abandoned(tmp_path)
-    assert (tmp_path / f"{ALL}linked").exists()
+    assert (tmp_path / f"{MADE}linked_8").exists()

@@ -143,7 +143,7 @@ class Worked:
         self.versions, self.error, self.called = versions, error, []
 
     async def collective_rpc(self, method):
-        return list(self.versions)
+        return list(self.versions) if method == "aepo_staged" else [0]
 
     def __getattr__(self, name):
         async def step(*arguments):
@@ -163,11 +163,36 @@ def refused(handler, door, body=None):
 def test_weights_are_loaded_where_all_workers_have_accepted_the_same():
     engine = Worked("3@a", "3@a")
     assert asyncio.run(finish(Door(engine, [], "/d", None), None)) == {"weight_version": "3@a"}
-    assert engine.called == ["finish_weight_update"]
+    assert engine.called == ["get_weight_version", "update_weight_version", "finish_weight_update"]
     for versions in ((None,), (None, "3@a"), ("3@a", None), ("3@a", "3@b")):
         engine = Worked(*versions)
         assert refused(finish, Door(engine, [], "/d", None))[0] == 409
         assert not engine.called
+
+
+def nested(depth):
+    return [nested(depth - 1)] if depth else []
+
+
+@pytest.mark.parametrize("field", ["directory", "files", "tensors", "version", "nonces", "signature", "withdraw", "x"])
+def test_a_manifest_that_vllm_cannot_pass_on_does_not_come_that_far(field):
+    """It pickles: "maximum recursion depth exceeded", and has no half of a surrogate pair."""
+    good = {**asdict(FileUpdateInfo(directory="x", version="1")), "signature": "0" * 64}
+    for wrong in (nested(900), [nested(900)], "\ud800", ["\ud800"], {"\ud800": 1}):
+        engine = Worked()
+        app = FastAPI()
+        app.state.aepo = Door(engine, [], "/d", None)
+        EntropyEndpoints().attach_router(app)
+
+        async def ask(app=app, wrong=wrong):
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://s") as client:
+                return await client.post("/aepo/weights/update", content=json.dumps({**good, field: wrong}))
+
+        answer = asyncio.run(ask())
+        assert (answer.status_code, engine.called) == (400, [])
+        assert answer.json()["error"].isprintable()
+        assert len(answer.json()["error"]) < 500
 
 
 @pytest.mark.parametrize("handler", [start_update, update, finish, withdraw])
@@ -390,11 +415,15 @@ def test_vllms_own_routes_for_weights_are_not_there(server):
 
 def test_steps_of_an_update_out_of_order(server):
     assert server.post("/aepo/weights/finish").status_code == 409
-    assert server.post("/aepo/weights/update", json={"directory": "x"}).status_code == 409
+    good = {**asdict(FileUpdateInfo(directory="x", version="1")), "signature": "0" * 64}
+    assert server.post("/aepo/weights/update", json=good).status_code == 409
+    assert server.post("/aepo/weights/update", json={"directory": "x"}).status_code == 400
     assert server.post("/aepo/weights/update", json={"withdraw": True}).status_code == 400
-    for body in ({"directory": None}, {"directory": "x", "signature": "x"}, {"directory": "x", "signature": None}):
+    for more in ({"directory": None}, {"signature": "x"}, {"signature": None}, {"withdraw": True}, {"more": 1}):
+        assert server.post("/aepo/weights/update", json={**good, **more}).status_code == 400
+    for more in ({"directory": "y"}, {"signature": "1" * 64}):
         (nonce,) = server.post("/aepo/weights/start").raise_for_status().json()["nonces"]
-        answer = server.post("/aepo/weights/update", json={**body, "nonces": [nonce]})
+        answer = server.post("/aepo/weights/update", json={**good, **more, "nonces": [nonce]})
         assert (answer.status_code, "not signed with the key" in answer.text) == (409, True), answer.text
     server.post("/aepo/weights/start").raise_for_status()
     assert server.post("/aepo/weights/finish").status_code == 409

@@ -5,6 +5,7 @@ numbers, no waiting, weights, and what happens when something breaks. The last t
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 import signal
 import subprocess
@@ -27,9 +28,11 @@ from aepo.rollout.engine import GenerationRequest
 from aepo.rollout.engines import vllm_local
 from aepo.rollout.engines.orphans import marked
 from aepo.rollout.engines.vllm import ReplicaError, ReplicaGoneError, VLLMEngine
+from aepo.rollout.engines.vllm_weight_clients import LocalWeightClient
 from aepo.rollout.sampler import RolloutError, Sampler
 from aepo.rollout.tree import path_nodes
 from aepo.types import Question, RolloutTree, TokenIds, ToolCall, ToolResult, Turn
+from aepo.vllm import weights
 from aepo.vllm.weights import WeightUpdateError
 from tests.aepo.engine_toys import EOS, TAG, VOCAB, assert_is_the_models_own, prompts, request
 from tests.aepo.engine_toys import engine as transformers_engine
@@ -356,6 +359,34 @@ def test_refresh_sends_the_weights_and_a_foreign_version_is_noticed(model, engin
     with pytest.raises(ReplicaError, match="sampled with weights version 99, expected 8@"):
         generate(engine, *asked)
     engine._loop.run(replica._llm.update_weight_version(engine._stamp))
+    engine.release()
+    assert_nothing_is_left(engine)
+
+
+def test_an_engine_with_a_part_of_the_new_weights_samples_nothing_until_a_refresh(engine, monkeypatch) -> None:
+    """A file is written to through a map, after its check: on /dev/shm no time of it tells."""
+    write, finish, maps = weights.write, LocalWeightClient.finish_weight_update, []
+
+    def write_and_map(directory, source):
+        info = write(directory, source)
+        with (directory / "00000.safetensors").open("r+b") as file:
+            maps.append(mmap.mmap(file.fileno(), 0))
+        maps[0][-4096:] = maps[0][-4096:]
+        return info
+
+    def harm_and_finish(self, weight_version=None):
+        maps[0][-4096:] = bytes(4096)
+        finish(self, weight_version)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(weights, "write", write_and_map)
+        patched.setattr(LocalWeightClient, "finish_weight_update", harm_and_finish)
+        with pytest.raises(WeightUpdateError, match="a part of the new weights only"):
+            engine.refresh(9)
+    with pytest.raises(ReplicaError, match="an update of its weights did not finish, a part may be old"):
+        generate(engine, request([1]))
+    engine.refresh(9)
+    assert generate(engine, request([1]))[0].version == 9
     engine.release()
     assert_nothing_is_left(engine)
 

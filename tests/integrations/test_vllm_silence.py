@@ -33,6 +33,7 @@ STATUS = {
     "max_model_len": 100,
     "weights_dir": "/nowhere",
     "no_weights": None,
+    "weight_version": "default",
 }
 COMPLETION = {
     "choices": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import functools
 import hashlib
@@ -14,6 +15,7 @@ import shutil
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -329,16 +331,12 @@ def test_what_is_written_through_a_map_ends_as_an_engine_that_is_not_whole(llm):
         if method == "finish" and version:
             maps[0][-4096:] = bytes(4096)
 
-    def is_whole():
-        return llm.collective_rpc("aepo_is_whole") == [True]
-
+    (loads,) = llm.collective_rpc("aepo_loads")
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
-        assert is_whole()
         with pytest.raises(WeightUpdateError, match=r"a part of the new weights only: .*changed after its check"):
             WeightSender([Client(llm, before=before)], policy(seed=7), Path(directory)).send(4)
-        assert not is_whole()
+        assert llm.collective_rpc("aepo_loads") == [loads + 1]
     WeightSender([Client(llm)], policy(seed=8)).send(5)
-    assert is_whole()
     assert error_against(sample(llm), policy(seed=8)) <= CLOSE
 
 
@@ -355,7 +353,7 @@ def written(directory: Path, content: bytes, tensors: int = 1) -> FileUpdateInfo
 )
 def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, dtype):
     info = written(tmp_path, save({"w": torch.ones(3).to(dtype)}))
-    with pytest.raises(ValueError, match=r"weight 'w' is \w+; expected one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2"):
+    with pytest.raises(ValueError, match=r"weight 'w' is '\w+'; expected one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2"):
         CheckpointFiles(tmp_path, info, torch.float32)
 
 
@@ -380,6 +378,7 @@ def test_weights_that_an_engine_would_have_as_no_finite_numbers_are_refused(tmp_
         CheckpointFiles(tmp_path, info, engine)
 
 
+NESTED = str([[[["x" * 9] * 9] * 9] * 9] * 9).replace("'", '"')
 W = '"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
 
 
@@ -390,7 +389,7 @@ W = '"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
         ("[]", "its header is not that of safetensors"),
         ('{"w":5}', "its header is not that of safetensors"),
         ('{"w":{"dtype":["F32"],"shape":[2],"data_offsets":[0,8]}}', "its header is not that of safetensors"),
-        ('{"w":{"dtype":"F32","shape":[2],"data_offsets":[0]}}', "damaged: "),
+        ('{"w":{"dtype":"F32","shape":[2],"data_offsets":[0]}}', "weight 'w' has other bytes"),
         ("{}", "has 8 bytes of tensors, its header describes 0"),
         ('{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "has 8 bytes of tensors, its header describes 4"),
         ('{"w":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', "weight 'w' has other bytes than its shape says"),
@@ -398,14 +397,28 @@ W = '"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
         ('{"w":{"dtype":"F32","shape":[-1,-2],"data_offsets":[0,8]}}', r"weight 'w' has the shape \[-1, -2\]"),
         ('{"w":{"dtype":"F32","shape":[2,true],"data_offsets":[0,8]}}', r"weight 'w' has the shape \[2, True\]"),
         ('{"w":{"dtype":"F32","shape":[2.0],"data_offsets":[0,8]}}', r"weight 'w' has the shape \[2.0\]"),
+        ('{"w":{"dtype":"F32","shape":"2","data_offsets":[0,8]}}', "weight 'w' has the shape '2'"),
+        ('{"w":{"dtype":"F32","shape":[0,9223372036854775808],"data_offsets":[0,0]}}', "weight 'w' has the shape"),
+        (f'{{"w":{{"dtype":"F32","shape":[0,{2**62},{2**62}],"data_offsets":[0,0]}}}}', "weight 'w' has the shape"),
+        (f'{{"w":{{"dtype":"F32","shape":[{"1," * 8}2],"data_offsets":[0,8]}}}}', "expected at most 8 lengths"),
+        (f'{{"w":{{"dtype":"F32","shape":{[2**62] * 20_000},"data_offsets":[0,8]}}}}', "expected at most 8 lengths"),
+        (f'{{"w":{{"dtype":"F32","shape":{NESTED},"data_offsets":[0,8]}}}}', "weight 'w' has the shape"),
+        (f'{{"w":{{"dtype":"{"X" * 200_000}","shape":[2],"data_offsets":[0,8]}}}}', "weight 'w' is 'XXX"),
+        (f'{{"{"w" * 513}":{{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}}}', "at most 512 printable characters"),
+        (W.replace('"w"', '{"\\ud800"') + "}", "at most 512 printable characters"),
+        (W.replace('"w"', '{"w\\n"') + "}", "at most 512 printable characters"),
+        (f'{{"w":{{"dtype":"F32","shape":[{"9" * 5000}],"data_offsets":[0,8]}}}}', "its header is not that of"),
+        ('{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,4,8]}}', "weight 'w' has other bytes"),
         (f"{{{W},{W.replace('w', 'v')}}}", "weight 'v' has other bytes|weight 'w' has other bytes"),
         ('{"w":{"dtype":"F32","shape":[1073741824],"data_offsets":[0,4294967296]}}', "describes 4294967296"),
     ],
 )
 def test_a_file_that_is_signed_and_no_safetensors_file_is_refused(tmp_path, header, message):
     content = len(header).to_bytes(8, "little") + header.encode() + bytes(8)
-    with pytest.raises(ValueError, match=f"update/a is damaged: .*{message}|update/a is {message}"):
+    with pytest.raises(ValueError, match=f"update/a is damaged: .*{message}|update/a is {message}") as failure:
         CheckpointFiles(tmp_path, written(tmp_path, content), torch.float32)
+    assert len(str(failure.value)) < 500 + len(str(tmp_path))
+    assert str(failure.value).isprintable()
 
 
 @pytest.mark.parametrize("content", [b"", b"1234567", bytes([255] * 9), (99).to_bytes(8, "little") + b"{}"])
@@ -515,7 +528,7 @@ def test_a_manifest_as_the_sender_makes_it_is_taken():
         ),
         *(
             ({"nonces": wrong}, "nonces of the update = .*: expected a list of texts")
-            for wrong in ("n", 5, [5], {"n": 1})
+            for wrong in ("n", 5, [5], {"n": 1}, ["\ud800"], ["n" * 256], [[["n" * 99] * 9] * 9] * 9)
         ),
         *(({"withdraw": wrong}, "withdraw of the update = .*: expected false") for wrong in (1, 0, None, "no")),
         *(
@@ -607,9 +620,95 @@ def test_a_secret_that_everybody_has_is_none(secrets):
         check(info, "n", [""])
 
 
+class Ranks:
+    """An engine of as many workers, each the worker's side alone; `stamps` are the versions that it had."""
+
+    def __init__(self, count: int) -> None:
+        self.workers = [receiver() for _ in range(count)]
+        for worker in self.workers:
+            worker.model = None
+            worker.model_config = worker.parallel_config = SimpleNamespace(dtype=torch.float32, tensor_parallel_size=1)
+            worker.init_transfer_engine(FileInitInfo(["s"], "/"))
+        self.stamps = ["0"]
+
+    def accept(self, directory: Path, version: str) -> None:
+        for worker in self.workers:
+            worker.start_weight_update()
+            worker._trusted = FileInitInfo(["s"], str(directory))
+        info = replace(written(directory, save({"w": torch.ones(4)})), version=version)
+        info = signed(info, [str(worker.nonce) for worker in self.workers], "s")
+        for worker in self.workers:
+            worker.receive_weights(info)
+
+    async def collective_rpc(self, method: str) -> list[int]:
+        return [getattr(worker, method.removeprefix("aepo_")) for worker in self.workers]
+
+    async def get_weight_version(self) -> str:
+        return self.stamps[-1]
+
+    async def update_weight_version(self, version: str) -> None:
+        self.stamps.append(version)
+
+    async def finish_weight_update(self, version: str) -> None:
+        for worker in self.workers:
+            worker.finish_weight_update()
+        await self.update_weight_version(version)
+
+    def finish(self, version: str) -> None:
+        asyncio.run(weights.finish_update(self, version))
+
+
+@pytest.fixture
+def ranks(monkeypatch) -> Ranks:
+    for name in ("check_fit", "load", "clean_caches"):
+        monkeypatch.setattr(weight_files, name, lambda *arguments: None)
+    return Ranks(2)
+
+
+def test_a_stamp_says_what_all_ranks_have(ranks, tmp_path):
+    ranks.accept(tmp_path, "1")
+    ranks.finish("1")
+    assert ranks.stamps == ["0", "partly-loaded", "1"]
+
+
+@pytest.mark.parametrize(("touched", "stamp"), [((0,), "1"), ((1,), "partly-loaded"), ((0, 1), "1")])
+def test_ranks_of_which_one_refuses_have_weights_of_two_updates(ranks, tmp_path, touched, stamp):
+    """vLLM hears the first rank that fails. Who refuses has changed nothing; whether others have counts."""
+    ranks.accept(tmp_path, "1")
+    ranks.finish("1")
+    shutil.rmtree(tmp_path / "update")
+    ranks.accept(tmp_path, "2")
+    for rank in touched:
+        staged = ranks.workers[rank]._staged
+        staged._handles = [(file, os.stat("/")) for file, _ in staged._handles]
+    with pytest.raises(RuntimeError, match="was changed after its check: this engine keeps its weights"):
+        ranks.finish("2")
+    assert ranks.stamps[-1] == stamp
+    shutil.rmtree(tmp_path / "update")
+    ranks.accept(tmp_path, "3")
+    ranks.finish("3")
+    assert ranks.stamps[-1] == "3"
+
+
+@pytest.mark.parametrize("step", ["load", "clean_caches"])
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), asyncio.CancelledError()])
+def test_what_ends_while_it_loads_is_not_taken_for_the_old_weights(ranks, tmp_path, monkeypatch, step, error):
+    def fail(*arguments):
+        raise error
+
+    ranks.accept(tmp_path, "1")
+    monkeypatch.setattr(weight_files, step, fail)
+    with pytest.raises(type(error)):
+        ranks.finish("1")
+    assert ranks.stamps[-1] == "partly-loaded"
+    with pytest.raises(RuntimeError, match="no update was accepted"):
+        ranks.finish("2")
+    assert ranks.stamps[-1] == "partly-loaded", "what it was before stays"
+
+
 def test_a_manifest_is_for_the_nonces_that_it_was_signed_with():
     """Any of the trusted secrets may have signed it, wherever it stands; without a nonce nothing was begun."""
-    info = signed(FileUpdateInfo(directory="x", files=[{"name": "a.b", "bytes": 1, "sha256": ""}]), ["n", "m"], "s")
+    info = signed(GOOD, ["n", "m"], "s")
     for nonce in ("n", "m"):
         for trusted in (["s"], ["s", "t"], ["t", "s"]):
             check(info, nonce, trusted)

@@ -801,6 +801,27 @@ MUTATIONS = (
         "vllm_answers test_no_other_directory_is_taken_and_none_is_made",
     ),
     row(
+        "directories-that-are-called-alike-are-removed",
+        "aepo/rollout/engines/weight_directory.py",
+        "if not (OURS.fullmatch(path.name) and stat",
+        "if not (stat",
+        "weight_directory test_what_people_call_alike_stays_with_all_that_is_in_it",
+    ),
+    row(
+        "directories-with-files-of-others-are-removed",
+        "aepo/rollout/engines/weight_directory.py",
+        "if not all(CONTENT.fullmatch",
+        "if False and not all(CONTENT.fullmatch",
+        "weight_directory test_what_people_call_alike_stays_with_all_that_is_in_it",
+    ),
+    row(
+        "a-part-of-new-weights-is-taken-for-all",
+        "aepo/rollout/engines/vllm.py",
+        "if version == PARTLY_LOADED:",
+        "if False:",
+        "vllm_replicas test_nothing_is_taken_of_a_replica_with_a_part_of_new_weights",
+    ),
+    row(
         "a-server-names-a-directory-by-its-steps",
         "aepo/rollout/engines/vllm_answers.py",
         'not {"", ".", ".."}.intersection(parts)',

@@ -49,6 +49,7 @@ ENVIRONMENT = {
 }
 END_SECONDS = 30.0  # for engines to shut down, and for coroutines to end after they were cancelled
 SOCKET_BYTES = 107  # of the path of a socket, which vLLM names with 36 of them
+PARTLY_LOADED = "partly-loaded"  # what an engine calls its weights from the first that is loaded to the last
 ABORTS = 3  # of one request, by whoever else steers the engine, before the rollout is given up
 
 FinishReason = Literal["stop", "eos", "length", "abort"]
@@ -61,6 +62,11 @@ class ReplicaError(ConnectionError):
 
 class ReplicaGoneError(ReplicaError):
     """A replica has died or cannot be reached. Others may go on with its requests."""
+
+
+def partly_loaded(name: str) -> ReplicaError:
+    """Of a replica that calls its weights so."""
+    return ReplicaError(f"{name}: an update of its weights did not finish, a part may be old: send again or restart it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,7 +361,9 @@ class VLLMEngine:
             return self._checked(replica, completion, entropies)
 
     def _check_version(self, replica: Replica, version: str | None) -> None:
-        """A replica whose weights are not ours to change may call them what it likes."""
+        """A replica whose weights are not ours to change may call them what it likes, if it has all of them."""
+        if version == PARTLY_LOADED:
+            raise partly_loaded(replica.name)
         if self._model is not None and version != self._stamp:
             raise ReplicaError(
                 f"{replica.name}: a segment was sampled with weights version {version}, expected {self._stamp}: they "
@@ -424,7 +432,8 @@ class VLLMEngine:
         """Send the model's weights to all replicas that are left, which drop what they have cached under the old ones.
 
         A replica that turns out to be gone is left out from then on, as in a rollout. RuntimeError: the engine was made
-        without a model. WeightUpdateError: a replica failed to take the weights, or they are not finite.
+        without a model. WeightUpdateError: a replica failed to take the weights, or they are not finite. Where it was
+        left with a part of them, or this was interrupted then, `generate` raises ReplicaError until a refresh succeeds.
         """
         if not self._replicas:
             raise RuntimeError("the engine is closed")

@@ -64,6 +64,7 @@ def status(answer: Any) -> Mapping[str, Any]:
         ("no_weights", (str, type(None))),
     ):
         field(answer, name, *kinds)
+    weight_version(answer)
     if answer["max_model_len"] < 1:
         raise ValueError(f"'max_model_len' is {quoted(answer['max_model_len'])}, expected at least 1")
     if answer["weights_dir"] is None and answer["no_weights"] is None:
@@ -72,7 +73,8 @@ def status(answer: Any) -> Mapping[str, Any]:
 
 
 def shared_directory(path: str) -> str:
-    """`weights_dir` of a status, tried out. On a server's word nothing is made but an update in what exists already."""
+    """`weights_dir` of a status, tried out. On a server's word nothing is made but an update in what exists already,
+    and nothing else is removed."""
     root, *parts = path.removesuffix("/").split("/")
     why: str | None = "not a normal path"
     if path.isprintable() and root == "" and parts and not {"", ".", ".."}.intersection(parts):

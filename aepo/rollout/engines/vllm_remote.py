@@ -11,11 +11,13 @@ from aepo.rollout.engine import GenerationRequest
 from aepo.rollout.engines import vllm_answers
 from aepo.rollout.engines.vllm import (
     LOGPROBS_MODE,
+    PARTLY_LOADED,
     Completion,
     LoopThread,
     Recorded,
     ReplicaError,
     ReplicaGoneError,
+    partly_loaded,
     sampling_settings,
 )
 from aepo.rollout.engines.vllm_http import ANSWER, ANSWER_BYTES, ask, http_client
@@ -55,8 +57,8 @@ class RemoteReplica:
     async def connect(
         cls, url: str, eos_ids: Sequence[int], vocab_size: int, *, updatable: bool, longest: float
     ) -> RemoteReplica:
-        """updatable: weights will be sent. ConnectionError: it does not answer, or not what is expected. ValueError:
-        it was started without what we need, which is named."""
+        """updatable: weights will be sent. ConnectionError: it does not answer, or not what is expected, or has a part
+        of new weights and gets no others. ValueError: it was started without what we need, which is named."""
         path, missing = "/aepo/status", "started without VLLM_PLUGINS=aepo"
         async with http_client(url) as client:
             answer = await ask(client, url, "/v1/models", method="GET", seconds=ANSWER)
@@ -73,6 +75,8 @@ class RemoteReplica:
                 raise ValueError(f"{url}: {name} is {vllm_answers.quoted(found)}, expected {expected}")
         if updatable and status["weights_dir"] is None:
             raise ValueError(f"{url}: {vllm_answers.one_line(status['no_weights'])}")
+        if not updatable and status["weight_version"] == PARTLY_LOADED:
+            raise partly_loaded(url)
         return cls(url, status, model, eos_ids, longest)
 
     def shared_directory(self) -> str:

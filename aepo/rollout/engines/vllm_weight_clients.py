@@ -14,7 +14,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from aepo.rollout.engines import vllm_answers
 from aepo.rollout.engines.vllm import LoopThread, ReplicaError
 from aepo.rollout.engines.vllm_http import ANSWER, api_key, ask, http_client
-from aepo.vllm.weights import process_secret, signing_secret
+from aepo.vllm.weights import finish_update, process_secret, signing_secret
 
 Result = TypeVar("Result")
 SLOWEST = 50e6  # bytes per second: an engine reads and hashes the files, 0.8e9 on one core of a CPU
@@ -40,7 +40,10 @@ class LocalWeightClient:
         self._run(self._llm.update_weights(WeightTransferUpdateRequest(update_info)))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._run(self._llm.finish_weight_update(weight_version))
+        if weight_version is None:  # an update was withdrawn
+            self._run(self._llm.finish_weight_update())
+        else:
+            self._run(finish_update(self._llm, weight_version))
 
     def reset_prefix_cache(self) -> bool:
         return self._run(self._llm.reset_prefix_cache())

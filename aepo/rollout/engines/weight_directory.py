@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -21,13 +22,15 @@ from pathlib import Path
 ALL = "aepo-weights-"
 PREFIX = f"{ALL}{uuid.uuid4().hex[:12]}-"  # of those that this process makes, for a guard that outlives it
 LOCK = "lock"
+# Names that nobody else gives: somebody's own aepo-weights-final stays, and whatever else is in a directory keeps it.
+OURS = re.compile(rf"{ALL}[0-9a-f]{{12}}-[a-z0-9_]{{8}}")  # PREFIX and what mkdtemp adds
+CONTENT = re.compile(rf"{LOCK}(\.new)?|\d{{5,}}\.safetensors")
 SETTLED = 60.0  # seconds: a writer makes its lock at once, so an older directory without one has lost its writer
 
 
 @contextlib.contextmanager
 def update_directory(parent: Path) -> Iterator[Path]:
-    """A new directory in `parent` that only this user can read, gone at the end. Abandoned ones are removed first."""
-    remove_abandoned(parent)
+    """A new directory in `parent` that only this user can read, gone at the end."""
     path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     try:
         with (path / f"{LOCK}.new").open("x") as lock:
@@ -39,7 +42,7 @@ def update_directory(parent: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Remove this user's directories of updates whose writer is gone."""
+    """Remove this user's directories of updates whose writer is gone: by name and content nothing but those."""
     for path in parent.glob(f"{ALL}*"):
         with contextlib.suppress(OSError):  # it was removed meanwhile
             if _is_abandoned(path):
@@ -48,8 +51,11 @@ def remove_abandoned(parent: Path) -> None:
 
 def _is_abandoned(path: Path) -> bool:
     found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+    if not (OURS.fullmatch(path.name) and stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()):
         return False
+    with os.scandir(path) as entries:
+        if not all(CONTENT.fullmatch(entry.name) and entry.is_file(follow_symlinks=False) for entry in entries):
+            return False
     try:
         descriptor = os.open(path / LOCK, os.O_RDWR | os.O_NOFOLLOW)
     except FileNotFoundError:
