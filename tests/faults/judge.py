@@ -14,6 +14,7 @@ from aepo.config import load_config
 
 SIGNALLED = 130
 STATUSES = ("running", "finished", "interrupted", "failed")  # and another one while a run is being replaced
+NOT_BEGUN = ("interrupted", "it had not begun")  # what run.json says, and why, until a run begins
 
 
 class Foreign:
@@ -110,7 +111,7 @@ def ending_problems(fault: Fault, ended: Ended, directory: Path, before: dict | 
     elif fault.kind == "kill -9":
         if code != -9:
             problems.append(f"exit code {code}")
-        if name not in (None, "running", "finished") and (name, reason) != ("interrupted", "it had not begun"):
+        if name not in (None, "running", "finished") and (name, reason) != NOT_BEGUN:
             problems.append(f"killed, status {name}")
         return problems
     elif "signal" in fault.kind or (fault.kind == "output" and code == SIGNALLED):
@@ -129,7 +130,8 @@ def ending_problems(fault: Fault, ended: Ended, directory: Path, before: dict | 
         if name == "failed" and not reason:
             problems.append("failed, without a reason")
         lasting = fault.persistent or fault.kind == "full disk"
-        if name not in (None, "failed") and not (lasting and name == "running"):
+        unchanged = name == "running" or (name, reason) == NOT_BEGUN  # nobody can write another
+        if name not in (None, "failed") and not (lasting and unchanged):
             problems.append(f"failed, status {name}")
     return problems
 
