@@ -32,7 +32,7 @@ from aepo.config import VLLMConfig
 from aepo.interrupt import heard_by_main_thread
 from aepo.rollout.engine import EngineCounters, Generation, GenerationRequest, check_request
 from aepo.rollout.engines.orphans import OrphanGuard, temporary_directory
-from aepo.rollout.engines.weight_directory import PREFIX
+from aepo.rollout.engines.weight_directory import PARTLY_LOADED, PREFIX
 from aepo.types import TokenIds
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ ENVIRONMENT = {
 }
 END_SECONDS = 30.0  # for engines to shut down, and for coroutines to end after they were cancelled
 SOCKET_BYTES = 107  # of the path of a socket, which vLLM names with 36 of them
-PARTLY_LOADED = "partly-loaded"  # what an engine calls its weights from the first that is loaded to the last
 ABORTS = 3  # of one request, by whoever else steers the engine, before the rollout is given up
 
 FinishReason = Literal["stop", "eos", "length", "abort"]

@@ -11,7 +11,6 @@ from aepo.rollout.engine import GenerationRequest
 from aepo.rollout.engines import vllm_answers
 from aepo.rollout.engines.vllm import (
     LOGPROBS_MODE,
-    PARTLY_LOADED,
     Completion,
     LoopThread,
     Recorded,
@@ -21,6 +20,7 @@ from aepo.rollout.engines.vllm import (
     sampling_settings,
 )
 from aepo.rollout.engines.vllm_http import ANSWER, ANSWER_BYTES, ask, http_client
+from aepo.rollout.engines.weight_directory import PARTLY_LOADED
 
 if TYPE_CHECKING:
     from aepo.vllm.weights import WeightClient

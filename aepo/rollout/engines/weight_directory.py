@@ -25,6 +25,7 @@ LOCK = "lock"
 # Names that nobody else gives: somebody's own aepo-weights-final stays, and whatever else is in a directory keeps it.
 OURS = re.compile(rf"{ALL}[0-9a-f]{{12}}-[a-z0-9_]{{8}}")  # PREFIX and what mkdtemp adds
 CONTENT = re.compile(rf"{LOCK}(\.new)?|\d{{5,}}\.safetensors")
+PARTLY_LOADED = "partly-loaded"  # what an engine calls its weights from the first that is loaded to the last
 SETTLED = 60.0  # seconds: a writer makes its lock at once, so an older directory without one has lost its writer
 
 
