@@ -31,7 +31,8 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     first = next(iter(paths.values()))
     parent = first if len(paths) == 1 else Path(os.path.commonpath([path.resolve() for path in paths.values()]))
     page = Path(out or parent / "report.html")
-    refuse_run_files("report", page)
+    if out is None:
+        refuse_run_files("report", page)
     return _write(render([read_run(path, name) for name, path in paths.items()]), page)
 
 

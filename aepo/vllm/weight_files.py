@@ -27,6 +27,7 @@ import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from aepo.tensor_file import is_finite
 from aepo.vllm.manifest import FileUpdateInfo, check, shown
 from aepo.vllm.reload import check_fit, clean_caches, load
 
@@ -284,16 +285,6 @@ def _sum(tensor: torch.Tensor) -> int:
     data = tensor.reshape(-1).view(torch.uint8)
     words = data.numel() // 8 * 8
     return int(data[:words].view(torch.int64).sum()) + int(data[words:].sum())
-
-
-def is_finite(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether all values are, also as `dtype`: smallest and largest are where all is, 16 times as fast as isfinite() of
-    float32 on a CPU."""
-    if not tensor.numel():
-        return True
-    if tensor.dtype.itemsize == 1:
-        tensor = tensor.float()
-    return bool(torch.stack(tensor.aminmax()).to(dtype).double().isfinite().all())
 
 
 class Unfit(ValueError):

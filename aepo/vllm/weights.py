@@ -31,9 +31,10 @@ from vllm.distributed.weight_transfer.base import ModuleSource, ParamMeta, Weigh
 from vllm.engine.protocol import EngineClient
 
 from aepo.rollout.engines.weight_directory import PARTLY_LOADED, remove_abandoned, update_directory
+from aepo.tensor_file import is_finite
 from aepo.vllm.client import own_words
 from aepo.vllm.manifest import FileUpdateInfo, process_secret, signed, signing_secret
-from aepo.vllm.weight_files import BACKEND, DTYPES, FileInitInfo, is_finite
+from aepo.vllm.weight_files import BACKEND, DTYPES, FileInitInfo
 
 __all__ = ["BACKEND", "WeightClient", "WeightSender", "WeightUpdateError", "process_secret", "signing_secret"]
 
