@@ -14,7 +14,7 @@ from pathlib import Path
 
 from aepo.agents.protocol import ChatFormat
 from aepo.rollout.tree import path_nodes
-from aepo.run_files import whole_file
+from aepo.run.files import whole_file
 from aepo.scoring import read_responses
 from aepo.types import FinishReason, Question, ScoredTree
 

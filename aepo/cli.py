@@ -19,9 +19,9 @@ from typer.core import TyperGroup
 
 from aepo import cli_eval, cli_shared
 from aepo.cli_shared import INTERRUPTED, ConfigFile, Overrides, explained, fail, given_path
+from aepo.files.user_paths import user_path
 from aepo.install import DISTRIBUTION, explain_missing
 from aepo.interrupt import Interrupt
-from aepo.user_paths import user_path
 
 if TYPE_CHECKING:
     from aepo.config import Config
@@ -100,7 +100,7 @@ def train(
         aepo train --resume runs/demo train.steps=200
     """
     from aepo.config import load_config, named_settings
-    from aepo.run_files import read_facts, regular
+    from aepo.run.files import read_facts, regular
 
     with explained():
         if resume is None:
@@ -263,8 +263,8 @@ def _train(config: Config, resume_step: int | None, overwrite: bool, named: Coll
     from aepo.config import named_files
     from aepo.own_loss import own_loss, try_own_loss
     from aepo.rollout.branching import branch_rule
-    from aepo.run_directory import RunDirectory, refuse_removal
-    from aepo.run_log import naming_its_directory
+    from aepo.run.directory import RunDirectory, refuse_removal
+    from aepo.run.log import naming_its_directory
 
     directory = Path(config.run.dir)  # what is wrong with it is said before minutes of work on the model
     RunDirectory.check(directory, resume=resume_step is not None, overwrite=overwrite)

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from aepo.cli_shared import ConfigFile, Overrides, explained, given_path
-from aepo.user_paths import user_path
+from aepo.files.user_paths import user_path
 
 SubjectName = Annotated[
     str,

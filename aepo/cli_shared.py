@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
 
 import typer
 
+from aepo.files.user_paths import user_path
 from aepo.interrupt import Interrupt
-from aepo.user_paths import user_path
 
 if TYPE_CHECKING:
     from aepo.agents.agent import Agent
@@ -41,8 +41,8 @@ def load(config: Config) -> tuple[Agent, LanguageModel]:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from aepo.display import WarmStartDisplay
     from aepo.load import load_agent, load_model, load_task
+    from aepo.run.display import WarmStartDisplay
 
     disable_progress_bar()
     if config.run.threads:
@@ -79,7 +79,7 @@ def device(config: Config) -> str:
 
 
 def newest_step(run: Path) -> int:
-    from aepo.checkpoint import list_checkpoints
+    from aepo.run.checkpoint import list_checkpoints
 
     found = list_checkpoints(run / "checkpoints")
     if not found:
@@ -90,7 +90,7 @@ def newest_step(run: Path) -> int:
 @contextmanager
 def advising_if_full(run: Path) -> Iterator[None]:
     """Where the disk of a run is full, how to go on is a line before the error."""
-    from aepo.checkpoint import list_checkpoints
+    from aepo.run.checkpoint import list_checkpoints
 
     try:
         yield
@@ -111,9 +111,9 @@ def advising_if_full(run: Path) -> Iterator[None]:
 def explained() -> Iterator[None]:
     """Errors that a user can do something about, as one message; Ctrl-C, SIGTERM or SIGHUP with its exit code."""
     from aepo.agents.protocol import AgentError
-    from aepo.checkpoint import CheckpointError
-    from aepo.nonfinite import NonFiniteError
+    from aepo.learning.nonfinite import NonFiniteError
     from aepo.rollout.sampler import RolloutError
+    from aepo.run.checkpoint import CheckpointError
 
     interrupt = Interrupt()
     try:

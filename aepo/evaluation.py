@@ -16,9 +16,9 @@ from aepo.agents.agent import Agent
 from aepo.answers import AnsweredQuestion, read_answers
 from aepo.config import Config
 from aepo.estimates import Interval, interval, pass_at_k
-from aepo.metrics import Record
 from aepo.rollout.engine import Engine
 from aepo.rollout.sampler import Progress, Sampler
+from aepo.run.metrics import Record
 from aepo.scoring import Scorer
 from aepo.types import FinishReason, Question, ScoredTree
 

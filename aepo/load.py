@@ -32,13 +32,13 @@ from aepo.agents.tools.environment import EnvironmentTools
 from aepo.agents.tools.make import make_tools
 from aepo.agents.tools.toolbox import ToolBox
 from aepo.config import Config, ModelConfig, TaskConfig, WarmStartConfig
+from aepo.files.user_paths import user_path
 from aepo.models.adapters import refuse_adapter_directory
 from aepo.models.language_model import LanguageModel
 from aepo.models.small import Progress
 from aepo.models.smollm2 import model_directory
 from aepo.registry import resolve
 from aepo.types import Question
-from aepo.user_paths import user_path
 
 
 def load_model(

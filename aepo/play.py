@@ -20,10 +20,7 @@ from aepo.agents.agent import Agent
 from aepo.agents.question_checks import Context, Split, check_questions, fitting, one_of_each_row
 from aepo.agents.remembered import agent_facts, agent_parts, not_as_recorded
 from aepo.answers import AnsweredQuestion, read_answers, write_answers
-from aepo.checkpoint import checkpoint_path, load_weights
-from aepo.checkpoint_fit import require_tokenizer
 from aepo.config import Config, config_value
-from aepo.engine_factory import make_engine
 from aepo.estimates import Interval
 from aepo.evaluation import (
     Evaluator,
@@ -34,16 +31,19 @@ from aepo.evaluation import (
     scored_rollouts,
 )
 from aepo.evaluation_display import evaluation_tables, progress_display, rollout_table, say, wide_console
-from aepo.metrics import Record, finite, rollout_metrics
 from aepo.models.language_model import LanguageModel
 from aepo.own_code import code_changes, code_facts, code_of, named_part
 from aepo.rollout.branching import branch_rule
 from aepo.rollout.engine import Engine
+from aepo.rollout.engines.make import make_engine
 from aepo.rollout.sampler import Sampler
-from aepo.run_directory import refuse_output, refuse_run_files
-from aepo.run_files import write_file
-from aepo.run_log import machine_facts, naming_its_directory, read_facts
-from aepo.saved_trees import tree_entry
+from aepo.run.checkpoint import checkpoint_path, load_weights
+from aepo.run.checkpoint_fit import require_tokenizer
+from aepo.run.directory import refuse_output, refuse_run_files
+from aepo.run.files import write_file
+from aepo.run.log import machine_facts, naming_its_directory, read_facts
+from aepo.run.metrics import Record, finite, rollout_metrics
+from aepo.run.saved_trees import tree_entry
 from aepo.scoring import Scorer
 from aepo.subject import Subject
 from aepo.types import Question, ScoredTree

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from aepo.config import Config, changed_settings, load_config, named_settings
-from aepo.run_directory import require_whole_settings
-from aepo.user_paths import user_path
+from aepo.files.user_paths import user_path
+from aepo.run.directory import require_whole_settings
 
 BUILT_IN = ("tiny", "smollm2-135m-instruct")
 
@@ -58,7 +58,7 @@ def find_subject(
 
 def _of_run(name: str, path: Path, overrides: Sequence[str], step: int | None, best: bool) -> Subject:
     require_whole_settings(path)
-    from aepo.checkpoint import best_checkpoint, list_checkpoints  # heavy
+    from aepo.run.checkpoint import best_checkpoint, list_checkpoints  # heavy
 
     _refuse(overrides, "run.dir", f"the run is {name}")
     if best and step is not None:

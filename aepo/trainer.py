@@ -20,23 +20,23 @@ from aepo.advantages import Sample, advantage_settings, make_samples
 from aepo.agents.agent import Agent
 from aepo.agents.question_checks import Context, check_questions, fitting, one_of_each_row
 from aepo.agents.remembered import agent_facts, agent_parts, not_as_recorded
-from aepo.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, records_before, save_checkpoint
-from aepo.checkpoint_fit import require_tokenizer, weights_sha256
 from aepo.config import Config, changed_settings, load_config, named_files, to_yaml
-from aepo.display import Display
-from aepo.engine_factory import make_engine
 from aepo.evaluation import Evaluator, answer_metrics, sampled_questions
 from aepo.interrupt import Interrupt
-from aepo.learner import Learner, Minibatch
-from aepo.metrics import Record, StageClock, loss_metrics, memory_metrics, mismatch_metrics, rollout_metrics
+from aepo.learning.learner import Learner, Minibatch
 from aepo.own_code import code_changes, code_facts, code_of, named_part
 from aepo.rollout.branching import branch_rule
+from aepo.rollout.engines.make import make_engine
 from aepo.rollout.sampler import Sampler
 from aepo.rollout.tree import flatten
-from aepo.run_directory import RunDirectory, refuse_removal
-from aepo.run_files import read_facts
-from aepo.run_log import RunLog
-from aepo.run_records import fingerprints, require_records
+from aepo.run.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, records_before, save_checkpoint
+from aepo.run.checkpoint_fit import require_tokenizer, weights_sha256
+from aepo.run.directory import RunDirectory, refuse_removal
+from aepo.run.display import Display
+from aepo.run.files import read_facts
+from aepo.run.log import RunLog
+from aepo.run.metrics import Record, StageClock, loss_metrics, memory_metrics, mismatch_metrics, rollout_metrics
+from aepo.run.records import fingerprints, require_records
 from aepo.scoring import Scorer
 from aepo.types import Question, ScoredTree
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, 
 
 from aepo.bench.clock import machine
 from aepo.rollout.engine import GenerationRequest
-from aepo.rollout.engines import huggingface
+from aepo.rollout.engines.huggingface import engine as huggingface
 
 VOCAB, PROMPT, SEGMENT, READ, SEGMENTS, SAMPLES = 1000, 60, 48, 30, 3, 8
 SIZES = {128: 64, 256: 128}  # hidden size: rows

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from aepo.file_sums import sha256_of
+from aepo.files.sums import sha256_of
 from aepo.registry import error_text
 
 SUMS = "SHA256SUMS"

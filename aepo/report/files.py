@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from aepo.run_files import regular
+from aepo.run.files import regular
 
 
 def read_part(file: Path, reader: Callable[[Path], Any], problems: list[str]) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from aepo.report.page import encoded, named_runs, render
 from aepo.report.reader import NothingYet, read_run
-from aepo.run_lock import is_held
+from aepo.run.lock import is_held
 
 HERE = ("127.0.0.1", "localhost")
 FILES = ("run.json", "config.yaml", "metrics.jsonl", "evals.jsonl", "trees/step_*.json", "answers/step_*.jsonl")

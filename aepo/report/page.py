@@ -12,8 +12,8 @@ from aepo.report.charts import chart_data, moving_mean, window
 from aepo.report.reader import Run, read_run
 from aepo.report.summary import differences, summary
 from aepo.report.trees import fitting_trees, page_tree
-from aepo.run_directory import refuse_output, refuse_run_files
-from aepo.run_files import write_file
+from aepo.run.directory import refuse_output, refuse_run_files
+from aepo.run.files import write_file
 
 SCRIPTS = ("base.js", "charts.js", "export.js", "trees.js", "browser.js", "answers.js", "page.js")
 
@@ -72,7 +72,9 @@ def render(runs: Sequence[Run], *, live: str = "") -> str:
     from jinja2 import Environment, PackageLoader
 
     summaries = [summary(run) for run in runs]
-    environment = Environment(loader=PackageLoader("aepo"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("aepo.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.get_template("report.html.j2").render(
         title=" and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
         runs=summaries,

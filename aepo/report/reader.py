@@ -1,6 +1,6 @@
 """Reading a run directory for the report: whatever can be read, and a list of what cannot.
 
-The files are those of `aepo.run_log` and may be unfinished, damaged or missing; nothing that they hold is trusted.
+The files are those of `aepo.run.log` and may be unfinished, damaged or missing; nothing that they hold is trusted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from aepo.report.answers import read_answers
 from aepo.report.files import read_json, read_lines, read_part, read_yaml, rounded
 from aepo.report.trees import PageTree, read_trees
-from aepo.run_lock import is_held, last_holder
+from aepo.run.lock import is_held, last_holder
 
 
 class NothingYet(ValueError):

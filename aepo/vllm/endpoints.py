@@ -34,7 +34,7 @@ from aepo.vllm.weight_files import BACKEND, FileInitInfo
 from aepo.vllm.weights import finish_update
 
 DIRECTORY = "AEPO_WEIGHTS_DIR"
-# Of one message. The trainer keeps to them by itself (aepo/rollout/engines/vllm_remote.py).
+# Of one message. The trainer keeps to them by itself (aepo/rollout/engines/vllm/remote.py).
 BODY_BYTES = 1 << 21
 BODY_SECONDS = 60.0
 KEYS, TOKENS = 4096, 1 << 20

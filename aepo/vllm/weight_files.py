@@ -27,7 +27,7 @@ import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from aepo.tensor_file import is_finite
+from aepo.files.tensors import is_finite
 from aepo.vllm.manifest import FileUpdateInfo, check, shown
 from aepo.vllm.reload import check_fit, clean_caches, load
 

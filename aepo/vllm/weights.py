@@ -30,8 +30,8 @@ import torch
 from vllm.distributed.weight_transfer.base import ModuleSource, ParamMeta, WeightSource
 from vllm.engine.protocol import EngineClient
 
-from aepo.rollout.engines.weight_directory import PARTLY_LOADED, remove_abandoned, update_directory
-from aepo.tensor_file import is_finite
+from aepo.files.tensors import is_finite
+from aepo.files.weight_directory import PARTLY_LOADED, remove_abandoned, update_directory
 from aepo.vllm.client import own_words
 from aepo.vllm.manifest import FileUpdateInfo, process_secret, signed, signing_secret
 from aepo.vllm.weight_files import BACKEND, DTYPES, FileInitInfo

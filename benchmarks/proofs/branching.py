@@ -13,7 +13,7 @@ from aepo.config import Config, RolloutConfig
 from aepo.evaluation import sampled_questions
 from aepo.load import load_agent, load_model
 from aepo.models.language_model import LanguageModel
-from aepo.rollout.engines.huggingface import HuggingFaceEngine
+from aepo.rollout.engines.huggingface.engine import HuggingFaceEngine
 from aepo.rollout.sampler import Player, Sampler
 from aepo.rollout.tree import branches_per_path, path_nodes
 from aepo.types import Question, RolloutTree

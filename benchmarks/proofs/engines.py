@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from aepo.config import VLLMConfig
 from aepo.models.language_model import LanguageModel
 from aepo.rollout.engine import Engine, Generation, GenerationRequest
-from aepo.rollout.engines.vllm import LoopThread, VLLMEngine
+from aepo.rollout.engines.vllm.engine import LoopThread, VLLMEngine
 
 WIDE = 151_936  # the vocabulary of Qwen3
 KEPT: list[Any] = []  # an engine in this process that is collected takes process-wide groups of others with it
@@ -105,7 +105,7 @@ def _launch(directory: Path, vocab_size: int, settings: VLLMConfig, prefix_cachi
     """As VLLMEngine.launch, which has no setting to leave the prefix cache out."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from aepo.rollout.engines.vllm_local import LocalReplica, engine_args
+    from aepo.rollout.engines.vllm.local import LocalReplica, engine_args
 
     arguments = dataclasses.replace(engine_args(directory, settings, 0), enable_prefix_caching=prefix_caching)
     loop = LoopThread()

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from aepo.config import RolloutConfig, VLLMConfig
 from aepo.models.language_model import LanguageModel
-from aepo.rollout.engines.vllm import VLLMEngine
+from aepo.rollout.engines.vllm.engine import VLLMEngine
 from aepo.rollout.sampler import Sampler
 from aepo.types import Question
 from benchmarks.proofs.agent import RandomPlayer, Search, questions, random_agent

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from aepo.config import RolloutConfig
 from aepo.models.language_model import LanguageModel
-from aepo.rollout.engines.vllm import VLLMEngine
+from aepo.rollout.engines.vllm.engine import VLLMEngine
 from aepo.rollout.sampler import Sampler
 from aepo.rollout.tree import path_nodes
 from aepo.types import RolloutTree

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from transformers import Qwen3ForCausalLM as Qwen3
 
 from aepo.rollout.engine import Generation, GenerationRequest
-from aepo.rollout.engines.huggingface import HuggingFaceEngine
+from aepo.rollout.engines.huggingface.engine import HuggingFaceEngine
 
 VOCAB = 260  # 256 bytes, then:
 EOS, TAG, GLUED = 256, 257, 258  # end of text, "</search>" as one token, a stop string with text around it

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from aepo.advantages import Sample
 from aepo.config import Config, load_config
-from aepo.learner import Learner
+from aepo.learning.learner import Learner
 from aepo_kernels import PolicyObjective
 
 TEMPERATURE, PATHS, MAX_TOKENS = 0.7, 12, 30

@@ -6,7 +6,7 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path as FilePath
 
-from aepo.saved_trees import tree_entry
+from aepo.run.saved_trees import tree_entry
 from aepo.types import (
     BranchDecision,
     BudgetDecision,

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from aepo.config import load_config
-from aepo.run_directory import RunDirectory
-from aepo.run_files import read_records
-from aepo.run_log import RunLog
+from aepo.run.directory import RunDirectory
+from aepo.run.files import read_records
+from aepo.run.log import RunLog
 
 RECORD = {"step": 1, "reward.mean": 0.25, "tools.calls.search": 3, "policy.kl": None, "rollout.branches_per_path": [1]}
 

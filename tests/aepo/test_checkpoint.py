@@ -21,7 +21,10 @@ from safetensors.torch import load_file, save_file
 from trainer_toys import ToyLanguageModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from aepo.checkpoint import (
+from aepo.config import Config, to_yaml
+from aepo.learning.learner import make_optimizer
+from aepo.models.language_model import LanguageModel
+from aepo.run.checkpoint import (
     CheckpointError,
     best_checkpoint,
     checkpoint_path,
@@ -31,10 +34,7 @@ from aepo.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from aepo.checkpoint_fit import model_problem, require_tokenizer
-from aepo.config import Config, to_yaml
-from aepo.learner import make_optimizer
-from aepo.models.language_model import LanguageModel
+from aepo.run.checkpoint_fit import model_problem, require_tokenizer
 
 YAML = to_yaml(Config())
 

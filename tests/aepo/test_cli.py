@@ -18,9 +18,9 @@ from trainer_toys import ToyLanguageModel, toy_agent
 from typer.testing import CliRunner, Result
 
 from aepo import cli, cli_shared
-from aepo.checkpoint import CheckpointError, list_checkpoints
-from aepo.run_files import read_records
-from aepo.run_log import RunLog
+from aepo.run.checkpoint import CheckpointError, list_checkpoints
+from aepo.run.files import read_records
+from aepo.run.log import RunLog
 
 SMALL = ["train.steps=2", "train.questions=4", "rollout.paths=2", "rollout.max_tokens=6", "log.tensorboard=false"]
 
@@ -220,7 +220,7 @@ def test_engines_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     closed = run(*vllm, "vllm.endpoints=[http://127.0.0.1:9]")
     assert closed.output.startswith("error: http://127.0.0.1:9 does not answer"), closed.output
     monkeypatch.setitem(sys.modules, "vllm", None)
-    monkeypatch.delitem(sys.modules, "aepo.rollout.engines.vllm_local", raising=False)
+    monkeypatch.delitem(sys.modules, "aepo.rollout.engines.vllm.local", raising=False)
     missing = run(*vllm)
     assert missing.output.splitlines()[-1] == (
         'error: rollout.engine = vllm: vllm is not installed; pip install "aepo-kernels[vllm]"'

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from aepo import cli, cli_shared
 from aepo.rollout.sampler import Sampler
-from aepo.run_log import read_records
+from aepo.run.log import read_records
 
 SMALL = ["train.steps=2", "train.questions=4", "rollout.paths=2", "rollout.max_tokens=6", "log.tensorboard=false"]
 HELDOUT = 8

@@ -18,7 +18,6 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aepo import yaml_settings
 from aepo.config import (
     NO_PRESETS,
     OBJECTIVE_KEYS,
@@ -32,6 +31,7 @@ from aepo.config import (
     config_value,
     load_config,
     to_yaml,
+    yaml_settings,
 )
 from aepo_kernels.objective import PolicyObjective, PresetName
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from door_toys import MINE, OWN, SMALL, aepo, save_chat_model, write_home
 
-from aepo.checkpoint import list_checkpoints
-from aepo.run_log import read_facts, read_records
+from aepo.run.checkpoint import list_checkpoints
+from aepo.run.log import read_facts, read_records
 
 WEIGHTS = {"length": 1.0, "calls": 0.5, "judge": -0.25, "environment": 2.0}
 REWARDS = "task.rewards={mine:length: 1, mine:calls: 0.5, mine:judge: -0.25, environment: 2}"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from door_toys import SMALL, Done, aepo, own_modules, save_chat_model, write_home
 
-from aepo.run_log import read_facts
+from aepo.run.log import read_facts
 
 DATA_TASK = """
 import json

@@ -10,7 +10,7 @@ import pytest
 from door_toys import FILES, MINE, OWN, SMALL, Done, aepo, save_chat_model, write_home, write_rows
 
 from aepo.agents.remembered import changes
-from aepo.run_log import read_facts, read_records
+from aepo.run.log import read_facts, read_records
 
 TOOLS = '''
 class Tools:

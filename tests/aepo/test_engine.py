@@ -27,7 +27,7 @@ from engine_toys import (
 from transformers import MistralConfig, MistralForCausalLM
 
 from aepo.rollout.engine import Generation, GenerationRequest
-from aepo.rollout.engines.huggingface import HuggingFaceEngine
+from aepo.rollout.engines.huggingface.engine import HuggingFaceEngine
 from aepo_kernels.reference.sample_with_entropy import gumbel_noise
 
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from aepo.config import VLLMConfig, load_config
-from aepo.engine_factory import make_engine
-from aepo.rollout.engines.vllm import LoopThread, VLLMEngine
+from aepo.rollout.engines.make import make_engine
+from aepo.rollout.engines.vllm.engine import LoopThread, VLLMEngine
 from tests.aepo.engine_toys import model, tokenizer
 
 
@@ -49,7 +49,7 @@ def test_the_weights_of_a_failed_start_go(made, tmp_path, monkeypatch, error):
 
 
 def test_endpoints_before_one_that_fails_are_closed(monkeypatch):
-    vllm_remote = pytest.importorskip("aepo.rollout.engines.vllm_remote")
+    vllm_remote = pytest.importorskip("aepo.rollout.engines.vllm.remote")
     closed = []
 
     class Connected:
@@ -87,7 +87,7 @@ class Named:
 
 
 def test_nothing_stays_open_where_a_guard_cannot_start(monkeypatch, tmp_path):
-    vllm_remote = pytest.importorskip("aepo.rollout.engines.vllm_remote")
+    vllm_remote = pytest.importorskip("aepo.rollout.engines.vllm.remote")
     pytest.importorskip("vllm")  # refresh imports it
     replica = Named(str(tmp_path))
 
@@ -98,7 +98,7 @@ def test_nothing_stays_open_where_a_guard_cannot_start(monkeypatch, tmp_path):
         raise OSError("no more processes")
 
     monkeypatch.setattr(vllm_remote.RemoteReplica, "connect", connect)
-    monkeypatch.setattr("aepo.rollout.engines.vllm.OrphanGuard", refuse)
+    monkeypatch.setattr("aepo.rollout.engines.vllm.engine.OrphanGuard", refuse)
     threads = threading.active_count()
     with pytest.raises(OSError, match="no more processes"):
         VLLMEngine.connect(
@@ -109,7 +109,7 @@ def test_nothing_stays_open_where_a_guard_cannot_start(monkeypatch, tmp_path):
 
 
 def test_a_directory_that_only_a_server_has_ends_the_start(tmp_path):
-    vllm_remote = pytest.importorskip("aepo.rollout.engines.vllm_remote")
+    vllm_remote = pytest.importorskip("aepo.rollout.engines.vllm.remote")
     status = {"max_model_len": 9, "vocab_size": 260, "weights_dir": str(tmp_path / "made" / "by server")}
     replica = vllm_remote.RemoteReplica("http://a", status, "toy", [], 1.0)
     with pytest.raises(ConnectionError, match=r"^http://a: /aepo/status answered .*No such file or directory"):

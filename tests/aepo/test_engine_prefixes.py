@@ -6,9 +6,9 @@ import pytest
 import torch
 from engine_toys import engine, generate, model, prompts, request, tokenizer
 
-from aepo.rollout.engines import huggingface
-from aepo.rollout.engines.huggingface import HuggingFaceEngine
-from aepo.rollout.engines.kv_cache import PrefixTree
+from aepo.rollout.engines.huggingface import engine as huggingface
+from aepo.rollout.engines.huggingface.engine import HuggingFaceEngine
+from aepo.rollout.engines.huggingface.kv_cache import PrefixTree
 
 
 class Counted:

@@ -8,8 +8,8 @@ from engine_toys import EOS, GLUED, TAG, VOCAB, engine, generate, model, prompts
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from aepo.rollout.engines.huggingface import HuggingFaceEngine
-from aepo.rollout.engines.stopping import IS_EOS, MAY_COMPLETE, StopRules
+from aepo.rollout.engines.huggingface.engine import HuggingFaceEngine
+from aepo.rollout.engines.huggingface.stopping import IS_EOS, MAY_COMPLETE, StopRules
 
 STOP = ("</search>", "</s>")
 

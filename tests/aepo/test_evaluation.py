@@ -22,7 +22,7 @@ from aepo.evaluation import (
     sampled_questions,
     scored_rollouts,
 )
-from aepo.rollout.engines.huggingface import HuggingFaceEngine
+from aepo.rollout.engines.huggingface.engine import HuggingFaceEngine
 from aepo.rollout.sampler import Sampler
 from aepo.scoring import Scorer
 from aepo.types import (

@@ -14,7 +14,7 @@ from test_trainer import trainer_for
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from aepo.own_loss import LossBatch
-from aepo.run_log import read_records
+from aepo.run.log import read_records
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"

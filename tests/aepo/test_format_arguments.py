@@ -12,7 +12,7 @@ from test_format_chat import CALLS, HOSTILE, SCHEMAS, eos_ids, results
 from aepo.agents.formats.chat import ChatTemplateFormat
 from aepo.agents.formats.chat_template import assistant, tool_result, user
 from aepo.agents.formats.template_arguments import own_arguments
-from aepo.run_log import read_facts
+from aepo.run.log import read_facts
 from aepo.types import ToolCall
 
 OFF = {"enable_thinking": False}

@@ -4,6 +4,7 @@ Read from the syntax trees, so that imports inside functions count too.
 """
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,43 +21,25 @@ FLOORS = (
     ("aepo_kernels.reference", "aepo_kernels.kernels", "aepo_kernels.cuda"),
     ("aepo_kernels.ops", "aepo_kernels.linear_head"),
     ("aepo_kernels",),
-    (
-        "aepo.types",
-        "aepo.file_sums",
-        "aepo.install",
-        "aepo.output",
-        "aepo.registry",
-        "aepo.tensor_file",
-        "aepo.own_code",
-        "aepo.setting_types",
-        "aepo.user_paths",
-    ),
-    ("aepo.yaml_settings",),
-    ("aepo.settings_reading",),
+    ("aepo.types", "aepo.install", "aepo.output", "aepo.registry", "aepo.own_code", "aepo.files"),
     ("aepo.config",),
-    ("aepo.interrupt", "aepo.snapshot", "aepo.run_files", "aepo.run_lock", "aepo.run_records"),
+    ("aepo.interrupt",),
     ("aepo.agents.protocol",),
     ("aepo.models",),
     ("aepo.agents.formats", "aepo.agents.tools", "aepo.agents.rewards"),
     ("aepo.agents.tasks", "aepo.agents.agent"),
     ("aepo.agents.question_checks", "aepo.agents.remembered"),
     ("aepo.load",),
+    ("aepo.run.files", "aepo.run.lock", "aepo.run.records"),
     ("aepo.rollout",),
     ("aepo.vllm",),
-    (
-        "aepo.rollout.engines.vllm",
-        "aepo.rollout.engines.vllm_answers",
-        "aepo.rollout.engines.vllm_http",
-        "aepo.rollout.engines.vllm_local",
-        "aepo.rollout.engines.vllm_remote",
-        "aepo.rollout.engines.vllm_weight_clients",
-    ),
-    ("aepo.packing", "aepo.advantages", "aepo.own_loss", "aepo.loss", "aepo.nonfinite"),
-    ("aepo.scoring", "aepo.saved_trees"),
-    ("aepo.answers", "aepo.estimates", "aepo.checkpoint_fit"),
-    ("aepo.run_directory",),
-    ("aepo.metrics", "aepo.boards", "aepo.run_log", "aepo.checkpoint", "aepo.display"),
-    ("aepo.learner", "aepo.evaluation", "aepo.engine_factory"),
+    ("aepo.rollout.engines.vllm",),
+    ("aepo.rollout.engines.make",),
+    ("aepo.advantages", "aepo.own_loss"),
+    ("aepo.learning",),
+    ("aepo.scoring", "aepo.answers", "aepo.estimates"),
+    ("aepo.run",),
+    ("aepo.evaluation",),
     ("aepo.trainer",),
     ("aepo.report", "aepo.doctor", "aepo.bench"),
     ("aepo.subject", "aepo.evaluation_display", "aepo.cli_shared"),
@@ -75,11 +58,15 @@ def sources(package: str) -> Iterator[tuple[str, Path]]:
 MODULES = dict(item for package in ("aepo_kernels", "aepo") for item in sources(package))
 
 
-def imports(path: Path, *, module_level: bool = False) -> set[str]:
-    """Dotted names that a file imports; `from a import b` counts as a.b where that is a module of ours."""
+def imports(path: Path, *, module_level: bool = False, typing_only: bool = True) -> set[str]:
+    """Dotted names that a file imports; `from a import b` counts as a.b where that is a module of ours. typing_only:
+    also under `if TYPE_CHECKING`."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = set()
+    unrun = {inner for node in ast.walk(tree) if _typing_only(node) and not typing_only for inner in ast.walk(node)}
     for node in _module_level(tree) if module_level else ast.walk(tree):
+        if node in unrun:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -94,10 +81,14 @@ def _module_level(tree: ast.AST) -> Iterator[ast.AST]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if _typing_only(node):
             continue
         yield node
         yield from _module_level(node)
+
+
+def _typing_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
 def floor(module: str) -> int:
@@ -121,6 +112,54 @@ def test_no_arrow_points_back(module):
             assert floor(name) <= floor(module), f"{module} imports {name}, which stands above it"
 
 
+def test_there_is_no_circle():
+    """Of modules, also by imports inside functions; nor of folders, which two siblings are at whatever depth they part.
+
+    What only a type checker imports is no arrow: it says what is handed in, and runs nothing.
+    """
+    modules, folders = arrows({module: (path, imports(path, typing_only=False)) for module, path in MODULES.items()})
+    assert circle(modules) is None
+    assert circle(folders) is None
+    assert "aepo/rollout" in folders["aepo/learning"] | folders["aepo/run"]  # there is something to look at
+
+
+def test_a_circle_is_seen(tmp_path):
+    given = {
+        "p.a.x": (ROOT / "p/a/x.py", {"p.b.y"}),
+        "p.b.y": (ROOT / "p/b/y.py", {"p.b.z"}),
+        "p.b.z": (ROOT / "p/b/z.py", {"p.a.w"}),
+        "p.a.w": (ROOT / "p/a/w.py", set()),
+    }
+    modules, folders = arrows(given)
+    assert circle(modules) is None
+    assert set(circle(folders)) == {"p/a", "p/b"}
+    given["p.a.w"][1].add("p.a.x")
+    assert set(circle(arrows(given)[0])) == set(given)
+
+
+def arrows(imported: dict[str, tuple[Path, set[str]]]) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    """From modules and from folders to those that they import."""
+    modules: dict[str, set[str]] = {module: set() for module in imported}
+    folders: dict[str, set[str]] = {}
+    for module, (path, names) in imported.items():
+        for name in names & imported.keys() - {module}:
+            modules[module].add(name)
+            ours, theirs = (p.relative_to(ROOT).parent.parts for p in (path, imported[name][0]))
+            level = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+            if level is not None:
+                one, other = ("/".join(parts[: level + 1]) for parts in (ours, theirs))
+                folders.setdefault(one, set()).add(other)
+    return modules, folders
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str] | None:
+    try:
+        graphlib.TopologicalSorter(arrows).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return None
+
+
 def test_backends_do_not_know_each_other():
     for module, path in MODULES.items():
         for one, other in (("reference", "kernels"), ("kernels", "reference")):
@@ -136,7 +175,7 @@ def test_heavy_packages_have_their_rooms():
             assert not heavy or module.startswith("aepo_kernels.kernels"), module
         elif module.startswith("aepo.vllm"):
             assert heavy <= {"vllm"}, module
-        elif module.startswith("aepo.rollout.engines.vllm"):
+        elif module.startswith("aepo.rollout.engines.vllm.engine"):
             assert heavy <= {"vllm", "transformers"}, module
         elif module != "aepo.bench.peers":  # measures whatever is installed
             assert heavy <= {"transformers"}, f"{module}: {heavy} belong to aepo.vllm and aepo.integrations"
@@ -146,14 +185,14 @@ def test_config_and_types_need_no_torch():
     late = ("aepo", "aepo.own_loss")  # which looks its version up late; which has torch in its annotations
     free = (
         "aepo.types",
-        "aepo.file_sums",
+        "aepo.files.sums",
         "aepo.install",
         "aepo.registry",
         "aepo.own_code",
         "aepo.report",
-        "aepo.config",
     )
-    settings = ("aepo.setting_types", "aepo.yaml_settings", "aepo.settings_reading")
+    settings = [module for module in MODULES if module.partition(".")[2].partition(".")[0] == "config"]
+    assert "aepo.config.setting_types" in settings
     for module in (*late, *free, *settings):
         loaded = imports(MODULES[module], module_level=module in late)
         assert not {name.partition(".")[0] for name in loaded} & {"torch", "aepo_kernels"}, module
@@ -180,7 +219,7 @@ def test_the_tests_of_this_file_see_imports():
         ("import aepo", {"torch", *HEAVY}),
         ("import aepo.config, aepo.types", {"torch", *HEAVY}),
         ("import aepo_kernels", HEAVY | {"aepo"}),
-        ("import aepo.advantages, aepo.packing, aepo.report", HEAVY),
+        ("import aepo.advantages, aepo.learning.pack_paths, aepo.report", HEAVY),
     ],
 )
 def test_importing_is_cheap(statement, absent):

@@ -25,7 +25,7 @@ from aepo.config import all_keys, load_config
 from aepo.load import load_agent, load_model, load_task
 from aepo.models.language_model import LanguageModel
 from aepo.own_code import Code, code_changes, code_facts, code_of
-from aepo.run_log import read_facts, read_records
+from aepo.run.log import read_facts, read_records
 from aepo.types import Question, ToolCall
 
 

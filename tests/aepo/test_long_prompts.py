@@ -17,7 +17,7 @@ from aepo.agents.agent import Agent
 from aepo.agents.remembered import agent_facts
 from aepo.agents.rewards.make import make_rewards
 from aepo.rollout.sampler import Sampler
-from aepo.run_log import read_records
+from aepo.run.log import read_records
 from aepo.trainer import Trainer
 from aepo.types import Question
 

@@ -9,10 +9,10 @@ import torch
 from trainer_toys import random_samples, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-import aepo.loss
+import aepo.learning.loss
 from aepo.config import Config, PolicyConfig
-from aepo.learner import Learner
-from aepo.loss import (
+from aepo.learning.learner import Learner
+from aepo.learning.loss import (
     check_packing,
     loss_denominator,
     microbatch_loss,
@@ -23,7 +23,7 @@ from aepo.loss import (
     with_old_policy,
     with_reference,
 )
-from aepo.packing import PackedBatch, entropy_statistics, microbatches, pack
+from aepo.learning.pack_paths import PackedBatch, entropy_statistics, microbatches, pack
 from aepo_kernels import PolicyLoss, PolicyObjective, logits_policy_loss
 
 PRESETS = ("aepo", "arpo", "grpo", "dapo", "cispo", "gppo", "gspo", "gigpo", "reinforce++")
@@ -129,7 +129,7 @@ def test_one_pass_over_the_logits_gives_the_numbers_of_two(
         (3 * loss).backward()  # the upstream gradient is not 1
         return torch.stack([loss.detach(), *metrics.values()]), gradients(model)
 
-    monkeypatch.setattr(aepo.loss, "logits_policy_loss", spy)
+    monkeypatch.setattr(aepo.learning.loss, "logits_policy_loss", spy)
     numbers, gradient = result()
     assert passes == [preset != "gspo" and (preset != "aepo" or stats is not None)]
     monkeypatch.setattr(PolicyObjective, "follows_from_each_token", lambda self, entropy_stats: False)

@@ -14,8 +14,11 @@ import torch
 from trainer_toys import random_samples, tiny_model
 
 from aepo.config import Config, PolicyConfig
-from aepo.loss import microbatch_loss, policy_objective
-from aepo.metrics import (
+from aepo.learning.loss import microbatch_loss, policy_objective
+from aepo.learning.pack_paths import microbatches, pack
+from aepo.run.directory import RunDirectory
+from aepo.run.log import RunLog
+from aepo.run.metrics import (
     StageClock,
     finite,
     loss_metrics,
@@ -23,10 +26,7 @@ from aepo.metrics import (
     mismatch_metrics,
     rollout_metrics,
 )
-from aepo.packing import microbatches, pack
-from aepo.run_directory import RunDirectory
-from aepo.run_log import RunLog
-from aepo.saved_trees import token_texts
+from aepo.run.saved_trees import token_texts
 from aepo.types import (
     BranchDecision,
     BudgetDecision,

@@ -6,8 +6,8 @@ import torch
 from trainer_toys import tiny_model, trajectory
 
 from aepo.advantages import Sample
-from aepo.nonfinite import describe_tokens, single_trajectories
-from aepo.packing import pack
+from aepo.learning.nonfinite import describe_tokens, single_trajectories
+from aepo.learning.pack_paths import pack
 
 
 def test_the_first_token_of_the_second_trajectory() -> None:

@@ -17,8 +17,8 @@ from typing import IO, Any
 import pytest
 from forked_commands import CLOSED, Forks, fork_server
 
-from aepo.checkpoint import list_checkpoints
-from aepo.run_log import read_records
+from aepo.run.checkpoint import list_checkpoints
+from aepo.run.log import read_records
 
 HERE = Path(__file__).parent
 PATHS = f"{HERE}{os.pathsep}{HERE.parents[1]}"

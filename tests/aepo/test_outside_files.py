@@ -15,8 +15,8 @@ import torch
 from door_toys import FILES, SMALL, aepo, save_chat_model, write_home
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aepo.checkpoint_fit import _tokenizer_parts, weights_sha256
-from aepo.run_files import read_facts, read_records
+from aepo.run.checkpoint_fit import _tokenizer_parts, weights_sha256
+from aepo.run.files import read_facts, read_records
 
 RESUME = ("train", "--resume", "run", "train.steps=2")
 EVAL = ("eval", "run", "--questions", "1")

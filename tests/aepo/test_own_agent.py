@@ -18,10 +18,10 @@ from aepo.load import load_agent, load_model
 from aepo.models.language_model import LanguageModel
 from aepo.registry import resolve_function
 from aepo.rollout.branching import branch_rule
-from aepo.rollout.engines.huggingface import HuggingFaceEngine
+from aepo.rollout.engines.huggingface.engine import HuggingFaceEngine
 from aepo.rollout.sampler import Sampler
 from aepo.rollout.tree import path_nodes
-from aepo.run_log import read_records
+from aepo.run.log import read_records
 from aepo.types import RolloutTree, ToolResult
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "own_agent"

@@ -15,15 +15,15 @@ from torch import Tensor
 from trainer_toys import random_samples, tiny_model
 from typer.testing import CliRunner
 
-from aepo.checkpoint import list_checkpoints
 from aepo.config import OBJECTIVE_KEYS, PolicyConfig, load_config
-from aepo.learner import Learner
-from aepo.metrics import loss_metrics
-from aepo.nonfinite import NonFiniteError
+from aepo.learning.learner import Learner
+from aepo.learning.nonfinite import NonFiniteError
+from aepo.learning.pack_paths import entropy_statistics
 from aepo.own_loss import CLIPPED, MEASURED, LossBatch, OwnLossError, own_loss, try_own_loss
-from aepo.packing import entropy_statistics
 from aepo.report import write_report
-from aepo.run_log import read_records
+from aepo.run.checkpoint import list_checkpoints
+from aepo.run.log import read_records
+from aepo.run.metrics import loss_metrics
 from aepo_kernels import PolicyObjective
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from trainer_toys import random_samples, trajectory
 
 from aepo.advantages import Sample
-from aepo.packing import IGNORED_LABEL, entropy_statistics, microbatches, pack
+from aepo.learning.pack_paths import IGNORED_LABEL, entropy_statistics, microbatches, pack
 
 
 def test_by_hand() -> None:

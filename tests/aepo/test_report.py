@@ -240,4 +240,4 @@ def test_an_installed_package_has_all_parts_of_the_page():
     root = files("aepo").parent
     (patterns,) = re.findall(r"package-data\]\naepo = \[(.*)\]", (root / "pyproject.toml").read_text())
     packed = {path for pattern in re.findall(r'"(.*?)"', patterns) for path in (root / "aepo").glob(pattern)}
-    assert packed == {*(root / "aepo" / "templates").iterdir(), root / "aepo" / "py.typed"}
+    assert packed == {*(root / "aepo" / "report" / "templates").iterdir(), root / "aepo" / "py.typed"}

@@ -12,7 +12,7 @@ from aepo.evaluation_display import ROLLOUT_ROWS
 from aepo.report.charts import CHARTS, EXPLAINED, STAGES, chart_data
 from aepo.report.reader import Run, read_run
 from aepo.report.summary import TILES, summary
-from aepo.run_log import read_records
+from aepo.run.log import read_records
 
 
 def own_loss(logprobs, entropy, batch):

@@ -10,7 +10,7 @@ from trainer_toys import ToyLanguageModel, ToyTask, toy_agent
 
 from aepo.config import RolloutConfig
 from aepo.rollout.branching import mean_entropy
-from aepo.rollout.engines.huggingface import HuggingFaceEngine
+from aepo.rollout.engines.huggingface.engine import HuggingFaceEngine
 from aepo.rollout.sampler import Sampler
 from aepo.rollout.tree import check_tree, flatten, path_nodes
 from aepo.types import RolloutTree

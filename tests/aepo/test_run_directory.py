@@ -22,15 +22,15 @@ from aepo.config import Config, load_config, named_files, to_yaml
 from aepo.report import write_report
 from aepo.report.reader import read_run
 from aepo.report.summary import summary
-from aepo.run_directory import RunDirectory, refuse_output, refuse_removal
-from aepo.run_files import FORMAT, read_facts, read_records
-from aepo.run_lock import DirectoryLock, is_held
-from aepo.run_log import RunLog
+from aepo.run.directory import RunDirectory, refuse_output, refuse_removal
+from aepo.run.files import FORMAT, read_facts, read_records
+from aepo.run.lock import DirectoryLock, is_held
+from aepo.run.log import RunLog
 from aepo.subject import find_subject
 
 CLAIM = """
 import os, sys
-from aepo.run_directory import RunDirectory
+from aepo.run.directory import RunDirectory
 try:
     held = RunDirectory.claim(sys.argv[1], resume=False)
 except OSError as error:
@@ -157,7 +157,7 @@ def test_a_directory_that_is_given_up_is_not_held_by_the_next(tmp_path):
     """It is removed while others wait for it: what they hold must be there."""
     script = """
 import sys, time
-from aepo.run_directory import RunDirectory
+from aepo.run.directory import RunDirectory
 end = time.monotonic() + 1.5
 while time.monotonic() < end:
     try:
@@ -176,7 +176,7 @@ def test_what_happened_before_the_lock_was_had_counts(tmp_path, monkeypatch):
         make_run(path)  # another process began a run, and ended
         return DirectoryLock(path, **options)
 
-    monkeypatch.setattr("aepo.run_directory.DirectoryLock", late)
+    monkeypatch.setattr("aepo.run.directory.DirectoryLock", late)
     with pytest.raises(FileExistsError, match="already holds a run"):
         RunDirectory.claim(tmp_path / "run", resume=False)
     assert not is_held(tmp_path / "run")
@@ -211,7 +211,7 @@ def test_the_children_of_a_killed_run_do_not_hold_it(tmp_path):
 def test_those_who_look_do_not_keep_a_run_from_its_directory(tmp_path):
     """A live report asks again and again."""
     RunDirectory.claim(tmp_path, resume=False).release()
-    script = "import sys, pathlib; from aepo.run_lock import is_held\nwhile True: is_held(pathlib.Path(sys.argv[1]))"
+    script = "import sys, pathlib; from aepo.run.lock import is_held\nwhile True: is_held(pathlib.Path(sys.argv[1]))"
     looking = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) for _ in range(2)]
     try:
         deadline = time.monotonic() + 1.5
@@ -850,7 +850,7 @@ def test_a_directory_that_cannot_be_made_is_said_before_the_work(name, tmp_path)
 
 READ_ONLY = """
 import os, sys
-from aepo.run_directory import RunDirectory
+from aepo.run.directory import RunDirectory
 if os.geteuid() == 0:
     os.setresuid(65534, 65534, 65534)
 for path, resume in ((sys.argv[1], True), (sys.argv[2], False)):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from disk_toys import recorded
 
-from aepo.run_files import append_lines, refuse_unwritable, write_file
+from aepo.run.files import append_lines, refuse_unwritable, write_file
 
 
 def test_a_link_stays_a_link_and_its_file_is_written(tmp_path: Path) -> None:

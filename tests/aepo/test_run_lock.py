@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from disk_toys import full_disk
 
-from aepo.run_directory import RunDirectory
-from aepo.run_lock import DirectoryLock, _held, in_use, is_foreign, is_held, last_holder
+from aepo.run.directory import RunDirectory
+from aepo.run.lock import DirectoryLock, _held, in_use, is_foreign, is_held, last_holder
 
 
 def entry(pid: int) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import pytest
 from disk_toys import flushed, full_disk, recorded
 
 from aepo.config import load_config
-from aepo.run_directory import RunDirectory
-from aepo.run_files import FORMAT, read_facts
-from aepo.run_log import RunLog
+from aepo.run.directory import RunDirectory
+from aepo.run.files import FORMAT, read_facts
+from aepo.run.log import RunLog
 
 
 def log_of(path: Path, *, resumed: bool = False) -> RunLog:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_trainer import outcome, trainer_for
 
-from aepo.run_records import fingerprints, require_records
+from aepo.run.records import fingerprints, require_records
 
 STEPS = ("train.steps=3", "checkpoint.every=1", "checkpoint.keep=9", "eval.every=1")
 

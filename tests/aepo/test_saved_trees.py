@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from aepo.agents.tasks.facts.warmstart import untrained
 from aepo.config import WarmStartConfig
-from aepo.saved_trees import token_texts
+from aepo.run.saved_trees import token_texts
 
 Decode = Callable[[Sequence[int]], str]
 ALPHABET = "aé漢字🙂👩‍👩‍👧 .,'n\n ß\u0301한국어\ufffd"

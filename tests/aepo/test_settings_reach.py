@@ -17,10 +17,10 @@ from trainer_toys import ToyLanguageModel, ToyTask, tiny_model, toy_agent
 
 from aepo.advantages import Sample
 from aepo.config import load_config
-from aepo.display import Display
-from aepo.learner import Learner
+from aepo.learning.learner import Learner
 from aepo.rollout.engine import Generation, GenerationRequest
-from aepo.run_log import read_records
+from aepo.run.display import Display
+from aepo.run.log import read_records
 from aepo.trainer import Trainer
 
 DOUBLE = ("rollout.max_tokens=40", "rollout.temperature=0.7", "train.tokens_per_microbatch=60")

@@ -10,9 +10,9 @@ import torch
 from test_trainer import outcome, same, trainer_for, weights
 from torch import Tensor
 
-from aepo.checkpoint import list_checkpoints
-from aepo.nonfinite import NonFiniteError, first_nonfinite
-from aepo.snapshot import Snapshot
+from aepo.learning.nonfinite import NonFiniteError, first_nonfinite
+from aepo.learning.snapshot import Snapshot
+from aepo.run.checkpoint import list_checkpoints
 from aepo.trainer import Trainer
 
 STEPS = ("train.steps=3", "checkpoint.every=0", "eval.every=0")

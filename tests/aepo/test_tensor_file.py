@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aepo.tensor_file import DTYPES, write_tensors
+from aepo.files.tensors import DTYPES, write_tensors
 
 
 def test_every_type_is_read_back_and_aligned(tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ import torch
 from trainer_toys import ToyLanguageModel, ToyTask, toy_agent
 
 from aepo.agents.protocol import AgentError
-from aepo.checkpoint import CheckpointError, list_checkpoints
 from aepo.config import Config, load_config
-from aepo.engine_factory import make_engine
-from aepo.learner import Learner, learning_rate
+from aepo.learning.learner import Learner, learning_rate
+from aepo.learning.nonfinite import NonFiniteError
 from aepo.models.adapters import refuse_adapters
-from aepo.nonfinite import NonFiniteError
-from aepo.run_log import read_records
+from aepo.rollout.engines.make import make_engine
+from aepo.run.checkpoint import CheckpointError, list_checkpoints
+from aepo.run.log import read_records
 from aepo.trainer import Trainer, questions_of_step
 from aepo.types import Question, Response, Reward
 

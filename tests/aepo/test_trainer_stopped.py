@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from test_trainer import outcome, trainer_for
 
-from aepo.checkpoint import CheckpointError, list_checkpoints
-from aepo.run_log import read_records
+from aepo.run.checkpoint import CheckpointError, list_checkpoints
+from aepo.run.log import read_records
 from aepo.types import RolloutTree
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from aepo.agents.tools.make import make_tools
 from aepo.config import RunConfig, VLLMConfig, load_config, to_yaml
+from aepo.files.user_paths import user_path
 from aepo.load import load_model, load_task
 from aepo.subject import find_subject
-from aepo.user_paths import user_path
 
 
 @pytest.fixture(autouse=True)

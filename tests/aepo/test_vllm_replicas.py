@@ -14,8 +14,8 @@ import torch
 from engine_toys import EOS, VOCAB, request
 
 from aepo.rollout.engine import Generation, GenerationRequest
-from aepo.rollout.engines import vllm_answers
-from aepo.rollout.engines.vllm import (
+from aepo.rollout.engines.vllm import answers as vllm_answers
+from aepo.rollout.engines.vllm.engine import (
     Completion,
     LoopThread,
     Recorded,
@@ -25,7 +25,7 @@ from aepo.rollout.engines.vllm import (
     finish_reason,
     sampling_settings,
 )
-from aepo.rollout.engines.vllm_http import api_key, ask
+from aepo.rollout.engines.vllm.http import api_key, ask
 
 
 class Replica:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from aepo.rollout.engines.weight_directory import ALL, PREFIX, SETTLED, remove_abandoned, update_directory
+from aepo.files.weight_directory import ALL, PREFIX, SETTLED, remove_abandoned, update_directory
 
 MADE = f"{ALL}0123456789ab-"  # of another process, and 8 characters of mkdtemp
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from aepo.rollout.engines.weight_directory import update_directory
+from aepo.files.weight_directory import update_directory
 with update_directory(Path(sys.argv[1])) as directory:
     (directory / "00000.safetensors").write_bytes(b"weights")
     print(directory, flush=True)

@@ -9,8 +9,8 @@ from fault import Fault
 from runs import STEPS, Ended, Prepared, Truth, command, files_of, run, state_of, status
 from test_trainer import outcome
 
-from aepo.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
 from aepo.config import load_config
+from aepo.run.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
 
 SIGNALLED = 130
 STATUSES = ("running", "finished", "interrupted", "failed")  # and another one while a run is being replaced

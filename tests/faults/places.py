@@ -15,20 +15,20 @@ import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-MODULES = (
+MODULES = (  # of aepo
     "trainer",
-    "learner",
-    "checkpoint",
-    "run_log",
-    "run_directory",
-    "run_files",
-    "run_lock",
-    "snapshot",
-    "tensor_file",
+    "learning.learner",
+    "learning.snapshot",
+    "learning.nonfinite",
+    "run.checkpoint",
+    "run.log",
+    "run.directory",
+    "run.files",
+    "run.lock",
+    "run.boards",
+    "files.tensors",
     "interrupt",
-    "boards",
     "evaluation",
-    "nonfinite",
     "cli",
     "cli_shared",
 )

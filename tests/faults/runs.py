@@ -30,8 +30,8 @@ from test_trainer import outcome
 from trainer_toys import ToyLanguageModel, toy_agent
 
 from aepo import __main__, cli, cli_shared
-from aepo.checkpoint import list_checkpoints
-from aepo.learner import Learner
+from aepo.learning.learner import Learner
+from aepo.run.checkpoint import list_checkpoints
 
 STEPS = 3
 BASE = (

@@ -20,7 +20,7 @@ from places import _Instrument
 from runs import STEPS, Ended, Prepared, Scenario, Truth, files_of, state_of
 from test_trainer import outcome, trainer_for
 
-from aepo.checkpoint import list_checkpoints
+from aepo.run.checkpoint import list_checkpoints
 
 SAMPLE = 32  # 40 s of one core with what comes before the first
 

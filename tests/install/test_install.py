@@ -94,7 +94,9 @@ def test_a_wheel_holds_the_two_packages_and_their_data(wheels: dict[str, Path]) 
             for package in ("aepo", "aepo_kernels")
             for path in (ROOT / package).rglob("*.py")
         }
-        templates = {f"aepo/templates/{path.name}" for path in (ROOT / "aepo" / "templates").iterdir()}
+        templates = {
+            f"aepo/report/templates/{path.name}" for path in (ROOT / "aepo" / "report" / "templates").iterdir()
+        }
         (info,) = {name.partition("/")[0] for name in names if ".dist-info/" in name}
         assert ours | templates | {"aepo/py.typed", "aepo_kernels/py.typed", f"{info}/licenses/LICENSE"} <= names
         assert {name.partition("/")[0] for name in names} == {"aepo", "aepo_kernels", info}

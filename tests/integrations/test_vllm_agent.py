@@ -21,13 +21,13 @@ from typer.testing import CliRunner
 from aepo import cli
 from aepo.agents.agent import Agent
 from aepo.config import Config, load_config
-from aepo.engine_factory import make_engine
 from aepo.load import load_agent
 from aepo.models.language_model import LanguageModel
 from aepo.rollout.engine import Engine
+from aepo.rollout.engines.make import make_engine
 from aepo.rollout.sampler import Sampler
 from aepo.rollout.tree import path_nodes
-from aepo.run_log import read_records
+from aepo.run.log import read_records
 from aepo.types import RolloutTree
 from tests.integrations.commands import members, start, wait_until
 from tests.integrations.own_agent import Account

@@ -16,7 +16,7 @@ import vllm.envs
 from fastapi import FastAPI, Request
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from aepo.rollout.engines.vllm_http import headers
+from aepo.rollout.engines.vllm.http import headers
 from aepo.vllm import endpoints
 from aepo.vllm.endpoints import Door, EntropyEndpoints, Refused, _body, _written, entropies, finish, update, withdraw
 from aepo.vllm.endpoints import start as start_update

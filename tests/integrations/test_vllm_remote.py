@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from aepo.config import VLLMConfig
-from aepo.rollout.engines.vllm import ReplicaError, ReplicaGoneError, VLLMEngine
-from aepo.rollout.engines.vllm_http import headers
-from aepo.rollout.engines.vllm_weight_clients import RemoteWeightClient
+from aepo.rollout.engines.vllm.engine import ReplicaError, ReplicaGoneError, VLLMEngine
+from aepo.rollout.engines.vllm.http import headers
+from aepo.rollout.engines.vllm.weight_clients import RemoteWeightClient
 from aepo.rollout.sampler import Sampler
 from aepo.vllm.weights import WeightSender, WeightUpdateError
 from tests.aepo.engine_toys import EOS, VOCAB, assert_is_the_models_own, prompts, request

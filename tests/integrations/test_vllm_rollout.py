@@ -25,10 +25,10 @@ import torch
 from aepo.agents.tools.toolbox import ToolBox
 from aepo.config import RolloutConfig, VLLMConfig
 from aepo.rollout.engine import GenerationRequest
-from aepo.rollout.engines import vllm_local
-from aepo.rollout.engines.orphans import marked
-from aepo.rollout.engines.vllm import ReplicaError, ReplicaGoneError, VLLMEngine
-from aepo.rollout.engines.vllm_weight_clients import LocalWeightClient
+from aepo.rollout.engines.vllm import local as vllm_local
+from aepo.rollout.engines.vllm.engine import ReplicaError, ReplicaGoneError, VLLMEngine
+from aepo.rollout.engines.vllm.orphans import marked
+from aepo.rollout.engines.vllm.weight_clients import LocalWeightClient
 from aepo.rollout.sampler import RolloutError, Sampler
 from aepo.rollout.tree import path_nodes
 from aepo.types import Question, RolloutTree, TokenIds, ToolCall, ToolResult, Turn

@@ -21,8 +21,9 @@ import torch
 
 from aepo.config import VLLMConfig
 from aepo.rollout.engine import GenerationRequest
-from aepo.rollout.engines import vllm, vllm_remote
-from aepo.rollout.engines.vllm import EntropyReader, Recorded, ReplicaError, ReplicaGoneError, VLLMEngine
+from aepo.rollout.engines.vllm import engine as vllm
+from aepo.rollout.engines.vllm import remote as vllm_remote
+from aepo.rollout.engines.vllm.engine import EntropyReader, Recorded, ReplicaError, ReplicaGoneError, VLLMEngine
 from aepo.vllm.weights import WeightUpdateError
 from tests.aepo.engine_toys import EOS, VOCAB, request
 from tests.integrations.test_vllm_rollout import generate
@@ -177,7 +178,7 @@ def test_a_segment_that_never_ends_on_a_server_that_is_alive(servers):
 
 
 def test_a_silent_weight_update(servers, monkeypatch):
-    from aepo.rollout.engines import vllm_weight_clients
+    from aepo.rollout.engines.vllm import weight_clients as vllm_weight_clients
 
     monkeypatch.setattr(vllm_weight_clients, "ANSWER", 0.5)
     client = vllm_weight_clients.RemoteWeightClient(servers[0].url)
@@ -268,7 +269,7 @@ def test_a_server_that_drips_is_given_up(servers, path, slow):
 
 
 def test_a_weight_update_that_drips(servers, monkeypatch):
-    from aepo.rollout.engines import vllm_weight_clients
+    from aepo.rollout.engines.vllm import weight_clients as vllm_weight_clients
 
     monkeypatch.setattr(vllm_weight_clients, "ANSWER", 0.5)
     client = vllm_weight_clients.RemoteWeightClient(servers[0].url)
@@ -646,7 +647,7 @@ def loops() -> set[threading.Thread]:
 
 
 def test_a_url_that_cannot_be_one(servers):
-    from aepo.rollout.engines.vllm_weight_clients import RemoteWeightClient
+    from aepo.rollout.engines.vllm.weight_clients import RemoteWeightClient
 
     for url in ("http://[::1", "http://h:99999", "http://"):
         with pytest.raises(ReplicaError, match=re.escape(url)):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from aepo.checkpoint import list_checkpoints
-from aepo.run_log import read_records
+from aepo.run.checkpoint import list_checkpoints
+from aepo.run.log import read_records
 from tests.integrations.commands import members, start, wait_until
 
 OVERRIDES = (

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from aepo.files.user_paths import user_path
 from aepo.install import pip_install
-from aepo.user_paths import user_path
 
 Split = Literal["train", "heldout"]
 SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "heldout": ("test", "validation")}

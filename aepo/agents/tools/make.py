@@ -11,8 +11,8 @@ from typing import Any
 from aepo.agents.protocol import Closable, Tool, ToolError
 from aepo.agents.tools.functions import FunctionTool
 from aepo.agents.tools.toolbox import check_tool
+from aepo.files.user_paths import user_path
 from aepo.registry import error_text, resolve
-from aepo.user_paths import user_path
 
 FORMS = (
     "python, search:CORPUS.jsonl, package.module:function, package.module:Class, mcp:COMMAND ARGUMENTS, "

@@ -17,8 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from aepo.config import OBJECTIVE_KEYS, PolicyConfig
+from aepo.learning.pack_paths import PackedBatch
 from aepo.own_loss import SETTING, LossBatch, OwnLoss, OwnLossError, checked_call
-from aepo.packing import PackedBatch
 from aepo.registry import plain
 from aepo_kernels import (
     PolicyLoss,

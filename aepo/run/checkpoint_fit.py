@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from aepo.files.tensors import DTYPES, is_finite, sha256_of_tensors
 from aepo.registry import error_text
-from aepo.tensor_file import DTYPES, is_finite, sha256_of_tensors
 
 if TYPE_CHECKING:
     from aepo.models.language_model import LanguageModel

@@ -19,8 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from aepo.metrics import Record
 from aepo.output import guarded_output
+from aepo.run.metrics import Record
 
 
 class Display:

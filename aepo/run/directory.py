@@ -1,6 +1,6 @@
 """The directory of a run: held by one process, in which a run touches only what a run has written.
 
-Ours are, by name: the files and folders of `aepo.run_log`, checkpoints, what a resumed run has set aside, `.lock`, and
+Ours are, by name: the files and folders of `aepo.run.log`, checkpoints, what a resumed run has set aside, `.lock`, and
 the temporary names under which they are written. Everything else in there is left alone, whatever it is.
 """
 
@@ -19,9 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from aepo.run_files import REPLACED, read_facts, refuse_unwritable, regular, whole_lines, write_file
-from aepo.run_lock import LOCK, DirectoryLock, in_use, is_foreign, is_held, last_holder
-from aepo.run_records import RECORDS
+from aepo.run.files import REPLACED, read_facts, refuse_unwritable, regular, whole_lines, write_file
+from aepo.run.lock import LOCK, DirectoryLock, in_use, is_foreign, is_held, last_holder
+from aepo.run.records import RECORDS
 
 FILES = ("config.yaml", *RECORDS, "report.html", "run.json")  # as they are removed: run.json, which explains them, last
 ABANDONED = "abandoned"

@@ -34,12 +34,12 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aepo.checkpoint_fit import MOMENTS, model_problem, moments_problem, state_problem, stored_weights
-from aepo.file_sums import sha256_of
+from aepo.files.sums import sha256_of
+from aepo.files.tensors import write_tensors
 from aepo.registry import error_text
-from aepo.run_files import regular
-from aepo.run_records import Fingerprints
-from aepo.tensor_file import write_tensors
+from aepo.run.checkpoint_fit import MOMENTS, model_problem, moments_problem, state_problem, stored_weights
+from aepo.run.files import regular
+from aepo.run.records import Fingerprints
 
 FORMAT = 1
 SUMS = "SHA256SUMS"

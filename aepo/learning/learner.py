@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from aepo.advantages import Sample
 from aepo.config import Config, OptimizerConfig
-from aepo.loss import (
+from aepo.learning.loss import (
     check_packing,
     loss_denominator,
     microbatch_loss,
@@ -19,11 +19,11 @@ from aepo.loss import (
     with_old_policy,
     with_reference,
 )
+from aepo.learning.nonfinite import NonFiniteError, describe_tokens, first_nonfinite, is_finite, single_trajectories
+from aepo.learning.pack_paths import PackedBatch, entropy_statistics, microbatches, pack
+from aepo.learning.snapshot import Snapshot
 from aepo.models.adapters import refuse_adapters
-from aepo.nonfinite import NonFiniteError, describe_tokens, first_nonfinite, is_finite, single_trajectories
 from aepo.own_loss import OwnLossError, own_loss, try_own_loss
-from aepo.packing import PackedBatch, entropy_statistics, microbatches, pack
-from aepo.snapshot import Snapshot
 from aepo_kernels import PolicyLoss
 
 Minibatch = list[PackedBatch]  # the micro-batches of one optimiser step

@@ -25,8 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from aepo.config import VLLMConfig
 from aepo.rollout.engine import GenerationRequest
-from aepo.rollout.engines.orphans import OrphanGuard
-from aepo.rollout.engines.vllm import (
+from aepo.rollout.engines.vllm.engine import (
     LOGPROBS_MODE,
     Completion,
     LoopThread,
@@ -36,7 +35,8 @@ from aepo.rollout.engines.vllm import (
     finish_reason,
     sampling_settings,
 )
-from aepo.rollout.engines.vllm_weight_clients import LocalWeightClient
+from aepo.rollout.engines.vllm.orphans import OrphanGuard
+from aepo.rollout.engines.vllm.weight_clients import LocalWeightClient
 from aepo.vllm import entropy_status_async, fetch_entropies_async, forget_entropies_async
 from aepo.vllm.weights import BACKEND
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aepo.loss import token_statistics
-from aepo.packing import PackedBatch
+from aepo.learning.loss import token_statistics
+from aepo.learning.pack_paths import PackedBatch
 
 SHOWN = 5  # tokens per report
 

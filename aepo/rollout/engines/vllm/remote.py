@@ -7,9 +7,10 @@ import time
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from aepo.files.weight_directory import PARTLY_LOADED
 from aepo.rollout.engine import GenerationRequest
-from aepo.rollout.engines import vllm_answers
-from aepo.rollout.engines.vllm import (
+from aepo.rollout.engines.vllm import answers as vllm_answers
+from aepo.rollout.engines.vllm.engine import (
     LOGPROBS_MODE,
     Completion,
     LoopThread,
@@ -19,8 +20,7 @@ from aepo.rollout.engines.vllm import (
     partly_loaded,
     sampling_settings,
 )
-from aepo.rollout.engines.vllm_http import ANSWER, ANSWER_BYTES, ask, http_client
-from aepo.rollout.engines.weight_directory import PARTLY_LOADED
+from aepo.rollout.engines.vllm.http import ANSWER, ANSWER_BYTES, ask, http_client
 
 if TYPE_CHECKING:
     from aepo.vllm.weights import WeightClient
@@ -155,7 +155,7 @@ class RemoteReplica:
             await self._post("/aepo/forget", {"keys": list(keys[start : start + KEYS])})
 
     def weight_client(self, loop: LoopThread) -> WeightClient:
-        from aepo.rollout.engines.vllm_weight_clients import RemoteWeightClient
+        from aepo.rollout.engines.vllm.weight_clients import RemoteWeightClient
 
         return RemoteWeightClient(self.name, loop)
 

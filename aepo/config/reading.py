@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from aepo.setting_types import alternatives, keys_of, shown, suggestion
-from aepo.yaml_settings import compose, elements_of, line_of, read, read_plain, takes_text
+from aepo.config.setting_types import alternatives, keys_of, shown, suggestion
+from aepo.config.yaml_settings import compose, elements_of, line_of, read, read_plain, takes_text
 
 C = TypeVar("C")
 

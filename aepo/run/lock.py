@@ -19,7 +19,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from aepo.run_files import regular
+from aepo.run.files import regular
 
 LOCK = ".lock"
 _CANNOT_LOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from aepo.setting_types import NOT_INTERPOLATED, alternatives
+from aepo.config.setting_types import NOT_INTERPOLATED, alternatives
 
 _TEXT, _LIST, _MAPPING = (yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG,
                           yaml.resolver.BaseResolver.DEFAULT_SEQUENCE_TAG,

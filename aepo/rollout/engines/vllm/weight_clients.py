@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from aepo.rollout.engines import vllm_answers
-from aepo.rollout.engines.vllm import LoopThread, ReplicaError
-from aepo.rollout.engines.vllm_http import ANSWER, api_key, ask, http_client
+from aepo.rollout.engines.vllm import answers as vllm_answers
+from aepo.rollout.engines.vllm.engine import LoopThread, ReplicaError
+from aepo.rollout.engines.vllm.http import ANSWER, api_key, ask, http_client
 from aepo.vllm.weights import finish_update, process_secret, signing_secret
 
 Result = TypeVar("Result")

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from aepo.run_files import regular
+from aepo.run.files import regular
 
 RECORDS = ("metrics.jsonl", "evals.jsonl")
 

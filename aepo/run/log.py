@@ -31,12 +31,12 @@ import torch
 
 import aepo
 from aepo.answers import AnsweredQuestion, write_answers
-from aepo.boards import Boards, require_boards
 from aepo.config import Config, to_yaml
-from aepo.metrics import Record, finite
-from aepo.run_directory import RunDirectory
-from aepo.run_files import FORMAT, append_lines, read_facts, read_records, write_file
-from aepo.saved_trees import tree_entry
+from aepo.run.boards import Boards, require_boards
+from aepo.run.directory import RunDirectory
+from aepo.run.files import FORMAT, append_lines, read_facts, read_records, write_file
+from aepo.run.metrics import Record, finite
+from aepo.run.saved_trees import tree_entry
 from aepo.types import ScoredTree
 
 
@@ -225,7 +225,7 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """Of the source tree that this package runs from; None if it is installed or git is missing."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     try:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from aepo.rollout.engine import Generation, GenerationRequest
-from aepo.rollout.engines.kv_cache import BatchCache, Segment
-from aepo.rollout.engines.stopping import StopRules
+from aepo.rollout.engines.huggingface.kv_cache import BatchCache, Segment
+from aepo.rollout.engines.huggingface.stopping import StopRules
 from aepo_kernels import sample_with_entropy
 
 Ending = Literal["stop", "eos", "length"]

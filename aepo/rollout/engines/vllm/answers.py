@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from aepo.files.weight_directory import update_directory
 from aepo.rollout.engine import GenerationRequest
-from aepo.rollout.engines.vllm import Completion, Recorded, ReplicaError, finish_reason
-from aepo.rollout.engines.weight_directory import update_directory
+from aepo.rollout.engines.vllm.engine import Completion, Recorded, ReplicaError, finish_reason
 
 ROUNDING = 1e-3  # of log-probs and entropies [nats] that float32 logits give
 LOWEST = -9999.0  # vLLM writes this for every log-prob below, and JSON has no -infinity

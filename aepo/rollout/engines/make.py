@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from aepo.config import Config
 from aepo.install import pip_install
 from aepo.rollout.engine import Engine
-from aepo.rollout.engines.huggingface import HuggingFaceEngine
-from aepo.rollout.engines.orphans import temporary_directory
-from aepo.rollout.engines.vllm import VLLMEngine
+from aepo.rollout.engines.huggingface.engine import HuggingFaceEngine
+from aepo.rollout.engines.vllm.engine import VLLMEngine
+from aepo.rollout.engines.vllm.orphans import temporary_directory
 
 if TYPE_CHECKING:
     from aepo.models.language_model import LanguageModel

@@ -23,9 +23,9 @@ from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenize
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from aepo.rollout.engine import EngineCounters, Generation, GenerationRequest, check_request
-from aepo.rollout.engines.kv_cache import BatchCache, PrefixTree
-from aepo.rollout.engines.stopping import StopRules
-from aepo.rollout.engines.wave import Prefix, Wave
+from aepo.rollout.engines.huggingface.kv_cache import BatchCache, PrefixTree
+from aepo.rollout.engines.huggingface.stopping import StopRules
+from aepo.rollout.engines.huggingface.wave import Prefix, Wave
 from aepo.types import TokenIds
 
 ATTENTION = "aepo_rollout"

@@ -20,7 +20,7 @@ from typing import Any, get_args
 import torch
 
 from aepo.advantages import all_equal
-from aepo.packing import PackedBatch
+from aepo.learning.pack_paths import PackedBatch
 from aepo.rollout.tree import branches_per_path, path_nodes
 from aepo.types import ErrorKind, FinishReason, RolloutTree, ScoredTree
 

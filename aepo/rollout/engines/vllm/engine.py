@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from aepo.config import VLLMConfig
+from aepo.files.weight_directory import PARTLY_LOADED, PREFIX
 from aepo.interrupt import heard_by_main_thread
 from aepo.rollout.engine import EngineCounters, Generation, GenerationRequest, check_request
-from aepo.rollout.engines.orphans import OrphanGuard, temporary_directory
-from aepo.rollout.engines.weight_directory import PARTLY_LOADED, PREFIX
+from aepo.rollout.engines.vllm.orphans import OrphanGuard, temporary_directory
 from aepo.types import TokenIds
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ class VLLMEngine:
         """
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        from aepo.rollout.engines.vllm_local import start_replicas
+        from aepo.rollout.engines.vllm.local import start_replicas
         from aepo.vllm.weights import stamped
 
         place = os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir()
@@ -274,7 +274,7 @@ class VLLMEngine:
         ValueError: one of them lacks what we need, or serves another vocabulary. The weights of `model` are sent to
         them at once, since nobody knows which ones they have.
         """
-        from aepo.rollout.engines.vllm_remote import RemoteReplica
+        from aepo.rollout.engines.vllm.remote import RemoteReplica
 
         loop = LoopThread()
 
