@@ -21,7 +21,7 @@ FLOORS = (
     ("aepo_kernels.reference", "aepo_kernels.kernels", "aepo_kernels.cuda"),
     ("aepo_kernels.ops", "aepo_kernels.linear_head"),
     ("aepo_kernels",),
-    ("aepo.types", "aepo.install", "aepo.output", "aepo.registry", "aepo.own_code", "aepo.files"),
+    ("aepo.types", "aepo.install", "aepo.output", "aepo.registry", "aepo.own_code", "aepo.files", "aepo.parallel"),
     ("aepo.config",),
     ("aepo.interrupt",),
     ("aepo.agents.protocol",),
