@@ -22,7 +22,7 @@ from trainer_toys import ToyLanguageModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from aepo.config import Config, to_yaml
-from aepo.learning.learner import make_optimizer
+from aepo.learning.optimizer import make_optimizer
 from aepo.models.language_model import LanguageModel
 from aepo.run.checkpoint import (
     CheckpointError,

@@ -40,6 +40,7 @@ FLOORS = (
     ("aepo.scoring", "aepo.answers", "aepo.estimates"),
     ("aepo.run",),
     ("aepo.evaluation",),
+    ("aepo.data", "aepo.heldout"),
     ("aepo.trainer",),
     ("aepo.report", "aepo.doctor", "aepo.bench"),
     ("aepo.subject", "aepo.evaluation_display", "aepo.cli_shared"),
