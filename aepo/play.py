@@ -37,8 +37,9 @@ from aepo.rollout.branching import branch_rule
 from aepo.rollout.engine import Engine
 from aepo.rollout.engines.make import make_engine
 from aepo.rollout.sampler import Sampler
-from aepo.run.checkpoint import checkpoint_path, load_weights
+from aepo.run.checkpoint import checkpoint_path
 from aepo.run.checkpoint_fit import require_tokenizer
+from aepo.run.checkpoint_load import load_weights
 from aepo.run.directory import refuse_output, refuse_run_files
 from aepo.run.files import write_file
 from aepo.run.log import machine_facts, naming_its_directory, read_facts

@@ -25,12 +25,14 @@ from aepo.evaluation import Evaluator, answer_metrics, sampled_questions
 from aepo.interrupt import Interrupt
 from aepo.learning.learner import Learner, Minibatch
 from aepo.own_code import code_changes, code_facts, code_of, named_part
+from aepo.parallel import OneProcess
 from aepo.rollout.branching import branch_rule
 from aepo.rollout.engines.make import make_engine
 from aepo.rollout.sampler import Sampler
 from aepo.rollout.tree import flatten
-from aepo.run.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, records_before, save_checkpoint
+from aepo.run.checkpoint import CheckpointError, records_before
 from aepo.run.checkpoint_fit import require_tokenizer, weights_sha256
+from aepo.run.checkpoints import Checkpoints
 from aepo.run.directory import RunDirectory, refuse_removal
 from aepo.run.display import Display
 from aepo.run.files import read_facts
@@ -93,10 +95,18 @@ class Trainer:
             if resume_step is None or self.learner.has_reference:
                 self._remembered["starting_weights"] = weights_sha256(language_model.model)
                 changed += _other_reference(config, recorded, self._remembered["starting_weights"], named)
-            self.step = 0
+            self.checkpoints = Checkpoints(
+                self.directory / "checkpoints",
+                keep=config.checkpoint.keep,
+                config_yaml=to_yaml(config),
+                model=self.learner.model,
+                tokenizer=language_model.tokenizer,
+                optimizer=self.learner.optimizer,
+                parallel=OneProcess(),
+            )
+            self.step = resume_step or 0
             if resume_step is not None:
-                path = checkpoint_path(self.directory / "checkpoints", resume_step)
-                self.step = load_checkpoint(path, self.learner.model, self.learner.optimizer)
+                path = self.checkpoints.load(resume_step)
                 require_tokenizer(path, language_model, config.model.name)
                 require_records(self.directory, records_before(path), path)
                 if self.step > config.train.steps:
@@ -196,23 +206,12 @@ class Trainer:
 
     def save(self) -> None:
         """The checkpoint of the last finished step, unless it is there. CheckpointError: it cannot be written."""
-        directory = self.directory / "checkpoints"
         success = self._heldout_success()
         if self._saved == (self.step, success):
             return
         self.display.stage("checkpoint")
         self.log.flush()  # a checkpoint is never ahead of the records
-        save_checkpoint(
-            directory,
-            self.step,
-            self.learner.model,
-            self.language_model.tokenizer,
-            self.learner.optimizer,
-            heldout_success=success,
-            config_yaml=to_yaml(self.config),
-            keep=self.config.checkpoint.keep,
-            records=fingerprints(self.directory),
-        )
+        self.checkpoints.save(self.step, success, fingerprints(self.directory))
         self._saved = (self.step, success)
 
     def _heldout_success(self) -> float | None:
@@ -250,7 +249,7 @@ class Trainer:
         else:
             try:
                 self.save()
-                saved = checkpoint_path(self.directory / "checkpoints", self.step)
+                saved = self.checkpoints.path(self.step)
                 self.display.console.print(f"the state after step {self.step} is saved in {saved}", markup=False)
                 command = f"aepo train --resume {shlex.quote(str(self.directory))}"
                 self.display.console.print(f"go on with: {command}", markup=False)

@@ -126,6 +126,18 @@ def write_file(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def flush(path: Path) -> None:
+    """To the disk itself; of a directory, its entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno == errno.EINVAL):  # file systems without it for directories
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def append_lines(path: Path, lines: str, *, flush: bool = False) -> None:
     """All of them, or, after an error, none. flush: to the disk itself, also those that were there."""
     if not lines and not (flush and path.exists()):

@@ -1096,9 +1096,9 @@ MUTATIONS = (
     # What a run leaves on the disk
     row(
         "checkpoint-files-are-not-flushed",
-        "aepo/run/checkpoint.py",
-        "            _flush(path)\n",
-        "            pass\n",
+        "aepo/run/checkpoints.py",
+        "                flush(path)\n",
+        "                pass\n",
         "checkpoint test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name",
     ),
     row(
@@ -1131,7 +1131,7 @@ MUTATIONS = (
     ),
     row(
         "later-checkpoints-count-as-newest",
-        "aepo/run/checkpoint.py",
+        "aepo/run/checkpoints.py",
         "if c.step <= step and not c.path",
         "if not c.path",
         "checkpoint test_an_older_step_that_is_saved_is_kept_beside_later_ones",
