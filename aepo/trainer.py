@@ -33,12 +33,13 @@ from aepo.rollout.tree import flatten
 from aepo.run.checkpoint import CheckpointError, records_before
 from aepo.run.checkpoint_fit import require_tokenizer, weights_sha256
 from aepo.run.checkpoints import Checkpoints
-from aepo.run.directory import RunDirectory, refuse_removal
+from aepo.run.clock import StageClock
+from aepo.run.directory import RunDirectory
 from aepo.run.display import Display
 from aepo.run.files import read_facts
 from aepo.run.log import RunLog
-from aepo.run.metrics import Record, StageClock, loss_metrics, memory_metrics, mismatch_metrics, rollout_metrics
-from aepo.run.records import fingerprints, require_records
+from aepo.run.metrics import loss_metrics, memory_metrics, mismatch_metrics, rollout_metrics
+from aepo.run.records import Record, fingerprints, require_records
 from aepo.scoring import Scorer
 from aepo.types import Question, ScoredTree
 
@@ -74,9 +75,10 @@ class Trainer:
         self.interrupt = Interrupt()
         self.display = Display(config.train.steps)
         with contextlib.ExitStack() as undo:  # what has been taken is given back if something is wrong
-            self.run_directory = RunDirectory.claim(self.directory, resume=resume_step is not None, overwrite=overwrite)
+            self.run_directory = RunDirectory.claim(
+                self.directory, resume_step=resume_step, overwrite=overwrite, needed=named_files(config)
+            )
             undo.callback(self.run_directory.release)
-            refuse_removal(self.directory, named_files(config), resume_step)
             facts, code = agent_facts(agent), code_of(agent_parts(agent) | _own_functions(config))
             self._remembered = {**facts, "code": code_facts(code)}  # as it is now: files may change during the run
             recorded = None if resume_step is None else read_facts(self.directory)

@@ -26,6 +26,7 @@ MODULES = (  # of aepo
     "run.removal",
     "run.log",
     "run.directory",
+    "run.refusals",
     "run.files",
     "run.lock",
     "run.boards",
