@@ -19,21 +19,20 @@ from aepo.evaluation import Evaluator
 from aepo.heldout import HeldOut
 from aepo.interrupt import Interrupt
 from aepo.learning.learner import Learner
-from aepo.parallel import OneProcess, number_of_weights
+from aepo.parallel import OneProcess
 from aepo.rollout.branching import branch_rule
 from aepo.rollout.engines.make import make_engine
 from aepo.rollout.sampler import Sampler
-from aepo.run.checkpoint import checkpoint_path, load_checkpoint, records_before, save_checkpoint
-from aepo.run.checkpoint_fit import require_tokenizer, weights_sha256
+from aepo.run.checkpoints import Checkpoints
+from aepo.run.clock import StageClock
 from aepo.run.continuity import Continuity
-from aepo.run.directory import RunDirectory, refuse_removal
+from aepo.run.directory import RunDirectory
 from aepo.run.display import Display
 from aepo.run.ending import end_early
 from aepo.run.files import read_facts
 from aepo.run.log import RunLog
-from aepo.run.metrics import StageClock
 from aepo.run.recording import StepRecorder
-from aepo.run.records import fingerprints, require_records
+from aepo.run.records import fingerprints
 from aepo.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -64,57 +63,48 @@ class Trainer:
     ) -> None:
         self.config, self.agent, self.language_model = config, agent, language_model
         self.questions = RunQuestions(config, agent)
-        self.directory, self.step, resumed = Path(config.run.dir), 0, resume_step is not None
+        self.directory, self.step = Path(config.run.dir), resume_step or 0
         self.parallel, self.interrupt, self.display = OneProcess(), Interrupt(), Display(config.train.steps)
-        console = self.display.console
+        console, interruptible = self.display.console, self.interrupt.allowed
         with contextlib.ExitStack() as undo:  # what has been taken is given back if something is wrong
-            self.run_directory = RunDirectory.claim(self.directory, resume=resumed, overwrite=overwrite)
+            self.run_directory = RunDirectory.claim(
+                self.directory, resume_step=resume_step, overwrite=overwrite, needed=named_files(config)
+            )
             undo.callback(self.run_directory.release)
-            refuse_removal(self.directory, named_files(config), resume_step)
-            continuity = Continuity(config, agent, read_facts(self.directory) if resumed else None, named)
-            rows = self.questions.one_of_each_row()
-            self.scorer = Scorer(agent.rewards, agent.format, config.task.success, rows)
-            self.scorer.try_out(rows[0])
+            recorded = None if resume_step is None else read_facts(self.directory)
+            continuity = Continuity(config, agent, recorded, named)
+            self.scorer = Scorer(agent.rewards, agent.format, config.task.success, self.questions.one_of_each_row())
+            self.scorer.try_out(self.questions.train[0])
             self.questions.check(console)
             rule = branch_rule(config.rollout)
-            self.learner = Learner(
-                language_model.model, config, agent.format.decode, self.parallel, self.interrupt.allowed
+            self.learner = Learner(language_model.model, config, agent.format.decode, self.parallel, interruptible)
+            continuity.compare_starting_weights(self.learner, self.parallel)
+            self.checkpoints = Checkpoints(
+                self.directory / "checkpoints",
+                keep=config.checkpoint.keep,
+                config_yaml=to_yaml(config),
+                model=self.learner.model,
+                tokenizer=language_model.tokenizer,
+                optimizer=self.learner.optimizer,
+                parallel=self.parallel,
             )
-            if not resumed or self.learner.has_reference:
-                continuity.compare_starting_weights(weights_sha256(language_model.model))
             if resume_step is not None:
-                path = checkpoint_path(self.directory / "checkpoints", resume_step)
-                self.step = load_checkpoint(path, self.learner.model, self.learner.optimizer)
-                require_tokenizer(path, language_model, config.model.name)
-                require_records(self.directory, records_before(path), path)
-                if self.step > config.train.steps:
-                    raise ValueError(
-                        f"train.steps = {config.train.steps}: expected {self.step} or more, it has made them"
-                    )
-                continuity.compare_settings(path)
-            self.engine = make_engine(config, language_model, agent.format.eos_ids, self.step)
+                continuity.compare_checkpoint(self.checkpoints.load(resume_step), resume_step, language_model)
+            self.engine = make_engine(config, language_model, agent.format.eos_ids, self.step, self.parallel)
             undo.callback(self.engine.close)
             continuity.compare_long_prompts(self.questions.drop_long_prompts(self.engine.max_positions, console))
             changed = continuity.announce(console)
             self.sampler = Sampler(self.engine, agent, config.rollout, rule)
-            if not resumed:
-                self.run_directory.replace_old()
-            elif (aside := self.run_directory.set_aside(self.step)) is not None:
-                console.print(f"what came after step {self.step} is now in {aside}", markup=False)
-            model = {
-                "parameters": number_of_weights(self.parallel, self.learner.model),
-                "vocab_size": language_model.vocab_size,
-            }
-            facts = {"model": {"name": config.model.name, **model}, **continuity.facts}
-            self.log = RunLog(self.run_directory, config, facts, self.step, resumed=resumed, changed=changed)
-            self.recorder = StepRecorder(
-                self.log, self.display, config, vocab_size=language_model.vocab_size, decode=agent.format.decode
-            )
             self.evaluator = Evaluator(self.engine, agent, self.scorer, config)
-            self.evaluations = HeldOut(
-                self.evaluator, self.questions.heldout, config, self.log, self.display, self.interrupt.allowed
+            self.run_directory.begin(resume_step, console)
+            self.log = RunLog(
+                self.run_directory, config, continuity.facts, self.step, resumed=recorded is not None, changed=changed
             )
-            self._saved = (self.step, self.evaluations.success(self.step)) if resumed else None
+            self.recorder = StepRecorder(self.log, self.display, config, language_model.vocab_size, agent.format.decode)
+            self.evaluations = HeldOut(
+                self.evaluator, self.questions.heldout, config, self.log, self.display, interruptible
+            )
+            self._saved = None if recorded is None else (self.step, self.evaluations.success(self.step))
             undo.pop_all()
 
     def train(self) -> None:
@@ -165,7 +155,7 @@ class Trainer:
         with self.recorder.recording(step, clock, scored, batch, update):
             self.step = step
             with clock("refresh"):
-                self.engine.refresh(step)
+                self.engine.refresh(step, self.parallel.full_weights(self.learner.model))
 
     def save(self) -> None:
         """The checkpoint of the last finished step, unless it is there. CheckpointError: it cannot be written."""
@@ -174,17 +164,7 @@ class Trainer:
             return
         self.display.stage("checkpoint")
         self.log.flush()  # a checkpoint is never ahead of the records
-        save_checkpoint(
-            self.directory / "checkpoints",
-            self.step,
-            self.learner.model,
-            self.language_model.tokenizer,
-            self.learner.optimizer,
-            heldout_success=success,
-            config_yaml=to_yaml(self.config),
-            keep=self.config.checkpoint.keep,
-            records=fingerprints(self.directory),
-        )
+        self.checkpoints.save(self.step, success, fingerprints(self.directory))
         self._saved = (self.step, success)
 
     def _evaluate_if_due(self) -> None:

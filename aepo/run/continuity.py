@@ -5,14 +5,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from aepo.agents.agent import Agent
 from aepo.agents.remembered import agent_facts, agent_parts, not_as_recorded
 from aepo.config import Config, changed_settings, load_config
+from aepo.learning.learner import Learner
 from aepo.own_code import code_changes, code_facts, code_of, named_part
+from aepo.parallel import Parallel, number_of_weights
+from aepo.run.checkpoint import records_before
+from aepo.run.checkpoint_fit import require_tokenizer, weights_sha256
+from aepo.run.records import require_records
+
+if TYPE_CHECKING:
+    from aepo.models.language_model import LanguageModel
 
 
 class Continuity:
@@ -31,18 +39,16 @@ class Continuity:
         self._changed = not_as_recorded(config.run.dir, recorded, facts, named=named)
         self._edited = [] if recorded is None else code_changes(recorded.get("code"), code)
 
-    def compare_settings(self, checkpoint: Path) -> None:
-        """With those that it was written under."""
-        changed = changed_settings(load_config(checkpoint / "run.yaml"), self._config)
-        self._changed = [
-            *(f"{name} was {was!r} and is {now!r}" for name, (was, now) in changed.items() if name != "run.dir"),
-            *self._changed,
-        ]
-
-    def compare_starting_weights(self, digest: str) -> None:
-        """Of the frozen weights. Runs of before have no record of them."""
+    def compare_starting_weights(self, learner: Learner, parallel: Parallel) -> None:
+        """Those that the learner keeps as its reference. A run that has none may be resumed with others."""
+        weights = number_of_weights(parallel, learner.model)
+        sizes = {"parameters": weights, "vocab_size": learner.model.config.get_text_config().vocab_size}
+        self.facts = {"model": {"name": self._config.model.name, **sizes}, **self.facts}
+        if self._recorded is not None and not learner.has_reference:
+            return
+        digest = weights_sha256(learner.model, parallel)
         self.facts["starting_weights"] = digest
-        was = (self._recorded or {}).get("starting_weights", digest)
+        was = (self._recorded or {}).get("starting_weights", digest)  # runs of before have no record of them
         if was == digest:
             return
         if not {"model.name", "model.dtype"} & {*self._named}:
@@ -52,6 +58,20 @@ class Continuity:
                 "or give model.name in this command, to say that these are meant from here on"
             )
         self._changed.append(f"the frozen starting weights were {was[:12]}.. and are {digest[:12]}..")
+
+    def compare_checkpoint(self, path: Path, step: int, language_model: LanguageModel) -> None:
+        """The one that the run goes on from, which has been loaded: its tokenizer, records and settings."""
+        require_tokenizer(path, language_model, self._config.model.name)
+        require_records(Path(self._config.run.dir), records_before(path), path)
+        if step > self._config.train.steps:
+            raise ValueError(
+                f"train.steps = {self._config.train.steps}: expected {step} or more, it has made them"
+            )
+        changed = changed_settings(load_config(path / "run.yaml"), self._config)
+        self._changed = [
+            *(f"{name} was {was!r} and is {now!r}" for name, (was, now) in changed.items() if name != "run.dir"),
+            *self._changed,
+        ]
 
     def compare_long_prompts(self, dropped: Mapping[str, Any]) -> None:
         self.facts |= dropped

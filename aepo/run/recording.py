@@ -9,7 +9,9 @@ from aepo.config import Config
 from aepo.learning.batch import Batch, Update
 from aepo.run.display import Display
 from aepo.run.log import RunLog
-from aepo.run.metrics import Record, StageClock, loss_metrics, memory_metrics, mismatch_metrics, rollout_metrics
+from aepo.run.clock import StageClock
+from aepo.run.metrics import loss_metrics, memory_metrics, mismatch_metrics, rollout_metrics
+from aepo.run.records import Record
 from aepo.types import ScoredTree
 
 
@@ -21,7 +23,6 @@ class StepRecorder:
         log: RunLog,
         display: Display,
         config: Config,
-        *,
         vocab_size: int,
         decode: Callable[[Sequence[int]], str],
     ) -> None:

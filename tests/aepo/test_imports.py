@@ -30,7 +30,7 @@ FLOORS = (
     ("aepo.agents.tasks", "aepo.agents.agent"),
     ("aepo.agents.question_checks", "aepo.agents.remembered"),
     ("aepo.load",),
-    ("aepo.run.files", "aepo.run.lock", "aepo.run.records"),
+    ("aepo.run.files", "aepo.run.lock", "aepo.run.records", "aepo.run.layout", "aepo.run.outputs", "aepo.run.clock"),
     ("aepo.rollout",),
     ("aepo.vllm",),
     ("aepo.rollout.engines.vllm",),

@@ -17,16 +17,16 @@ from aepo.config import Config, PolicyConfig
 from aepo.learning.batch import Batch
 from aepo.learning.loss import microbatch_loss, policy_objective
 from aepo.learning.pack_paths import microbatches, pack
+from aepo.run.clock import StageClock
 from aepo.run.directory import RunDirectory
 from aepo.run.log import RunLog
 from aepo.run.metrics import (
-    StageClock,
-    finite,
     loss_metrics,
     memory_metrics,
     mismatch_metrics,
     rollout_metrics,
 )
+from aepo.run.records import finite
 from aepo.run.saved_trees import token_texts
 from aepo.types import (
     BranchDecision,
@@ -272,7 +272,7 @@ def config() -> Config:
 def test_tensorboard_has_the_same_numbers(tmp_path: Path, config: Config) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = RunLog(RunDirectory.claim(tmp_path / "run", resume=False), config, {}, 0, resumed=False)
+    log = RunLog(RunDirectory.claim(tmp_path / "run"), config, {}, 0, resumed=False)
     log.step({"step": 1, "reward.mean": 0.25, "tools.calls.search": 3})
     log.evaluation({"step": 1, "success": 0.5})
     log.close("finished")

@@ -784,7 +784,7 @@ MUTATIONS = (
     ),
     row(
         "a-run-resumed-at-once-is-not-ours",
-        "aepo/run/directory.py",
+        "aepo/run/removal.py",
         "-{re.escape(wandb_id)}(-\\d+)?",
         "-{re.escape(wandb_id)}",
         "boards test_wandb_has_the_numbers_of_tensorboard_and_a_resumed_run_continues",
@@ -973,14 +973,14 @@ MUTATIONS = (
     ),
     row(
         "generated-tokens-count-as-trained",
-        "aepo/run/metrics.py",
+        "aepo/run/clock.py",
         '"tokens.per_second": trained / step',
         '"tokens.per_second": generated / step',
         "metrics test_speeds_are_tokens_over_the_seconds_beside_them",
     ),
     row(
         "rollout-speed-of-the-whole-step",
-        "aepo/run/metrics.py",
+        "aepo/run/clock.py",
         'generated / self._seconds["rollout"]',
         "generated / step",
         "metrics test_speeds_are_tokens_over_the_seconds_beside_them",
@@ -1088,9 +1088,9 @@ MUTATIONS = (
     # What a run leaves on the disk
     row(
         "checkpoint-files-are-not-flushed",
-        "aepo/run/checkpoint.py",
-        "            _flush(path)\n",
-        "            pass\n",
+        "aepo/run/checkpoints.py",
+        "                flush(path)\n",
+        "                pass\n",
         "checkpoint test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name",
     ),
     row(
@@ -1123,7 +1123,7 @@ MUTATIONS = (
     ),
     row(
         "later-checkpoints-count-as-newest",
-        "aepo/run/checkpoint.py",
+        "aepo/run/checkpoints.py",
         "if c.step <= step and not c.path",
         "if not c.path",
         "checkpoint test_an_older_step_that_is_saved_is_kept_beside_later_ones",
@@ -1151,29 +1151,29 @@ MUTATIONS = (
     ),
     row(
         "notes-in-a-checkpoint-are-overwritten",
-        "aepo/run/directory.py",
-        "            _refuse_additions(path)\n",
-        "            pass\n",
+        "aepo/run/refusals.py",
+        "    _refuse_additions(run)\n",
+        "",
         "run_directory test_what_cannot_be_right_is_one_line_and_changes_nothing",
     ),
     row(
         "a-report-is-written-over-the-records-of-a-run",
-        "aepo/run/directory.py",
+        "aepo/run/outputs.py",
         "    refuse_run_files(name, path)\n",
         "",
         "run_directory test_no_output_is_written_over_the_files_of_a_run",
     ),
     row(
         "a-run-begins-where-another-removes-files",
-        "aepo/run/directory.py",
-        '        refuse_run_files("run.dir =", path)\n',
+        "aepo/run/refusals.py",
+        '        refuse_run_files("run.dir =", run)\n',
         "        pass\n",
         "run_directory test_no_run_begins_where_another_keeps_its_files",
     ),
     row(
         "overwrite-takes-another-run-in-abandoned",
-        "aepo/run/directory.py",
-        "            _refuse_runs_aside(path)\n",
+        "aepo/run/refusals.py",
+        "    _refuse_runs_aside(run)\n",
         "",
         "run_directory test_another_run_in_what_is_removed_is_not_replaced",
     ),
@@ -1200,7 +1200,7 @@ MUTATIONS = (
     ),
     row(
         "overwrite-removes-the-model-it-begins-with",
-        "aepo/run/directory.py",
+        "aepo/run/refusals.py",
         "            if not places.isdisjoint((real, *real.parents)):\n",
         "            if False:\n",
         "run_directory test_what_settings_name_is_not_removed",
@@ -1214,7 +1214,7 @@ MUTATIONS = (
     ),
     row(
         "overwrite-takes-the-wandb-files-of-others",
-        "aepo/run/directory.py",
+        "aepo/run/removal.py",
         "run-.+-{re.escape(wandb_id)}",
         "run-.+",
         "run_directory test_replacing_removes_the_files_of_its_own_run_from_wandb",
