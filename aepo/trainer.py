@@ -73,8 +73,9 @@ class Trainer:
             undo.callback(self.run_directory.release)
             recorded = None if resume_step is None else read_facts(self.directory)
             continuity = Continuity(config, agent, recorded, named)
-            self.scorer = Scorer(agent.rewards, agent.format, config.task.success, self.questions.one_of_each_row())
-            self.scorer.try_out(self.questions.train[0])
+            rows = self.questions.one_of_each_row()
+            self.scorer = Scorer(agent.rewards, agent.format, config.task.success, rows)
+            self.scorer.try_out(rows[0])
             self.questions.check(console)
             rule = branch_rule(config.rollout)
             self.learner = Learner(language_model.model, config, agent.format.decode, self.parallel, interruptible)
@@ -96,7 +97,8 @@ class Trainer:
             changed = continuity.announce(console)
             self.sampler = Sampler(self.engine, agent, config.rollout, rule)
             self.evaluator = Evaluator(self.engine, agent, self.scorer, config)
-            self.run_directory.begin(resume_step, console)
+            if (aside := self.run_directory.make_room(resume_step)) is not None:
+                console.print(f"what came after step {self.step} is now in {aside}", markup=False)
             self.log = RunLog(
                 self.run_directory, config, continuity.facts, self.step, resumed=recorded is not None, changed=changed
             )

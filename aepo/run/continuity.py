@@ -64,9 +64,7 @@ class Continuity:
         require_tokenizer(path, language_model, self._config.model.name)
         require_records(Path(self._config.run.dir), records_before(path), path)
         if step > self._config.train.steps:
-            raise ValueError(
-                f"train.steps = {self._config.train.steps}: expected {step} or more, it has made them"
-            )
+            raise ValueError(f"train.steps = {self._config.train.steps}: expected {step} or more, it has made them")
         changed = changed_settings(load_config(path / "run.yaml"), self._config)
         self._changed = [
             *(f"{name} was {was!r} and is {now!r}" for name, (was, now) in changed.items() if name != "run.dir"),

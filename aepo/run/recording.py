@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from aepo.config import Config
 from aepo.learning.batch import Batch, Update
+from aepo.run.clock import StageClock
 from aepo.run.display import Display
 from aepo.run.log import RunLog
-from aepo.run.clock import StageClock
 from aepo.run.metrics import loss_metrics, memory_metrics, mismatch_metrics, rollout_metrics
 from aepo.run.records import Record
 from aepo.types import ScoredTree
