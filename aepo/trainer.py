@@ -25,6 +25,7 @@ from aepo.evaluation import Evaluator, answer_metrics, sampled_questions
 from aepo.interrupt import Interrupt
 from aepo.learning.learner import Learner, Minibatch
 from aepo.own_code import code_changes, code_facts, code_of, named_part
+from aepo.parallel import OneProcess
 from aepo.rollout.branching import branch_rule
 from aepo.rollout.engines.make import make_engine
 from aepo.rollout.sampler import Sampler
@@ -104,7 +105,7 @@ class Trainer:
                         f"train.steps = {config.train.steps}: expected {self.step} or more, it has made them"
                     )
                 changed = [*_changed_settings(path / "run.yaml", config), *changed]
-            self.engine = make_engine(config, language_model, agent.format.eos_ids, self.step)
+            self.engine = make_engine(config, language_model, agent.format.eos_ids, self.step, OneProcess())
             undo.callback(self.engine.close)
             dropped = self._drop_long_prompts()
             changed += not_as_recorded(config.run.dir, recorded, dropped, named=named)
@@ -174,7 +175,7 @@ class Trainer:
         self.step = step
         try:
             with clock("refresh"):
-                self.engine.refresh(step)
+                self.engine.refresh(step, OneProcess().full_weights(self.language_model.model))
         finally:  # the weights are those of this step, also if they did not reach the engine
             self._record(clock, scored, samples, minibatches, losses)
 
