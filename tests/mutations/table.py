@@ -370,9 +370,9 @@ MUTATIONS = (
     ),
     row(
         "penalty-is-a-bonus",
-        "aepo/rollout/branching.py",
-        "(1.0 - penalty) if rule",
-        "(1.0 + penalty) if rule",
+        "aepo/branching.py",
+        "(1.0 - min(penalty",
+        "(1.0 + min(penalty",
         "branching",
     ),
     row("budget-beta-ignored", "aepo/rollout/branching.py", "config.budget_beta * (root", "(root", "branching"),
@@ -491,7 +491,7 @@ MUTATIONS = (
     row(
         "weights-of-others-are-taken-for-ours",
         "aepo/rollout/engines/vllm/engine.py",
-        "if self._model is not None and version != self._stamp:",
+        "if self._weights_dir is not None and version != self._stamp:",
         "if False:",
         "vllm_replicas test_weights_that_were_not_sent_are_noticed_wherever_they_are_stamped",
     ),
@@ -798,7 +798,7 @@ MUTATIONS = (
     ),
     row(
         "an-engine-does-not-hear-signals-of-other-threads",
-        "aepo/rollout/engines/vllm/engine.py",
+        "aepo/rollout/engines/vllm/loop_thread.py",
         "            with heard_by_main_thread():\n                return future.result(timeout)",
         "            return future.result(timeout)",
         "interrupt test_one_that_another_thread_received_is_heard_by_an_engine_and_a_rollout_of_ones_own",
@@ -854,9 +854,9 @@ MUTATIONS = (
     ),
     row(
         "a-guard-that-fails-leaves-connections",
-        "aepo/rollout/engines/vllm/engine.py",
-        "        except BaseException:\n            engine.close()\n            raise\n        return engine",
-        "        except ConnectionError:\n            engine.close()\n            raise\n        return engine",
+        "aepo/rollout/engines/vllm/start.py",
+        "        undo.callback(lambda: loop.run(_close(replicas)))\n",
+        "",
         "engine_factory test_nothing_stays_open_where_a_guard_cannot_start",
     ),
     row(
