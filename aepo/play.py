@@ -38,12 +38,15 @@ from aepo.rollout.branching import branch_rule
 from aepo.rollout.engine import Engine
 from aepo.rollout.engines.make import make_engine
 from aepo.rollout.sampler import Sampler
-from aepo.run.checkpoint import checkpoint_path, load_weights
+from aepo.run.checkpoint import checkpoint_path
 from aepo.run.checkpoint_fit import require_tokenizer
-from aepo.run.directory import refuse_output, refuse_run_files
+from aepo.run.checkpoint_load import load_weights
 from aepo.run.files import write_file
-from aepo.run.log import machine_facts, naming_its_directory, read_facts
-from aepo.run.metrics import Record, finite, rollout_metrics
+from aepo.run.log import naming_its_directory, read_facts
+from aepo.run.machine import machine_facts
+from aepo.run.metrics import rollout_metrics
+from aepo.run.outputs import refuse_output, refuse_run_files
+from aepo.run.records import Record, finite
 from aepo.run.saved_trees import tree_entry
 from aepo.scoring import Scorer
 from aepo.subject import Subject

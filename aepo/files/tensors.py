@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,33 +36,28 @@ DTYPES = {
 
 def write_tensors(
     path: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Callable[[], Iterable[tuple[str, Tensor]]],
     *,
     finite: Collection[str],
     metadata: Mapping[str, str] | None = None,
     mode: int = 0o666,
 ) -> str:
     """Returns the SHA-256 of the file. finite: names of tensors that must be finite. ValueError: one is not. mode: who
-    may read and write it, before the umask."""
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    # Wide types first, as the library does: every tensor is then aligned to its own type.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    for name, tensor in ordered:
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{path.name}: {name}: expected one of {', '.join(map(str, DTYPES))}, got {tensor.dtype}")
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    may read and write it, before the umask.
+
+    tensors: called once for the header, then once for every width of an element, and gives the same each time; one may
+    be gone when the next one comes.
+    """
+    text, widths = _header(path, tensors(), metadata)
 
     def blocks() -> Iterator[bytes | memoryview]:
         yield len(text).to_bytes(8, "little") + text
-        for name, tensor in ordered:
-            for piece in _pieces(tensor):
-                if name in finite and not is_finite(piece):
-                    raise ValueError(f"{path.name}: {name} has values that are not finite")
-                yield _bytes(piece)
+        for width in widths:
+            for name, tensor in tensors():
+                for piece in _pieces(tensor) if tensor.element_size() == width else ():
+                    if name in finite and not is_finite(piece):
+                        raise ValueError(f"{path.name}: {name} has values that are not finite")
+                    yield _bytes(piece)
 
     digest = hashlib.sha256()
     with (
@@ -74,6 +69,23 @@ def write_tensors(
             file.write(block)
             hashed.result()
     return digest.hexdigest()
+
+
+def _header(
+    path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str] | None
+) -> tuple[bytes, list[int]]:
+    """And the widths, in bytes, the largest first, as the library does: every tensor is then aligned to its own
+    type."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    found = [(name, tensor.dtype, list(tensor.shape), tensor.numel()) for name, tensor in tensors]
+    end = 0
+    for name, dtype, shape, count in sorted(found, key=lambda one: -one[1].itemsize):
+        if dtype not in DTYPES:
+            raise ValueError(f"{path.name}: {name}: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
+        begin, end = end, end + count * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8), sorted({dtype.itemsize for _, dtype, _, _ in found}, reverse=True)
 
 
 def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:

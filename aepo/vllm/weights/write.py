@@ -49,7 +49,7 @@ def write(directory: Path, weights: Weights) -> FileUpdateInfo:
     for part in _parts(weights):
         _check_room(directory, part)
         path = directory / f"{len(info.files):05d}.safetensors"
-        digest = write_tensors(path, part, finite=(), mode=0o600)
+        digest = write_tensors(path, part.items, finite=(), mode=0o600)
         info.files.append({"name": path.name, "bytes": path.stat().st_size, "sha256": digest})
         info.tensors += len(part)
     return info
