@@ -1099,7 +1099,7 @@ MUTATIONS = (
         "aepo/run/checkpoints.py",
         "                flush(path)\n",
         "                pass\n",
-        "checkpoint test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name",
+        "checkpoint_failures test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name",
     ),
     row(
         "files-are-flushed-while-python-holds-them",
@@ -1155,7 +1155,7 @@ MUTATIONS = (
         "aepo/run/checkpoint_fit.py",
         '    "max_position_embeddings",\n',
         '    "max_position_embeddings",\n    "rope_theta",\n    "rope_parameters",\n',
-        "checkpoint test_what_is_of_another_is_refused_before_anything_changes[theta]",
+        "checkpoint_fit test_what_is_of_another_is_refused_before_anything_changes[theta]",
     ),
     row(
         "notes-in-a-checkpoint-are-overwritten",
