@@ -1,15 +1,17 @@
 """Tensors in a safetensors file, written piece by piece.
 
 The `save_file` of the library copies all tensors of a GPU to host memory first; this copies a piece at a time, and
-has the checksum when it is done. The format: the length of the header, the header as JSON, then the bytes of the
-tensors (https://github.com/huggingface/safetensors).
+has the checksum when it is done, computed by a second thread. The format: the length of the header, the header as
+JSON, then the bytes of the tensors (https://github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,6 +23,8 @@ DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
@@ -36,26 +40,34 @@ def write_tensors(
     *,
     finite: Collection[str],
     metadata: Mapping[str, str] | None = None,
+    mode: int = 0o666,
 ) -> str:
-    """Returns the SHA-256 of the file. finite: names of tensors that must be finite. ValueError: one is not.
+    """Returns the SHA-256 of the file. finite: names of tensors that must be finite. ValueError: one is not. mode: who
+    may read and write it, before the umask.
 
     tensors: called once for the header, then once for every width of an element, and gives the same each time; one may
     be gone when the next one comes.
     """
     text, widths = _header(path, tensors(), metadata)
-    digest = hashlib.sha256()
-    with path.open("xb") as file:
-        for block in (len(text).to_bytes(8, "little"), text):
-            digest.update(block)
-            file.write(block)
+
+    def blocks() -> Iterator[bytes | memoryview]:
+        yield len(text).to_bytes(8, "little") + text
         for width in widths:
             for name, tensor in tensors():
                 for piece in _pieces(tensor) if tensor.element_size() == width else ():
                     if name in finite and not is_finite(piece):
                         raise ValueError(f"{path.name}: {name} has values that are not finite")
-                    data = _bytes(piece)
-                    digest.update(data)
-                    file.write(data)
+                    yield _bytes(piece)
+
+    digest = hashlib.sha256()
+    with (
+        open(path, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file,
+        ThreadPoolExecutor(1) as hasher,
+    ):
+        for block in blocks():
+            hashed = hasher.submit(digest.update, block)
+            file.write(block)
+            hashed.result()
     return digest.hexdigest()
 
 

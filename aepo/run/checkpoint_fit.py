@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from aepo.files.tensors import DTYPES, is_finite, sha256_of_tensors
-from aepo.parallel import OneProcess, Parallel
+from aepo.parallel import Parallel
 from aepo.registry import error_text
 
 if TYPE_CHECKING:
@@ -117,9 +117,9 @@ def _tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {part: value for part, value in parts.items() if part not in ("truncation", "padding")} | roles
 
 
-def weights_sha256(model: PreTrainedModel) -> str:
-    """Of all weights as they were loaded, whole in this process, in their type."""
-    return sha256_of_tensors({names[0]: tensor for names, tensor in OneProcess().full_weights(model)})
+def weights_sha256(model: PreTrainedModel, parallel: Parallel) -> str:
+    """Of all weights as they are, whole, in their type."""
+    return sha256_of_tensors({names[0]: tensor for names, tensor in parallel.full_weights(model)})
 
 
 def _names(file: Path) -> frozenset[str]:

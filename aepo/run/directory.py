@@ -96,8 +96,15 @@ class RunDirectory:
         if not self._lock.held:
             raise FileNotFoundError(f"{self.path}: was removed, moved or replaced while this run was going on")
 
+    def make_room(self, resume_step: int | None) -> Path | None:
+        """Once all is known to be well with the run: `replace_old` for a new one, else `set_aside`, with its result."""
+        if resume_step is not None:
+            return self.set_aside(resume_step)
+        self.replace_old()
+        return None
+
     def replace_old(self) -> None:
-        """Remove what an earlier run has written, once all is known to be well with the new one.
+        """Remove what an earlier run has written.
 
         Until the last file is gone, run.json says what is happening: after a crash, the directory can be replaced
         again, and not resumed.

@@ -18,7 +18,7 @@ from typing import get_args
 import torch
 
 from aepo.advantages import all_equal
-from aepo.learning.pack_paths import PackedBatch
+from aepo.learning.batch import Batch
 from aepo.rollout.tree import branches_per_path, path_nodes
 from aepo.run.records import Record
 from aepo.types import ErrorKind, FinishReason, RolloutTree, ScoredTree
@@ -120,12 +120,13 @@ def loss_metrics(steps: Sequence[Sequence[dict[str, float]]]) -> Record:
     }
 
 
-def mismatch_metrics(batches: Sequence[PackedBatch]) -> Record:
+def mismatch_metrics(batch: Batch) -> Record:
     """How far the engine's log-probs are from the trainer's under the same weights, over the trained tokens: k3
     estimate of KL(engine || trainer), and the largest difference, both in nats."""
-    if not batches:
+    differences = [rows.old_logprobs - rows.rollout_logprobs for rows in batch.micro_batches()]
+    if not differences:
         return {"policy.mismatch_kl": None, "policy.mismatch_max": None}
-    difference = torch.cat([(b.old_logprobs - b.rollout_logprobs)[b.mask] for b in batches]).double()
+    difference = torch.cat(differences).double()
     return {
         "policy.mismatch_kl": (difference.expm1() - difference).mean().item(),
         "policy.mismatch_max": difference.abs().max().item(),
