@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -55,6 +55,7 @@ def packed_attention(
     lengths: tuple[int, ...],
     scaling: float | None = None,
     dropout: float = 0.0,
+    attend: Callable[..., Tensor] = scaled_dot_product_attention,
     **others: object,
 ) -> tuple[Tensor, None]:
     """Causal attention within each trajectory. Returns ([1, T, heads, head_dim], None).
@@ -66,7 +67,7 @@ def packed_attention(
     if unsupported or dropout:
         raise ValueError(f"packed attention has no {', '.join(unsupported) or 'dropout'}, which this model asks for")
     outputs = [
-        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+        attend(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
         for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
@@ -87,7 +88,10 @@ def _packed(model: PreTrainedModel) -> Iterator[None]:
 
 
 def packed_logits(model: PreTrainedModel, batch: PackedBatch, rows: Tensor) -> Tensor:
-    """Logits [R, V] at positions `rows` (int64 [R]) of the batch."""
+    """Logits [R, V] at positions `rows` (int64 [R]) of the batch.
+
+    `squeeze`, as the backward of indexing would copy their gradient, which is as large.
+    """
     with _packed(model):
         output = model(
             input_ids=batch.input_ids[None],
@@ -96,7 +100,7 @@ def packed_logits(model: PreTrainedModel, batch: PackedBatch, rows: Tensor) -> T
             logits_to_keep=rows,
             use_cache=False,
         )
-    return output.logits[0]
+    return output.logits.squeeze(0)
 
 
 def row_bounds(batch: PackedBatch) -> Tensor:
