@@ -17,7 +17,8 @@ from torch import Tensor
 from aepo.agents.protocol import AgentError, blamed
 from aepo.config import PolicyConfig
 from aepo.registry import resolve_function
-from aepo.types import TokenIds, Trajectory
+from aepo.rollout.tree import flatten
+from aepo.types import ScoredTree, TokenIds, Trajectory
 from aepo_kernels.advantages import batch_advantages, group_advantages, rewards_equal
 
 Kind = Literal["group", "batch", "gigpo"]
@@ -77,20 +78,19 @@ def advantage_settings(policy: PolicyConfig) -> AdvantageSettings:
     )
 
 
-def make_samples(
-    groups: Sequence[Sequence[Trajectory]],
-    rewards: Sequence[Sequence[float]],
-    settings: AdvantageSettings,
-    max_tokens: int,
-) -> list[Sample]:
-    """Samples of a rollout batch, in order. `groups[q][j]` is path j of question q, `rewards[q][j]` its total reward.
+def make_samples(scored: Sequence[ScoredTree], settings: AdvantageSettings, max_tokens: int) -> list[Sample]:
+    """Samples of a rollout batch, in order: `scored[q]` is the tree of question q.
 
     The overlong penalty is part of the reward; equal rewards are looked for after it. With `drop_equal_groups` the
     paths of a question without any difference are left out, so they do not count in the loss's denominator either.
     """
+    groups = [[flatten(one.tree, path.id) for path in one.tree.paths] for one in scored]
     shaped = [
-        [r - overlong_penalty(_length(t), max_tokens, settings.overlong_buffer) for t, r in zip(group, rs, strict=True)]
-        for group, rs in zip(groups, rewards, strict=True)
+        [
+            reward.total - overlong_penalty(_length(path), max_tokens, settings.overlong_buffer)
+            for path, reward in zip(group, one.rewards, strict=True)
+        ]
+        for group, one in zip(groups, scored, strict=True)
     ]
     for q, path_rewards in enumerate(shaped):
         for j, reward in enumerate(path_rewards):

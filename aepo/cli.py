@@ -263,12 +263,11 @@ def _train(config: Config, resume_step: int | None, overwrite: bool, named: Coll
     from aepo.config import named_files
     from aepo.own_loss import own_loss, try_own_loss
     from aepo.rollout.branching import branch_rule
-    from aepo.run.directory import RunDirectory, refuse_removal
+    from aepo.run.directory import RunDirectory
     from aepo.run.log import naming_its_directory
 
     directory = Path(config.run.dir)  # what is wrong with it is said before minutes of work on the model
-    RunDirectory.check(directory, resume=resume_step is not None, overwrite=overwrite)
-    refuse_removal(directory, named_files(config), resume_step)
+    RunDirectory.check(directory, resume_step=resume_step, overwrite=overwrite, needed=named_files(config))
     advantage_settings(config.policy)
     branch_rule(config.rollout)
     if config.policy.loss is not None:

@@ -18,7 +18,7 @@ from aepo.config import Config
 from aepo.estimates import Interval, interval, pass_at_k
 from aepo.rollout.engine import Engine
 from aepo.rollout.sampler import Progress, Sampler
-from aepo.run.metrics import Record
+from aepo.run.records import Record
 from aepo.scoring import Scorer
 from aepo.types import FinishReason, Question, ScoredTree
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from aepo.answers import AnsweredQuestion
 from aepo.estimates import Interval
 from aepo.evaluation import by_kind
-from aepo.run.metrics import Record
+from aepo.run.records import Record
 
 WIDE = 160  # where there is no terminal: a log file keeps whole lines
 ROLLOUT_ROWS = (

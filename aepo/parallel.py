@@ -43,10 +43,10 @@ class Parallel(Protocol):
         ...
 
     def load(
-        self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, entries: Iterable[tuple[str, Tensor]]
+        self, model: PreTrainedModel, optimizer: torch.optim.Optimizer | None, entries: Iterable[tuple[str, Tensor]]
     ) -> None:
-        """Put such a state back, in place, one tensor after the other. What the optimizer keeps and has no entry, as
-        it was never updated then, is dropped."""
+        """Put such a state back, in place, one tensor after the other; also weights that are not trained, and buffers.
+        What the optimizer keeps and has no entry, as it was never updated then, is dropped."""
         ...
 
     def sum(self, value: float) -> float:
@@ -85,25 +85,28 @@ class OneProcess:
 
     @torch.no_grad()
     def load(
-        self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, entries: Iterable[tuple[str, Tensor]]
+        self, model: PreTrainedModel, optimizer: torch.optim.Optimizer | None, entries: Iterable[tuple[str, Tensor]]
     ) -> None:
-        parameters, there = trained(model, optimizer), self.state(model, optimizer, whole=True)
+        weights = {name: tensor for names, tensor in self.full_weights(model) for name in names}
+        parameters = {} if optimizer is None else trained(model, optimizer)
+        there = {} if optimizer is None else self.state(model, optimizer, whole=True)
         kept: dict[Tensor, dict[str, Tensor]] = {}
         for name, value in entries:
             parameter_name, _, key = name.partition("|")
-            parameter = parameters[parameter_name]
             if not key:
-                parameter.copy_(value)
+                weights[name].copy_(value)
                 continue
+            parameter = parameters[parameter_name]
             state = kept.setdefault(parameter, {})
             if name in there:
                 state[key] = there[name].copy_(value)
             else:  # AdamW keeps `step` on the host
                 place = value if key == "step" else value.to(parameter.device, state_dtype(parameter))
                 state[key] = place.clone()
-        for parameter in parameters.values():
-            optimizer.state.pop(parameter, None)
-        optimizer.state.update(kept)
+        if optimizer is not None:
+            for parameter in parameters.values():
+                optimizer.state.pop(parameter, None)
+            optimizer.state.update(kept)
 
     def sum(self, value: float) -> float:
         return value

@@ -33,16 +33,20 @@ from aepo.evaluation import (
 from aepo.evaluation_display import evaluation_tables, progress_display, rollout_table, say, wide_console
 from aepo.models.language_model import LanguageModel
 from aepo.own_code import code_changes, code_facts, code_of, named_part
+from aepo.parallel import OneProcess
 from aepo.rollout.branching import branch_rule
 from aepo.rollout.engine import Engine
 from aepo.rollout.engines.make import make_engine
 from aepo.rollout.sampler import Sampler
-from aepo.run.checkpoint import checkpoint_path, load_weights
+from aepo.run.checkpoint import checkpoint_path
 from aepo.run.checkpoint_fit import require_tokenizer
-from aepo.run.directory import refuse_output, refuse_run_files
+from aepo.run.checkpoint_load import load_weights
 from aepo.run.files import write_file
-from aepo.run.log import machine_facts, naming_its_directory, read_facts
-from aepo.run.metrics import Record, finite, rollout_metrics
+from aepo.run.log import naming_its_directory, read_facts
+from aepo.run.machine import machine_facts
+from aepo.run.metrics import rollout_metrics
+from aepo.run.outputs import refuse_output, refuse_run_files
+from aepo.run.records import Record, finite
 from aepo.run.saved_trees import tree_entry
 from aepo.scoring import Scorer
 from aepo.subject import Subject
@@ -95,7 +99,7 @@ def loaded(subject: Subject, console: Console, own_rule: str | None = None) -> I
             require_tokenizer(checkpoint, language_model, config.model.name)
         directory = stack.enter_context(tempfile.TemporaryDirectory())  # where vLLM gets the weights from; not in a run
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=directory))
-        engine = make_engine(config, language_model, agent.format.eos_ids, subject.step or 0)
+        engine = make_engine(config, language_model, agent.format.eos_ids, subject.step or 0, OneProcess())
         stack.enter_context(closing(engine))
         yield Player(config, agent, engine, _facts(subject, language_model, {**facts, "code": code_facts(code)}))
 

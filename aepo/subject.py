@@ -10,7 +10,8 @@ from typing import Any
 
 from aepo.config import Config, changed_settings, load_config, named_settings
 from aepo.files.user_paths import user_path
-from aepo.run.directory import require_whole_settings
+from aepo.run.checkpoint import best_checkpoint, list_checkpoints
+from aepo.run.refusals import require_whole_settings
 
 BUILT_IN = ("tiny", "smollm2-135m-instruct")
 
@@ -58,8 +59,6 @@ def find_subject(
 
 def _of_run(name: str, path: Path, overrides: Sequence[str], step: int | None, best: bool) -> Subject:
     require_whole_settings(path)
-    from aepo.run.checkpoint import best_checkpoint, list_checkpoints  # heavy
-
     _refuse(overrides, "run.dir", f"the run is {name}")
     if best and step is not None:
         raise ValueError(f"--best: expected no --step {step} with it")

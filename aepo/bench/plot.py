@@ -11,7 +11,7 @@ from typing import Any
 from aepo.bench.harness import Row, is_baseline, is_ours
 from aepo.bench.settings import Settings
 from aepo.install import pip_install
-from aepo.run.directory import refuse_run_files
+from aepo.run.outputs import refuse_run_files
 
 PEERS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 """Colours; red is ours, black is eager."""

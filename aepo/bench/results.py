@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from aepo.bench.harness import Refusal, Row
-from aepo.run.directory import refuse_output
 from aepo.run.files import write_file
+from aepo.run.outputs import refuse_output
 
 
 def check_json(path: Path) -> None:

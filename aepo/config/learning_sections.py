@@ -126,3 +126,6 @@ class TrainConfig(Section):
     epochs: int = key(1, "passes over each rollout batch", low=1)
     minibatches: int = key(1, "optimiser steps per pass; questions are divided among them", low=1)
     tokens_per_microbatch: int = key(8192, "packed tokens per forward and backward", low=1)
+    gradient_checkpointing: bool = key(
+        False, "keep what comes into each layer, compute the rest again in the backward: less memory, a third more time"
+    )

@@ -6,6 +6,7 @@ keeps for its backward is counted, and no formula of ours has to know it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import weakref
 from collections.abc import Iterable
@@ -18,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from aepo.learning.loss import ATTENTION
+from aepo.learning.attention import packed
+from aepo.learning.forward import recomputed_layers
 from aepo.models.outline import outline
 from aepo.parallel import state_dtype
 from aepo.registry import error_text
@@ -69,20 +71,17 @@ def _run(model: PreTrainedModel, tokens: int, trained: int, checkpointing: bool)
         "attend": attend,
         "use_cache": False,
     }
-    model.config._attn_implementation = ATTENTION
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-        model.train()
     for parameter in model.parameters():
         parameter.grad_dtype = state_dtype(parameter)
         parameter.grad = torch.empty_like(parameter, dtype=state_dtype(parameter))
     try:
-        with torch.no_grad(), _account_of(model) as evaluation:
+        with packed(model), torch.no_grad(), _account_of(model) as evaluation:
             model(**given)
         calls = attend.calls
         with _account_of(model) as account:
             at_the_embedding = _peak_at_the_embedding(model, account)
-            loss = _Loss.apply(model(**given).logits.squeeze(0))
+            with packed(model), recomputed_layers(model) if checkpointing else contextlib.nullcontext():
+                loss = _Loss.apply(model(**given).logits.squeeze(0))
             kept, flops, moved = account.live, account.flops, account.moved
             loss.backward()
     except (RuntimeError, NotImplementedError, TypeError) as error:

@@ -1,15 +1,17 @@
 """Tensors in a safetensors file, written piece by piece.
 
 The `save_file` of the library copies all tensors of a GPU to host memory first; this copies a piece at a time, and
-has the checksum when it is done. The format: the length of the header, the header as JSON, then the bytes of the
-tensors (https://github.com/huggingface/safetensors).
+has the checksum when it is done, computed by a second thread. The format: the length of the header, the header as
+JSON, then the bytes of the tensors (https://github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,6 +23,8 @@ DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
@@ -31,33 +35,57 @@ DTYPES = {
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], *, finite: Collection[str], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Callable[[], Iterable[tuple[str, Tensor]]],
+    *,
+    finite: Collection[str],
+    metadata: Mapping[str, str] | None = None,
+    mode: int = 0o666,
 ) -> str:
-    """Returns the SHA-256 of the file. finite: names of tensors that must be finite. ValueError: one is not."""
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    # Wide types first, as the library does: every tensor is then aligned to its own type.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    for name, tensor in ordered:
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{path.name}: {name}: expected one of {', '.join(map(str, DTYPES))}, got {tensor.dtype}")
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    """Returns the SHA-256 of the file. finite: names of tensors that must be finite. ValueError: one is not. mode: who
+    may read and write it, before the umask.
+
+    tensors: called once for the header, then once for every width of an element, and gives the same each time; one may
+    be gone when the next one comes.
+    """
+    text, widths = _header(path, tensors(), metadata)
+
+    def blocks() -> Iterator[bytes | memoryview]:
+        yield len(text).to_bytes(8, "little") + text
+        for width in widths:
+            for name, tensor in tensors():
+                for piece in _pieces(tensor) if tensor.element_size() == width else ():
+                    if name in finite and not is_finite(piece):
+                        raise ValueError(f"{path.name}: {name} has values that are not finite")
+                    yield _bytes(piece)
+
     digest = hashlib.sha256()
-    with path.open("xb") as file:
-        for block in (len(text).to_bytes(8, "little"), text):
-            digest.update(block)
+    with (
+        open(path, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file,
+        ThreadPoolExecutor(1) as hasher,
+    ):
+        for block in blocks():
+            hashed = hasher.submit(digest.update, block)
             file.write(block)
-        for name, tensor in ordered:
-            for piece in _pieces(tensor):
-                if name in finite and not is_finite(piece):
-                    raise ValueError(f"{path.name}: {name} has values that are not finite")
-                data = _bytes(piece)
-                digest.update(data)
-                file.write(data)
+            hashed.result()
     return digest.hexdigest()
+
+
+def _header(
+    path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str] | None
+) -> tuple[bytes, list[int]]:
+    """And the widths, in bytes, the largest first, as the library does: every tensor is then aligned to its own
+    type."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    found = [(name, tensor.dtype, list(tensor.shape), tensor.numel()) for name, tensor in tensors]
+    end = 0
+    for name, dtype, shape, count in sorted(found, key=lambda one: -one[1].itemsize):
+        if dtype not in DTYPES:
+            raise ValueError(f"{path.name}: {name}: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
+        begin, end = end, end + count * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8), sorted({dtype.itemsize for _, dtype, _, _ in found}, reverse=True)
 
 
 def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ALL = "aepo-weights-"
@@ -27,6 +28,23 @@ OURS = re.compile(rf"{ALL}[0-9a-f]{{12}}-[a-z0-9_]{{8}}")  # PREFIX and what mkd
 CONTENT = re.compile(rf"{LOCK}(\.new)?|\d{{5,}}\.safetensors")
 PARTLY_LOADED = "partly-loaded"  # what an engine calls its weights from the first that is loaded to the last
 SETTLED = 60.0  # seconds: a writer makes its lock at once, so an older directory without one has lost its writer
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def default_directory(nbytes: int) -> Path:
+    """For weights of this size: shared memory where it exists and has room for them twice, else the directory for
+    temporary files."""
+    shared, otherwise = default_directories()
+    return shared if shared.is_dir() and shutil.disk_usage(shared).free >= 2 * nbytes else otherwise
+
+
+def default_directories() -> list[Path]:
+    return [SHARED_MEMORY, Path(tempfile.gettempdir())]
+
+
+def patterns(parents: Iterable[Path]) -> list[str]:
+    """Of what this process may leave there if it is killed while new weights are on their way."""
+    return [f"{glob.escape(str(parent.absolute()))}/{PREFIX}*" for parent in parents]
 
 
 @contextlib.contextmanager

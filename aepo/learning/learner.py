@@ -1,101 +1,139 @@
-"""From samples to new weights: packing, the losses of the micro-batches, and AdamW."""
+"""From scored trees to new weights: rows, log-probs of other policies, and optimiser steps that are all or none."""
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
 
-from aepo.advantages import Sample
-from aepo.config import Config, OptimizerConfig
-from aepo.learning.loss import (
-    check_packing,
-    loss_denominator,
-    microbatch_loss,
-    own_microbatch_loss,
-    policy_objective,
-    with_old_policy,
-    with_reference,
-)
+from aepo.advantages import Sample, advantage_settings, make_samples
+from aepo.config import Config
+from aepo.learning.batch import Batch, LossRows, Update, entropy_statistics
+from aepo.learning.forward import check_packing, layers_to_recompute, with_old_policy, with_reference
+from aepo.learning.loss import loss_denominator, microbatch_loss, own_microbatch_loss, policy_objective
 from aepo.learning.nonfinite import NonFiniteError, describe_tokens, first_nonfinite, is_finite, single_trajectories
-from aepo.learning.pack_paths import PackedBatch, entropy_statistics, microbatches, pack
+from aepo.learning.optimizer import learning_rate, make_optimizer
+from aepo.learning.pack_paths import microbatches, pack
 from aepo.learning.snapshot import Snapshot
 from aepo.models.adapters import refuse_adapters
 from aepo.own_loss import OwnLossError, own_loss, try_own_loss
+from aepo.parallel import Parallel, state_dtype
+from aepo.types import ScoredTree
 from aepo_kernels import PolicyLoss
 
-Minibatch = list[PackedBatch]  # the micro-batches of one optimiser step
 EntropyStats = tuple[float, float]
 
 
 class Learner:
     """Owns the optimizer of `model`, and a frozen copy of `model` as it is now if the loss has a use for one.
 
-    ValueError: the model has adapters. OwnLossError: policy.loss does not work on made-up tokens.
+    interruptible: inside of it a signal may end an update, and no weight is being changed. ValueError: the model has
+    adapters, or cannot be trained on packed paths, or an advantage or a loss of the user's own is none. OwnLossError:
+    policy.loss does not work on made-up tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, config: Config, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: Config,
+        decode: Callable[[Sequence[int]], str],
+        parallel: Parallel,
+        interruptible: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
         refuse_adapters(model)
         check_packing(model)
+        if config.train.gradient_checkpointing and not layers_to_recompute(model):
+            raise ValueError(
+                "train.gradient_checkpointing = true: expected a model whose layers transformers can compute again "
+                f"(GradientCheckpointingLayer), {type(model).__name__} has none"
+            )
         # Evaluation mode: dropout would make the ratio differ from 1 before any update.
-        self.model = model.eval()
-        self._dtype = torch.float64 if model.dtype == torch.float64 else torch.float32  # of log-probs
+        self.model = parallel.shard(model.eval())
+        self._dtype = state_dtype(next(model.parameters()))  # of log-probs
         self.own_loss = None if config.policy.loss is None else own_loss(config.policy.loss)
         if self.own_loss is not None:
             try_own_loss(self.own_loss, config, self._dtype, model.device)
         self.objective = policy_objective(config.policy)  # the preset's: not used beside a loss of the user's own
-        self.optimizer = make_optimizer(model, config.optimizer)
-        self.all_or_nothing = Snapshot(self.optimizer).all_or_nothing
-        self._config = config
-        self._decode = decode
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self._advantages = advantage_settings(config.policy)
+        self._all_or_nothing = Snapshot(parallel, self.model, self.optimizer).all_or_nothing
+        self._config, self._decode = config, decode
+        self._parallel, self._interruptible = parallel, interruptible
         self._reference = None
         if config.policy.reference if self.own_loss is not None else self.objective.kl_coef != 0:
-            self._reference = copy.deepcopy(model).requires_grad_(False)
+            self._reference = parallel.shard(model, frozen=True)
 
     @property
     def has_reference(self) -> bool:
         return self._reference is not None
 
-    def pack(self, samples: Sequence[Sample], questions: int) -> list[Minibatch]:
+    def pack(self, scored: Sequence[ScoredTree]) -> Batch:
+        """Advantages, and the rows of the paths that have some."""
+        samples = make_samples(scored, self._advantages, self._config.rollout.max_tokens)
+        return self.pack_samples(samples, [one.tree.question.id for one in scored])
+
+    def pack_samples(self, samples: Sequence[Sample], question_ids: Sequence[str]) -> Batch:
         """One minibatch per optimiser step of an epoch; whole questions stay together. An empty one is left out."""
         train = self._config.train
         parts: list[list[Sample]] = [[] for _ in range(train.minibatches)]
         for sample in samples:
-            parts[sample.question * train.minibatches // questions].append(sample)
-        return [
-            [pack(micro, self.model.device, self._dtype) for micro in microbatches(part, train.tokens_per_microbatch)]
+            parts[sample.question * train.minibatches // len(question_ids)].append(sample)
+        minibatches = (
+            tuple(
+                pack(micro, self.model.device, self._dtype) for micro in microbatches(part, train.tokens_per_microbatch)
+            )
             for part in parts
             if part
-        ]
+        )
+        return Batch(tuple(question_ids), tuple(samples), tuple(minibatches))
 
-    def add_log_probs(self, minibatches: Sequence[Minibatch]) -> list[Minibatch]:
+    def add_log_probs(self, batch: Batch) -> Batch:
         """With the log-probs that the configuration asks for beside those of the engine: old policy, reference."""
         temperature = self._config.rollout.temperature
-        result = [list(minibatch) for minibatch in minibatches]
-        if self._config.recomputes_old_logprobs:
-            result = [[with_old_policy(self.model, b, temperature) for b in minibatch] for minibatch in result]
-        if self._reference is not None:
-            result = [[with_reference(self._reference, b, temperature) for b in minibatch] for minibatch in result]
-        return result
 
-    def entropy_stats(self, minibatches: Sequence[Minibatch]) -> EntropyStats | None:
+        def completed(rows: LossRows) -> LossRows:
+            if self._config.recomputes_old_logprobs:
+                rows = with_old_policy(self.model, rows, temperature)
+            return rows if self._reference is None else with_reference(self._reference, rows, temperature)
+
+        return replace(batch, minibatches=tuple(tuple(map(completed, part)) for part in batch.minibatches))
+
+    def update(self, step: int, batch: Batch) -> Update:
+        """The optimiser steps of rollout batch `step` (from 1), all or none. A signal before the last one means none;
+        after it, it waits until it is let through elsewhere.
+
+        NonFiniteError names the tokens if a loss or a gradient is not finite; OwnLossError says what is wrong with the
+        user's function.
+        """
+        stats = self.entropy_stats(batch)
+        order = [index for _ in range(self._config.train.epochs) for index in range(len(batch.minibatches))]
+        metrics, norms, rate = [], [], None
+        with self._all_or_nothing():
+            for count, index in enumerate(order):
+                with self._interruptible():  # no weight changes there
+                    part, norm = self.backward(batch.minibatches[index], stats, batch.question_ids)
+                rate = self.apply(step, count)
+                metrics.append(tuple(part))
+                norms.append(norm)
+        return Update(tuple(metrics), tuple(norms), rate)
+
+    def entropy_stats(self, batch: Batch) -> EntropyStats | None:
         """Over the whole rollout batch, so that the loss does not depend on how it is cut; None: not used, or not known
         before."""
         used = self.own_loss is not None or self.objective.entropy_advantage != 0
         if not used or self._config.policy.entropy_stats == "micro_batch":
             return None
-        return entropy_statistics([batch for minibatch in minibatches for batch in minibatch])
+        return entropy_statistics([*batch.micro_batches()])
 
     def backward(
-        self, minibatch: Minibatch, stats: EntropyStats | None, question_ids: Sequence[str]
+        self, minibatch: Sequence[LossRows], stats: EntropyStats | None, question_ids: Sequence[str]
     ) -> tuple[list[dict[str, float]], float]:
-        """Gradients of a minibatch, clipped. Returns the metrics of its micro-batches and the norm before clipping.
-
-        NonFiniteError names the tokens if a loss or a gradient is not finite; OwnLossError says what is wrong with the
-        user's function.
-        """
+        """Gradients of a minibatch, clipped. Returns the metrics of its micro-batches and the norm before clipping;
+        errors as `update`."""
         self.optimizer.zero_grad()
         metrics = []
         for batch in minibatch:
@@ -109,7 +147,7 @@ class Learner:
                 raise NonFiniteError(f"the loss is {result.loss.item()}; {self._guilty(batch, question_ids)}")
             result.loss.backward()
             metrics.append(dict(zip(result.metrics, torch.stack([*result.metrics.values()]).tolist(), strict=True)))
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.optimizer.max_grad_norm).item()
+        norm = self._parallel.clip(self.model, self._config.optimizer.max_grad_norm)
         if not norm < float("inf"):
             raise NonFiniteError(f"the gradient norm is {norm}; {self._blame(minibatch, stats, question_ids)}")
         return metrics, norm
@@ -129,9 +167,9 @@ class Learner:
             raise NonFiniteError(f"{name} is not finite after an optimiser step with learning rate {rate:g}")
         return rate
 
-    def _loss(self, batch: PackedBatch, minibatch: Minibatch, stats: EntropyStats | None) -> PolicyLoss:
-        trained, paths = sum(b.trained_tokens for b in minibatch), sum(len(b.lengths) for b in minibatch)
-        rollout = self._config.rollout
+    def _loss(self, batch: LossRows, minibatch: Sequence[LossRows], stats: EntropyStats | None) -> PolicyLoss:
+        trained, paths = sum(len(b.rows) for b in minibatch), sum(len(b.lengths) for b in minibatch)
+        rollout, recompute = self._config.rollout, self._config.train.gradient_checkpointing
         if self.own_loss is not None:
             assert stats is not None, "made for every loss of the user's own"
             return own_microbatch_loss(
@@ -143,6 +181,7 @@ class Learner:
                 paths=paths,
                 max_tokens=rollout.max_tokens,
                 entropy_stats=stats,
+                gradient_checkpointing=recompute,
             )
         return microbatch_loss(
             self.model,
@@ -151,12 +190,13 @@ class Learner:
             temperature=rollout.temperature,
             denominator=loss_denominator(self.objective, trained, paths, rollout.max_tokens),
             entropy_stats=stats,
+            gradient_checkpointing=recompute,
         )
 
-    def _guilty(self, batch: PackedBatch, question_ids: Sequence[str]) -> str:
+    def _guilty(self, batch: LossRows, question_ids: Sequence[str]) -> str:
         return describe_tokens(self.model, batch, self._config.rollout.temperature, question_ids, self._decode)
 
-    def _blame(self, minibatch: Minibatch, stats: EntropyStats | None, question_ids: Sequence[str]) -> str:
+    def _blame(self, minibatch: Sequence[LossRows], stats: EntropyStats | None, question_ids: Sequence[str]) -> str:
         """Which trajectories have a gradient that is not finite: found by running them one by one."""
         for single in (single for batch in minibatch for single in single_trajectories(batch)):
             self.optimizer.zero_grad()
@@ -167,22 +207,3 @@ class Learner:
             if not all(p.grad is None or p.grad.isfinite().all() for p in self.model.parameters()):
                 return self._guilty(single, question_ids)
         return "no single trajectory has such a gradient, only their sum"
-
-
-def make_optimizer(model: PreTrainedModel, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices, not on biases and norms."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas)
-
-
-def learning_rate(config: OptimizerConfig, index: int, total: int) -> float:
-    """Of optimiser step `index` of `total`: linear warmup, then constant, or linear to 0 after the last step."""
-    if index < config.warmup_steps:
-        return config.learning_rate * (index + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.learning_rate
-    return config.learning_rate * max(total - index, 0) / max(total - config.warmup_steps, 1)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aepo.learning.loss import token_statistics
-from aepo.learning.pack_paths import PackedBatch
+from aepo.learning.batch import LossRows
+from aepo.learning.forward import token_statistics
 
 SHOWN = 5  # tokens per report
+SHOWN_BEFORE = 12  # tokens in front of each
 
 
 class NonFiniteError(RuntimeError):
@@ -34,7 +36,7 @@ def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
 
 def describe_tokens(
     model: PreTrainedModel,
-    batch: PackedBatch,
+    batch: LossRows,
     temperature: float,
     question_ids: Sequence[str],
     decode: Callable[[Sequence[int]], str],
@@ -58,47 +60,51 @@ def describe_tokens(
     if batch.ref_logprobs is not None:
         numbers["reference log-prob"] = batch.ref_logprobs
     finite = torch.stack([x.isfinite() for x in numbers.values()]).all(0)
-    guilty = (batch.mask & ~finite).nonzero().squeeze(1).tolist()
+    guilty = (~finite).nonzero().squeeze(1).tolist()
     heading = "tokens with a number that is not finite"
     if not guilty:
         heading = "every number of every token is finite; the largest products of ratio and advantage"
-        size = (ratio * batch.advantages).abs().where(batch.mask, torch.zeros_like(ratio))
+        size = (ratio * batch.advantages).abs()
         guilty = size.topk(min(SHOWN, len(size))).indices.tolist()
-    lines = [_line(batch, position, numbers, question_ids, decode) for position in guilty[:SHOWN]]
+    lines = [_line(batch, row, numbers, question_ids, decode) for row in guilty[:SHOWN]]
     more = f"\n  and {len(guilty) - SHOWN} more" if len(guilty) > SHOWN else ""
     return f"{heading}:\n" + "\n".join(lines) + more
 
 
-def is_finite(batch: PackedBatch) -> bool:
+def is_finite(batch: LossRows) -> bool:
     """Whether every number that a loss gets of the trained tokens is finite."""
     given = (batch.old_logprobs, batch.rollout_logprobs, batch.entropies, batch.advantages, batch.ref_logprobs)
-    return all(x is None or bool(x[batch.mask].isfinite().all()) for x in given)
+    return all(x is None or bool(x.isfinite().all()) for x in given)
 
 
-def single_trajectories(batch: PackedBatch) -> Iterator[PackedBatch]:
-    """The trajectories of a batch, one by one, with everything that was computed for them."""
+def single_trajectories(batch: LossRows) -> Iterator[LossRows]:
+    """The paths of a micro-batch, one by one, with everything that was computed for them."""
+    positions, bounds = [0, *accumulate(batch.lengths)], batch.bounds.tolist()
     for n, length in enumerate(batch.lengths):
-        start = int(batch.cu_seqlens[n])
+        ours = slice(bounds[n], bounds[n + 1])
         parts = {
-            name: value[start : start + length]
+            name: value[ours]
             for name in batch.__slots__
-            if isinstance(value := getattr(batch, name), Tensor) and name != "cu_seqlens"
+            if isinstance(value := getattr(batch, name), Tensor) and name not in ("input_ids", "position_ids", "bounds")
         }
-        bounds = torch.tensor([0, length], device=batch.cu_seqlens.device)
-        yield replace(batch, **parts, cu_seqlens=bounds, lengths=(length,), samples=(batch.samples[n],))
+        parts["rows"] = parts["rows"] - positions[n]
+        for name in ("input_ids", "position_ids"):
+            parts[name] = getattr(batch, name)[positions[n] : positions[n + 1]]
+        of_one = torch.tensor([0, ours.stop - ours.start], device=batch.bounds.device)
+        yield replace(batch, **parts, bounds=of_one, lengths=(length,), origins=(batch.origins[n],))
 
 
 def _line(
-    batch: PackedBatch,
-    position: int,
+    batch: LossRows,
+    row: int,
     numbers: dict[str, Tensor],
     question_ids: Sequence[str],
     decode: Callable[[Sequence[int]], str],
 ) -> str:
-    n = int(torch.searchsorted(batch.cu_seqlens, position, right=True)) - 1
-    sample, label = batch.samples[n], int(batch.labels[position])
-    index = position - int(batch.cu_seqlens[n]) + 1  # of the predicted token in its trajectory
-    before = decode(sample.trajectory.token_ids[max(0, index - 12) : index])
-    values = ", ".join(f"{name} {x[position].item():.4g}" for name, x in numbers.items())
-    place = f"question {question_ids[sample.question]}, path {sample.path}, token {index}"
+    question, path = batch.origins[int(torch.searchsorted(batch.bounds, row, right=True)) - 1]
+    position, label = int(batch.rows[row]), int(batch.labels[row])
+    index = int(batch.position_ids[position]) + 1  # of the predicted token in its path
+    before = decode(tuple(batch.input_ids[position - min(index, SHOWN_BEFORE) + 1 : position + 1].tolist()))
+    values = ", ".join(f"{name} {x[row].item():.4g}" for name, x in numbers.items())
+    place = f"question {question_ids[question]}, path {path}, token {index}"
     return f"  {place}: {decode([label])!r} (id {label}) after {before!r}: {values}"

@@ -12,8 +12,8 @@ from aepo.report.charts import chart_data, moving_mean, window
 from aepo.report.reader import Run, read_run
 from aepo.report.summary import differences, summary
 from aepo.report.trees import fitting_trees, page_tree
-from aepo.run.directory import refuse_output, refuse_run_files
 from aepo.run.files import write_file
+from aepo.run.outputs import refuse_output, refuse_run_files
 
 SCRIPTS = ("base.js", "charts.js", "export.js", "trees.js", "browser.js", "answers.js", "page.js")
 

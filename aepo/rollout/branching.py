@@ -11,15 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from aepo.agents.protocol import AgentError, blamed
+from aepo.branching import branch_chance, entropy_change, mean_entropy
 from aepo.config import RolloutConfig
 from aepo.registry import resolve_function
 from aepo.types import BranchDecision, BudgetDecision
-
-
-def mean_entropy(entropies: Sequence[float], window: int) -> float:
-    """Mean over the first `window` tokens of a segment, or over all of a shorter one."""
-    first = entropies[:window]
-    return math.fsum(first) / len(first)
 
 
 def decide_budget(root_entropy: float, tool_entropies: Sequence[float], config: RolloutConfig) -> BudgetDecision:
@@ -77,10 +72,18 @@ def decide_branch(
     in a row that branched. A `rule` gives P in place of this formula. AgentError: it raised, or gave no finite number.
     """
     entropy = mean_entropy(point.entropies, config.entropy_window)
-    delta = (entropy - point.initial_entropy) / point.log_vocabulary
+    delta = entropy_change(entropy, point.initial_entropy, point.log_vocabulary)
     alpha = point.uniform if config.branch_alpha == "uniform" else float(config.branch_alpha)
-    penalty = min(config.branch_penalty * point.consecutive, 1.0)
-    probability = (alpha + config.branch_gamma * delta) * (1.0 - penalty) if rule is None else _chance(rule, point)
+    if rule is None:
+        probability = branch_chance(
+            delta,
+            alpha=alpha,
+            gamma=config.branch_gamma,
+            penalty=config.branch_penalty,
+            consecutive=point.consecutive,
+        )
+    else:
+        probability = _chance(rule, point)
     return BranchDecision(
         path=path,
         node=node,

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from aepo.agents.protocol import Session
+from aepo.branching import mean_entropy
 from aepo.config import RolloutConfig
-from aepo.rollout.branching import BranchPoint, BranchRule, decide_branch, decide_budget, mean_entropy
+from aepo.rollout.branching import BranchPoint, BranchRule, decide_branch, decide_budget
 from aepo.rollout.engine import Generation, GenerationRequest
 from aepo.rollout.seeding import derive_seed, derive_uniform
 from aepo.rollout.tree import TreeBuilder, check_tree, flatten

@@ -13,12 +13,14 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from aepo.files.tensors import DTYPES, is_finite, sha256_of_tensors
+from aepo.parallel import Parallel
 from aepo.registry import error_text
 
 if TYPE_CHECKING:
     from aepo.models.language_model import LanguageModel
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+MASTER = "master"  # beside them, of every parameter or of none
 # Of the configuration: what says nothing about which function of its tokens the model is. (Where positions have a
 # table, its shape tells how many.)
 IGNORED = (
@@ -34,22 +36,7 @@ IGNORED = (
 _FLOATING = [name for dtype, name in DTYPES.items() if dtype.is_floating_point]
 
 
-def state_problem(state: Any, newest: int, step: int | None) -> str | None:
-    """Why this content of state.json cannot be used, or None. newest: format. step: of the directory's name."""
-    if not isinstance(state, dict):
-        return f"state.json: expected an object, got {type(state).__name__}"
-    for name, lowest in (("format", 1), ("step", 0), ("moments", 0)):
-        value = state.get(name, 0 if name == "moments" else None)  # the first checkpoints of format 1 have none
-        if type(value) is not int or value < lowest:
-            return f"state.json: {name}: expected a whole number from {lowest}, got {value!r}"
-    if state["format"] > newest:
-        return f"state.json: format {state['format']} is of a newer version of aepo, this one reads {newest}"
-    if step is not None and state["step"] != step:
-        return f"state.json: step {state['step']} does not fit the directory's name"
-    return None
-
-
-def model_problem(path: Path, model: PreTrainedModel) -> str | None:
+def model_problem(path: Path, model: PreTrainedModel, parallel: Parallel) -> str | None:
     """Why the weights in this directory are not of this model, or None."""
     try:
         text = (path / "config.json").read_text(encoding="utf-8")
@@ -57,7 +44,7 @@ def model_problem(path: Path, model: PreTrainedModel) -> str | None:
             return f"config.json: {difference}"
     except Exception as error:  # whatever the class of a configuration raises
         return f"config.json cannot be used: {error_text(error)}"
-    expected = dict(stored_weights(model))
+    expected = {names: torch.empty_like(t, device="meta") for names, t in parallel.full_weights(model)}
     known = {name for names in expected for name in names}
     file = path / "model.safetensors"
     found = _names(file)
@@ -66,21 +53,23 @@ def model_problem(path: Path, model: PreTrainedModel) -> str | None:
 
 
 def moments_problem(path: Path, trained: Mapping[str, Tensor], optimizer: str, state: Mapping[str, Any]) -> str | None:
-    """Why the moments in this directory are not of this optimizer, or None. trained: its parameters by name.
-    optimizer: its class. state: of state.json."""
+    """Why the moments, and masters, in this directory are not of this optimizer, or None. trained: its parameters by
+    name. optimizer: its class. state: of state.json."""
     written = state.get("optimizer", "AdamW")
     if written != optimizer:
         return f"state.json: the optimizer was {written}, here it is {optimizer}"
     file = path / "optimizer.safetensors"
-    found = {name.rpartition("|")[0] for name in _names(file)}
+    names = _names(file)
+    found = {name.rpartition("|")[0] for name in names}
     if missing := state.get("moments", len(found)) - len(found):
         name = next((name for name in trained if name not in found), "")
         return f"{file.name}: expected moments of {len(found) + missing} parameters, got {len(found)}, none of {name!r}"
+    have_masters = any(name.endswith(f"|{MASTER}") for name in names)
     wanted = {
         f"{name}|{key}": torch.zeros((), device="meta") if key == "step" else parameter
         for name, parameter in trained.items()
         if name in found
-        for key in MOMENTS
+        for key in (*MOMENTS, *([MASTER] if have_masters else []))
     }
     return _tensors_problem(file, wanted, set(wanted))
 
@@ -128,21 +117,9 @@ def _tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {part: value for part, value in parts.items() if part not in ("truncation", "padding")} | roles
 
 
-def weights_sha256(model: PreTrainedModel) -> str:
-    """Of all weights as they are, in their type."""
-    return sha256_of_tensors({names[0]: tensor for names, tensor in stored_weights(model)})
-
-
-def stored_weights(model: PreTrainedModel) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """The names of every tensor of the model, and the tensor: tied ones have several, and are stored once, under the
-    first. That is `embed_tokens` and not `lm_head`, which vLLM passes over where they are tied."""
-    tied: dict[Any, list[str]] = {}
-    state = model.state_dict()
-    for name, tensor in state.items():
-        same = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-        tied.setdefault((*same, tensor.dtype) if tensor.numel() else name, []).append(name)
-    for names in tied.values():
-        yield tuple(names), state[names[0]]
+def weights_sha256(model: PreTrainedModel, parallel: Parallel) -> str:
+    """Of all weights as they are, whole, in their type."""
+    return sha256_of_tensors({names[0]: tensor for names, tensor in parallel.full_weights(model)})
 
 
 def _names(file: Path) -> frozenset[str]:

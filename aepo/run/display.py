@@ -20,7 +20,7 @@ from rich.progress import (
 )
 
 from aepo.output import guarded_output
-from aepo.run.metrics import Record
+from aepo.run.records import Record
 
 
 class Display:

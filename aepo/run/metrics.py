@@ -7,24 +7,22 @@ functions of configuration and seed.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import resource
 import statistics
 import sys
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, get_args
+from collections.abc import Iterable, Sequence
+from typing import get_args
 
 import torch
 
 from aepo.advantages import all_equal
-from aepo.learning.pack_paths import PackedBatch
+from aepo.learning.batch import Batch
 from aepo.rollout.tree import branches_per_path, path_nodes
+from aepo.run.records import Record
 from aepo.types import ErrorKind, FinishReason, RolloutTree, ScoredTree
 
-Record = dict[str, Any]  # dotted key -> number, None, or (rollout.branches_per_path) a list of numbers
 FINISH_REASONS = get_args(FinishReason)
 TOOL_FAILURES = get_args(ErrorKind)
 KERNEL_METRICS = {
@@ -122,12 +120,13 @@ def loss_metrics(steps: Sequence[Sequence[dict[str, float]]]) -> Record:
     }
 
 
-def mismatch_metrics(batches: Sequence[PackedBatch]) -> Record:
+def mismatch_metrics(batch: Batch) -> Record:
     """How far the engine's log-probs are from the trainer's under the same weights, over the trained tokens: k3
     estimate of KL(engine || trainer), and the largest difference, both in nats."""
-    if not batches:
+    differences = [rows.old_logprobs - rows.rollout_logprobs for rows in batch.micro_batches()]
+    if not differences:
         return {"policy.mismatch_kl": None, "policy.mismatch_max": None}
-    difference = torch.cat([(b.old_logprobs - b.rollout_logprobs)[b.mask] for b in batches]).double()
+    difference = torch.cat(differences).double()
     return {
         "policy.mismatch_kl": (difference.expm1() - difference).mean().item(),
         "policy.mismatch_max": difference.abs().max().item(),
@@ -140,37 +139,6 @@ def memory_metrics() -> Record:
     rss_mib = peak / 2**20 if sys.platform == "darwin" else peak / 2**10
     gpu_mib = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
     return {"memory.peak_rss_mib": rss_mib, "memory.peak_gpu_mib": gpu_mib}
-
-
-class StageClock:
-    """Wall time of the stages of one step; `announce` is told when one begins."""
-
-    def __init__(self, announce: Callable[[str], None]) -> None:
-        self._announce = announce
-        self._start = time.perf_counter()
-        self._seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        self._announce(stage)
-        start = time.perf_counter()
-        yield
-        self._seconds[stage] = time.perf_counter() - start
-
-    def metrics(self, generated: int, trained: int) -> Record:
-        """Seconds per stage, generated tokens per second of rollout, and trained tokens per second of the step."""
-        step = time.perf_counter() - self._start
-        return {
-            **{f"seconds.{stage}": seconds for stage, seconds in self._seconds.items()},
-            "seconds.step": step,
-            "tokens.per_second": trained / step,
-            "tokens.generated_per_second": generated / self._seconds["rollout"],
-        }
-
-
-def finite(record: Record) -> Record:
-    """With None in place of NaN and infinity, which JSON does not have."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 def _generated(trees: Sequence[RolloutTree]) -> int:

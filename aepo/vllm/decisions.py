@@ -1,4 +1,4 @@
-"""The branching decision from a record, while its request may still be running: the rule of aepo.rollout.branching."""
+"""The branching decision from a record, while its request may still be running: the rule of aepo.branching."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+from aepo.branching import branch_chance, entropy_change, mean_entropy
 from aepo.config import RolloutConfig
-from aepo.rollout.branching import BranchPoint, decide_branch, mean_entropy
 from aepo.vllm.records import EntropyRecords
 
 # Names of a query, and the settings (with their defaults and ranges) that they stand for.
@@ -75,23 +75,20 @@ def decide(
         if len(entropies[key]) < needed[key] or (initial is not None and not entropies[initial]):
             decisions[key] = None
             continue
-        point = BranchPoint(
-            entropies=tuple(entropies[key]),
-            logprobs=(),
-            initial_entropy=(
-                query["initial_entropy"] if initial is None else mean_entropy(entropies[initial], rule.entropy_window)
-            ),
-            log_vocabulary=log_vocabulary,
-            uniform=math.nan,  # not read: alpha is a number
+        entropy = mean_entropy(entropies[key], rule.entropy_window)
+        start = query["initial_entropy"] if initial is None else mean_entropy(entropies[initial], rule.entropy_window)
+        delta = entropy_change(entropy, start, log_vocabulary)
+        chance = branch_chance(
+            delta,
+            alpha=query["alpha"],
+            gamma=rule.branch_gamma,
+            penalty=rule.branch_penalty,
             consecutive=query.get("consecutive", 0),
-            room=1,
-            step=0,
         )
-        decision = decide_branch(0, 0, point, rule)
         decisions[key] = {
-            "entropy": decision.entropy,
-            "delta": decision.delta,
-            "probability": decision.probability,
-            "branch": decision.branched,
+            "entropy": entropy,
+            "delta": delta,
+            "probability": chance,
+            "branch": chance > rule.branch_threshold,
         }
     return decisions, problems

@@ -1,7 +1,6 @@
 """EntropyEndpoints: routes of `vllm serve` with VLLM_PLUGINS=aepo: the functions of aepo.vllm.client, and new weights.
 
-Every route wants one of the keys that guard /v1. Bodies are read up to a limit before anything is parsed, and what is
-large is parsed and written in a thread, so that no message holds the event loop.
+Every route wants one of the keys that guard /v1.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
-import json
-import math
 import os
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Sequence
@@ -28,25 +25,12 @@ from vllm.engine.protocol import EngineClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from aepo.vllm import client
-from aepo.vllm.manifest import FileUpdateInfo, check_fields, signing_secret
-from aepo.vllm.processor import KEY_CHARACTERS, is_text
-from aepo.vllm.weight_files import BACKEND, FileInitInfo
-from aepo.vllm.weights import finish_update
+from aepo.vllm.messages import TOKENS, Refused, few, field, read_body, written
+from aepo.vllm.weights import BACKEND, FileInitInfo, FileUpdateInfo, finish_update, signing_secret
+from aepo.vllm.weights.manifest import check_fields
 
 DIRECTORY = "AEPO_WEIGHTS_DIR"
-# Of one message. The trainer keeps to them by itself (aepo/rollout/engines/vllm/remote.py).
-BODY_BYTES = 1 << 21
-BODY_SECONDS = 60.0
-KEYS, TOKENS = 4096, 1 << 20
 WORDS = 1000  # characters of an error
-
-
-class Refused(Exception):
-    """An answer with this status. The message is sent, and never repeats a body."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(frozen=True)
@@ -71,7 +55,7 @@ Handler = Callable[[Door, Any], Awaitable[dict[str, Any]]]
 async def entropies(door: Door, body: Any) -> dict[str, Any]:
     """{"keys": [key, ..] or {key: number of output tokens}} -> {"entropies": {key: [nats or null, ..]},
     "weight_version": of the engine now}"""
-    keys = _few(_field(body, "keys"))
+    keys = few(field(body, "keys"))
     counts = keys.values() if isinstance(keys, dict) else ()
     if sum(count for count in counts if isinstance(count, int)) > TOKENS:
         raise Refused(400, f"keys ask for more than {TOKENS} tokens: ask in parts")
@@ -83,12 +67,12 @@ async def entropies(door: Door, body: Any) -> dict[str, Any]:
 
 async def decisions(door: Door, body: Any) -> dict[str, Any]:
     """{"queries": {key: query}} -> {"decisions": {key: decision or null}}"""
-    return {"decisions": await client.fetch_decisions_async(door.engine, _few(_field(body, "queries")))}
+    return {"decisions": await client.fetch_decisions_async(door.engine, few(field(body, "queries")))}
 
 
 async def forget(door: Door, body: Any) -> dict[str, Any]:
     """{"keys": [key, ..] or null for all} -> {"forgotten": how many}"""
-    return {"forgotten": await client.forget_entropies_async(door.engine, _few(_field(body, "keys")))}
+    return {"forgotten": await client.forget_entropies_async(door.engine, few(field(body, "keys")))}
 
 
 async def status(door: Door, body: Any) -> dict[str, Any]:
@@ -108,9 +92,9 @@ async def start(door: Door, body: Any) -> dict[str, Any]:
 
 
 async def update(door: Door, body: Any) -> dict[str, Any]:
-    """A signed manifest (aepo.vllm.manifest.FileUpdateInfo) -> {}: all workers have checked its files"""
+    """A signed manifest (aepo.vllm.weights.FileUpdateInfo) -> {}: all workers have checked its files"""
     _check_taken(door)
-    if not isinstance(body, dict) or body.keys() - {field.name for field in fields(FileUpdateInfo)}:
+    if not isinstance(body, dict) or body.keys() - {one.name for one in fields(FileUpdateInfo)}:
         raise Refused(400, "body must be the manifest of an update")
     check_fields(FileUpdateInfo(**body))  # here, because vLLM cannot pass on to its workers all that JSON can say
     request = WeightTransferUpdateRequest(update_info=body)
@@ -228,9 +212,9 @@ def _route(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         if not door.admits(request.headers.get("authorization", "")):
             return JSONResponse({"error": "Unauthorized"}, status_code=401)
         try:
-            body = await _body(request) if request.method == "POST" else None
+            body = await read_body(request) if request.method == "POST" else None
             answer = await handler(door, body)
-            return Response(await asyncio.to_thread(_written, answer), media_type="application/json")
+            return Response(await asyncio.to_thread(written, answer), media_type="application/json")
         except client.EntropyError as error:
             return JSONResponse({"problems": error.problems}, status_code=409)
         except Refused as error:
@@ -240,72 +224,3 @@ def _route(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
 
     route.__doc__ = handler.__doc__
     return route
-
-
-async def _body(request: Request) -> Any:
-    """What the body says, None for an empty one. It is read no further than BODY_BYTES."""
-    too_large = Refused(413, f"body has more than {BODY_BYTES} bytes: send it in parts")
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and (len(length) > 12 or int(length) > BODY_BYTES):
-        raise too_large
-
-    async def read() -> bytes:
-        parts, size = [], 0
-        async for part in request.stream():
-            size += len(part)
-            if size > BODY_BYTES:
-                raise too_large
-            parts.append(part)
-        return b"".join(parts)
-
-    try:
-        raw = await asyncio.wait_for(read(), BODY_SECONDS)
-    except asyncio.TimeoutError:
-        raise Refused(408, f"the body did not come within {BODY_SECONDS:g} s") from None
-    try:
-        return await asyncio.to_thread(json.loads, raw, parse_int=_int, parse_constant=_no_number) if raw else None
-    except (ValueError, RecursionError):
-        raise Refused(400, "body is no JSON") from None
-
-
-def _int(digits: str) -> int:
-    """Of 64 bits: vLLM passes no other to its workers."""
-    if len(digits) > 20 or not -(1 << 63) <= int(digits) < 1 << 63:
-        raise Refused(400, "body has an integer of more than 64 bits")
-    return int(digits)
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _field(body: Any, name: str) -> Any:
-    if not isinstance(body, dict) or body.keys() != {name}:
-        raise Refused(400, f"body must be an object with {name!r} and nothing else")
-    return body[name]
-
-
-def _few(keys: Any) -> Any:
-    """Keys, or what is asked by key, if they are as many and as long as they may be."""
-    if isinstance(keys, (dict, list)):
-        if len(keys) > KEYS:
-            raise Refused(400, f"body has {len(keys)} keys, expected at most {KEYS}: send them in parts")
-        texts = [key for key in keys if isinstance(key, str)]
-        if any(len(key) > KEY_CHARACTERS for key in texts):
-            raise Refused(400, f"body has a key of more than {KEY_CHARACTERS} characters")
-        if not all(map(is_text, texts)):
-            raise Refused(400, "body has a key with half of a surrogate pair")
-    return keys
-
-
-def _written(answer: Any) -> bytes:
-    return json.dumps(_finite(answer), allow_nan=False, separators=(",", ":")).encode()
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: null."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

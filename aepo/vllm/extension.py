@@ -13,7 +13,7 @@ from typing import Any
 import vllm
 from vllm.distributed import get_pp_group
 
-import aepo.vllm.weight_files  # noqa: F401  # registers the weight-transfer backend in the worker
+import aepo.vllm.weights.worker  # noqa: F401  # registers the weight-transfer backend in the worker
 from aepo.vllm.decisions import decide
 from aepo.vllm.processor import EntropyProcessor
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from aepo.config import VLLMConfig
 from aepo.models.language_model import LanguageModel
 from aepo.rollout.engine import Engine, Generation, GenerationRequest
-from aepo.rollout.engines.vllm.engine import LoopThread, VLLMEngine
+from aepo.rollout.engines.vllm.engine import VLLMEngine
+from aepo.rollout.engines.vllm.loop_thread import LoopThread
 
 WIDE = 151_936  # the vocabulary of Qwen3
 KEPT: list[Any] = []  # an engine in this process that is collected takes process-wide groups of others with it
@@ -102,7 +103,7 @@ def launched(agent: LanguageModel, settings: VLLMConfig, prefix_caching: Sequenc
 
 
 def _launch(directory: Path, vocab_size: int, settings: VLLMConfig, prefix_caching: bool) -> VLLMEngine:
-    """As VLLMEngine.launch, which has no setting to leave the prefix cache out."""
+    """As aepo.rollout.engines.vllm.start.launch, which has no setting to leave the prefix cache out."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from aepo.rollout.engines.vllm.local import LocalReplica, engine_args
@@ -116,7 +117,7 @@ def _launch(directory: Path, vocab_size: int, settings: VLLMConfig, prefix_cachi
         return LocalReplica("replica 0", llm, [])
 
     replica = loop.run(start())
-    return VLLMEngine([replica], loop, vocab_size=vocab_size, version=0, model=None, weights_dir=None)
+    return VLLMEngine([replica], loop, vocab_size=vocab_size, version=0, weights_dir=None)
 
 
 class Watched:

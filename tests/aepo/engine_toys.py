@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 from transformers import Qwen3ForCausalLM as Qwen3
 
+from aepo.parallel import OneProcess, Weights
 from aepo.rollout.engine import Generation, GenerationRequest
 from aepo.rollout.engines.huggingface.engine import HuggingFaceEngine
 
@@ -66,6 +68,14 @@ def request(
 def prompts(*lengths: int, seed: int = 0) -> list[tuple[int, ...]]:
     draw = torch.Generator().manual_seed(seed)
     return [tuple(torch.randint(0, 256, (length,), generator=draw).tolist()) for length in lengths]
+
+
+def weights_of(model: torch.nn.Module) -> Weights:
+    """As an engine may get them: each is gone when the next one comes."""
+    for names, tensor in OneProcess().full_weights(model):  # type: ignore[arg-type]
+        one = tensor.clone()
+        yield names, one
+        one.fill_(math.nan)
 
 
 def generate(engine: HuggingFaceEngine, *requests: GenerationRequest) -> list[Generation]:

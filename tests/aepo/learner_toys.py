@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from aepo.advantages import Sample
 from aepo.config import Config, load_config
 from aepo.learning.learner import Learner
+from aepo.parallel import OneProcess
 from aepo_kernels import PolicyObjective
 
 TEMPERATURE, PATHS, MAX_TOKENS = 0.7, 12, 30
@@ -87,13 +88,16 @@ SAMPLES = engine_samples()
 def learned(config: Config) -> tuple[float, Tensor, tuple[tuple[Sample, ...], ...]]:
     """Loss and gradient of the step as the Learner makes them, and how it cut the batch."""
     model = copy.deepcopy(START)
-    learner = Learner(model, config, str)
+    learner = Learner(model, config, str, OneProcess())
     _become(model, OLD)
-    (minibatch,) = learner.add_log_probs(learner.pack(SAMPLES, questions=PATHS // 4))
-    stats = learner.entropy_stats([minibatch])
+    batch = learner.add_log_probs(learner.pack_samples(SAMPLES, [f"q{i}" for i in range(PATHS // 4)]))
+    stats = learner.entropy_stats(batch)
     _become(model, NEW)
-    metrics, _ = learner.backward(minibatch, stats, [f"q{i}" for i in range(PATHS)])
-    return sum(part["loss"] for part in metrics), gradient(model), tuple(batch.samples for batch in minibatch)
+    (minibatch,) = batch.minibatches
+    metrics, _ = learner.backward(minibatch, stats, batch.question_ids)
+    by_origin = {(sample.question, sample.path): sample for sample in SAMPLES}
+    parts = tuple(tuple(by_origin[origin] for origin in rows.origins) for rows in minibatch)
+    return sum(part["loss"] for part in metrics), gradient(model), parts
 
 
 def _become(model: PreTrainedModel, other: PreTrainedModel) -> None:

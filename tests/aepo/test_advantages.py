@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from trainer_toys import trajectory
+from trainer_toys import scored, trajectory
 
 from aepo.advantages import (
     AdvantageSettings,
@@ -26,7 +26,7 @@ def path_advantages(groups: list[list[float]], **settings: Any) -> list[list[flo
     """Advantages of paths with these rewards, each path of one written token."""
     paths = [[trajectory(PROMPT, ((10 + j,), ())) for j in range(len(rewards))] for rewards in groups]
     result: list[list[float]] = [[] for _ in groups]
-    for sample in make_samples(paths, groups, AdvantageSettings(**settings), 100):
+    for sample in make_samples(scored(paths, groups), AdvantageSettings(**settings), 100):
         result[sample.question].append(sample.advantages[-1])
     return result
 
@@ -93,7 +93,7 @@ def test_gigpo_adds_the_step_advantage_to_the_path_advantage() -> None:
     short = trajectory(PROMPT, ((10,), (7, 8)), ((11, 12), ()))
     long = trajectory(PROMPT, ((13,), (7, 8)), ((14,), (9,)), ((15,), ()))
     settings = AdvantageSettings(kind="gigpo", step_weight=0.1, step_discount=0.5)
-    first, second = make_samples([[short, long]], [[1.0, 0.5]], settings, max_tokens=100)
+    first, second = make_samples(scored([[short, long]], [[1.0, 0.5]]), settings, max_tokens=100)
     half = 1 / math.sqrt(2)
     assert first.advantages == pytest.approx((0, 0, 0, 1.1 * half, 0, 0, 1.1 * half, 1.1 * half))
     assert second.advantages == pytest.approx((0, 0, 0, -1.1 * half, 0, 0, -1.1 * half, 0, -half))
@@ -101,7 +101,7 @@ def test_gigpo_adds_the_step_advantage_to_the_path_advantage() -> None:
 
 def test_advantages_stand_only_on_generated_tokens() -> None:
     path = trajectory(PROMPT, ((10, 11), (7,)), ((12,), ()))
-    (good, bad) = make_samples([[path, path]], [[1.0, 0.0]], AdvantageSettings(), max_tokens=100)
+    (good, bad) = make_samples(scored([[path, path]], [[1.0, 0.0]]), AdvantageSettings(), max_tokens=100)
     half = 1 / math.sqrt(2)
     assert good.advantages == pytest.approx((0, 0, 0, half, half, 0, half))
     assert bad.advantages == pytest.approx((0, 0, 0, -half, -half, 0, -half))
@@ -111,7 +111,7 @@ def test_advantages_stand_only_on_generated_tokens() -> None:
 def test_dapo_drops_groups_without_a_difference_and_keeps_the_indices() -> None:
     path = trajectory(PROMPT, ((10,), ()))
     settings = AdvantageSettings(drop_equal_groups=True)
-    samples = make_samples([[path, path], [path, path], [path]], [[1.0, 1.0], [0.0, 1.0], [1.0]], settings, 100)
+    samples = make_samples(scored([[path, path], [path, path], [path]], [[1.0, 1.0], [0.0, 1.0], [1.0]]), settings, 100)
     assert [(s.question, s.path) for s in samples] == [(1, 0), (1, 1)]
 
 
@@ -125,7 +125,7 @@ def test_overlong_penalty_is_part_of_the_reward() -> None:
     # Equal rewards, but path 1 has 10 tokens after the prompt, all of the buffer: shaped rewards are 1 and 0.
     short, long = trajectory(PROMPT, ((10,), ())), trajectory(PROMPT, (range(10, 20), ()))
     settings = AdvantageSettings(drop_equal_groups=True, overlong_buffer=5)
-    samples = make_samples([[short, long]], [[1.0, 1.0]], settings, max_tokens=10)
+    samples = make_samples(scored([[short, long]], [[1.0, 1.0]]), settings, max_tokens=10)
     assert [s.advantages[-1] for s in samples] == pytest.approx([1 / math.sqrt(2), -1 / math.sqrt(2)])
 
 
@@ -133,7 +133,7 @@ def test_overlong_penalty_is_part_of_the_reward() -> None:
 def test_a_reward_that_is_no_number_is_named(reward: float) -> None:
     path = trajectory(PROMPT, ((10,), ()))
     with pytest.raises(ValueError, match="reward of question 1, path 0 is"):
-        make_samples([[path], [path, path]], [[1.0], [reward, 0.0]], AdvantageSettings(), 100)
+        make_samples(scored([[path], [path, path]], [[1.0], [reward, 0.0]]), AdvantageSettings(), 100)
 
 
 def test_presets_and_overrides() -> None:
@@ -155,10 +155,12 @@ def halves(rewards, questions):
 def test_an_advantage_of_ones_own() -> None:
     path = trajectory(PROMPT, ((10,), ()))
     settings = advantage_settings(PolicyConfig(advantage="test_advantages:halves"))
-    samples = make_samples([[path, path], [path]], [[1.0, 0.0], [3.0]], settings, max_tokens=100)
+    samples = make_samples(scored([[path, path], [path]], [[1.0, 0.0], [3.0]]), settings, max_tokens=100)
     assert [s.advantages[-1] for s in samples] == [0.5, 0.0, 2.5]
     leave_one_out = PolicyConfig(advantage="aepo_kernels.advantages:leave_one_out_advantages")
-    samples = make_samples([[path, path, path]], [[1.0, 0.0, 0.5]], advantage_settings(leave_one_out), max_tokens=100)
+    samples = make_samples(
+        scored([[path, path, path]], [[1.0, 0.0, 0.5]]), advantage_settings(leave_one_out), max_tokens=100
+    )
     assert [s.advantages[-1] for s in samples] == [0.75, -0.75, 0.0]
 
 
@@ -174,7 +176,7 @@ def test_an_advantage_of_ones_own() -> None:
 def test_an_advantage_that_fails_is_named(function, text: str) -> None:
     path = trajectory(PROMPT, ((10,), ()))
     with pytest.raises(AgentError, match=f"policy.advantage: .*({text})"):
-        make_samples([[path, path]], [[1.0, 0.0]], AdvantageSettings(own=function), max_tokens=100)
+        make_samples(scored([[path, path]], [[1.0, 0.0]]), AdvantageSettings(own=function), max_tokens=100)
 
 
 def test_an_advantage_that_does_not_exist() -> None:

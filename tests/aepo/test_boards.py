@@ -21,7 +21,7 @@ RECORD = {"step": 1, "reward.mean": 0.25, "tools.calls.search": 3, "policy.kl": 
 
 def run_log(directory: Path, *settings: str, step: int = 0, resumed: bool = False) -> RunLog:
     config = load_config(None, [f"run.dir={directory}", *settings])
-    held = RunDirectory.claim(directory, resume=resumed)
+    held = RunDirectory.claim(directory, resume_step=2 if resumed else None)
     return RunLog(held, config, {"model": {}}, step, resumed=resumed)
 
 
@@ -86,7 +86,7 @@ def test_wandb_has_the_numbers_of_tensorboard_and_a_resumed_run_continues(tmp_pa
     resumed.directory.release()
     (run / "wandb" / "run-20260101_000000-other").mkdir()
     (run / "wandb" / f"offline-run-20260101_000000-{known}-12").mkdir()  # wandb's name for one in the same second
-    held = RunDirectory.claim(run, resume=False, overwrite=True)
+    held = RunDirectory.claim(run, overwrite=True)
     held.replace_old()
     assert sorted(path.name for path in run.rglob("*")) == [".lock", "run-20260101_000000-other", "wandb"]
 
@@ -116,7 +116,7 @@ def test_a_failing_wandb_is_one_line_and_the_run_goes_on(where, tmp_path, monkey
 
 def test_wandb_that_is_not_installed_is_said_before_the_run_begins(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    held = RunDirectory.claim(tmp_path / "run", resume=False)
+    held = RunDirectory.claim(tmp_path / "run")
     with pytest.raises(ModuleNotFoundError, match=r"log.wandb = 'p' needs wandb, .*: pip install .*\[wandb\]"):
         RunLog(held, load_config(None, ["log.wandb=p"]), {}, 0, resumed=False)
     held.release()

@@ -22,19 +22,13 @@ from trainer_toys import ToyLanguageModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from aepo.config import Config, to_yaml
-from aepo.learning.learner import make_optimizer
+from aepo.learning.optimizer import make_optimizer
 from aepo.models.language_model import LanguageModel
-from aepo.run.checkpoint import (
-    CheckpointError,
-    best_checkpoint,
-    checkpoint_path,
-    list_checkpoints,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    verify_checkpoint,
-)
+from aepo.parallel import OneProcess
+from aepo.run.checkpoint import CheckpointError, best_checkpoint, list_checkpoints, verify_checkpoint
 from aepo.run.checkpoint_fit import model_problem, require_tokenizer
+from aepo.run.checkpoint_load import load_state, load_weights
+from aepo.run.checkpoints import Checkpoints
 
 YAML = to_yaml(Config())
 
@@ -48,21 +42,30 @@ def trained(steps: int = 2) -> tuple[ToyLanguageModel, torch.optim.Optimizer]:
     return toy, optimizer
 
 
-def save(directory: Path, step: int, success: float | None = None, keep: int = 2) -> Path:
-    toy, optimizer = trained()
-    return save_checkpoint(
-        directory, step, toy.model, toy.tokenizer, optimizer, heldout_success=success, config_yaml=YAML, keep=keep
+def checkpoints(
+    directory: Path, toy: ToyLanguageModel | LanguageModel, optimizer: torch.optim.Optimizer, keep: int = 2
+) -> Checkpoints:
+    return Checkpoints(
+        directory,
+        keep=keep,
+        config_yaml=YAML,
+        model=toy.model,
+        tokenizer=toy.tokenizer,
+        optimizer=optimizer,
+        parallel=OneProcess(),
     )
+
+
+def save(directory: Path, step: int, success: float | None = None, keep: int = 2) -> Path:
+    return checkpoints(directory, *trained(), keep).save(step, success)
 
 
 def test_round_trip(tmp_path: Path) -> None:
     toy, optimizer = trained()
-    path = save_checkpoint(
-        tmp_path, 7, toy.model, toy.tokenizer, optimizer, heldout_success=0.5, config_yaml=YAML, keep=1
-    )
+    path = checkpoints(tmp_path, toy, optimizer).save(7, 0.5)
     fresh = ToyLanguageModel(seed=1)
     fresh_optimizer = make_optimizer(fresh.model, Config().optimizer)
-    assert load_checkpoint(path, fresh.model, fresh_optimizer) == 7
+    assert checkpoints(tmp_path, fresh, fresh_optimizer).load(7) == path
     for mine, theirs in zip(fresh.model.parameters(), toy.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
         for name, value in optimizer.state[theirs].items():
@@ -128,7 +131,7 @@ def test_damage_is_noticed_named_and_the_next_whole_one_suggested(tmp_path: Path
     toy, optimizer = trained()
     before = [p.detach().clone() for p in toy.model.parameters()]
     with pytest.raises(CheckpointError) as error:
-        load_checkpoint(tmp_path / "step_000002", toy.model, optimizer)
+        load(tmp_path / "step_000002", toy.model, optimizer)
     # A flipped bit in SHA256SUMS accuses the file that the sum stands for.
     assert str(file.parent if (name, damage) == ("SHA256SUMS", "bit") else file) in str(error.value)
     assert "step_000001 is whole: resume from it with --from-step 1" in str(error.value)
@@ -182,6 +185,10 @@ def test_state_is_small_and_plain(tmp_path: Path) -> None:
     assert state == one
 
 
+def load(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    load_state(path, model, optimizer, OneProcess())
+
+
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
@@ -204,7 +211,7 @@ def test_what_a_run_did_not_write_is_left_alone(tmp_path: Path) -> None:
     (directory / "step_000005").symlink_to(tmp_path / "nowhere")
     mine = {name for name in names(directory) if name != "step_000010"}
     assert [c.step for c in list_checkpoints(directory)] == [4, 10]
-    load_checkpoint(directory / "step_000004", *fresh())
+    load(directory / "step_000004", *fresh())
     for step in (11, 12, 13):
         save(directory, step, keep=1, success=0.1 * (step - 10))
     assert set(names(directory)) == mine | {"step_000010", "step_000013"}
@@ -293,7 +300,7 @@ def test_whatever_fails_while_saving_leaves_what_was_there(
     toy, optimizer = trained(1)
 
     def write() -> None:
-        save_checkpoint(tmp_path, 2, toy.model, toy.tokenizer, optimizer, heldout_success=0.7, config_yaml=YAML, keep=2)
+        checkpoints(tmp_path, toy, optimizer).save(2, 0.7)
 
     failed = 0
     for at, error in [*((1, error) for error in ERRORS), *((at, ERRORS[at % 4]) for at in range(2, 200))]:
@@ -336,15 +343,13 @@ def test_a_kill_between_two_renames_costs_nothing(tmp_path: Path, at: int) -> No
 
         Path.rename = rename
         try:
-            save_checkpoint(
-                tmp_path, 2, toy.model, toy.tokenizer, optimizer, heldout_success=None, config_yaml=YAML, keep=2
-            )
+            checkpoints(tmp_path, toy, optimizer).save(2, None)
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert (tmp_path / ".writing_000002").is_dir(), "it was killed while it saved"
     assert [(c.step, c.heldout_success) for c in list_checkpoints(tmp_path)] == [(1, None), (2, 0.5)]
-    assert load_checkpoint(checkpoint_path(tmp_path, 2), *fresh()) == 2
+    assert checkpoints(tmp_path, *trained()).load(2).name.endswith("_000002")
     save(tmp_path, 3, keep=5)
     assert names(tmp_path) == ["step_000001", "step_000002", "step_000003"]
     assert list_checkpoints(tmp_path)[1].heldout_success == 0.5
@@ -391,9 +396,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path: Path, where: str, value: floa
         (parameter if where == "weight" else optimizer.state[parameter]["exp_avg_sq"]).view(-1)[-1] = value
     file, name = ("model", name) if where == "weight" else ("optimizer", f"{name}|exp_avg_sq")
     with pytest.raises(CheckpointError) as error:
-        save_checkpoint(
-            tmp_path, 2, toy.model, toy.tokenizer, optimizer, heldout_success=None, config_yaml=YAML, keep=1
-        )
+        checkpoints(tmp_path, toy, optimizer, keep=1).save(2, None)
     assert f"{file}.safetensors: {name} has values that are not finite" in str(error.value)
     assert names(tmp_path) == ["step_000001"]
 
@@ -493,7 +496,7 @@ def test_what_is_of_another_is_refused_before_anything_changes(tmp_path: Path, n
     optimizer.step()
     weights, moments = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     with pytest.raises(CheckpointError) as error:
-        load_checkpoint(path, model, optimizer)
+        load(path, model, optimizer)
     assert str(error.value).startswith(f"cannot load checkpoint {path}: ")
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
@@ -505,18 +508,16 @@ def test_what_is_of_another_is_refused_before_anything_changes(tmp_path: Path, n
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     model, _ = fresh()
     with pytest.raises(CheckpointError, match=r"the optimizer was AdamW, here it is Adam$"):
-        load_checkpoint(save(tmp_path, 2), model, torch.optim.Adam(model.parameters()))
+        load(save(tmp_path, 2), model, torch.optim.Adam(model.parameters()))
 
 
 def test_parameters_without_a_gradient_have_no_moments(tmp_path: Path) -> None:
     toy = ToyLanguageModel()
     optimizer = make_optimizer(toy.model, Config().optimizer)
     for step in (0, 1):
-        path = save_checkpoint(
-            tmp_path, step, toy.model, toy.tokenizer, optimizer, heldout_success=None, config_yaml=YAML, keep=2
-        )
+        path = checkpoints(tmp_path, toy, optimizer).save(step, None)
         model, other = fresh()
-        assert load_checkpoint(path, model, other) == step
+        load(path, model, other)
         assert len(other.state) == step
         toy.model.model.norm.weight.grad = torch.ones(32)  # that of no other
         optimizer.step()
@@ -543,10 +544,8 @@ def test_other_architectures_fit_themselves_and_load_in_transformers(tmp_path: P
     sizes |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 18, "num_experts": 8, "moe_intermediate_size": 8}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, tie_word_embeddings=tie)).eval()
     optimizer = make_optimizer(model, Config().optimizer)
-    path = save_checkpoint(
-        tmp_path, 0, model, ToyLanguageModel().tokenizer, optimizer, heldout_success=None, config_yaml=YAML, keep=1
-    )
-    load_checkpoint(path, model, optimizer)
+    path = checkpoints(tmp_path, LanguageModel(model, ToyLanguageModel().tokenizer), optimizer).save(0, None)
+    load(path, model, optimizer)
     loaded, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]
@@ -562,9 +561,7 @@ def test_all_ends_of_text_of_the_model_are_kept(tmp_path: Path) -> None:
     toy, optimizer = trained()
     toy.model.generation_config.eos_token_id = [1, 6]
     toy.model.generation_config.temperature = 0.9  # without sampling: transformers does not save that
-    path = save_checkpoint(
-        tmp_path, 1, toy.model, toy.tokenizer, optimizer, heldout_success=None, config_yaml=YAML, keep=1
-    )
+    path = checkpoints(tmp_path, toy, optimizer).save(1, None)
     before = LanguageModel(toy.model, toy.tokenizer).eos_ids
     assert before == (1, 6)
     assert LanguageModel.from_directory(path, dtype=torch.float32, device="cpu").eos_ids == before
@@ -577,13 +574,11 @@ def test_ends_of_text_are_the_same_in_any_order(was: Any, now: Any, tmp_path: Pa
     same = {*(was if isinstance(was, list) else [was])} == {*(now if isinstance(now, list) else [now])}
     for owner, what in ((toy.model.config, "config.json"), (toy.model.generation_config, "generation_config.json")):
         owner.eos_token_id = was
-        path = save_checkpoint(
-            tmp_path, 1, toy.model, toy.tokenizer, optimizer, heldout_success=None, config_yaml=YAML, keep=1
-        )
+        path = checkpoints(tmp_path, toy, optimizer).save(1, None)
         owner.eos_token_id = now
         language_model = LanguageModel(toy.model, toy.tokenizer)
         with contextlib.nullcontext() if same else pytest.raises(ValueError, match=f"{what}: eos_token_id was"):
-            if problem := model_problem(path, toy.model):
+            if problem := model_problem(path, toy.model, OneProcess()):
                 raise ValueError(problem)
             require_tokenizer(path, language_model, "toy")
 
@@ -591,9 +586,7 @@ def test_ends_of_text_are_the_same_in_any_order(was: Any, now: Any, tmp_path: Pa
 def test_a_tokenizer_with_several_chat_templates(tmp_path: Path) -> None:
     toy, optimizer = trained()
     toy.tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
-    path = save_checkpoint(
-        tmp_path, 1, toy.model, toy.tokenizer, optimizer, heldout_success=None, config_yaml=YAML, keep=1
-    )
+    path = checkpoints(tmp_path, toy, optimizer).save(1, None)
     assert "  additional_chat_templates/tool_use.jinja\n" in (path / "SHA256SUMS").read_text()
     verify_checkpoint(path)
     assert AutoTokenizer.from_pretrained(path).chat_template == toy.tokenizer.chat_template

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from aepo import cli, cli_shared
 from aepo.run.checkpoint import CheckpointError, list_checkpoints
+from aepo.run.checkpoints import Checkpoints
 from aepo.run.files import read_records
 from aepo.run.log import RunLog
 
@@ -157,7 +158,7 @@ def test_a_full_disk_ends_with_the_way_to_go_on(steps: int, tmp_path: Path, monk
 
     monkeypatch.setattr(RunLog, "step", full)
     if steps == 0:
-        monkeypatch.setattr("aepo.trainer.save_checkpoint", unsaved)
+        monkeypatch.setattr(Checkpoints, "save", unsaved)
     directory = tmp_path / "run"
     done = run("train", *SMALL, "checkpoint.every=1", f"run.dir={directory}")
     assert done.exit_code == 1

@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aepo.config import (
-    NO_PRESETS,
     OBJECTIVE_KEYS,
     Config,
     OptimizerConfig,
@@ -33,6 +32,7 @@ from aepo.config import (
     to_yaml,
     yaml_settings,
 )
+from aepo.config.learning_sections import NO_PRESETS
 from aepo_kernels.objective import PolicyObjective, PresetName
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

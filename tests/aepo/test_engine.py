@@ -176,7 +176,7 @@ def test_version_is_reported_and_refresh_drops_what_old_weights_computed() -> No
     with torch.no_grad():
         for parameter in used.parameters():
             parameter.mul_(1.1)
-    served.refresh(5)
+    served.refresh(5, iter(()))
     got = generate(served, asked)[0]
     assert got.version == 5
     assert_is_the_models_own(used, asked, got)
@@ -228,7 +228,7 @@ def test_a_row_that_breaks_on_the_way_is_named_and_goes_on_with_a_token() -> Non
     assert position < 7
     with torch.no_grad():
         used.model.embed_tokens.weight[poison] = torch.nan
-    served.refresh(3)
+    served.refresh(3, iter(()))
     rows = []
     used.register_forward_pre_hook(lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
     with pytest.raises(

@@ -11,9 +11,12 @@ from types import SimpleNamespace
 import pytest
 
 from aepo.config import VLLMConfig, load_config
+from aepo.parallel import OneProcess
+from aepo.rollout.engines import make
 from aepo.rollout.engines.make import make_engine
-from aepo.rollout.engines.vllm.engine import LoopThread, VLLMEngine
-from tests.aepo.engine_toys import model, tokenizer
+from aepo.rollout.engines.vllm import start
+from aepo.rollout.engines.vllm.loop_thread import LoopThread
+from tests.aepo.engine_toys import model, tokenizer, weights_of
 
 
 @pytest.fixture
@@ -21,7 +24,7 @@ def made(tmp_path):
     """make_engine for vLLM on this machine, over a toy, in a directory of its own."""
     config = load_config(None, ["rollout.engine=vllm", f"run.dir={tmp_path / 'run'}"])
     language_model = SimpleNamespace(model=model(), tokenizer=tokenizer(), vocab_size=260)
-    return lambda: make_engine(config, language_model, [256], 0)
+    return lambda: make_engine(config, language_model, [256], 0, OneProcess())
 
 
 def test_a_full_disk_is_one_line(made, tmp_path):
@@ -42,7 +45,7 @@ def test_the_weights_of_a_failed_start_go(made, tmp_path, monkeypatch, error):
         assert (model_dir / "model.safetensors").exists()
         raise error
 
-    monkeypatch.setattr(VLLMEngine, "launch", launch)
+    monkeypatch.setattr(make, "launch", launch)
     with pytest.raises(error):
         made()
     assert not list((tmp_path / "run").iterdir())
@@ -68,7 +71,7 @@ def test_endpoints_before_one_that_fails_are_closed(monkeypatch):
     settings = VLLMConfig(endpoints=("http://a", "http://b", "http://c"))
     threads = threading.active_count()
     with pytest.raises(ConnectionError, match="http://c"):
-        VLLMEngine.connect(eos_ids=[], vocab_size=260, model=None, settings=settings, version=0)
+        start.connect(eos_ids=[], vocab_size=260, settings=settings, version=0, weights=None)
     assert closed == ["http://a", "http://b"]
     assert threading.active_count() == threads
 
@@ -98,11 +101,15 @@ def test_nothing_stays_open_where_a_guard_cannot_start(monkeypatch, tmp_path):
         raise OSError("no more processes")
 
     monkeypatch.setattr(vllm_remote.RemoteReplica, "connect", connect)
-    monkeypatch.setattr("aepo.rollout.engines.vllm.engine.OrphanGuard", refuse)
+    monkeypatch.setattr("aepo.rollout.engines.vllm.start.OrphanGuard", refuse)
     threads = threading.active_count()
     with pytest.raises(OSError, match="no more processes"):
-        VLLMEngine.connect(
-            eos_ids=[], vocab_size=260, model=model(), settings=VLLMConfig(endpoints=("http://a",)), version=0
+        start.connect(
+            eos_ids=[],
+            vocab_size=260,
+            settings=VLLMConfig(endpoints=("http://a",)),
+            version=0,
+            weights=weights_of(model()),
         )
     assert replica.is_closed
     assert threading.active_count() == threads

@@ -80,7 +80,7 @@ def test_branching_and_fresh_paths_compute_one_token_of_the_prefix() -> None:
 def test_release_and_refresh_forget() -> None:
     counted = Counted()
     (prompt,) = prompts(20)
-    for forget in (counted.engine.release, lambda: counted.engine.refresh(1)):
+    for forget in (counted.engine.release, lambda: counted.engine.refresh(1, iter(()))):
         counted.generate(request(prompt, 1))
         forget()
         _, forwards = counted.generate(request(prompt, 1))

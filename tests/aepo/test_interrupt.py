@@ -16,7 +16,7 @@ import pytest
 
 from aepo import interrupt as module
 from aepo.interrupt import SIGNALS, WAKE, Interrupt, heard_by_main_thread
-from aepo.rollout.engines.vllm.engine import LoopThread
+from aepo.rollout.engines.vllm.loop_thread import LoopThread
 from aepo.rollout.sampler import Sampler
 
 

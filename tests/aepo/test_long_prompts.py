@@ -46,7 +46,7 @@ def test_a_run_is_refused_before_it_begins(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="3 of 4 held-out prompts"):
         trainer(tmp_path / "run", 5)
-    assert len(trainer(tmp_path / "run", 6).train_questions) == 12
+    assert len(trainer(tmp_path / "run", 6).questions.train) == 12
 
 
 def test_long_prompts_are_left_out_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,7 +68,7 @@ def test_long_prompts_are_left_out_of_a_run(tmp_path: Path, capsys: pytest.Captu
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert facts["long_prompts_dropped"] == {"train": 2, "heldout": 3}
     resumed = trainer(tmp_path / "run", 4, DROP, "train.steps=4", resume_step=3)
-    assert [question.id for question in resumed.train_questions] == [f"q{i}" for i in range(10)]
+    assert [question.id for question in resumed.questions.train] == [f"q{i}" for i in range(10)]
     resumed.run_directory.release()
     with pytest.raises(ValueError, match=r"begun with another agent: long_prompts_dropped.train was 2 and is 0; "):
         trainer(tmp_path / "run", 6, DROP, resume_step=3)

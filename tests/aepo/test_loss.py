@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from trainer_toys import random_samples, tiny_model
@@ -11,26 +9,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import aepo.learning.loss
 from aepo.config import Config, PolicyConfig
+from aepo.learning.attention import packed_attention
+from aepo.learning.batch import entropy_statistics
+from aepo.learning.forward import check_packing, row_logits, with_old_policy, with_reference
 from aepo.learning.learner import Learner
-from aepo.learning.loss import (
-    check_packing,
-    loss_denominator,
-    microbatch_loss,
-    packed_attention,
-    packed_logits,
-    policy_objective,
-    token_statistics,
-    with_old_policy,
-    with_reference,
-)
-from aepo.learning.pack_paths import PackedBatch, entropy_statistics, microbatches, pack
+from aepo.learning.loss import loss_denominator, microbatch_loss, policy_objective
+from aepo.learning.pack_paths import microbatches, pack
+from aepo.parallel import OneProcess
 from aepo_kernels import PolicyLoss, PolicyObjective, logits_policy_loss
 
 PRESETS = ("aepo", "arpo", "grpo", "dapo", "cispo", "gppo", "gspo", "gigpo", "reinforce++")
-
-
-def rows_of(batch: PackedBatch) -> torch.Tensor:
-    return batch.mask.nonzero().squeeze(1)
 
 
 def gradients(model: torch.nn.Module) -> torch.Tensor:
@@ -44,7 +32,7 @@ def test_packed_logits_and_gradients_are_those_of_each_trajectory_alone(scaling:
     for layer in model.model.layers:
         layer.self_attn.scaling = scaling
     batch = pack(samples, dtype=torch.float64)
-    packed = packed_logits(model, batch, rows_of(batch))
+    packed = row_logits(model, batch)
     direction = torch.linspace(-1, 1, packed.numel(), dtype=torch.float64).view_as(packed)
     (packed * direction).sum().backward()
     packed_gradients = gradients(model)
@@ -82,7 +70,7 @@ def test_microbatches_add_up_to_the_full_batch(preset: str, old_logprobs: str) -
             batches = [with_old_policy(model, batch, 0.8) for batch in batches]
         batches = [with_reference(reference, batch, 0.8) for batch in batches]
         stats = entropy_statistics(batches) if objective.entropy_advantage else None
-        trained = sum(batch.trained_tokens for batch in batches)
+        trained = sum(len(batch.rows) for batch in batches)
         losses = [
             microbatch_loss(
                 model,
@@ -146,11 +134,9 @@ def test_the_denominator_is_what_the_aggregation_divides_by(aggregation: str) ->
     model, samples = tiny_model(), random_samples(3)
     objective = policy_objective(PolicyConfig(preset="cispo", aggregation=aggregation))
     batch = with_old_policy(model, pack(samples, dtype=torch.float64), 1.0)
-    denominator = loss_denominator(objective, batch.trained_tokens, len(samples), max_tokens=30)
+    denominator = loss_denominator(objective, len(batch.rows), len(samples), max_tokens=30)
     loss = microbatch_loss(model, batch, objective, temperature=1.0, denominator=denominator, entropy_stats=None).loss
-    terms = [
-        (-batch.advantages * batch.old_logprobs)[a:b][batch.mask[a:b]] for a, b in batch.cu_seqlens.unfold(0, 2, 1)
-    ]
+    terms = [(-batch.advantages * batch.old_logprobs)[a:b] for a, b in batch.bounds.unfold(0, 2, 1)]
     expected = {
         "token-mean": sum(t.sum() for t in terms) / sum(len(t) for t in terms),
         "seq-mean-token-sum": sum(t.sum() for t in terms) / 3,
@@ -163,12 +149,11 @@ def test_the_denominator_is_what_the_aggregation_divides_by(aggregation: str) ->
 def test_old_policy_is_the_model_itself() -> None:
     model, samples = tiny_model(), random_samples(4)
     batch = with_old_policy(model, pack(samples, dtype=torch.float64), 0.7)
-    probabilities = (packed_logits(model, batch, rows_of(batch)) / 0.7).log_softmax(-1).detach()
-    chosen = probabilities.gather(1, batch.labels[batch.mask][:, None])[:, 0]
+    probabilities = (row_logits(model, batch) / 0.7).log_softmax(-1).detach()
+    chosen = probabilities.gather(1, batch.labels[:, None])[:, 0]
     entropies = -(probabilities.exp() * probabilities).sum(-1)
-    assert (batch.old_logprobs[batch.mask] - chosen).abs().max() < 1e-12
-    assert (batch.entropies[batch.mask] - entropies).abs().max() < 1e-12
-    assert not batch.old_logprobs[~batch.mask].any()
+    assert (batch.old_logprobs - chosen).abs().max() < 1e-12
+    assert (batch.entropies - entropies).abs().max() < 1e-12
     assert torch.equal(batch.rollout_logprobs, pack(samples, dtype=torch.float64).old_logprobs), "the engine's stay"
 
 
@@ -178,7 +163,7 @@ def test_the_published_per_micro_batch_statistics_depend_on_the_cut_and_ours_do_
 
     def total(tokens: int, stats: tuple[float, float] | None) -> float:
         batches = [pack(part, dtype=torch.float64) for part in microbatches(samples, tokens)]
-        trained = sum(b.trained_tokens for b in batches)
+        trained = sum(len(b.rows) for b in batches)
         return sum(
             microbatch_loss(model, b, objective, temperature=1.0, denominator=trained, entropy_stats=stats).loss.item()
             for b in batches
@@ -191,7 +176,7 @@ def test_the_published_per_micro_batch_statistics_depend_on_the_cut_and_ours_do_
 def test_other_models_get_their_own_attention_back() -> None:
     model, batch = tiny_model(), pack(random_samples(2))
     before = model.config._attn_implementation
-    packed_logits(model, batch, rows_of(batch))
+    row_logits(model, batch)
     assert model.config._attn_implementation == before
 
 
@@ -254,28 +239,17 @@ def test_a_learner_checks_its_model() -> None:
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     with pytest.raises(ValueError, match="sliding_window"):
-        Learner(MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=4)), Config(), str)
+        Learner(MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=4)), Config(), str, OneProcess())
 
 
 def test_a_learner_trains_without_dropout() -> None:
     """It would make the ratio differ from 1 before any update."""
-    assert not any(module.training for module in Learner(tiny_model().train(), Config(), str).model.modules())
+    assert not any(
+        module.training for module in Learner(tiny_model().train(), Config(), str, OneProcess()).model.modules()
+    )
 
 
 def test_dropout_is_refused_in_packed_attention() -> None:
     rows = torch.zeros(1, 1, 3, 8)
     with pytest.raises(ValueError, match="packed attention has no dropout"):
         packed_attention(torch.nn.Module(), rows, rows, rows, None, lengths=(3,), dropout=0.1)
-
-
-def test_statistics_off_the_mask_are_zero_and_nan_there_does_no_harm() -> None:
-    model, samples = tiny_model(), random_samples(3)
-    batch = pack(samples, dtype=torch.float64)
-    poisoned = replace(batch, old_logprobs=batch.old_logprobs.masked_fill(~batch.mask, torch.nan))
-    objective = policy_objective(PolicyConfig(preset="grpo"))
-    losses = [
-        microbatch_loss(model, b, objective, temperature=1.0, denominator=3, entropy_stats=None).loss.item()
-        for b in (batch, poisoned)
-    ]
-    assert losses[0] == losses[1]
-    assert not token_statistics(model, batch, 1.0)[0][~batch.mask].any()

@@ -14,18 +14,19 @@ import torch
 from trainer_toys import random_samples, tiny_model
 
 from aepo.config import Config, PolicyConfig
+from aepo.learning.batch import Batch
 from aepo.learning.loss import microbatch_loss, policy_objective
 from aepo.learning.pack_paths import microbatches, pack
+from aepo.run.clock import StageClock
 from aepo.run.directory import RunDirectory
 from aepo.run.log import RunLog
 from aepo.run.metrics import (
-    StageClock,
-    finite,
     loss_metrics,
     memory_metrics,
     mismatch_metrics,
     rollout_metrics,
 )
+from aepo.run.records import finite
 from aepo.run.saved_trees import token_texts
 from aepo.types import (
     BranchDecision,
@@ -212,7 +213,7 @@ def test_merged_micro_batches_have_the_metrics_of_the_whole_batch() -> None:
 
     def metrics(tokens: int) -> dict:
         parts = [pack(part, dtype=torch.float64) for part in microbatches(samples, tokens)]
-        trained = sum(part.trained_tokens for part in parts)
+        trained = sum(len(part.rows) for part in parts)
         results = [
             microbatch_loss(model, part, objective, temperature=1.0, denominator=trained, entropy_stats=(3.0, 0.2))
             for part in parts
@@ -234,22 +235,20 @@ def test_the_loss_is_summed_in_a_step_and_averaged_over_steps() -> None:
 
 
 def test_mismatch_is_of_the_trained_tokens_of_all_batches() -> None:
-    """Whatever stands elsewhere; the largest difference may be below 0."""
+    """The largest difference may be below 0."""
     parts = [pack(part, dtype=torch.float64) for part in (random_samples(1), random_samples(4, seed=1))]
-    assert not any(part.mask.all() for part in parts)
-    sizes = [part.trained_tokens for part in parts]
+    sizes = [len(part.rows) for part in parts]
     assert sizes[0] != sizes[1]
-    shifted = []
-    for part, by in zip(parts, (0.1, -0.3), strict=True):
-        off = torch.full_like(part.rollout_logprobs, 5.0)
-        shifted.append(replace(part, old_logprobs=(part.rollout_logprobs + by).where(part.mask, off)))
-    record = mismatch_metrics(shifted)
+    shifted = [
+        replace(part, old_logprobs=part.rollout_logprobs + by) for part, by in zip(parts, (0.1, -0.3), strict=True)
+    ]
+    record = mismatch_metrics(Batch((), (), ((shifted[0],), (shifted[1],))))
     assert record["policy.mismatch_max"] == pytest.approx(0.3)
     k3 = [math.expm1(by) - by for by in (0.1, -0.3)]
     assert record["policy.mismatch_kl"] == pytest.approx((k3[0] * sizes[0] + k3[1] * sizes[1]) / sum(sizes))
-    same = [replace(part, old_logprobs=part.rollout_logprobs) for part in parts]
-    assert mismatch_metrics(same) == {"policy.mismatch_kl": 0.0, "policy.mismatch_max": 0.0}
-    assert mismatch_metrics([]) == {"policy.mismatch_kl": None, "policy.mismatch_max": None}
+    same = tuple(replace(part, old_logprobs=part.rollout_logprobs) for part in parts)
+    assert mismatch_metrics(Batch((), (), (same,))) == {"policy.mismatch_kl": 0.0, "policy.mismatch_max": 0.0}
+    assert mismatch_metrics(Batch((), (), ())) == {"policy.mismatch_kl": None, "policy.mismatch_max": None}
 
 
 def test_json_has_no_nan() -> None:
@@ -273,7 +272,7 @@ def config() -> Config:
 def test_tensorboard_has_the_same_numbers(tmp_path: Path, config: Config) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = RunLog(RunDirectory.claim(tmp_path / "run", resume=False), config, {}, 0, resumed=False)
+    log = RunLog(RunDirectory.claim(tmp_path / "run"), config, {}, 0, resumed=False)
     log.step({"step": 1, "reward.mean": 0.25, "tools.calls.search": 3})
     log.evaluation({"step": 1, "success": 0.5})
     log.close("finished")

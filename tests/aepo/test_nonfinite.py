@@ -15,8 +15,7 @@ def test_the_first_token_of_the_second_trajectory() -> None:
     paths = [trajectory([3], ([4, 5], [])), trajectory([6], ([7, 8], []))]
     samples = [Sample(q, q, path, (0.0, 1.0, 1.0)) for q, path in enumerate(paths)]
     batch = pack(samples, model.device, torch.float64)
-    first = int(batch.cu_seqlens[1])
-    assert batch.mask[first]
+    first = int(batch.bounds[1])
     batch.old_logprobs[first] = torch.nan
     said = describe_tokens(model, batch, 1.0, ["q0", "q1"], str)
     assert "question q1, path 1, token 1: '[7]' (id 7) after '(6,)'" in said

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from aepo.rollout.engines.vllm.engine import orphans
+from aepo.rollout.engines.vllm import orphans
 from aepo.rollout.engines.vllm.orphans import OrphanGuard, marked, temporary_directory
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks into /proc")

@@ -15,6 +15,7 @@ import torch
 from door_toys import FILES, SMALL, aepo, save_chat_model, write_home
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from aepo.parallel import OneProcess
 from aepo.run.checkpoint_fit import _tokenizer_parts, weights_sha256
 from aepo.run.files import read_facts, read_records
 
@@ -77,10 +78,10 @@ def start() -> str:
 def test_another_reference_is_refused(home: Path, kind: str) -> None:
     begun(kind)
     before, began = Path("run/run.json").read_text(), start()
-    assert began == weights_sha256(AutoModelForCausalLM.from_pretrained("qwen", dtype=torch.float32))
+    assert began == weights_sha256(AutoModelForCausalLM.from_pretrained("qwen", dtype=torch.float32), OneProcess())
     shutil.copytree("qwen", "as_it_was")
     other_weights()
-    now = weights_sha256(AutoModelForCausalLM.from_pretrained("qwen", dtype=torch.float32))
+    now = weights_sha256(AutoModelForCausalLM.from_pretrained("qwen", dtype=torch.float32), OneProcess())
     assert aepo(*RESUME).failure == (
         "model.name = 'qwen': expected the weights that run was begun with, which are its reference (SHA-256 "
         f"{began[:12]}..), got others ({now[:12]}..). Put them back, or give model.name in this command, to say that "
@@ -103,7 +104,7 @@ def test_another_reference_that_is_meant_is_said(home: Path) -> None:
     assert done.code == 0, done.output
     line = next(one for one in changed() if one.startswith("the frozen starting weights were "))
     assert f"not as in the run: {line}" in done.output
-    assert start() == weights_sha256(AutoModelForCausalLM.from_pretrained("qwen", dtype=torch.float32))
+    assert start() == weights_sha256(AutoModelForCausalLM.from_pretrained("qwen", dtype=torch.float32), OneProcess())
     assert read_records(Path("run/metrics.jsonl"))[-1]["policy.kl"] > 1e-6
     assert aepo(*RESUME).code == 0
     assert changed() == []
@@ -133,7 +134,7 @@ def test_a_run_of_before_goes_on(home: Path) -> None:
     other_weights()
     assert aepo(*RESUME).code == 0
     assert changed() == ["train.steps was 1 and is 2"]
-    assert start() == weights_sha256(AutoModelForCausalLM.from_pretrained("qwen", dtype=torch.float32))
+    assert start() == weights_sha256(AutoModelForCausalLM.from_pretrained("qwen", dtype=torch.float32), OneProcess())
 
 
 def swap(content: dict[str, Any]) -> None:

@@ -16,10 +16,11 @@ from trainer_toys import random_samples, tiny_model
 from typer.testing import CliRunner
 
 from aepo.config import OBJECTIVE_KEYS, PolicyConfig, load_config
+from aepo.learning.batch import Batch, entropy_statistics
 from aepo.learning.learner import Learner
 from aepo.learning.nonfinite import NonFiniteError
-from aepo.learning.pack_paths import entropy_statistics
 from aepo.own_loss import CLIPPED, MEASURED, LossBatch, OwnLossError, own_loss, try_own_loss
+from aepo.parallel import OneProcess
 from aepo.report import write_report
 from aepo.run.checkpoint import list_checkpoints
 from aepo.run.log import read_records
@@ -69,9 +70,12 @@ def constant(logprobs: Tensor, entropy: Tensor, batch: LossBatch) -> Tensor:
     return ppo((logprobs - batch.old_logprobs).exp(), batch.advantages).sum() / (batch.paths * batch.max_tokens)
 
 
+IDS = ["q0", "q1", "q2"]
+
+
 def learner_for(*overrides: str, tokens: int = 10_000) -> Learner:
     config = load_config(overrides=[f"train.tokens_per_microbatch={tokens}", "rollout.temperature=0.8", *overrides])
-    learner = Learner(tiny_model(), config, str)
+    learner = Learner(tiny_model(), config, str, OneProcess())
     if learner._reference is not None:  # a copy of the model would have a KL of 0
         learner._reference = tiny_model(seed=1)
     return learner
@@ -79,8 +83,9 @@ def learner_for(*overrides: str, tokens: int = 10_000) -> Learner:
 
 def gradients(learner: Learner) -> tuple[float, Tensor, int]:
     """Loss and gradient of one optimiser step on 10 paths, and the number of micro-batches."""
-    (minibatch,) = learner.add_log_probs(learner.pack(random_samples(10), 3))
-    parts, norm = learner.backward(minibatch, learner.entropy_stats([minibatch]), [f"q{i}" for i in range(3)])
+    batch = learner.add_log_probs(learner.pack_samples(random_samples(10), IDS))
+    (minibatch,) = batch.minibatches
+    parts, norm = learner.backward(minibatch, learner.entropy_stats(batch), IDS)
     raw = torch.cat([p.grad.flatten() for p in learner.model.parameters()]) * max(norm, 1)
     return sum(part["loss"] for part in parts), raw, len(minibatch)
 
@@ -114,34 +119,37 @@ def test_the_batch_holds_the_trained_tokens_and_nothing_else() -> None:
 
     learner = learner_for(HERE + "arpo", "policy.reference=true", "rollout.max_tokens=77", tokens=25)
     learner.own_loss = spy
-    (minibatch,) = learner.add_log_probs(learner.pack(random_samples(10), 3))
-    learner.backward(minibatch, learner.entropy_stats([minibatch]), ["q0", "q1", "q2"])
+    batch = learner.add_log_probs(learner.pack_samples(random_samples(10), IDS))
+    (minibatch,) = batch.minibatches
+    learner.backward(minibatch, learner.entropy_stats(batch), IDS)
     assert len(seen) == len(minibatch) > 4
+    written = {(sample.question, sample.path): sample.trajectory.generated for sample in random_samples(10)}
     for given, packed in zip(seen, minibatch, strict=True):
-        assert (given.tokens, given.paths, given.max_tokens) == (sum(b.trained_tokens for b in minibatch), 10, 77)
+        assert (given.tokens, given.paths, given.max_tokens) == (sum(len(b.rows) for b in minibatch), 10, 77)
         assert given.temperature == 0.8
         assert given.entropy_stats == entropy_statistics(minibatch)
         for name in ("old_logprobs", "advantages", "rollout_logprobs", "ref_logprobs"):
-            assert torch.equal(getattr(given, name), getattr(packed, name)[packed.mask]), name
-        assert torch.equal(given.old_entropy, packed.entropies[packed.mask])
-        lengths = [sum(sample.trajectory.generated[1:]) for sample in packed.samples]
+            assert torch.equal(getattr(given, name), getattr(packed, name)), name
+        assert torch.equal(given.old_entropy, packed.entropies)
+        lengths = [sum(written[origin]) for origin in packed.origins]
         assert given.cu_seqlens.tolist() == [sum(lengths[:n]) for n in range(len(lengths) + 1)]
 
 
 def test_without_a_reference_there_is_none() -> None:
     learner = learner_for(HERE + "arpo")
     assert learner._reference is None
-    assert learner.add_log_probs(learner.pack(random_samples(4), 1))[0][0].ref_logprobs is None
+    assert learner.add_log_probs(learner.pack_samples(random_samples(4), ["q0"])).minibatches[0][0].ref_logprobs is None
 
 
 def test_its_metrics_are_means_over_tokens() -> None:
     learner = learner_for(HERE + "aepo", tokens=25)
-    (minibatch,) = learner.pack(random_samples(10), 3)
-    parts, _ = learner.backward(minibatch, learner.entropy_stats([minibatch]), ["q0", "q1", "q2"])
+    batch = learner.pack_samples(random_samples(10), IDS)
+    (minibatch,) = batch.minibatches
+    parts, _ = learner.backward(minibatch, learner.entropy_stats(batch), IDS)
     record, whole = loss_metrics([parts]), learner_for("policy.preset=aepo")
-    (one,) = whole.pack(random_samples(10), 3)
-    truth = loss_metrics([whole.backward(one, whole.entropy_stats([one]), ["q0", "q1", "q2"])[0]])
-    sizes = [batch.trained_tokens for batch in minibatch]
+    one = whole.pack_samples(random_samples(10), IDS)
+    truth = loss_metrics([whole.backward(one.minibatches[0], whole.entropy_stats(one), IDS)[0]])
+    sizes = [len(rows.rows) for rows in minibatch]
     assert record["policy.count"] == pytest.approx(sum(size * size for size in sizes) / sum(sizes))
     assert 0 < record["policy.high"] < 1
     for name in ("entropy", "entropy_std", "ratio_mean", "ratio_max", "approx_kl", "loss"):
@@ -342,11 +350,12 @@ def test_the_made_up_batch_is_as_a_real_one(model: torch.dtype, dtype: torch.dty
     config = load_config(overrides=[HERE + "arpo", *settings])
     for _ in range(2):
         try_own_loss(spy, config, dtype, "cpu")
-    learner = Learner(tiny_model(model), config, str)
+    learner = Learner(tiny_model(model), config, str, OneProcess())
     learner.own_loss = spy
-    (minibatch,) = learner.add_log_probs(learner.pack(random_samples(10), 3))
-    learner.backward(minibatch, learner.entropy_stats([minibatch]), ["q0", "q1", "q2"])
-    (logprobs, entropy, batch), (again, _, _), (_, _, real) = seen
+    batch = learner.add_log_probs(learner.pack_samples(random_samples(10), IDS))
+    (minibatch,) = batch.minibatches
+    learner.backward(minibatch, learner.entropy_stats(batch), IDS)
+    (logprobs, entropy, given), (again, _, _), (_, _, real) = seen
     assert torch.equal(logprobs, again)
     assert logprobs.shape == entropy.shape == (12,)
     assert logprobs.dtype == entropy.dtype == dtype
@@ -354,18 +363,18 @@ def test_the_made_up_batch_is_as_a_real_one(model: torch.dtype, dtype: torch.dty
     assert (logprobs <= -0.05).all()
     assert (entropy > 0).all()
     for field in fields(LossBatch):
-        ours, theirs = getattr(batch, field.name), getattr(real, field.name)
+        ours, theirs = getattr(given, field.name), getattr(real, field.name)
         assert type(ours) is type(theirs), field.name
         if isinstance(ours, Tensor):
             assert ours.dtype == theirs.dtype, field.name
             assert ours.shape == ((4,) if field.name == "cu_seqlens" else (12,)), field.name
-    assert batch.advantages.min() < 0 < batch.advantages.max()
-    assert 0.01 < (logprobs - batch.old_logprobs).abs().max() < 0.5
-    assert batch.old_logprobs.max() < 0 < batch.old_entropy.min()
-    assert batch.rollout_logprobs is batch.old_logprobs
-    assert batch.cu_seqlens.tolist() == [0, 3, 8, 12]
-    assert (batch.tokens, batch.paths, batch.max_tokens, batch.temperature) == (12, 3, 77, 0.8)
-    assert batch.entropy_stats == pytest.approx((batch.old_entropy.mean().item(), batch.old_entropy.std().item()))
+    assert given.advantages.min() < 0 < given.advantages.max()
+    assert 0.01 < (logprobs - given.old_logprobs).abs().max() < 0.5
+    assert given.old_logprobs.max() < 0 < given.old_entropy.min()
+    assert given.rollout_logprobs is given.old_logprobs
+    assert given.cu_seqlens.tolist() == [0, 3, 8, 12]
+    assert (given.tokens, given.paths, given.max_tokens, given.temperature) == (12, 3, 77, 0.8)
+    assert given.entropy_stats == pytest.approx((given.old_entropy.mean().item(), given.old_entropy.std().item()))
 
 
 def test_the_made_up_engine_differs_from_the_trainer_where_real_ones_do() -> None:
@@ -435,11 +444,10 @@ def test_what_is_not_finite_before_the_function_is_not_its_fault(tmp_path: Path,
     trainer = trainer_for(tmp_path / "run", HERE + "aepo")
     inner = trainer.learner.pack
 
-    def pack_with_nan(*args: object) -> list:
-        minibatches = inner(*args)
-        batch = minibatches[0][0]
-        getattr(batch, name)[batch.mask.nonzero()[2]] = torch.nan
-        return minibatches
+    def pack_with_nan(*args: object) -> Batch:
+        batch = inner(*args)
+        getattr(batch.minibatches[0][0], name)[2] = torch.nan
+        return batch
 
     trainer.learner.pack = pack_with_nan  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError, match=r"question q\d, path \d, token") as error:

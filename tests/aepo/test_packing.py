@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from trainer_toys import random_samples, trajectory
 
 from aepo.advantages import Sample
-from aepo.learning.pack_paths import IGNORED_LABEL, entropy_statistics, microbatches, pack
+from aepo.learning.batch import entropy_statistics
+from aepo.learning.pack_paths import microbatches, pack
 
 
 def test_by_hand() -> None:
@@ -22,25 +23,27 @@ def test_by_hand() -> None:
     batch = pack(
         [Sample(0, 0, first, (0, 0, 0, 0.5, 0.5, 0, 0.5)), Sample(0, 1, second, (0, -0.5))], dtype=torch.float64
     )
-    ignored = IGNORED_LABEL
     assert batch.input_ids.tolist() == [1, 2, 3, 10, 11, 7, 4]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 0]
-    assert batch.cu_seqlens.tolist() == [0, 6, 7]
     assert batch.lengths == (6, 1)
-    assert batch.labels.tolist() == [ignored, ignored, 10, 11, ignored, 12, 13]
-    assert batch.mask.tolist() == [False, False, True, True, False, True, True]
-    assert batch.old_logprobs.tolist() == [0, 0, -1, -2, 0, -3, -4]
-    assert batch.entropies.tolist() == [0, 0, 0.1, 0.2, 0, 0.3, 0.4]
-    assert batch.advantages.tolist() == [0, 0, 0.5, 0.5, 0, 0.5, -0.5]
-    assert batch.trained_tokens == 4
+    assert batch.rows.tolist() == [2, 3, 5, 6]
+    assert batch.labels.tolist() == [10, 11, 12, 13]
+    assert batch.bounds.tolist() == [0, 3, 4]
+    assert batch.old_logprobs.tolist() == [-1, -2, -3, -4]
+    assert batch.entropies.tolist() == [0.1, 0.2, 0.3, 0.4]
+    assert batch.advantages.tolist() == [0.5, 0.5, 0.5, -0.5]
+    assert batch.origins == ((0, 0), (0, 1))
 
 
 def test_every_generated_token_is_a_label_once_and_nothing_else_is() -> None:
     samples = random_samples(12)
     batch = pack(samples)
     written = [t for s in samples for t, g in zip(s.trajectory.token_ids, s.trajectory.generated, strict=True) if g]
-    assert batch.labels[batch.mask].tolist() == written
-    assert bool((batch.labels[~batch.mask] == IGNORED_LABEL).all())
+    assert batch.labels.tolist() == written
+    ends = {sum(batch.lengths[: n + 1]) - 1 for n in range(len(samples))}  # of paths: what comes next is of another one
+    pairs = zip(batch.rows.tolist(), batch.labels.tolist(), strict=True)
+    assert all(int(batch.input_ids[row + 1]) == label for row, label in pairs if row not in ends)
+    assert ends < {*batch.rows.tolist()}, "every path ends with what the model wrote"
     assert len(batch.input_ids) == sum(len(s.trajectory.token_ids) - 1 for s in samples), "no padding"
 
 
@@ -58,7 +61,7 @@ def test_microbatches_partition_the_samples_within_the_budget(count: int, tokens
 def test_entropy_statistics_are_those_of_all_trained_tokens() -> None:
     samples = random_samples(9)
     whole = pack(samples, dtype=torch.float64)
-    values = whole.entropies[whole.mask]
+    values = whole.entropies
     parts = [pack(batch, dtype=torch.float64) for batch in microbatches(samples, 20)]
     assert len(parts) > 2
     assert entropy_statistics(parts) == pytest.approx((values.mean().item(), values.std().item()), rel=1e-14)

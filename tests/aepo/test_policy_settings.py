@@ -20,6 +20,7 @@ from test_trainer import trainer_for
 
 from aepo.advantages import Sample, advantage_settings
 from aepo.config import OBJECTIVE_KEYS, PolicyConfig
+from aepo.learning.batch import Batch
 from aepo.types import ScoredTree
 from aepo_kernels import PolicyObjective
 from aepo_kernels.objective import PRESETS
@@ -164,9 +165,10 @@ def captured(directory: Path, *settings: str) -> tuple[list[Sample], list[Scored
     scored: list[ScoredTree] = []
     pack, score = trainer.learner.pack, trainer.scorer.score
 
-    def pack_seen(samples: Sequence[Sample], questions: int) -> Any:
-        packed.extend(samples)
-        return pack(samples, questions)
+    def pack_seen(scored: Sequence[ScoredTree]) -> Batch:
+        batch = pack(scored)
+        packed.extend(batch.samples)
+        return batch
 
     def score_seen(trees: Any) -> list[ScoredTree]:
         scored.extend(score(trees))

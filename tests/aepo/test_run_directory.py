@@ -22,17 +22,18 @@ from aepo.config import Config, load_config, named_files, to_yaml
 from aepo.report import write_report
 from aepo.report.reader import read_run
 from aepo.report.summary import summary
-from aepo.run.directory import RunDirectory, refuse_output, refuse_removal
+from aepo.run.directory import RunDirectory
 from aepo.run.files import FORMAT, read_facts, read_records
 from aepo.run.lock import DirectoryLock, is_held
 from aepo.run.log import RunLog
+from aepo.run.outputs import refuse_output
 from aepo.subject import find_subject
 
 CLAIM = """
 import os, sys
 from aepo.run.directory import RunDirectory
 try:
-    held = RunDirectory.claim(sys.argv[1], resume=False)
+    held = RunDirectory.claim(sys.argv[1])
 except OSError as error:
     print(f"{type(error).__name__}: {error}")
 else:
@@ -130,7 +131,7 @@ def test_a_second_process_is_told_who_holds_the_directory(tmp_path):
     assert first.stdout.readline() == "held\n"
     expected = rf"run is in use by process {first.pid} on {re.escape(socket.gethostname())} since 20.+: .*python.* -c"
     for refuse in (RunDirectory.claim, RunDirectory.check):
-        for options in ({"resume": False}, {"resume": True}, {"resume": False, "overwrite": True}):
+        for options in ({}, {"resume_step": 0}, {"overwrite": True}):
             with pytest.raises(BlockingIOError, match=expected) as error:
                 refuse(path, **options)
             assert "\n" not in str(error.value)
@@ -138,7 +139,7 @@ def test_a_second_process_is_told_who_holds_the_directory(tmp_path):
     assert second.communicate()[0].startswith(f"BlockingIOError: {path} is in use by process {first.pid} ")
     first.kill()
     first.wait()
-    RunDirectory.claim(path, resume=False).release()
+    RunDirectory.claim(path).release()
 
 
 def test_of_many_that_begin_at_once_one_holds_it(tmp_path):
@@ -161,7 +162,7 @@ from aepo.run.directory import RunDirectory
 end = time.monotonic() + 1.5
 while time.monotonic() < end:
     try:
-        held = RunDirectory.claim(sys.argv[1], resume=False)
+        held = RunDirectory.claim(sys.argv[1])
     except BlockingIOError:
         continue
     held.require()
@@ -178,7 +179,7 @@ def test_what_happened_before_the_lock_was_had_counts(tmp_path, monkeypatch):
 
     monkeypatch.setattr("aepo.run.directory.DirectoryLock", late)
     with pytest.raises(FileExistsError, match="already holds a run"):
-        RunDirectory.claim(tmp_path / "run", resume=False)
+        RunDirectory.claim(tmp_path / "run")
     assert not is_held(tmp_path / "run")
 
 
@@ -194,7 +195,7 @@ def test_the_children_of_a_killed_run_do_not_hold_it(tmp_path):
     assert process.stdout.readline() == "held\n"
     children = [int(pid) for pid in process.stdout.readline().split()]
     with pytest.raises(BlockingIOError):
-        RunDirectory.check(tmp_path / "run", resume=False)
+        RunDirectory.check(tmp_path / "run")
     process.kill()
     process.wait()
     try:
@@ -202,7 +203,7 @@ def test_the_children_of_a_killed_run_do_not_hold_it(tmp_path):
         deadline = time.monotonic() + 30  # a child gives the lock up when it first runs
         while is_held(tmp_path / "run") and time.monotonic() < deadline:
             time.sleep(0.05)
-        RunDirectory.claim(tmp_path / "run", resume=False).release()
+        RunDirectory.claim(tmp_path / "run").release()
     finally:
         for pid in children:
             os.kill(pid, signal.SIGKILL)
@@ -210,13 +211,13 @@ def test_the_children_of_a_killed_run_do_not_hold_it(tmp_path):
 
 def test_those_who_look_do_not_keep_a_run_from_its_directory(tmp_path):
     """A live report asks again and again."""
-    RunDirectory.claim(tmp_path, resume=False).release()
+    RunDirectory.claim(tmp_path).release()
     script = "import sys, pathlib; from aepo.run.lock import is_held\nwhile True: is_held(pathlib.Path(sys.argv[1]))"
     looking = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) for _ in range(2)]
     try:
         deadline = time.monotonic() + 1.5
         while time.monotonic() < deadline:
-            RunDirectory.claim(tmp_path, resume=False).release()
+            RunDirectory.claim(tmp_path).release()
             assert not is_held(tmp_path), "nor each other"
     finally:
         for process in looking:
@@ -225,13 +226,13 @@ def test_those_who_look_do_not_keep_a_run_from_its_directory(tmp_path):
 
 
 def test_released_is_free_and_a_start_that_failed_leaves_nothing(tmp_path):
-    held = RunDirectory.claim(tmp_path / "runs" / "new", resume=False)
+    held = RunDirectory.claim(tmp_path / "runs" / "new")
     with pytest.raises(BlockingIOError, match=rf"in use by this process, {os.getpid()} on"):
-        RunDirectory.claim(tmp_path / "runs" / "new", resume=False)
+        RunDirectory.claim(tmp_path / "runs" / "new")
     held.release()
     held.release()
     assert not (tmp_path / "runs" / "new").exists()
-    held = RunDirectory.claim(tmp_path / "runs" / "new", resume=False)
+    held = RunDirectory.claim(tmp_path / "runs" / "new")
     (held.path / "notes").write_text("mine")
     (held.path / ".run.json.writing").write_text("")
     (held.path / ".evals.jsonl.writing").symlink_to("notes")
@@ -239,13 +240,13 @@ def test_released_is_free_and_a_start_that_failed_leaves_nothing(tmp_path):
     assert sorted(os.listdir(held.path)) == [".evals.jsonl.writing", ".lock", "notes"]
     (held.path / ".evals.jsonl.writing").unlink()
     (tmp_path / "empty").mkdir()
-    RunDirectory.claim(tmp_path / "empty", resume=False).release()
+    RunDirectory.claim(tmp_path / "empty").release()
     assert (tmp_path / "empty").is_dir(), "it was there before"
     link = tmp_path / "link"
     link.symlink_to("runs/new")
-    held = RunDirectory.claim(link, resume=False)
+    held = RunDirectory.claim(link)
     with pytest.raises(BlockingIOError):
-        RunDirectory.claim(tmp_path / "runs" / "new", resume=False)
+        RunDirectory.claim(tmp_path / "runs" / "new")
     held.release()
 
 
@@ -253,7 +254,7 @@ def test_a_run_whose_directory_was_replaced_writes_nothing_into_the_other(tmp_pa
     path = tmp_path / "run"
     log = new_log(path)
     shutil.rmtree(path)
-    other = RunDirectory.claim(path, resume=False)
+    other = RunDirectory.claim(path)
     for write in (lambda: log.step({"step": 1}), log.flush, lambda: log.close("finished")):
         with pytest.raises(FileNotFoundError, match="run: was removed, moved or replaced while this run was going on"):
             write()
@@ -385,7 +386,7 @@ def test_what_cannot_be_right_is_one_line_and_changes_nothing(mode, change, erro
     for kind in several.get(mode, (mode,)):
         for refuse in (RunDirectory.check, RunDirectory.claim):
             with pytest.raises(error, match=message) as refused:
-                refuse(path, resume=kind == "resume", overwrite=kind == "overwrite")
+                refuse(path, resume_step=0 if kind == "resume" else None, overwrite=kind == "overwrite")
             assert "\n" not in str(refused.value)
     assert content(path) == before
 
@@ -395,12 +396,12 @@ def test_what_is_no_directory_is_refused(tmp_path):
     (tmp_path / "dangling").symlink_to("nowhere")
     for name in ("file", "dangling"):
         with pytest.raises(ValueError, match="expected a directory, or nothing"):
-            RunDirectory.claim(tmp_path / name, resume=False)
+            RunDirectory.claim(tmp_path / name)
 
 
 def test_resuming_creates_nothing(tmp_path):
     with pytest.raises(ValueError, match="expected a run"):
-        RunDirectory.claim(tmp_path / "new", resume=True)
+        RunDirectory.claim(tmp_path / "new", resume_step=0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -411,7 +412,7 @@ def test_settings_of_an_older_version_are_enough(tmp_path):
     for file in files:
         file.write_text(re.sub("  seed: .*\n", "", file.read_text()))
     files[0].write_text(files[0].read_text().replace("steps: ", "steps: 1"))
-    RunDirectory.check(tmp_path / "run", resume=True)
+    RunDirectory.check(tmp_path / "run", resume_step=0)
 
 
 def test_no_evaluation_with_defaults_in_place_of_settings_that_are_lost(tmp_path):
@@ -424,18 +425,18 @@ def test_no_evaluation_with_defaults_in_place_of_settings_that_are_lost(tmp_path
 def test_replacing_removes_what_a_run_wrote_and_nothing_else(tmp_path):
     path = tmp_path / "run"
     make_run(path)
-    RunDirectory.claim(path, resume=True).set_aside(20)
+    RunDirectory.claim(path, resume_step=0).set_aside(20)
     (path / ".run.json.writing").touch()
     (path / "checkpoints" / ".writing_000010").mkdir()
     (path / ".engine-abcd_123").mkdir()
     add_other_files(path)
     others = other_files(path)
-    held = RunDirectory.claim(path, resume=False, overwrite=True)
+    held = RunDirectory.claim(path, overwrite=True)
     assert len(content(path)) > len(others), "claiming removes nothing"
     held.replace_old()
     assert content(path) == others
     held.release()
-    RunDirectory.claim(path, resume=False)
+    RunDirectory.claim(path)
 
 
 def test_replacing_removes_the_files_of_its_own_run_from_wandb(tmp_path):
@@ -447,7 +448,7 @@ def test_replacing_removes_the_files_of_its_own_run_from_wandb(tmp_path):
     for name in ("run-2-abcd", "run-3-abcd1234"):
         (path / "wandb" / f"latest-{name}").symlink_to(name)
     (path / "wandb" / "debug.log").symlink_to("run-2-abcd/logs/debug.log")
-    with RunDirectory.claim(path, resume=False, overwrite=True) as held:
+    with RunDirectory.claim(path, overwrite=True) as held:
         held.replace_old()
     assert sorted(os.listdir(path / "wandb")) == ["latest-run-3-abcd1234", "run-3-abcd1234", "run-4-other"]
 
@@ -456,28 +457,28 @@ def test_a_killed_replacement_can_be_repeated_and_is_not_resumed(tmp_path):
     """At every single file that it removes."""
     old = tmp_path / "old"
     make_run(old, steps=12)
-    with RunDirectory.claim(old, resume=True) as held:
+    with RunDirectory.claim(old, resume_step=0) as held:
         held.set_aside(5)
     add_other_files(old)
     others = other_files(old)
     for count in range(1, 100):
         path = tmp_path / str(count)
         shutil.copytree(old, path, symlinks=True)
-        held = RunDirectory.claim(path, resume=False, overwrite=True)
+        held = RunDirectory.claim(path, overwrite=True)
         before, killed = content(path), killed_at(count, held.replace_old)
         held.release()
         now = content(path)
         assert other_files(path) == others
         if "run.json" in now:
             with pytest.raises(FileExistsError, match="--overwrite"):
-                RunDirectory.check(path, resume=False)
+                RunDirectory.check(path)
             if {**now, ".run.json.writing": ""} != {**before, ".run.json.writing": ""}:
                 with pytest.raises(ValueError, match="was being replaced by --overwrite, which did not end"):
-                    RunDirectory.check(path, resume=True)
+                    RunDirectory.check(path, resume_step=0)
         else:
             assert now == others
-            RunDirectory.check(path, resume=False)
-        held = RunDirectory.claim(path, resume=False, overwrite=True)
+            RunDirectory.check(path)
+        held = RunDirectory.claim(path, overwrite=True)
         held.replace_old()
         held.release()
         assert content(path) == others
@@ -499,7 +500,7 @@ def test_what_is_later_than_the_step_is_set_aside(tmp_path):
     add_other_files(path)
     others = other_files(path)
     before = content(path)
-    held = RunDirectory.claim(path, resume=True)
+    held = RunDirectory.claim(path, resume_step=0)
     assert held.set_aside(20) == path / "abandoned" / "4"
     assert (steps(path / "metrics.jsonl"), steps(path / "evals.jsonl")) == ([*range(1, 21)], [0, 10, 20])
     aside = path / "abandoned" / "4"
@@ -522,7 +523,7 @@ def test_the_order_of_setting_aside_is_that_of_the_disk(tmp_path, monkeypatch):
     """Checkpoints are on the disk in their new place before their records are, and all before it counts as done."""
     path = tmp_path / "run"
     make_run(path)
-    with RunDirectory.claim(path, resume=True) as held:
+    with RunDirectory.claim(path, resume_step=0) as held:
         events = recorded(monkeypatch)
         held.set_aside(10)
     checkpoints = ["rename step_000030 step_000030", "rename step_000020 step_000020"]
@@ -541,14 +542,14 @@ def test_a_killed_setting_aside_can_be_repeated_and_loses_nothing(tmp_path):
         for again in (10, 0):  # the same step, and one before it
             path = tmp_path / f"{count}-{again}"
             shutil.copytree(old, path)
-            held = RunDirectory.claim(path, resume=True)
+            held = RunDirectory.claim(path, resume_step=0)
             killed = killed_at(count, lambda held=held: held.set_aside(10))
             there = [int(one.name[5:]) for one in path.glob("checkpoints/step_*")]
             assert sorted(there) == [*range(0, max(there) + 1, 10)], "those that are left are the oldest"
             assert set(range(1, max(there) + 1)) <= set(steps(path / "metrics.jsonl"))
             assert set(range(0, max(there) + 1, 10)) <= set(steps(path / "evals.jsonl"))
             held.release()
-            held = RunDirectory.claim(path, resume=True)
+            held = RunDirectory.claim(path, resume_step=0)
             held.set_aside(again)
             held.release()
             for name, first in (("metrics.jsonl", 1), ("evals.jsonl", 0)):
@@ -577,14 +578,14 @@ def test_what_a_killed_run_was_writing_is_removed_when_it_is_resumed(tmp_path):
         (path / "checkpoints" / ".replaced_000010" / name).write_text(name)
         before[f"checkpoints/step_000010/{name}"] = name
     before["checkpoints/step_000030/x"] = "empty"  # not in a list, so nobody knows whose it was
-    held = RunDirectory.claim(path, resume=True)
+    held = RunDirectory.claim(path, resume_step=0)
     assert held.set_aside(40) is None
     assert content(path) == before, "and the only copy of step 20 is put back"
 
 
 def new_log(path: Path) -> RunLog:
     config = load_config(None, ["log.tensorboard=false"])
-    return RunLog(RunDirectory.claim(path, resume=False), config, {}, 0, resumed=False)
+    return RunLog(RunDirectory.claim(path), config, {}, 0, resumed=False)
 
 
 def test_a_record_that_cannot_be_written_is_kept_whole(tmp_path):
@@ -634,12 +635,12 @@ def test_what_is_written_as_a_whole_stays_whole(tmp_path):
 
 
 def test_a_run_that_ends_while_it_is_set_up_says_so(tmp_path):
-    held = RunDirectory.claim(tmp_path / "run", resume=False)
+    held = RunDirectory.claim(tmp_path / "run")
     with full_disk(1_500), pytest.raises(OSError, match="File too large"):  # run.json fits, config.yaml does not
         RunLog(held, Config(), {}, 0, resumed=False)
     held.release()
     assert read_facts(tmp_path / "run")["status"] == "failed"
-    RunDirectory.check(tmp_path / "run", resume=False, overwrite=True)
+    RunDirectory.check(tmp_path / "run", overwrite=True)
 
 
 def test_a_cut_off_line_is_left_out_at_the_end_only(tmp_path):
@@ -656,14 +657,14 @@ def test_a_cut_off_line_is_left_out_at_the_end_only(tmp_path):
 
 def test_a_resumed_run_reads_like_one(tmp_path):
     path = tmp_path / "run"
-    log = RunLog(RunDirectory.claim(path, resume=False), Config(), {"model": {}}, 0, resumed=False)
+    log = RunLog(RunDirectory.claim(path), Config(), {"model": {}}, 0, resumed=False)
     for step in (1, 2, 3):
         log.step({"step": step, "policy.loss": float("nan"), "rollout.branches_per_path": [step]})
         log.evaluation({"step": step, "success": step / 10})
         log.trees(step, [], [], vocab_size=5, temperature=1.0, decode=str)
     log.close("failed", "power cut")
     log.directory.release()
-    held = RunDirectory.claim(path, resume=True)
+    held = RunDirectory.claim(path, resume_step=0)
     held.set_aside(2)
     resumed = RunLog(held, Config(), {"model": {}}, 2, resumed=True, changed=["a was 1 and is 2"])
     assert (read_facts(path)["status"], read_facts(path)["reason"]) == ("interrupted", "it had not begun")
@@ -707,7 +708,7 @@ def test_the_report_says_whether_a_run_goes_on_or_was_killed(tmp_path):
 
 def test_trees_and_answers_that_could_not_be_written_are_tried_again(tmp_path):
     path = tmp_path / "run"
-    log = RunLog(RunDirectory.claim(path, resume=False), Config(), {"model": {}}, 0, resumed=False)
+    log = RunLog(RunDirectory.claim(path), Config(), {"model": {}}, 0, resumed=False)
     for folder in ("trees", "answers"):
         (path / folder).write_text("in the way")
     with pytest.raises(FileExistsError):
@@ -739,7 +740,7 @@ OWN_FILES = (
 def test_no_output_is_written_over_the_files_of_a_run(name, damaged, tmp_path):
     path = tmp_path / "run"
     make_run(path)
-    RunDirectory.claim(path, resume=True).release()
+    RunDirectory.claim(path, resume_step=0).release()
     (tmp_path / "other").mkdir()
     (path / "link").symlink_to(".")
     (path / "to_a_file").symlink_to("metrics.jsonl")
@@ -760,7 +761,7 @@ def test_no_output_is_written_over_the_files_of_a_run(name, damaged, tmp_path):
 def test_no_page_is_written_through_a_link_to_the_files_of_a_run(target, tmp_path):
     for name in ("run", "other"):
         make_run(tmp_path / name)
-        RunDirectory.claim(tmp_path / name, resume=True).release()
+        RunDirectory.claim(tmp_path / name, resume_step=0).release()
     runs = [tmp_path / "run", tmp_path / "other"]
     for page, reported in ((tmp_path / "run" / "report.html", runs[:1]), (tmp_path / "report.html", runs)):
         page.symlink_to(tmp_path / target)
@@ -774,7 +775,7 @@ def test_no_page_is_written_through_a_link_to_the_files_of_a_run(target, tmp_pat
 def test_what_settings_name_is_not_removed(resume_step, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "run")
-    with RunDirectory.claim(tmp_path / "run", resume=True) as held:
+    with RunDirectory.claim(tmp_path / "run", resume_step=0) as held:
         held.set_aside(30)
     named = {
         "model.name": "run/checkpoints/step_000030",
@@ -783,28 +784,33 @@ def test_what_settings_name_is_not_removed(resume_step, tmp_path, monkeypatch):
         "task.system": "run/trees/step_000030.json",
         "task.tools": "['python', 'search:run/answers/step_000030.jsonl']",
     }
+
+    def begin(run: str, step: int | None, *settings: str) -> None:
+        needed = named_files(load_config(None, ["task.name=files", *settings]))
+        RunDirectory.check(Path(run), resume_step=step, overwrite=step is None, needed=needed)
+
+    before = content(tmp_path / "run")
     for setting, value in named.items():
-        config = load_config(None, ["task.name=files", f"{setting}={value}"])
         with pytest.raises(
             ValueError, match=f"^{setting}: expected files that stay, .* run/.*30.*: copy it"
         ) as refused:
-            refuse_removal(Path("run"), named_files(config), resume_step)
+            begin("run", resume_step, f"{setting}={value}")
         assert "\n" not in str(refused.value)
-        refuse_removal(Path("run"), named_files(config), 30)
-        refuse_removal(Path("elsewhere"), named_files(config), resume_step)
+        begin("run", 30, f"{setting}={value}")
+        begin("elsewhere", None, f"{setting}={value}")
     if resume_step is None:
-        aside = load_config(None, ["task.name=files", "task.train=run/abandoned/1/metrics.jsonl"])
         with pytest.raises(ValueError, match=r"^task.train: .*--overwrite removes run/abandoned/1/metrics.jsonl"):
-            refuse_removal(Path("run"), named_files(aside), None)
+            begin("run", None, "task.train=run/abandoned/1/metrics.jsonl")
+    assert not is_held(tmp_path / "run")
+    assert content(tmp_path / "run") == before
     (tmp_path / "run" / "answers" / "mine.jsonl").touch()
-    stays = ["task.name=files", "task.train=run/answers/mine.jsonl", "model.name=tiny", "task.system=~ a\0* **/**"]
-    refuse_removal(Path("run"), named_files(load_config(None, stays)), resume_step)
+    begin("run", resume_step, "task.train=run/answers/mine.jsonl", "model.name=tiny", "task.system=~ a\0* **/**")
 
 
 def test_outputs_beside_the_files_of_a_run_are_written(tmp_path):
     path = tmp_path / "run"
     make_run(path)
-    with RunDirectory.claim(path, resume=True) as held:
+    with RunDirectory.claim(path, resume_step=0) as held:
         held.set_aside(20)
         for name in ("report.html", "numbers.json", "metrics.jsonl.bak", "abandoned/1/report.html", "../metrics.jsonl"):
             refuse_output("--out", path / name)
@@ -820,7 +826,7 @@ def test_no_run_begins_where_another_keeps_its_files(folder, tmp_path):
     make_run(tmp_path / "run")
     before = content(tmp_path / "run")
     with pytest.raises(ValueError, match=f"run.dir = .*{folder}: expected another place, .*run is a run"):
-        RunDirectory.claim(tmp_path / "run" / folder, resume=False)
+        RunDirectory.claim(tmp_path / "run" / folder)
     assert content(tmp_path / "run") == before
 
 
@@ -830,12 +836,12 @@ def test_no_run_begins_where_another_keeps_its_files(folder, tmp_path):
 def test_another_run_in_what_is_removed_is_not_replaced(folder, tmp_path):
     """Copied there, or begun with an earlier version."""
     make_run(tmp_path / "copy")
-    RunDirectory.claim(tmp_path / "copy", resume=True).release()
+    RunDirectory.claim(tmp_path / "copy", resume_step=0).release()
     make_run(tmp_path / "run")
     shutil.copytree(tmp_path / "copy", tmp_path / "run" / folder)
     before = content(tmp_path / "run")
     with pytest.raises(ValueError, match=f"{folder}.*: expected only what .* away"):
-        RunDirectory.claim(tmp_path / "run", resume=False, overwrite=True)
+        RunDirectory.claim(tmp_path / "run", overwrite=True)
     assert content(tmp_path / "run") == before
 
 
@@ -844,7 +850,7 @@ def test_a_directory_that_cannot_be_made_is_said_before_the_work(name, tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(OSError, match=r"^run.dir = .*: expected a directory that can be made, locked and written: \w"):
-        RunDirectory.check(tmp_path / name, resume=False)
+        RunDirectory.check(tmp_path / name)
     assert sorted(os.listdir(tmp_path)) == ["file", "loop"]
 
 
@@ -853,9 +859,9 @@ import os, sys
 from aepo.run.directory import RunDirectory
 if os.geteuid() == 0:
     os.setresuid(65534, 65534, 65534)
-for path, resume in ((sys.argv[1], True), (sys.argv[2], False)):
+for path, step in ((sys.argv[1], 0), (sys.argv[2], None)):
     try:
-        RunDirectory.check(path, resume=resume)
+        RunDirectory.check(path, resume_step=step)
         print("accepted")
     except PermissionError as error:
         print(error)
@@ -866,7 +872,7 @@ for path, resume in ((sys.argv[1], True), (sys.argv[2], False)):
 def test_a_directory_that_cannot_be_written_is_said_before_the_work(what, tmp_path):
     path = tmp_path / "run"
     make_run(path)
-    RunDirectory.claim(path, resume=True).release()
+    RunDirectory.claim(path, resume_step=0).release()
     for parent in tmp_path.parents:  # of pytest, for its user alone
         if parent.stat().st_uid == os.geteuid() and "pytest" in parent.name:
             parent.chmod(0o755)
@@ -887,8 +893,8 @@ def test_a_directory_that_cannot_be_written_is_said_before_the_work(what, tmp_pa
 
 
 def test_a_start_that_failed_leaves_no_parents_that_it_made(tmp_path):
-    RunDirectory.check(tmp_path / "a" / "b" / "run", resume=False)
-    held = RunDirectory.claim(tmp_path / "a" / "b" / "run", resume=False)
+    RunDirectory.check(tmp_path / "a" / "b" / "run")
+    held = RunDirectory.claim(tmp_path / "a" / "b" / "run")
     (tmp_path / "a" / "notes").touch()
     held.release()
     assert os.listdir(tmp_path / "a") == ["notes"]
@@ -903,8 +909,8 @@ def test_a_pipe_in_a_run_is_refused_and_not_waited_for(name, tmp_path):
     (path / name).unlink(missing_ok=True)
     os.mkfifo(path / name)
     for call in (
-        lambda: RunDirectory.claim(path, resume=True),
-        lambda: RunDirectory.claim(path, resume=False, overwrite=True),
+        lambda: RunDirectory.claim(path, resume_step=0),
+        lambda: RunDirectory.claim(path, overwrite=True),
     ):
         with pytest.raises(ValueError, match=f"{name}: expected a file, as a run has there, got a pipe"):
             call()

@@ -73,7 +73,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_line(tmp_path: Path, size: int)
     with full_disk(size), pytest.raises(OSError, match=r"run/\.lock"):
         DirectoryLock(tmp_path / "run", create=True)
     assert not is_held(tmp_path / "run")
-    RunDirectory.claim(tmp_path / "run", resume=False).release()
+    RunDirectory.claim(tmp_path / "run").release()
 
 
 def test_a_file_system_without_locks_is_a_warning_and_any_other_error_is_one(
@@ -86,11 +86,11 @@ def test_a_file_system_without_locks_is_a_warning_and_any_other_error_is_one(
     number = 0
     for one in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
         number = one
-        RunDirectory.claim(tmp_path / "run", resume=False).release()
+        RunDirectory.claim(tmp_path / "run").release()
         assert "run: this file system has no locks" in capsys.readouterr().err
     number = errno.EIO
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        RunDirectory.claim(tmp_path / "run", resume=False)
+        RunDirectory.claim(tmp_path / "run")
 
 
 def test_a_directory_that_is_given_up_between_two_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_a_directory_that_is_given_up_between_two_looks(tmp_path: Path, monkeypa
         with monkeypatch.context() as patch:
             for name in ("open", "stat", "lstat", "listdir"):
                 patch.setattr(os, name, vanishing(getattr(os, name)))
-            held = RunDirectory.claim(tmp_path / "run", resume=False)
+            held = RunDirectory.claim(tmp_path / "run")
         if looks < at:
             break
         held.require()

@@ -17,7 +17,8 @@ from aepo.run.log import RunLog
 
 def log_of(path: Path, *, resumed: bool = False) -> RunLog:
     config = load_config(None, ["log.tensorboard=false"])
-    return RunLog(RunDirectory.claim(path, resume=resumed), config, {"model": {}}, 0, resumed=resumed)
+    held = RunDirectory.claim(path, resume_step=0 if resumed else None)
+    return RunLog(held, config, {"model": {}}, 0, resumed=resumed)
 
 
 def test_what_was_logged_before_is_on_the_disk_after_a_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,11 +17,14 @@ from trainer_toys import ToyLanguageModel, ToyTask, tiny_model, toy_agent
 
 from aepo.advantages import Sample
 from aepo.config import load_config
+from aepo.learning.batch import Batch
 from aepo.learning.learner import Learner
+from aepo.parallel import OneProcess
 from aepo.rollout.engine import Generation, GenerationRequest
 from aepo.run.display import Display
 from aepo.run.log import read_records
 from aepo.trainer import Trainer
+from aepo.types import ScoredTree
 
 DOUBLE = ("rollout.max_tokens=40", "rollout.temperature=0.7", "train.tokens_per_microbatch=60")
 
@@ -49,9 +52,10 @@ def samples_of(trainer: Trainer) -> list[Sample]:
     packed: list[Sample] = []
     pack = trainer.learner.pack
 
-    def seen(samples: Sequence[Sample], questions: int) -> Any:
-        packed.extend(samples)
-        return pack(samples, questions)
+    def seen(scored: Sequence[ScoredTree]) -> Batch:
+        batch = pack(scored)
+        packed.extend(batch.samples)
+        return batch
 
     trainer.learner.pack = seen  # type: ignore[method-assign]
     return packed
@@ -63,7 +67,7 @@ def test_evaluations_ask_the_engine_at_their_own_temperature_for_so_many_samples
     asked = requests_of(trainer)
     trainer.train()
     assert {request.temperature for request in asked} == {0.3}
-    prompts = {trainer.agent.prompt_tokens(question, None) for question in trainer.heldout}
+    prompts = {trainer.agent.prompt_tokens(question, None) for question in trainer.questions.heldout}
     first = [request for request in asked if request.token_ids in prompts]
     assert len(first) == 3 * len(prompts) == 12
     assert len({request.seed for request in first}) == 12
@@ -146,9 +150,9 @@ def test_every_optimiser_step_of_a_batch_has_a_gradient_of_its_own(tmp_path: Pat
     trainer.train_step()
     (record,) = read_records(tmp_path / "run" / "metrics.jsonl")
     model, norms = trainer.learner.model, []
-    minibatches = Learner(model, trainer.config, str).pack(list(samples), 4)
-    stats = trainer.learner.entropy_stats(minibatches)
-    for minibatch in minibatches:
+    batch = Learner(model, trainer.config, str, OneProcess()).pack_samples(samples, ["", "", "", ""])
+    stats = trainer.learner.entropy_stats(batch)
+    for minibatch in batch.minibatches:
         model.zero_grad()
         norms.append(trainer.learner.backward(minibatch, stats, ["", "", "", ""])[1])
     assert record["optimizer.grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-9)
@@ -184,7 +188,7 @@ def test_questions_are_divided_among_the_optimiser_steps(tmp_path: Path) -> None
     backward = trainer.learner.backward
 
     def seen(minibatch: Any, *others: Any) -> Any:
-        parts.append({sample.question for batch in minibatch for sample in batch.samples})
+        parts.append({question for rows in minibatch for question, _ in rows.origins})
         return backward(minibatch, *others)
 
     trainer.learner.backward = seen  # type: ignore[method-assign]
@@ -195,7 +199,7 @@ def test_questions_are_divided_among_the_optimiser_steps(tmp_path: Path) -> None
 def test_the_learning_rate_runs_over_all_optimiser_steps_of_the_run() -> None:
     settings = ["train.steps=2", "train.epochs=2", "train.minibatches=2", "optimizer.learning_rate=1"]
     config = load_config(overrides=[*settings, "optimizer.warmup_steps=2", "optimizer.schedule=linear"])
-    learner = Learner(tiny_model(), config, str)
+    learner = Learner(tiny_model(), config, str, OneProcess())
     rates = [learner.apply(step, index) for step in (1, 2) for index in range(4)]
     assert rates == pytest.approx([1 / 2, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
 
@@ -204,7 +208,7 @@ def test_two_optimiser_steps_are_those_of_adamw() -> None:
     """arXiv 1711.05101, algorithm 2, with weight decay on matrices alone."""
     settings = ["optimizer.learning_rate=0.01", "optimizer.betas=[0.6,0.7]", "optimizer.weight_decay=0.3"]
     model = tiny_model()
-    learner = Learner(model, load_config(overrides=["train.steps=2", *settings]), str)
+    learner = Learner(model, load_config(overrides=["train.steps=2", *settings]), str, OneProcess())
     draw = torch.Generator().manual_seed(0)
     truth = [p.detach().clone() for p in model.parameters()]
     first, second = ([torch.zeros_like(x) for x in truth] for _ in range(2))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aepo.learning.nonfinite import NonFiniteError, first_nonfinite
 from aepo.learning.snapshot import Snapshot
+from aepo.parallel import OneProcess
 from aepo.run.checkpoint import list_checkpoints
 from aepo.trainer import Trainer
 
@@ -101,9 +102,11 @@ def test_first_nonfinite() -> None:
 
 
 def test_the_copy_is_one_in_host_memory_and_of_trained_parameters_alone() -> None:
-    trained, frozen = torch.nn.Parameter(torch.ones(10)), torch.nn.Parameter(torch.ones(10), requires_grad=False)
+    model = torch.nn.Module()
+    model.trained = trained = torch.nn.Parameter(torch.ones(10))
+    model.frozen = frozen = torch.nn.Parameter(torch.ones(10), requires_grad=False)
     optimizer = torch.optim.AdamW([trained])
-    snapshot = Snapshot(optimizer)
+    snapshot = Snapshot(OneProcess(), model, optimizer)
     places = []
     for _ in range(3):
         with snapshot.all_or_nothing():

@@ -16,7 +16,7 @@ from aepo.files.tensors import DTYPES, write_tensors
 def test_every_type_is_read_back_and_aligned(tmp_path: Path) -> None:
     path = tmp_path / "file"
     tensors = {str(dtype): torch.arange(3).to(dtype) for dtype in sorted(DTYPES, key=str)}
-    digest = write_tensors(path, tensors, finite=())
+    digest = write_tensors(path, tensors.items, finite=())
     data = path.read_bytes()
     assert digest == hashlib.sha256(data).hexdigest()
     size = int.from_bytes(data[:8], "little")
@@ -32,5 +32,5 @@ def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("there")
     with pytest.raises(FileExistsError):
-        write_tensors(path, {"a": torch.ones(1)}, finite=())
+        write_tensors(path, {"a": torch.ones(1)}.items, finite=())
     assert path.read_text() == "there"

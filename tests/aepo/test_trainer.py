@@ -14,13 +14,15 @@ from trainer_toys import ToyLanguageModel, ToyTask, toy_agent
 
 from aepo.agents.protocol import AgentError
 from aepo.config import Config, load_config
+from aepo.data import questions_of_step
+from aepo.learning.batch import Batch
 from aepo.learning.learner import Learner, learning_rate
 from aepo.learning.nonfinite import NonFiniteError
 from aepo.models.adapters import refuse_adapters
 from aepo.rollout.engines.make import make_engine
 from aepo.run.checkpoint import CheckpointError, list_checkpoints
 from aepo.run.log import read_records
-from aepo.trainer import Trainer, questions_of_step
+from aepo.trainer import Trainer
 from aepo.types import Question, Response, Reward
 
 MEASURED = ("seconds", "memory.", "tools.seconds")
@@ -179,11 +181,10 @@ def test_a_non_finite_step_changes_nothing_and_names_the_tokens(tmp_path: Path, 
     if fault == "loss":
         inner = trainer.learner.pack
 
-        def pack_with_nan(*args: object) -> list:
-            minibatches = inner(*args)
-            batch = minibatches[0][0]
-            batch.old_logprobs[batch.mask.nonzero()[2]] = torch.nan  # as an engine with a bug would deliver it
-            return minibatches
+        def pack_with_nan(*args: object) -> Batch:
+            batch = inner(*args)
+            batch.minibatches[0][0].old_logprobs[2] = torch.nan  # as an engine with a bug would deliver it
+            return batch
 
         trainer.learner.pack = pack_with_nan  # type: ignore[method-assign]
     else:

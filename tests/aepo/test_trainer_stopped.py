@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from test_trainer import outcome, trainer_for
 
+from aepo.parallel import Weights
 from aepo.run.checkpoint import CheckpointError, list_checkpoints
 from aepo.run.log import read_records
 from aepo.types import RolloutTree
@@ -22,7 +23,7 @@ def test_an_engine_that_cannot_be_refreshed_costs_no_step(tmp_path: Path) -> Non
     trainer = trainer_for(tmp_path / "parts", "train.steps=2", "checkpoint.every=0")
     calls = []
 
-    def refresh(version: int) -> None:
+    def refresh(version: int, weights: Weights) -> None:
         raise OSError("no room for the new weights")
 
     trainer.engine.refresh = refresh  # type: ignore[method-assign]
@@ -58,7 +59,7 @@ def test_ctrl_c_that_also_ends_the_engine_is_an_interruption(tmp_path: Path) -> 
     """A terminal sends it to every process of the run: the refresh then fails, while the trainer waits for its end."""
     trainer = trainer_for(tmp_path / "run")
 
-    def refresh(version: int) -> None:
+    def refresh(version: int, weights: Weights) -> None:
         signal.raise_signal(signal.SIGINT)
         raise ConnectionError("the engine is gone")
 
@@ -87,7 +88,7 @@ def test_a_state_that_an_interrupted_run_cannot_save_is_an_error(tmp_path: Path)
     """Whoever pressed Ctrl-C believes that the last step is kept."""
     trainer = trainer_for(tmp_path / "run")
 
-    def refresh(version: int) -> None:
+    def refresh(version: int, weights: Weights) -> None:
         signal.raise_signal(signal.SIGINT)
 
     def save() -> None:

@@ -9,7 +9,7 @@ pytest.importorskip("httpx")
 
 from aepo.rollout.engines.vllm import answers as vllm_answers
 from aepo.rollout.engines.vllm.answers import WORDS, checking, one_line, quoted, shared_directory, weight_version
-from aepo.rollout.engines.vllm.engine import ReplicaError, finish_reason
+from aepo.rollout.engines.vllm.replica import ReplicaError, finish_reason
 
 STEERS = "x\x1b[31m\r\n\x07\u202e\udc80"  # colours, lines, a bell, right-to-left, half of a pair
 

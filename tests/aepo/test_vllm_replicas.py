@@ -6,26 +6,26 @@ import asyncio
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
 from engine_toys import EOS, VOCAB, request
 
 from aepo.rollout.engine import Generation, GenerationRequest
 from aepo.rollout.engines.vllm import answers as vllm_answers
-from aepo.rollout.engines.vllm.engine import (
+from aepo.rollout.engines.vllm.engine import VLLMEngine
+from aepo.rollout.engines.vllm.http import api_key, ask
+from aepo.rollout.engines.vllm.loop_thread import LoopThread
+from aepo.rollout.engines.vllm.replica import (
     Completion,
-    LoopThread,
     Recorded,
     ReplicaError,
     ReplicaGoneError,
-    VLLMEngine,
     finish_reason,
     sampling_settings,
 )
-from aepo.rollout.engines.vllm.http import api_key, ask
 
 
 class Replica:
@@ -70,7 +70,7 @@ def loop() -> Iterator[LoopThread]:
 
 
 def engine_of(loop: LoopThread, *replicas: Replica, **more: Any) -> VLLMEngine:
-    given: Any = {"vocab_size": VOCAB, "version": 1, "model": None, "weights_dir": None, **more}
+    given: Any = {"vocab_size": VOCAB, "version": 1, "weights_dir": None, **more}
     return VLLMEngine(replicas, loop, **given)
 
 
@@ -148,21 +148,19 @@ def test_weights_that_were_not_sent_are_noticed_wherever_they_are_stamped(
 ) -> None:
     replica = Replica("x")
     replica.stamped = stamped
-    model, stamp = torch.nn.Linear(1, 1), stamped or "1"
-    assert len(generate(engine_of(loop, replica, model=model, stamp=stamp), "a")) == 1
+    ours, stamp = Path("/new/weights"), stamped or "1"
+    assert len(generate(engine_of(loop, replica, weights_dir=ours, stamp=stamp), "a")) == 1
     with pytest.raises(ReplicaError, match=f"x: a segment was sampled with weights version {stamp}, expected 3: they"):
-        generate(engine_of(loop, replica, model=model, stamp="3"), "a")
+        generate(engine_of(loop, replica, weights_dir=ours, stamp="3"), "a")
     assert len(generate(engine_of(loop, replica), "a")) == 1, "whose weights are not ours may have any"
 
 
-@pytest.mark.parametrize("model", [None, torch.nn.Linear(1, 1)])
-def test_nothing_is_taken_of_a_replica_with_a_part_of_new_weights(
-    loop: LoopThread, model: torch.nn.Module | None
-) -> None:
+@pytest.mark.parametrize("weights_dir", [None, Path("/new/weights")])
+def test_nothing_is_taken_of_a_replica_with_a_part_of_new_weights(loop: LoopThread, weights_dir: Path | None) -> None:
     replica = Replica("x")
     replica.stamped = "partly-loaded"
     with pytest.raises(ReplicaError, match="x: an update of its weights did not finish, a part may be old"):
-        generate(engine_of(loop, replica, model=model, stamp="3"), "a")
+        generate(engine_of(loop, replica, weights_dir=weights_dir, stamp="3"), "a")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Sequence
@@ -17,7 +18,20 @@ from aepo.advantages import Sample
 from aepo.agents.agent import Agent
 from aepo.agents.protocol import Task
 from aepo.agents.tools.toolbox import ToolBox
-from aepo.types import Message, Question, Response, Reward, ToolCall, ToolResult, Trajectory, Turn
+from aepo.types import (
+    Message,
+    Node,
+    Path,
+    Question,
+    Response,
+    Reward,
+    RolloutTree,
+    ScoredTree,
+    ToolCall,
+    ToolResult,
+    Trajectory,
+    Turn,
+)
 
 VOCAB = 50
 
@@ -51,6 +65,28 @@ def trajectory(prompt: Sequence[int], *segments: tuple[Sequence[int], Sequence[i
         just_read = tuple(read)
     zeros = (0.0,) * len(tokens)
     return Trajectory(tuple(tokens), tuple(generated), zeros, zeros, tuple(steps), tuple(anchors))
+
+
+def scored(groups: Sequence[Sequence[Trajectory]], rewards: Sequence[Sequence[float]]) -> list[ScoredTree]:
+    """Trees of these paths, all of them fresh, with these total rewards."""
+    return [
+        ScoredTree(_tree(q, group), tuple(Reward(total, {}, False) for total in totals))
+        for q, (group, totals) in enumerate(zip(groups, rewards, strict=True))
+    ]
+
+
+def _tree(index: int, group: Sequence[Trajectory]) -> RolloutTree:
+    nodes: list[Node] = []
+    paths: list[Path] = []
+    for j, path in enumerate(group):
+        parent, ends = None, [i for i in range(1, len(path.steps)) if path.steps[i] != path.steps[i - 1]]
+        for begin, end in itertools.pairwise([0, *ends, len(path.steps)]):
+            source = "prompt" if parent is None else "model" if path.generated[begin] else "tool"
+            numbers = (path.logprobs[begin:end], path.entropies[begin:end]) if source == "model" else ((), ())
+            nodes.append(Node(len(nodes), parent, source, path.token_ids[begin:end], *numbers))
+            parent = nodes[-1].id
+        paths.append(Path(j, nodes[-1].id, None, None, "answered"))
+    return RolloutTree(Question(f"q{index}", "?"), tuple(nodes), tuple(paths), (), None)
 
 
 def random_samples(count: int, seed: int = 0) -> list[Sample]:

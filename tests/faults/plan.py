@@ -46,7 +46,8 @@ ITS_OWN = (
     "Trainer.train_step",
     "Trainer.update",
     "Trainer.save",
-    "save_checkpoint",
+    "Checkpoints.save",
+    "Checkpoints._place",
     "Trainer._evaluate_if_due",
     "_record",
 )

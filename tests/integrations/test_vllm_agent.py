@@ -23,6 +23,7 @@ from aepo.agents.agent import Agent
 from aepo.config import Config, load_config
 from aepo.load import load_agent
 from aepo.models.language_model import LanguageModel
+from aepo.parallel import OneProcess
 from aepo.rollout.engine import Engine
 from aepo.rollout.engines.make import make_engine
 from aepo.rollout.sampler import Sampler
@@ -81,7 +82,13 @@ def engines(saver: Path, language_model: LanguageModel, tmp_path_factory) -> Ite
     with closing(load_agent(config(saver, PAY), language_model)) as agent:
         eos_ids = agent.format.eos_ids
     on_vllm, reference = (
-        make_engine(config(saver, PAY, f"rollout.engine={name}", f"run.dir={directory}"), language_model, eos_ids, 0)
+        make_engine(
+            config(saver, PAY, f"rollout.engine={name}", f"run.dir={directory}"),
+            language_model,
+            eos_ids,
+            0,
+            OneProcess(),
+        )
         for name in ("vllm", "huggingface")
     )
     yield on_vllm, reference

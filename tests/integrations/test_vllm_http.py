@@ -17,10 +17,11 @@ from fastapi import FastAPI, Request
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from aepo.rollout.engines.vllm.http import headers
-from aepo.vllm import endpoints
-from aepo.vllm.endpoints import Door, EntropyEndpoints, Refused, _body, _written, entropies, finish, update, withdraw
+from aepo.vllm import messages
+from aepo.vllm.endpoints import Door, EntropyEndpoints, entropies, finish, update, withdraw
 from aepo.vllm.endpoints import start as start_update
-from aepo.vllm.manifest import FileUpdateInfo, signed, signing_secret
+from aepo.vllm.messages import Refused, read_body, written
+from aepo.vllm.weights.manifest import FileUpdateInfo, signed, signing_secret
 from tests.aepo.engine_toys import VOCAB, prompts
 from tests.integrations.server import KEY
 from tests.integrations.toys import NATS, entropy
@@ -119,7 +120,7 @@ def test_null_for_nan_and_ranks_that_do_not_sample():
 
     engine = SimpleNamespace(collective_rpc=collective_rpc, get_weight_version=get_weight_version)
     answer = asyncio.run(entropies(Door(engine, [], None, None), {"keys": ["a"]}))
-    assert _written(answer) == b'{"entropies":{"a":[0.5,null]},"weight_version":"3"}'
+    assert written(answer) == b'{"entropies":{"a":[0.5,null]},"weight_version":"3"}'
 
 
 def start(engine, host="127.0.0.1", uds=None, api_key=None):
@@ -209,13 +210,13 @@ def test_what_a_worker_refuses_is_an_answer_and_its_death_is_not():
 
 
 def test_a_body_that_does_not_come_is_given_up(monkeypatch):
-    monkeypatch.setattr(endpoints, "BODY_SECONDS", 0.05)
+    monkeypatch.setattr(messages, "BODY_SECONDS", 0.05)
 
     async def never():
         await asyncio.sleep(20)
 
     async def ask():
-        return await asyncio.wait_for(_body(Request({"type": "http", "method": "POST", "headers": []}, never)), 5)
+        return await asyncio.wait_for(read_body(Request({"type": "http", "method": "POST", "headers": []}, never)), 5)
 
     with pytest.raises(Refused, match=r"did not come within 0\.05 s") as refusal:
         asyncio.run(ask())

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from aepo.config import VLLMConfig
-from aepo.rollout.engines.vllm.engine import ReplicaError, ReplicaGoneError, VLLMEngine
+from aepo.rollout.engines.vllm import start
+from aepo.rollout.engines.vllm.engine import VLLMEngine
 from aepo.rollout.engines.vllm.http import headers
+from aepo.rollout.engines.vllm.replica import ReplicaError, ReplicaGoneError
 from aepo.rollout.engines.vllm.weight_clients import RemoteWeightClient
 from aepo.rollout.sampler import Sampler
 from aepo.vllm.weights import WeightSender, WeightUpdateError
-from tests.aepo.engine_toys import EOS, VOCAB, assert_is_the_models_own, prompts, request
+from tests.aepo.engine_toys import EOS, VOCAB, assert_is_the_models_own, prompts, request, weights_of
 from tests.integrations.conftest import qwen
 from tests.integrations.test_vllm_rollout import CONFIG, EXACT, Agent, Tools, generate, questions, shape, talkative
 
@@ -30,7 +32,7 @@ def model() -> torch.nn.Module:
 @pytest.fixture(scope="module")
 def engine(url, model) -> Iterator[VLLMEngine]:
     settings = VLLMConfig(endpoints=(url,))
-    made = VLLMEngine.connect(eos_ids=[EOS], vocab_size=VOCAB, model=model, settings=settings, version=4)
+    made = start.connect(eos_ids=[EOS], vocab_size=VOCAB, settings=settings, version=4, weights=weights_of(model))
     yield made
     made.close()
 
@@ -57,7 +59,7 @@ def test_exact_numbers_under_the_trainers_weights(model, engine, url) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.05)
-    engine.refresh(5)
+    engine.refresh(5, weights_of(model))
     for one, got in zip(asked, generate(engine, *asked), strict=True):
         assert got.version == 5
         assert_is_the_models_own(double(model), one, got, EXACT)
@@ -76,12 +78,12 @@ def test_greedy_trees_are_those_of_the_transformers_engine(model, engine, url) -
     assert_nothing_is_left(url)
 
 
-def test_weights_that_others_have_changed_are_noticed(engine, url) -> None:
+def test_weights_that_others_have_changed_are_noticed(model, engine, url) -> None:
     directory = Path(httpx.get(f"{url}/aepo/status", headers=headers()).json()["weights_dir"])
     WeightSender([RemoteWeightClient(url)], qwen(torch.float32), directory).send(77)
     with pytest.raises(ReplicaError, match=r"weights version 77@[0-9a-f]+, expected 5@"):
         generate(engine, request([1]))
-    engine.refresh(5)
+    engine.refresh(5, weights_of(model))
     generate(engine, request([1]))
     engine.release()
     assert_nothing_is_left(url)
@@ -103,7 +105,7 @@ class Writes(RemoteWeightClient):
         super().finish_weight_update(weight_version)
 
 
-def test_a_server_with_a_part_of_new_weights_says_so(engine, url) -> None:
+def test_a_server_with_a_part_of_new_weights_says_so(model, engine, url) -> None:
     def status() -> dict:
         return httpx.get(f"{url}/aepo/status", headers=headers()).json()
 
@@ -116,7 +118,7 @@ def test_a_server_with_a_part_of_new_weights_says_so(engine, url) -> None:
         generate(engine, request([1]))
     with pytest.raises(ReplicaError, match="an update of its weights did not finish, a part may be old"):
         connect(url)
-    engine.refresh(7)
+    engine.refresh(7, weights_of(model))
     assert status()["weight_version"].startswith("7@")
     generate(engine, request([1]))
     engine.release()
@@ -125,7 +127,7 @@ def test_a_server_with_a_part_of_new_weights_says_so(engine, url) -> None:
 
 def connect(url: str, vocab_size: int = VOCAB) -> None:
     settings = VLLMConfig(endpoints=(url,))
-    VLLMEngine.connect(eos_ids=[EOS], vocab_size=vocab_size, model=None, settings=settings, version=0)
+    start.connect(eos_ids=[EOS], vocab_size=vocab_size, settings=settings, version=0, weights=None)
 
 
 def test_what_does_not_fit_is_said_when_connecting(url) -> None:

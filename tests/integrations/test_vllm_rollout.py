@@ -26,15 +26,16 @@ from aepo.agents.tools.toolbox import ToolBox
 from aepo.config import RolloutConfig, VLLMConfig
 from aepo.rollout.engine import GenerationRequest
 from aepo.rollout.engines.vllm import local as vllm_local
-from aepo.rollout.engines.vllm.engine import ReplicaError, ReplicaGoneError, VLLMEngine
+from aepo.rollout.engines.vllm import start
+from aepo.rollout.engines.vllm.engine import VLLMEngine
 from aepo.rollout.engines.vllm.orphans import marked
+from aepo.rollout.engines.vllm.replica import ReplicaError, ReplicaGoneError
 from aepo.rollout.engines.vllm.weight_clients import LocalWeightClient
 from aepo.rollout.sampler import RolloutError, Sampler
 from aepo.rollout.tree import path_nodes
 from aepo.types import Question, RolloutTree, TokenIds, ToolCall, ToolResult, Turn
-from aepo.vllm import weights
-from aepo.vllm.weights import WeightUpdateError
-from tests.aepo.engine_toys import EOS, TAG, VOCAB, assert_is_the_models_own, prompts, request
+from aepo.vllm.weights import WeightUpdateError, write
+from tests.aepo.engine_toys import EOS, TAG, VOCAB, assert_is_the_models_own, prompts, request, weights_of
 from tests.aepo.engine_toys import engine as transformers_engine
 from tests.integrations.conftest import qwen
 
@@ -125,7 +126,7 @@ def engine(model, model_dir, tmp_path_factory, in_processes):
     for file in Path(model_dir).glob("token*"):
         (path / file.name).write_bytes(file.read_bytes())
     settings = VLLMConfig(replicas=3, max_num_seqs=16, enforce_eager=True, kv_cache_gib=0.05)
-    made = VLLMEngine.launch(path, eos_ids=[EOS], vocab_size=VOCAB, model=model, settings=settings, version=7, seed=0)
+    made = start.launch(path, eos_ids=[EOS], vocab_size=VOCAB, settings=settings, version=7, seed=0)
     yield made
     made.close()
 
@@ -136,11 +137,9 @@ def engine_processes() -> list[int]:
     return [int(line.split()[0]) for line in listed.stdout.splitlines() if "EngineCore" in line]
 
 
-def launch(model_dir: str, model: torch.nn.Module, **changes) -> VLLMEngine:
+def launch(model_dir: str, **changes) -> VLLMEngine:
     settings = VLLMConfig(**{"max_num_seqs": 16, "enforce_eager": True, "kv_cache_gib": 0.05, **changes})
-    return VLLMEngine.launch(
-        Path(model_dir), eos_ids=[EOS], vocab_size=VOCAB, model=model, settings=settings, version=0, seed=0
-    )
+    return start.launch(Path(model_dir), eos_ids=[EOS], vocab_size=VOCAB, settings=settings, version=0, seed=0)
 
 
 @pytest.fixture
@@ -347,7 +346,7 @@ def test_refresh_sends_the_weights_and_a_foreign_version_is_noticed(model, engin
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
-    engine.refresh(8)
+    engine.refresh(8, weights_of(model))
     truth = qwen(torch.float64)
     truth.load_state_dict({name: x.double() for name, x in model.state_dict().items()})
     for one, got in zip(asked, generate(engine, *asked), strict=True):
@@ -363,12 +362,12 @@ def test_refresh_sends_the_weights_and_a_foreign_version_is_noticed(model, engin
     assert_nothing_is_left(engine)
 
 
-def test_an_engine_with_a_part_of_the_new_weights_samples_nothing_until_a_refresh(engine, monkeypatch) -> None:
+def test_an_engine_with_a_part_of_the_new_weights_samples_nothing_until_a_refresh(model, engine, monkeypatch) -> None:
     """A file is written to through a map, after its check: on /dev/shm no time of it tells."""
-    write, finish, maps = weights.write, LocalWeightClient.finish_weight_update, []
+    written, finish, maps = write.write, LocalWeightClient.finish_weight_update, []
 
-    def write_and_map(directory, source):
-        info = write(directory, source)
+    def write_and_map(directory, weights):
+        info = written(directory, weights)
         with (directory / "00000.safetensors").open("r+b") as file:
             maps.append(mmap.mmap(file.fileno(), 0))
         maps[0][-4096:] = maps[0][-4096:]
@@ -379,13 +378,13 @@ def test_an_engine_with_a_part_of_the_new_weights_samples_nothing_until_a_refres
         finish(self, weight_version)
 
     with monkeypatch.context() as patched:
-        patched.setattr(weights, "write", write_and_map)
+        patched.setattr(write, "write", write_and_map)
         patched.setattr(LocalWeightClient, "finish_weight_update", harm_and_finish)
         with pytest.raises(WeightUpdateError, match="a part of the new weights only"):
-            engine.refresh(9)
+            engine.refresh(9, weights_of(model))
     with pytest.raises(ReplicaError, match="an update of its weights did not finish, a part may be old"):
         generate(engine, request([1]))
-    engine.refresh(9)
+    engine.refresh(9, weights_of(model))
     assert generate(engine, request([1]))[0].version == 9
     engine.release()
     assert_nothing_is_left(engine)
@@ -409,7 +408,7 @@ def test_a_failed_start_is_one_line_and_leaves_nothing(
 ) -> None:
     before = engine_processes()
     with pytest.raises(ValueError, match=message) as caught:
-        launch(model_dir, model, **changes)
+        launch(model_dir, **changes)
     assert "\n" not in str(caught.value)
     assert engine_processes() == before
     assert not list(temporary.iterdir())
@@ -429,7 +428,7 @@ def test_an_engine_that_is_killed_while_it_starts_is_not_said_to_have_told_why(
     thread = threading.Thread(target=kill)
     thread.start()
     with pytest.raises(ValueError, match=r"^vLLM's engine ended while it started.*, unless it was killed") as caught:
-        launch(model_dir, model)
+        launch(model_dir)
     thread.join()
     assert str(caught.value).isprintable()
     assert engine_processes() == before
@@ -450,7 +449,7 @@ def test_ctrl_c_while_engines_start_is_prompt_and_leaves_nothing(in_processes, m
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        launch(model_dir, model, replicas=2)
+        launch(model_dir, replicas=2)
     assert time.monotonic() - sent[0] < 10
     thread.join()
     assert engine_processes() == before
@@ -460,14 +459,14 @@ def test_ctrl_c_while_engines_start_is_prompt_and_leaves_nothing(in_processes, m
 def test_close_while_requests_run_on_a_silent_engine(in_processes, model, model_dir, temporary) -> None:
     """One that is alive and does not answer: a refresh ends by itself, close kills it, and the rollout ends."""
     before = engine_processes()
-    made = launch(model_dir, model)
+    made = launch(model_dir)
     (process,) = set(engine_processes()) - set(before)
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor() as pool:
         patch.setattr(vllm_local, "HEARTBEAT", 0.5)
         patch.setattr(vllm_local, "ANSWER", 1.0)
         os.kill(process, signal.SIGSTOP)
         with pytest.raises(WeightUpdateError, match=r"replica 0.*has not answered for 1 s"):
-            made.refresh(1)
+            made.refresh(1, weights_of(model))
         patch.undo()
         rollout = pool.submit(generate, made, request([1]))
         while not made._open:
@@ -480,7 +479,7 @@ def test_close_while_requests_run_on_a_silent_engine(in_processes, model, model_
     made.close()
     made.release()
     with pytest.raises(RuntimeError, match="the engine is closed"):
-        made.refresh(2)
+        made.refresh(2, weights_of(model))
     assert engine_processes() == before
     assert not list(temporary.iterdir())
 
@@ -503,7 +502,7 @@ def test_a_rollout_survives_a_killed_replica_and_keeps_what_is_finished_without_
     assert len(engine._alive) == 2
     assert_nothing_is_left(engine)
     os.kill(second, signal.SIGKILL)
-    engine.refresh(9)
+    engine.refresh(9, weights_of(model))
     assert len(engine._alive) == 1
     (got,) = generate(engine, request([1]))
     assert got.version == 9

@@ -21,11 +21,13 @@ import torch
 
 from aepo.config import VLLMConfig
 from aepo.rollout.engine import GenerationRequest
-from aepo.rollout.engines.vllm import engine as vllm
 from aepo.rollout.engines.vllm import remote as vllm_remote
-from aepo.rollout.engines.vllm.engine import EntropyReader, Recorded, ReplicaError, ReplicaGoneError, VLLMEngine
+from aepo.rollout.engines.vllm import start
+from aepo.rollout.engines.vllm.engine import VLLMEngine
+from aepo.rollout.engines.vllm.entropy_reader import EntropyReader
+from aepo.rollout.engines.vllm.replica import Recorded, ReplicaError, ReplicaGoneError
 from aepo.vllm.weights import WeightUpdateError
-from tests.aepo.engine_toys import EOS, VOCAB, request
+from tests.aepo.engine_toys import EOS, VOCAB, request, weights_of
 from tests.integrations.test_vllm_rollout import generate
 
 STATUS = {
@@ -111,7 +113,7 @@ def servers(monkeypatch) -> Iterator[tuple[Server, Server]]:
 
 def connect(*servers: Server, longest: float = 60.0) -> VLLMEngine:
     settings = VLLMConfig(endpoints=tuple(server.url for server in servers), request_timeout=longest)
-    return VLLMEngine.connect(eos_ids=[EOS], vocab_size=VOCAB, model=None, settings=settings, version=1)
+    return start.connect(eos_ids=[EOS], vocab_size=VOCAB, settings=settings, version=1, weights=None)
 
 
 def ask(group: str) -> GenerationRequest:
@@ -218,9 +220,9 @@ def test_records_are_asked_for_in_messages_that_a_server_takes(servers, monkeypa
 
 
 def test_limits_are_those_of_the_routes():
-    from aepo.vllm import endpoints
+    from aepo.vllm import messages
 
-    assert (vllm_remote.KEYS, vllm_remote.TOKENS) == (endpoints.KEYS, endpoints.TOKENS)
+    assert (vllm_remote.KEYS, vllm_remote.TOKENS) == (messages.KEYS, messages.TOKENS)
 
 
 def drip(handler) -> None:
@@ -479,8 +481,9 @@ def updated(tmp_path, servers, monkeypatch) -> Iterator[Updated]:
 
 def trainer(server: Server, version: int = 3, weights_dir: str | None = None) -> VLLMEngine:
     settings = VLLMConfig(endpoints=(server.url,), weights_dir=weights_dir)
-    model = torch.nn.Linear(2, 2)
-    return VLLMEngine.connect(eos_ids=[EOS], vocab_size=VOCAB, model=model, settings=settings, version=version)
+    return start.connect(
+        eos_ids=[EOS], vocab_size=VOCAB, settings=settings, version=version, weights=weights_of(torch.nn.Linear(2, 2))
+    )
 
 
 def test_two_trainers_at_the_same_step_do_not_take_each_others_weights(updated):
@@ -490,7 +493,7 @@ def test_two_trainers_at_the_same_step_do_not_take_each_others_weights(updated):
     generate(other, request([1]))
     with pytest.raises(ReplicaError, match=r"weights version 3@[0-9a-f]{12}, expected 3@[0-9a-f]{12}: they were"):
         generate(one, request([1]))
-    one.refresh(3)
+    one.refresh(3, weights_of(torch.nn.Linear(2, 2)))
     generate(one, request([1]))
     with pytest.raises(ReplicaError, match="changed by somebody else"):
         generate(other, request([1]))
@@ -502,7 +505,7 @@ def test_a_server_that_has_loaded_other_weights(updated):
     engine = trainer(updated)
     updated.answers["/aepo/weights/finish"] = lambda _: {"weight_version": "3@another"}
     with pytest.raises(WeightUpdateError, match=r"loaded weights version 3@another, expected 4@[0-9a-f]{12}"):
-        engine.refresh(4)
+        engine.refresh(4, weights_of(torch.nn.Linear(2, 2)))
     engine.close()
 
 
@@ -513,10 +516,10 @@ def test_weight_answers_of_the_wrong_shape(updated, step, answer):
     right = updated.answers[f"/aepo/weights/{step}"]
     updated.answers[f"/aepo/weights/{step}"] = lambda body: right(body) and answer
     if step == "update" and isinstance(answer, dict):
-        engine.refresh(4)  # says nothing that is needed
+        engine.refresh(4, weights_of(torch.nn.Linear(2, 2)))  # says nothing that is needed
     else:
         with pytest.raises(WeightUpdateError, match=f"{updated.url}: /aepo/weights/{step} answered what cannot be"):
-            engine.refresh(4)
+            engine.refresh(4, weights_of(torch.nn.Linear(2, 2)))
     engine.close()
 
 
@@ -524,15 +527,14 @@ def test_weight_answers_of_the_wrong_shape(updated, step, answer):
 def test_weights_that_are_not_finite_reach_nobody(updated, tmp_path, value):
     engine = trainer(updated)
     updated.calls.clear()
-    with torch.no_grad():
-        engine._model.bias[1] = value
+    model = torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(model.bias, value)
     with pytest.raises(WeightUpdateError, match="weight 'bias' is not finite; every replica keeps the weights"):
-        engine.refresh(4)
-    assert "update" not in updated.calls
+        engine.refresh(4, weights_of(model))
+    assert updated.calls == []
     assert not list(tmp_path.iterdir())
-    with torch.no_grad():
-        engine._model.bias[1] = 0
-    engine.refresh(4)
+    torch.nn.init.zeros_(model.bias)
+    engine.refresh(4, weights_of(model))
     assert generate(engine, request([1]))[0].version == 4
     engine.close()
 
@@ -602,7 +604,7 @@ def test_words_of_any_other_answer_are_one_short_line(updated, monkeypatch, path
     right = updated.answers[path]
     updated.answers[path] = lambda body: right(body) and ({**right(body), **answer} if path[-1] == "s" else answer)
     with pytest.raises((ReplicaError, WeightUpdateError), match=updated.url) as failure:
-        engine.refresh(4) if "weights" in path else generate(engine, request([1]))
+        engine.refresh(4, weights_of(torch.nn.Linear(2, 2))) if "weights" in path else generate(engine, request([1]))
     engine.close()
     assert_short(failure.value)
 
@@ -632,7 +634,7 @@ def test_nothing_stays_open_where_the_guard_cannot_start(updated, monkeypatch):
     def refuse(*_):
         raise OSError("no more processes")
 
-    monkeypatch.setattr(vllm, "OrphanGuard", refuse)
+    monkeypatch.setattr(start, "OrphanGuard", refuse)
     made = vllm_remote.http_client
     monkeypatch.setattr(vllm_remote, "http_client", lambda url: clients.append(made(url)) or clients[-1])
     before = loops()

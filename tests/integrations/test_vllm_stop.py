@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from vllm import SamplingParams
 
-from aepo.rollout.engines.vllm.engine import finish_reason, sampling_settings
+from aepo.rollout.engines.vllm.replica import finish_reason, sampling_settings
 from aepo.vllm import fetch_entropies
 from tests.aepo.engine_toys import EOS, prompts, request, tokenizer
 from tests.integrations.conftest import make_llm

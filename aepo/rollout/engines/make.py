@@ -10,10 +10,12 @@ from safetensors import SafetensorError
 
 from aepo.config import Config
 from aepo.install import pip_install
+from aepo.parallel import Parallel, Weights
 from aepo.rollout.engine import Engine
 from aepo.rollout.engines.huggingface.engine import HuggingFaceEngine
 from aepo.rollout.engines.vllm.engine import VLLMEngine
 from aepo.rollout.engines.vllm.orphans import temporary_directory
+from aepo.rollout.engines.vllm.start import connect, launch
 
 if TYPE_CHECKING:
     from aepo.models.language_model import LanguageModel
@@ -22,8 +24,9 @@ if TYPE_CHECKING:
 class PolicyEngine(Engine, Protocol):
     """An engine that follows the weights of a model which is being trained."""
 
-    def refresh(self, version: int) -> None:
-        """The model has new weights: generate with those, and call them `version`."""
+    def refresh(self, version: int, weights: Weights) -> None:
+        """The model has new weights: generate with those, and call them `version`. An engine that runs the model itself
+        has them already, and does not look at `weights`."""
         ...
 
     def close(self) -> None:
@@ -31,7 +34,9 @@ class PolicyEngine(Engine, Protocol):
         ...
 
 
-def make_engine(config: Config, language_model: LanguageModel, eos_ids: Sequence[int], version: int) -> PolicyEngine:
+def make_engine(
+    config: Config, language_model: LanguageModel, eos_ids: Sequence[int], version: int, parallel: Parallel
+) -> PolicyEngine:
     """With the weights that the model has now; `close` it. eos_ids: tokens that end a segment.
 
     vLLM on this machine reads the weights from a directory in that of the run, which is gone when this returns.
@@ -39,36 +44,52 @@ def make_engine(config: Config, language_model: LanguageModel, eos_ids: Sequence
     ValueError: vLLM is not installed, or cannot serve this configuration. OSError: the weights cannot be
     written there. ConnectionError: an endpoint does not answer.
     """
-    model, tokenizer = language_model.model, language_model.tokenizer
     if config.rollout.engine == "huggingface":
-        return HuggingFaceEngine(model, tokenizer, eos_ids, version=version)
-    vocab_size, settings = language_model.vocab_size, config.vllm
+        return HuggingFaceEngine(language_model.model, language_model.tokenizer, eos_ids, version=version)
     try:
-        if settings.endpoints:
-            return VLLMEngine.connect(
-                eos_ids=eos_ids, vocab_size=vocab_size, model=model, settings=settings, version=version
-            )
-        directory = Path(config.run.dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        with temporary_directory(directory, ".engine-") as saved:
-            assert saved.directory is not None
-            try:
-                model.save_pretrained(saved.directory)
-                tokenizer.save_pretrained(saved.directory)
-            except (OSError, SafetensorError) as error:
-                what = "the weights that vLLM starts from cannot be written"
-                raise OSError(f"run.dir = {directory}: {what}: {error}") from None
-            return VLLMEngine.launch(
-                saved.directory,
+        if config.vllm.endpoints:
+            return connect(
                 eos_ids=eos_ids,
-                vocab_size=vocab_size,
-                model=model,
-                settings=settings,
+                vocab_size=language_model.vocab_size,
+                settings=config.vllm,
                 version=version,
-                seed=config.run.seed,
+                weights=parallel.full_weights(language_model.model),
             )
+        return _launched(config, language_model, eos_ids, version, parallel)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in ("vllm", "httpx"):
             raise
         raise ValueError(f"rollout.engine = vllm: {package} is not installed; {pip_install('vllm')}") from None
+
+
+def _launched(
+    config: Config, language_model: LanguageModel, eos_ids: Sequence[int], version: int, parallel: Parallel
+) -> VLLMEngine:
+    directory = Path(config.run.dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    with temporary_directory(directory, ".engine-") as saved:
+        assert saved.directory is not None
+        try:
+            _save(saved.directory, language_model, parallel)
+        except (OSError, SafetensorError) as error:
+            what = "the weights that vLLM starts from cannot be written"
+            raise OSError(f"run.dir = {directory}: {what}: {error}") from None
+        return launch(
+            saved.directory,
+            eos_ids=eos_ids,
+            vocab_size=language_model.vocab_size,
+            settings=config.vllm,
+            version=version,
+            seed=config.run.seed,
+        )
+
+
+def _save(directory: Path, language_model: LanguageModel, parallel: Parallel) -> None:
+    """By transformers, which has the names of a checkpoint for weights that it keeps otherwise; so all of them are in
+    this process's memory, as copies, since they may be gone one by one."""
+    weights = parallel.full_weights(language_model.model)
+    state = {names[0]: tensor.to("cpu", copy=True) for names, tensor in weights if parallel.is_main}
+    if parallel.is_main:
+        language_model.model.save_pretrained(directory, state_dict=state)
+        language_model.tokenizer.save_pretrained(directory)

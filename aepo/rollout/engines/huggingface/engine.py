@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from aepo.parallel import Weights
 from aepo.rollout.engine import EngineCounters, Generation, GenerationRequest, check_request
 from aepo.rollout.engines.huggingface.kv_cache import BatchCache, PrefixTree
 from aepo.rollout.engines.huggingface.stopping import StopRules
@@ -62,8 +63,8 @@ class HuggingFaceEngine:
         self._rules = StopRules(tokenizer, config.vocab_size, eos_ids, model.device)
         self._prefixes = PrefixTree()
 
-    def refresh(self, version: int) -> None:
-        """The weights have changed: whatever was computed with the old ones is dropped."""
+    def refresh(self, version: int, weights: Weights) -> None:
+        """The weights have changed, those of the module itself: whatever was computed with the old ones is dropped."""
         self.version = version
         self.release()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from aepo.files.weight_directory import update_directory
 from aepo.rollout.engine import GenerationRequest
-from aepo.rollout.engines.vllm.engine import Completion, Recorded, ReplicaError, finish_reason
+from aepo.rollout.engines.vllm.replica import Completion, Recorded, ReplicaError, finish_reason
 
 ROUNDING = 1e-3  # of log-probs and entropies [nats] that float32 logits give
 LOWEST = -9999.0  # vLLM writes this for every log-prob below, and JSON has no -infinity

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from aepo.rollout.engines.vllm.answers import one_line
-from aepo.rollout.engines.vllm.engine import ReplicaError, ReplicaGoneError
+from aepo.rollout.engines.vllm.replica import ReplicaError, ReplicaGoneError
 
 CONNECT = 10.0  # seconds, to a server that is there
 ANSWER = 60.0  # seconds, for all that no text is generated for; the engine answers between two of its steps

@@ -25,17 +25,17 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from aepo.config import VLLMConfig
 from aepo.rollout.engine import GenerationRequest
-from aepo.rollout.engines.vllm.engine import (
+from aepo.rollout.engines.vllm.loop_thread import LoopThread
+from aepo.rollout.engines.vllm.orphans import OrphanGuard
+from aepo.rollout.engines.vllm.replica import (
     LOGPROBS_MODE,
     Completion,
-    LoopThread,
     Recorded,
     ReplicaError,
     ReplicaGoneError,
     finish_reason,
     sampling_settings,
 )
-from aepo.rollout.engines.vllm.orphans import OrphanGuard
 from aepo.rollout.engines.vllm.weight_clients import LocalWeightClient
 from aepo.vllm import entropy_status_async, fetch_entropies_async, forget_entropies_async
 from aepo.vllm.weights import BACKEND

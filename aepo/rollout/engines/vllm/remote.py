@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 from aepo.files.weight_directory import PARTLY_LOADED
 from aepo.rollout.engine import GenerationRequest
 from aepo.rollout.engines.vllm import answers as vllm_answers
-from aepo.rollout.engines.vllm.engine import (
+from aepo.rollout.engines.vllm.http import ANSWER, ANSWER_BYTES, ask, http_client
+from aepo.rollout.engines.vllm.loop_thread import LoopThread
+from aepo.rollout.engines.vllm.replica import (
     LOGPROBS_MODE,
     Completion,
-    LoopThread,
     Recorded,
     ReplicaError,
     ReplicaGoneError,
     partly_loaded,
     sampling_settings,
 )
-from aepo.rollout.engines.vllm.http import ANSWER, ANSWER_BYTES, ask, http_client
 
 if TYPE_CHECKING:
     from aepo.vllm.weights import WeightClient

@@ -12,8 +12,9 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, Wei
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from aepo.rollout.engines.vllm import answers as vllm_answers
-from aepo.rollout.engines.vllm.engine import LoopThread, ReplicaError
 from aepo.rollout.engines.vllm.http import ANSWER, api_key, ask, http_client
+from aepo.rollout.engines.vllm.loop_thread import LoopThread
+from aepo.rollout.engines.vllm.replica import ReplicaError
 from aepo.vllm.weights import finish_update, process_secret, signing_secret
 
 Result = TypeVar("Result")

@@ -1,136 +1,34 @@
-"""The worker's side of a weight update: a backend of vLLM's weight-transfer protocol that reads signed files.
-
-vLLM's own backends begin to take the model apart when an update starts: if a later call fails, the engine is left
-without weights, and the next update mixes in what the failed one had buffered. Here an engine is whole between any two
-calls. What is checked is checked here, in the worker, so it holds whichever way an update comes: routes of ours, those
-of vLLM's development mode, or collective_rpc.
-"""
+"""The files of a weight update, checked before an engine believes them."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import hmac
 import io
 import json
 import math
 import os
-import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from aepo.files.tensors import is_finite
-from aepo.vllm.manifest import FileUpdateInfo, check, shown
-from aepo.vllm.reload import check_fit, clean_caches, load
+from aepo.files.tensors import DTYPES, is_finite
+from aepo.vllm.weights.manifest import FileUpdateInfo, shown
 
-BACKEND = "aepo_file"
 READERS = 8  # threads that read and compute checksums, a file each: 0.8 to 2 GB/s per core
 CHUNK_BYTES = 1 << 22
 HEADER_BYTES = 100_000_000  # of a safetensors file; the limit of its library
 # Far above what models have. Without them a header of 1.7 MB, 80,000 dimensions, took 26 s to multiply, and torch
 # overflows where a tensor is empty, [0, 2**62, 2**62].
 DIMENSIONS, ELEMENTS, NAME_CHARACTERS = 8, 1 << 48, 512
-DTYPES = {  # in the names of safetensors
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-TYPES = {name: dtype for dtype, name in DTYPES.items()}
+TYPES = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
 
 Shapes = dict[str, tuple[int, ...]]  # of the tensors of a checkpoint, by their names there
-
-
-@dataclass
-class FileInitInfo(WeightTransferInitInfo):
-    """Whose updates an engine takes (none: nobody's), and the directory that has them. The first one counts: later ones
-    must be the same."""
-
-    secrets: list[str] = field(default_factory=list, repr=False)
-    directory: str | None = None
-
-
-class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
-    """Receives files with the names and shapes of the model's checkpoint, in any floating-point dtype."""
-
-    init_info_cls = FileInitInfo
-    update_info_cls = FileUpdateInfo
-    supports_draft_weight_update = False  # vLLM refuses them by that name; no test here has a draft model
-
-    nonce: str | None = None  # of the update that has been started; good for one
-    loads = 0  # how often a load was begun
-    _trusted: FileInitInfo | None = None
-    _staged: CheckpointFiles | None = None
-    _withdrawn = False
-    _accepted: Shapes | None = None  # those that fitted the model, so that they are tried once
-
-    def init_transfer_engine(self, init_info: FileInitInfo) -> None:
-        """ValueError: other secrets or another directory than the first time, or a secret that is none."""
-        found = init_info.secrets
-        if not isinstance(found, list) or not all(isinstance(secret, str) and secret for secret in found):
-            raise ValueError("secrets must be a list of texts that are not empty")
-        if not isinstance(init_info.directory, str | None):
-            raise ValueError(f"directory must be a path or None; got {shown(init_info.directory)}")
-        if self._trusted is None:
-            self._trusted = init_info
-        elif not hmac.compare_digest(*(json.dumps(info.secrets).encode() for info in (init_info, self._trusted))):
-            raise ValueError("this engine takes weights from somebody else, and that cannot be changed")
-        elif init_info.directory != self._trusted.directory:
-            raise ValueError("this engine reads weights from another directory, and that cannot be changed")
-
-    def start_weight_update(self) -> None:
-        self._staged, self._withdrawn, self.nonce = None, False, secrets.token_hex(16)
-
-    def receive_weights(self, update_info: FileUpdateInfo) -> None:
-        """ValueError: the update is not signed for this engine, the files are not those of the update, or do not fit.
-        The model is as it was in any case."""
-        nonce, self.nonce, self._staged = self.nonce, None, None
-        if update_info.withdraw is True:
-            self._withdrawn = True
-            return
-        trusted = self._trusted or FileInitInfo()
-        check(update_info, nonce, trusted.secrets)
-        if trusted.directory is None:
-            raise ValueError("this engine takes no weights: it was started without AEPO_WEIGHTS_DIR")
-        files = CheckpointFiles(Path(trusted.directory), update_info, self.model_config.dtype)
-        if files.shapes != self._accepted:
-            check_fit(self.model, self.model_config, files.shapes, self.parallel_config.tensor_parallel_size)
-            self._accepted = files.shapes
-        self._staged = files
-
-    @property
-    def staged_version(self) -> str | None:
-        """Of the update that was accepted and is not loaded yet."""
-        return None if self._staged is None else self._staged.version
-
-    def finish_weight_update(self) -> None:
-        """RuntimeError: there is nothing to load, or the weights are partly new, and must be sent again before anything
-        is generated."""
-        files, self._staged = self._staged, None
-        if files is None:
-            if self._withdrawn:
-                return
-            raise RuntimeError("no update was accepted: this engine keeps its weights")
-        files.check_unchanged()
-        self.loads += 1
-        try:
-            load(self.model, self.model_config, files)
-        except Exception as error:
-            raise RuntimeError(f"this engine has a part of the new weights only: {error}") from error
-        clean_caches(self.model)
-
-    def shutdown(self) -> None:
-        self._staged = None
 
 
 @dataclass(frozen=True)
@@ -158,7 +56,7 @@ class CheckpointFiles:
     Tensors are read when they are asked for, into memory of their own: mapped, a file that was cut ended the engine
     (SIGBUS). All of them in memory between check and load would be a copy per worker, 1.1 TB for 70B in bfloat16 on 8.
 
-    ValueError: a file is not there, is not a plain file, or has other bytes; a tensor has a type that is not in DTYPES,
+    ValueError: a file is not there, is not a plain file, or has other bytes; a tensor has a type that is not in TYPES,
     or values that are not finite in `dtype`.
     """
 
@@ -325,8 +223,3 @@ def _entries(header: bytes, size: int) -> list[tuple[str, torch.dtype, tuple[int
     if end != size:
         raise ValueError(f"it has {size} bytes of tensors, its header describes {end}")
     return entries
-
-
-# By name, so that a module that is imported twice registers once.
-with contextlib.suppress(ValueError):
-    WeightTransferEngineFactory.register_engine(BACKEND, __name__, FileWeightTransferEngine.__name__)
