@@ -246,11 +246,43 @@ def bench(
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False) -> None:
-    """Say which backends, instruction sets and versions are present here, and what is missing."""
-    from aepo.doctor import main as examine
+def doctor(
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="[MODEL_DIR]", help="A model directory; its config.json is enough."),
+    ] = None,
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    prompt_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="With MODEL_DIR: tokens of a question with its instructions; default: 256."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say which backends, instruction sets and versions are present here, and what is missing.
 
-    raise typer.Exit(examine(as_json))
+    With a model directory: memory and seconds of training it, and whether that fits here and in common GPUs.
+
+    This installation; a model; the run that these settings would start
+
+        aepo doctor
+
+        aepo doctor models/qwen
+
+        aepo doctor models/qwen --config my.yaml train.tokens_per_microbatch=16384 model.dtype=bfloat16
+    """
+    if model is None:
+        from aepo.doctor import main as examine
+
+        with explained():
+            if config is not None or prompt_tokens is not None:
+                raise ValueError("--config and --prompt-tokens: expected MODEL_DIR with them")
+        raise typer.Exit(examine(as_json))
+    with explained():
+        from aepo.doctor.fit import main as fits
+
+        directory, file = user_path("MODEL_DIR", model), given_path("--config", config)
+        fits(directory, file, overrides or (), prompt_tokens or 256, as_json=as_json)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ other.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ def packed_attention(
     lengths: tuple[int, ...],
     scaling: float | None = None,
     dropout: float = 0.0,
+    attend: Callable[..., Tensor] = scaled_dot_product_attention,
     **others: object,
 ) -> tuple[Tensor, None]:
     """Causal attention within each path. Returns ([1, T, heads, head_dim], None).
@@ -38,7 +39,7 @@ def packed_attention(
     if unsupported or dropout:
         raise ValueError(f"packed attention has no {', '.join(unsupported) or 'dropout'}, which this model asks for")
     outputs = [
-        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+        attend(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
         for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None

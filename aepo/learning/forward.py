@@ -21,7 +21,8 @@ from aepo_kernels import logprobs_and_entropy
 
 def row_logits(model: PreTrainedModel, batch: LossRows, *, gradient_checkpointing: bool = False) -> Tensor:
     """Logits [R, V] of the rows; the head runs on no other position. gradient_checkpointing: all that is kept of a
-    layer is what came into it, and the backward computes it again."""
+    layer is what came into it, and the backward computes it again. `squeeze`: the backward of an index would copy the
+    gradient of the logits, which is as large as they are."""
     with packed(model), recomputed_layers(model) if gradient_checkpointing else contextlib.nullcontext():
         output = model(
             input_ids=batch.input_ids[None],
@@ -30,7 +31,7 @@ def row_logits(model: PreTrainedModel, batch: LossRows, *, gradient_checkpointin
             logits_to_keep=batch.rows,
             use_cache=False,
         )
-    return output.logits[0]
+    return output.logits.squeeze(0)
 
 
 def layers_to_recompute(model: PreTrainedModel) -> list[torch.nn.Module]:

@@ -1,0 +1,64 @@
+"""Seconds of an update on this device: the operations of a micro-batch at the rates that are measured here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from aepo.bench.clock import clock_for
+from aepo.bench.rates import memory_rates
+from aepo.doctor.memory import Model, Plan, Workload, parameter_bytes
+
+ROWS = {"cpu": 256, "cuda": 4096}  # of the products that are timed
+CALLS = 10
+ADAMW_VISITS = 18  # of a number of the size of the state, read or written, for each parameter
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of this device, per second, with the threads that torch has now."""
+
+    products: dict[torch.dtype, float]  # operations
+    copy: float  # bytes read and written
+
+
+def measured_rates(model: Model, dtypes: tuple[torch.dtype, ...], device: str) -> Rates:
+    """Products of the size of this model's largest layer: forward, and both of the backward."""
+    return Rates({dtype: _product_rate(model, dtype, device) for dtype in dtypes}, memory_rates(device).copy)
+
+
+def _product_rate(model: Model, dtype: torch.dtype, device: str) -> float:
+    text, rows, clock = model.config.get_text_config(), ROWS[device], clock_for(device)
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    x = torch.randn(rows, text.hidden_size, device=device).to(dtype)
+    weight = torch.randn(inner, text.hidden_size, device=device).to(dtype)
+    gradient = torch.randn(rows, inner, device=device).to(dtype)
+
+    def all_three() -> None:
+        x @ weight.T
+        gradient @ weight
+        gradient.T @ x
+
+    all_three()
+    seconds = min(clock.seconds(all_three, lambda: None, 1) for _ in range(CALLS))  # the others waited for somebody
+    return 3 * 2.0 * rows * text.hidden_size * inner / seconds
+
+
+def update_seconds(model: Model, plan: Plan, work: Workload, rates: Rates, *, recomputed: bool) -> float:
+    """Of a rollout batch, without the rollouts. recomputed: the trainer computes the old log-probs itself."""
+    batch = model.micro_batch(plan.dtype, work.tokens, work.trained(work.tokens), plan.checkpointing)
+    operations, count = rates.products[plan.dtype], work.packed / work.tokens
+    text = model.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # Causal: of the two products, half. The backward has five, and makes the scores again.
+    attention = 2 * work.tokens * work.path * text.num_attention_heads * head_dim * text.num_hidden_layers
+    forward = (batch.forward_flops + attention) / operations + batch.forward_moved / rates.copy
+    backward = 2.5 + (1 if plan.checkpointing else 0)
+    both = (batch.flops + (1 + backward) * attention) / operations + batch.moved / rates.copy
+    each = parameter_bytes(plan.dtype)
+    wide = each.gradients
+    step = model.parameters * (ADAMW_VISITS * wide + 3 * wide + 2 * each.masters + 2 * each.weights) / rates.copy
+    kept = model.parameters * 2 * each.host_copy / rates.copy
+    evaluations = int(recomputed) + int(plan.reference)
+    return count * (work.passes * both + evaluations * forward) + work.passes * work.steps * step + kept
