@@ -128,12 +128,12 @@ def test_its_weights_answer_as_they_did(run: str, home: Path, exact: bool, monke
     found, recorded = json.loads((home / f"{run}.json").read_text()), records(home / run / "evals.jsonl")[-1]
     assert found["step"] == recorded["step"] == 3
     if run == "version1":
-        # Its greedy answers to 2 of 347 questions were others than those of 9ded607, whose they have to be.
-        assert found["success"] == pytest.approx(recorded["success"], abs=2 / 347)
+        # 9ded607 has one more of 347 answers right with these weights; it is the one to agree with.
+        assert found["success"] == pytest.approx(recorded["success"], abs=1.5 / 347)
         recorded = expected(run)["evaluation_of_step_3"]
-    if run == "bfloat16" and not exact:  # one bit is 1/256 of a number: other texts, with 9ded607 too
-        recorded = {"success": pytest.approx(recorded["success"], abs=0.1)}
     assert recorded["success"] != 0
+    if run == "bfloat16" and not exact:  # a bit is 1/256 of a number: some texts are others then, with 9ded607 too
+        recorded = {"success": pytest.approx(recorded["success"], abs=1.5 / 40)}
     agree(found, recorded, exact)
 
 
@@ -197,7 +197,7 @@ def test_the_first_version_wants_its_agent_named(home: Path, monkeypatch: pytest
 
 
 def test_every_key_of_before_takes_another_value(tmp_path: Path) -> None:
-    default = {entry.name: entry.default for entry in all_keys()}
+    default = {key.name: list(key.default) if isinstance(key.default, tuple) else key.default for key in all_keys()}
     given: set[str] = set()
     for file in sorted((BEFORE / "settings").iterdir()):
         found = check_settings(file, tmp_path)
