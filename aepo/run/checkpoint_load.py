@@ -6,7 +6,7 @@ takes float32 weights as masters; where neither was saved, a master is the weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aepo.learning.optimizer import MasterAdamW
+from aepo.learning.optimizer import has_master
 from aepo.parallel import OneProcess, Parallel, trained
 from aepo.run.checkpoint import CheckpointError, verified_state
 from aepo.run.checkpoint_fit import MASTER, MOMENTS, model_problem, moments_problem
@@ -35,8 +35,8 @@ def load_state(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimi
     _refuse(path, model_problem(path, model, parallel))
     _refuse(path, moments_problem(path, trained(model, optimizer), optimizer_name(optimizer), state))
     names = [names for names, _ in parallel.full_weights(model)]
-    masters = isinstance(optimizer, MasterAdamW)
-    parallel.load(model, optimizer, _weights_and_moments(path, names, masters=masters))
+    masters = {name for name, parameter in trained(model, optimizer).items() if has_master(parameter)}
+    parallel.load(model, optimizer, _weights_and_moments(path, names, masters))
 
 
 def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
@@ -59,9 +59,9 @@ def _weights(path: Path, names: Sequence[tuple[str, ...]]) -> Iterator[tuple[str
 
 
 def _weights_and_moments(
-    path: Path, names: Sequence[tuple[str, ...]], *, masters: bool
+    path: Path, names: Sequence[tuple[str, ...]], masters: Collection[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """masters: the optimizer has some."""
+    """masters: names of weights that have one in the optimizer."""
     with safe_open(path / "optimizer.safetensors", "pt") as file:
         stored = set(file.keys())
         for name, weight in _weights(path, names):
@@ -69,5 +69,5 @@ def _weights_and_moments(
             yield name, exact
             if f"{name}|step" in stored:
                 yield from ((f"{name}|{key}", file.get_tensor(f"{name}|{key}")) for key in MOMENTS)
-                if masters:
+                if name in masters:
                     yield f"{name}|{MASTER}", exact

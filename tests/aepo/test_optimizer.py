@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_trainer import config_for
 from torch import Tensor
+from torch.optim.adamw import adamw
 from trainer_toys import ToyLanguageModel, random_samples, tiny_model, toy_agent
 
-from aepo.config import load_config
+from aepo.config import OptimizerConfig, load_config
 from aepo.learning.learner import Learner
 from aepo.learning.optimizer import MasterAdamW, make_optimizer
 from aepo.parallel import OneProcess
@@ -29,8 +32,7 @@ def test_masters_are_what_adamw_makes_of_float32_weights_and_the_model_has_them_
     config = load_config(overrides=[*SETTINGS]).optimizer
     narrow = tiny_model(torch.bfloat16)
     wide = copy.deepcopy(narrow).float()
-    ours, theirs = make_optimizer(narrow, config), make_optimizer(wide, config)
-    assert (type(ours), type(theirs)) == (MasterAdamW, torch.optim.AdamW)
+    ours, theirs = make_optimizer(narrow, config), torch_adamw(wide, config)
     for step in range(3):
         for model, optimizer in ((narrow, ours), (wide, theirs)):
             for parameter, gradient in zip(model.parameters(), gradients_of(model, step), strict=True):
@@ -42,6 +44,46 @@ def test_masters_are_what_adamw_makes_of_float32_weights_and_the_model_has_them_
         for key in ("exp_avg", "exp_avg_sq", "step"):
             assert torch.equal(ours.state[p][key], theirs.state[q][key]), key
             assert ours.state[p][key].dtype == torch.float32
+
+
+def torch_adamw(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [{"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, *vectors]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+
+
+@pytest.mark.parametrize("elements", [1, 3000, 1 << 27])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_masters_it_is_torchs(dtype: torch.dtype, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, and without anything more in its state; however many take their step together."""
+    together: list[int] = []
+    monkeypatch.setattr("aepo.learning.optimizer.ELEMENTS", elements)
+    monkeypatch.setattr("aepo.learning.optimizer.adamw", counting(together))
+    config = load_config(overrides=[*SETTINGS]).optimizer
+    model = tiny_model(dtype)
+    other = copy.deepcopy(model)
+    ours, theirs = make_optimizer(model, config), torch_adamw(other, config)
+    for step in range(3):
+        for one, optimizer in ((model, ours), (other, theirs)):
+            for parameter, gradient in zip(one.parameters(), gradients_of(one, step), strict=True):
+                parameter.grad = gradient.to(dtype)
+            optimizer.step()
+    largest = max(p.numel() for p in model.parameters())
+    assert max(together) <= max(elements, largest)
+    assert sum(together) == 3 * sum(p.numel() for p in model.parameters())
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert ours.state[p].keys() == theirs.state[q].keys()
+        assert all(torch.equal(ours.state[p][key], theirs.state[q][key]) for key in theirs.state[q])
+
+
+def counting(together: list[int]) -> Callable[..., None]:
+    def counted(parameters: list[Tensor], *others: Any, **more: Any) -> None:
+        together.append(sum(p.numel() for p in parameters))
+        adamw(parameters, *others, **more)
+
+    return counted
 
 
 def test_steps_too_small_for_the_weights_add_up_in_the_masters() -> None:
