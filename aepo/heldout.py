@@ -28,14 +28,10 @@ class HeldOut:
         self._evaluator, self._questions, self._config = evaluator, questions, config
         self._log, self._display, self._interruptible = log, display, interruptible
 
-    def success(self, step: int) -> float | None:
-        """None: there was no evaluation after that step."""
-        return {record["step"]: record["success"] for record in self._log.evaluations()}.get(step)
-
     def is_due(self, step: int) -> bool:
         """A resumed run repeats none."""
         every, steps = self._config.eval.every, self._config.train.steps
-        return self.success(step) is None and (step in (0, steps) or (every > 0 and step % every == 0))
+        return self._log.heldout_success(step) is None and (step in (0, steps) or (every > 0 and step % every == 0))
 
     def evaluate(self, step: int) -> bool:
         """Returns whether it is the best so far."""

@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Collection
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from aepo.agents.agent import Agent
 from aepo.config import Config, named_files, to_yaml
@@ -19,6 +18,7 @@ from aepo.evaluation import Evaluator
 from aepo.heldout import HeldOut
 from aepo.interrupt import Interrupt
 from aepo.learning.learner import Learner
+from aepo.models.language_model import LanguageModel
 from aepo.parallel import OneProcess
 from aepo.rollout.branching import branch_rule
 from aepo.rollout.engines.make import make_engine
@@ -28,15 +28,11 @@ from aepo.run.clock import StageClock
 from aepo.run.continuity import Continuity
 from aepo.run.directory import RunDirectory
 from aepo.run.display import Display
-from aepo.run.ending import end_early
 from aepo.run.files import read_facts
 from aepo.run.log import RunLog
 from aepo.run.recording import StepRecorder
-from aepo.run.records import fingerprints
+from aepo.run.saving import Saver
 from aepo.scoring import Scorer
-
-if TYPE_CHECKING:
-    from aepo.models.language_model import LanguageModel
 
 
 class Trainer:
@@ -45,10 +41,9 @@ class Trainer:
 
     The language model's weights are trained in place. resume_step: continue from the checkpoint of that step in
     `config.run.dir`; None: a new run, which must not find another one there, or is to `overwrite` it: it is replaced
-    when all else is in order. OSError: another process works there. ValueError: the run was begun with another agent
-    (task, data, format, tools, rewards) or another reference, unless `named`, the settings that were given for this
-    time, holds one that says that it is meant; or with another tokenizer. What differs, settings and edited code too,
-    is printed and recorded.
+    when all else is in order. named: the settings that were given for this time. OSError: another process works there.
+    ValueError: the run was begun with another agent (task, data, format, tools, rewards) or another reference, and no
+    named setting says that it is meant; or with another tokenizer. What differs is printed and recorded.
     """
 
     def __init__(
@@ -63,22 +58,21 @@ class Trainer:
     ) -> None:
         self.config, self.agent, self.language_model = config, agent, language_model
         self.questions = RunQuestions(config, agent)
-        self.directory, self.step = Path(config.run.dir), resume_step or 0
+        self.directory, self.step, resumed = Path(config.run.dir), resume_step or 0, resume_step is not None
         self.parallel, self.interrupt, self.display = OneProcess(), Interrupt(), Display(config.train.steps)
-        console, interruptible = self.display.console, self.interrupt.allowed
+        console, allowed = self.display.console, self.interrupt.allowed
         with contextlib.ExitStack() as undo:  # what has been taken is given back if something is wrong
             self.run_directory = RunDirectory.claim(
                 self.directory, resume_step=resume_step, overwrite=overwrite, needed=named_files(config)
             )
             undo.callback(self.run_directory.release)
-            recorded = None if resume_step is None else read_facts(self.directory)
-            continuity = Continuity(config, agent, recorded, named)
+            continuity = Continuity(config, agent, read_facts(self.directory) if resumed else None, named)
             rows = self.questions.one_of_each_row()
             self.scorer = Scorer(agent.rewards, agent.format, config.task.success, rows)
             self.scorer.try_out(rows[0])
             self.questions.check(console)
             rule = branch_rule(config.rollout)
-            self.learner = Learner(language_model.model, config, agent.format.decode, self.parallel, interruptible)
+            self.learner = Learner(language_model.model, config, agent.format.decode, self.parallel, allowed)
             continuity.compare_starting_weights(self.learner, self.parallel)
             self.checkpoints = Checkpoints(
                 self.directory / "checkpoints",
@@ -99,14 +93,10 @@ class Trainer:
             self.evaluator = Evaluator(self.engine, agent, self.scorer, config)
             if (aside := self.run_directory.make_room(resume_step)) is not None:
                 console.print(f"what came after step {self.step} is now in {aside}", markup=False)
-            self.log = RunLog(
-                self.run_directory, config, continuity.facts, self.step, resumed=recorded is not None, changed=changed
-            )
+            self.log = RunLog(self.run_directory, config, continuity.facts, self.step, resumed=resumed, changed=changed)
             self.recorder = StepRecorder(self.log, self.display, config, language_model.vocab_size, agent.format.decode)
-            self.evaluations = HeldOut(
-                self.evaluator, self.questions.heldout, config, self.log, self.display, interruptible
-            )
-            self._saved = None if recorded is None else (self.step, self.evaluations.success(self.step))
+            self.evaluations = HeldOut(self.evaluator, self.questions.heldout, config, self.log, self.display, allowed)
+            self.saver = Saver(self.checkpoints, self.log, self.display, resume_step)
             undo.pop_all()
 
     def train(self) -> None:
@@ -128,15 +118,7 @@ class Trainer:
                 self.log.close("finished")
             except BaseException as error:
                 self.interrupt.hold()
-                end_early(
-                    error,
-                    signalled=self.interrupt.came,
-                    run=self.directory,
-                    step=self.step,
-                    save=self.save,
-                    log=self.log,
-                    console=self.display.console,
-                )
+                self.saver.end_early(error, self.step, signalled=self.interrupt.came)
         self.interrupt.check()  # one that came while the last files were written
 
     def train_step(self) -> None:
@@ -160,14 +142,7 @@ class Trainer:
                 self.engine.refresh(step, self.parallel.full_weights(self.learner.model))
 
     def save(self) -> None:
-        """The checkpoint of the last finished step, unless it is there. CheckpointError: it cannot be written."""
-        success = self.evaluations.success(self.step)
-        if self._saved == (self.step, success):
-            return
-        self.display.stage("checkpoint")
-        self.log.flush()  # a checkpoint is never ahead of the records
-        self.checkpoints.save(self.step, success, fingerprints(self.directory))
-        self._saved = (self.step, success)
+        self.saver.save(self.step)
 
     def _evaluate_if_due(self) -> None:
         if self.evaluations.is_due(self.step) and self.evaluations.evaluate(self.step):

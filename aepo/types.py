@@ -1,6 +1,6 @@
 """What flows between the stages of a training step: one frozen dataclass per edge.
 
-    Question -> sampler -> RolloutTree -> Response -> Reward -> advantages -> PackedBatch -> loss
+    Question -> sampler -> RolloutTree -> Response -> Reward -> ScoredTree -> advantages -> rows -> loss
 
 A value is made in one stage and never edited later. All entropies and log-probabilities are in nats, under the
 sampling distribution (softmax of logits / temperature over the full vocabulary). This module imports no torch.

@@ -20,21 +20,11 @@ from aepo.interrupt import heard_by_main_thread
 from aepo.rollout.branching import BranchRule
 from aepo.rollout.engine import Engine, Generation
 from aepo.rollout.growth import Growth, PathState
-from aepo.types import (
-    FinishReason,
-    Question,
-    RolloutTree,
-    TokenIds,
-    ToolResult,
-    Trajectory,
-    Turn,
-)
+from aepo.types import FinishReason, Question, RolloutTree, TokenIds, ToolResult, Trajectory, Turn
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # finished paths, all paths of the batch
-
-
 Judge = Callable[[RolloutTree], Coroutine[Any, Any, None] | None]  # begins to score a tree
 
 

@@ -89,6 +89,10 @@ class RunLog:
     def evaluations(self) -> list[Record]:
         return [*read_records(self._path / "evals.jsonl"), *map(json.loads, self._left["evals.jsonl"])]
 
+    def heldout_success(self, step: int) -> float | None:
+        """None: there was no evaluation after that step."""
+        return {record["step"]: record["success"] for record in self.evaluations()}.get(step)
+
     def flush(self) -> None:
         """All records are on the disk itself when this returns, so a checkpoint may follow. OSError: they are not, or
         the directory is no longer that of this run."""

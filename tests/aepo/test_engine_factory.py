@@ -9,6 +9,8 @@ from concurrent.futures import CancelledError
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from aepo.config import VLLMConfig, load_config
 from aepo.parallel import OneProcess
@@ -49,6 +51,43 @@ def test_the_weights_of_a_failed_start_go(made, tmp_path, monkeypatch, error):
     with pytest.raises(error):
         made()
     assert not list((tmp_path / "run").iterdir())
+
+
+class Fleeting(OneProcess):
+    """Hands out weights that are not those of the module, each gone when the next one comes."""
+
+    def __init__(self, is_main):
+        self.is_main = is_main
+
+    def full_weights(self, of):
+        with torch.no_grad():
+            for parameter in of.parameters():
+                parameter.add_(1.0)
+            yield from weights_of(of)
+            for parameter in of.parameters():
+                parameter.sub_(1.0)
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_vllm_starts_from_the_whole_weights_which_the_main_process_writes(tmp_path, monkeypatch, is_main):
+    found = {}
+
+    def launch(model_dir, **_):
+        found["names"] = sorted(path.name for path in model_dir.iterdir())
+        found.update(load_file(model_dir / "model.safetensors") if is_main else {})
+
+    monkeypatch.setattr(make, "launch", launch)
+    config = load_config(None, ["rollout.engine=vllm", f"run.dir={tmp_path}"])
+    of = model(tie_word_embeddings=True)
+    language_model = SimpleNamespace(model=of, tokenizer=tokenizer(), vocab_size=260)
+    make_engine(config, language_model, [256], 0, Fleeting(is_main))
+    names = found.pop("names")
+    if is_main:
+        assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= set(names)
+        assert found.keys() == dict(of.named_parameters()).keys(), "a tied one once"
+        assert all(torch.equal(found[name], parameter + 1.0) for name, parameter in of.named_parameters())
+    else:
+        assert names == []
 
 
 def test_endpoints_before_one_that_fails_are_closed(monkeypatch):

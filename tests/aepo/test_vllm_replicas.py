@@ -142,6 +142,15 @@ def test_a_replica_that_is_gone_is_not_asked_to_forget(loop: LoopThread) -> None
     assert replicas[0].groups == ["a", "b"]
 
 
+def test_weights_of_others_are_not_changed(loop: LoopThread) -> None:
+    engine = engine_of(loop, Replica("x"))
+    with pytest.raises(RuntimeError, match="made without weights to send"):
+        engine.refresh(2, iter(()))
+    engine.close()
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        engine.refresh(2, iter(()))
+
+
 @pytest.mark.parametrize("stamped", [None, "1", "2"])
 def test_weights_that_were_not_sent_are_noticed_wherever_they_are_stamped(
     loop: LoopThread, stamped: str | None

@@ -1,15 +1,19 @@
 """Directories of weight updates, with writers that are really killed."""
 
+import glob
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from aepo.files.weight_directory import ALL, PREFIX, SETTLED, remove_abandoned, update_directory
+from aepo.files import weight_directory
+from aepo.files.weight_directory import ALL, PREFIX, SETTLED, patterns, remove_abandoned, update_directory
 
 MADE = f"{ALL}0123456789ab-"  # of another process, and 8 characters of mkdtemp
 
@@ -27,6 +31,27 @@ with update_directory(Path(sys.argv[1])) as directory:
 def start_writer(parent: Path) -> tuple[subprocess.Popen, Path]:
     writer = subprocess.Popen([sys.executable, "-c", WRITER, parent], stdout=subprocess.PIPE, text=True)
     return writer, Path(writer.stdout.readline().strip())
+
+
+@pytest.mark.parametrize(("nbytes", "is_there", "shared"), [(500, True, True), (501, True, False), (1, False, False)])
+def test_shared_memory_is_taken_where_weights_fit_twice(tmp_path, monkeypatch, nbytes, is_there, shared):
+    memory = tmp_path / "shm"
+    if is_there:
+        memory.mkdir()
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(weight_directory, "SHARED_MEMORY", memory)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert weight_directory.default_directory(nbytes) == (memory if shared else Path(tempfile.gettempdir()))
+
+
+def test_a_guard_finds_what_this_process_leaves_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parent = Path("new [weights]")
+    parent.mkdir()
+    (parent / f"{MADE}abcdefgh").mkdir()
+    with update_directory(parent) as directory:
+        (pattern,) = patterns([parent])
+        assert [Path(name) for name in glob.glob(pattern)] == [tmp_path / directory]
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])

@@ -44,12 +44,12 @@ SECONDS = ("--resume", "--overwrite", "--new")
 # While these run, the directory is the first process's own.
 ITS_OWN = (
     "Trainer.train_step",
-    "Trainer.update",
-    "Trainer.save",
+    "Learner.update",
+    "Saver.save",
     "Checkpoints.save",
     "Checkpoints._place",
     "Trainer._evaluate_if_due",
-    "_record",
+    "StepRecorder.recording",
 )
 
 

@@ -1,8 +1,8 @@
-"""Real vLLM engines over a tiny random Qwen3, in this process: `.venv/bin/python -m pytest tests/integrations`.
+"""Real vLLM engines over a tiny random Qwen3, in this process: `make test-vllm`.
 
-A process of its own, because an engine changes what torch does in the whole process. Both of vLLM's model runners run
-here. The second one, the default on GPUs, needs Triton; on a CPU the interpreter serves it, and all that vLLM looks for
-is an entry for a "cpu" backend, which Triton as published lacks.
+A process per file, because an engine changes what torch does in the whole process, and stays in it. Both of vLLM's
+model runners run here. The second one, the default on GPUs, needs Triton; on a CPU the interpreter serves it, and all
+that vLLM looks for is an entry for a "cpu" backend, which Triton as published lacks.
 """
 
 import os

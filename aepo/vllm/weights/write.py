@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from aepo.files.tensors import is_finite, write_tensors
@@ -15,6 +16,7 @@ from aepo.parallel import Weights
 from aepo.vllm.weights.manifest import FileUpdateInfo
 
 FILE_BYTES = 1 << 28  # one file holds this much, and so much is copied at most; 8 of them are read at the same time
+ALIGNED = 8  # bytes, of the widest type
 MIB = 1 << 20
 
 
@@ -54,18 +56,23 @@ def write(directory: Path, weights: Weights) -> FileUpdateInfo:
 
 
 def _parts(weights: Weights) -> Iterator[dict[str, Tensor]]:
-    """What goes into a file. Each tensor may be gone when the next one comes: all but the last of a file are copied."""
+    """What goes into a file. Each tensor may be gone when the next one comes, so all but the last of a file are copied,
+    for every file into the same memory."""
+    room = torch.empty(FILE_BYTES, dtype=torch.uint8)
     part: dict[str, Tensor] = {}
+    used = 0
     for (name, *_), tensor in weights:
         if not is_finite(tensor.detach()):
             # Not only this update would be lost: NaN in a block of an engine's cache outlives finite weights, because
             # zero times NaN is NaN where attention masks it.
             raise WeightUpdateError(f"weight {name!r} is not finite; every replica keeps the weights that it has", {})
-        if _bytes(part) + tensor.nbytes >= FILE_BYTES:
-            yield {**part, name: tensor}
-            part = {}
+        start = -(-used // ALIGNED) * ALIGNED
+        used = start + tensor.nbytes
+        if used < FILE_BYTES:
+            part[name] = room[start:used].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
         else:
-            part[name] = tensor.detach().to("cpu", copy=True)
+            yield {**part, name: tensor}
+            part, used = {}, 0
     if part:
         yield part
 
