@@ -91,11 +91,11 @@ def test_a_state_that_an_interrupted_run_cannot_save_is_an_error(tmp_path: Path)
     def refresh(version: int, weights: Weights) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    def save() -> None:
+    def save(step: int) -> None:
         if trainer.interrupt.came:
             raise CheckpointError("no room for a checkpoint")
 
-    trainer.engine.refresh, trainer.save = refresh, save  # type: ignore[method-assign]
+    trainer.engine.refresh, trainer.saver.save = refresh, save  # type: ignore[method-assign]
     with pytest.raises((CheckpointError, KeyboardInterrupt)) as ended:
         trainer.train()
     assert isinstance(ended.value, CheckpointError)
@@ -106,14 +106,14 @@ def test_a_state_that_an_interrupted_run_cannot_save_is_an_error(tmp_path: Path)
 def test_a_signal_cannot_keep_a_failed_run_from_saving(tmp_path: Path) -> None:
     """Also where the error came at the door of what may be interrupted, so that nothing has closed it."""
     trainer = trainer_for(tmp_path / "run")
-    save = trainer.save
+    save = trainer.saver.save
 
     def rollout(*arguments: object, **options: object) -> list[RolloutTree]:
         raise RuntimeError("the engine is gone")
 
-    def interrupted_save() -> None:
+    def interrupted_save(step: int) -> None:
         signal.raise_signal(signal.SIGTERM)
-        save()
+        save(step)
 
     @contextlib.contextmanager
     def left_open() -> Iterator[None]:
@@ -121,7 +121,7 @@ def test_a_signal_cannot_keep_a_failed_run_from_saving(tmp_path: Path) -> None:
         yield
 
     trainer._evaluate_if_due = lambda: None  # type: ignore[method-assign]
-    trainer.sampler.rollout, trainer.save = rollout, interrupted_save  # type: ignore[method-assign]
+    trainer.sampler.rollout, trainer.saver.save = rollout, interrupted_save  # type: ignore[method-assign]
     trainer.interrupt.allowed = left_open  # type: ignore[method-assign]
     with pytest.raises((RuntimeError, KeyboardInterrupt)) as error:  # the latter would end all tests
         trainer.train()
