@@ -25,7 +25,6 @@ from aepo.learning.learner import Learner
 from aepo.learning.pack_paths import pack
 from aepo.models.outline import number_of_parameters, outline, read_model_config
 from aepo.parallel import OneProcess
-from benchmarks import model_sizes
 
 LLAMA = LlamaConfig(
     vocab_size=500,
@@ -37,7 +36,6 @@ LLAMA = LlamaConfig(
     tie_word_embeddings=False,
 )
 DTYPES = (torch.float32, torch.bfloat16)
-PAGE = Path(__file__).parents[2] / "docs" / "memory.md"
 HERE = Plan(torch.float32, False, False)
 
 
@@ -302,16 +300,3 @@ def test_a_real_update_takes_what_is_predicted():
     program = [sys.executable, "-m", "benchmarks.memory", "point", json.dumps(point)]
     found = json.loads(subprocess.run(program, capture_output=True, text=True, check=True).stdout)
     assert found["predicted_bytes"] == pytest.approx(found["measured_bytes"], rel=0.15)
-
-
-def test_the_page_says_what_a_dtype_costs():
-    assert model_sizes.dtype_table() in PAGE.read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.slow if index else ()) for index, name in enumerate(model_sizes.SIZES)],
-)
-def test_the_page_has_the_numbers_of_the_code(name):
-    rows = [f"| {' | '.join(row)} |" for row in model_sizes.size_rows(name)]
-    assert "\n".join(rows) in PAGE.read_text(encoding="utf-8")
