@@ -45,6 +45,7 @@ def _kernels_only(error: ModuleNotFoundError) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     doctor = commands.add_parser("doctor", help="What is present here, what is missing, and the command that gets it.")
     doctor.add_argument("--json", action="store_true", help="For machines.")
+    doctor.add_argument("model", metavar="MODEL_DIR", nargs="*", help=f"needs {pip_install('train')}")
     for command, extra in COMMANDS.items():  # whatever its options are, the answer is the same
         commands.add_parser(command, help=f"needs {pip_install(extra)}", add_help=False)
     arguments, rest = parser.parse_known_args()
@@ -58,6 +59,11 @@ def _kernels_only(error: ModuleNotFoundError) -> int:
 
         print(f"{DISTRIBUTION} {aepo.__version__}")
         return 0
+    if arguments.command == "doctor" and arguments.model:
+        print(
+            f"error: {explain_missing('train', error).replace('aepo train', 'aepo doctor MODEL_DIR')}", file=sys.stderr
+        )
+        return 1
     if arguments.command == "doctor":
         from aepo.doctor import main as examine
 

@@ -279,10 +279,10 @@ def doctor(
                 raise ValueError("--config and --prompt-tokens: expected MODEL_DIR with them")
         raise typer.Exit(examine(as_json))
     with explained():
-        from aepo.doctor.fit import main as fits
+        from aepo.doctor.fit_tables import main as fits
 
         directory, file = user_path("MODEL_DIR", model), given_path("--config", config)
-        fits(directory, file, overrides or (), prompt_tokens or 256, as_json=as_json)
+        fits(directory, file, overrides or (), prompt=prompt_tokens or 256, as_json=as_json)
 
 
 def main() -> None:

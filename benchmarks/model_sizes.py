@@ -1,4 +1,4 @@
-"""The tables of docs/memory.md: what a dtype costs, and well-known sizes of models, from their public configurations."""
+"""The tables of docs/memory.md: what a dtype costs, and well-known sizes of models, as their configurations are."""
 
 from __future__ import annotations
 

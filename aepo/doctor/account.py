@@ -26,7 +26,8 @@ from aepo.parallel import state_dtype
 from aepo.registry import error_text
 
 FEW = (2, 3)
-"""Layers that are run: all layers of a model are alike, so the third one says what each further one adds."""
+"""Layers that are run: all layers of a model are alike, so the third one says what each further one adds. Not the
+second: a forward alone has its peak where one layer hands over to another."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def count_micro_batch(
 def _run(model: PreTrainedModel, tokens: int, trained: int, checkpointing: bool) -> MicroBatch:
     """The second micro-batch of a minibatch: there are gradients of the first one."""
     attend = _Attention()
-    given = {
+    given: dict[str, Any] = {
         "input_ids": torch.zeros(1, tokens, dtype=torch.int64, device="meta"),
         "position_ids": torch.zeros(1, tokens, dtype=torch.int64, device="meta"),
         "logits_to_keep": torch.zeros(trained, dtype=torch.int64, device="meta"),
@@ -75,14 +76,16 @@ def _run(model: PreTrainedModel, tokens: int, trained: int, checkpointing: bool)
         parameter.grad_dtype = state_dtype(parameter)
         parameter.grad = torch.empty_like(parameter, dtype=state_dtype(parameter))
     try:
-        with packed(model), torch.no_grad(), _account_of(model) as evaluation:
+        with packed(model), torch.no_grad(), _account_of(model, given.values()) as evaluation:
             model(**given)
         calls = attend.calls
-        with _account_of(model) as account:
+        with _account_of(model, given.values()) as account:
             at_the_embedding = _peak_at_the_embedding(model, account)
             with packed(model), recomputed_layers(model) if checkpointing else contextlib.nullcontext():
-                loss = _Loss.apply(model(**given).logits.squeeze(0))
+                logits = model(**given).logits.squeeze(0)
             kept, flops, moved = account.live, account.flops, account.moved
+            loss = _Loss.apply(logits)
+            del logits  # nobody has them in training, either
             loss.backward()
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise ValueError(f"{type(model).__name__} cannot be counted without weights: {error_text(error)}") from error
@@ -90,10 +93,10 @@ def _run(model: PreTrainedModel, tokens: int, trained: int, checkpointing: bool)
         raise ValueError(
             f"{type(model).__name__} cannot be trained on packed trajectories: expected attention in each of its layers"
         )
-    logits = trained * model.config.get_text_config().vocab_size * model.dtype.itemsize
+    size = trained * model.config.get_text_config().vocab_size * model.dtype.itemsize
     return MicroBatch(
-        activations=kept - logits,
-        logits=logits,
+        activations=kept - size,
+        logits=size,
         inside=at_the_embedding[0],
         ending=account.peak,
         evaluated=evaluation.peak,
@@ -104,9 +107,10 @@ def _run(model: PreTrainedModel, tokens: int, trained: int, checkpointing: bool)
     )
 
 
-def _account_of(model: PreTrainedModel) -> Account:
+def _account_of(model: PreTrainedModel, given: Iterable[object]) -> Account:
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return Account([*model.parameters(), *gradients, *model.buffers()])
+    inputs = [value for value in given if isinstance(value, Tensor)]
+    return Account([*model.parameters(), *gradients, *model.buffers(), *inputs])
 
 
 def _peak_at_the_embedding(model: PreTrainedModel, account: Account) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from aepo.config import Config, load_config
+from aepo.config import Config
 from aepo.doctor.machine import memory_gib
 from aepo.doctor.memory import Model, Need, Place, Plan, Workload, largest_micro_batch, need, taken
 from aepo.doctor.speed import measured_rates, update_seconds
@@ -87,24 +86,6 @@ def _here(device: str) -> Place:
 def _verdict(found: Need, model: Model, plan: Plan, work: Workload, config: Config, place: Place) -> Verdict:
     size = taken(found, model, plan, config, place)
     return Verdict(round(size), size <= place.size, largest_micro_batch(model, plan, work, config, place))
-
-
-def main(
-    directory: Path,
-    config_file: Path | None = None,
-    overrides: Sequence[str] = (),
-    prompt: int = 256,
-    *,
-    as_json: bool = False,
-) -> None:
-    """Print it. ValueError, in one line: a setting, or a model that cannot be trained here."""
-    fit = examine_fit(directory, load_config(config_file, overrides), prompt)
-    if as_json:
-        print(json.dumps(as_record(fit), indent=2))
-        return
-    from aepo.doctor.fit_tables import print_fit
-
-    print_fit(fit)
 
 
 def as_record(fit: Fit) -> dict[str, Any]:

