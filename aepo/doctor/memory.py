@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from aepo.config import Config
 from aepo.doctor.account import MicroBatch, count_micro_batch
+from aepo.learning.optimizer import ELEMENTS
 from aepo.models.outline import number_of_parameters, outline
 
 PROCESS = 436_000_000
@@ -150,8 +151,9 @@ class Need:
     def device(self, kind: Literal["cpu", "cuda"]) -> int:
         """Of the trainer and the transformers engine, without the copy on the host."""
         micro_batch = (HEAP if kind == "cpu" else 1) * (self.activations + self.logits + self.backward)
-        standing = self.weights + self.gradients + self.state + self.reference
-        return standing + round(max(micro_batch, self.rollout, self.step[kind]))
+        standing = self.weights + self.state + self.reference
+        update = self.gradients + max(micro_batch, self.step[kind])  # gradients are gone when the next rollout begins
+        return standing + round(max(update, self.rollout))
 
     @property
     def host(self) -> int:
@@ -188,7 +190,8 @@ def need(model: Model, plan: Plan, work: Workload, config: Config, tokens: int |
         backward=batch.peak - batch.activations - batch.logits,
         cache=cache,
         rollout=cache + prefill,
-        step={"cpu": 2 * wide * model.largest, "cuda": wide * count},  # one parameter after the other; all at once
+        # One parameter after the other; so many at once.
+        step={"cpu": 2 * wide * model.largest, "cuda": wide * max(model.largest, min(count, ELEMENTS))},
     )
 
 

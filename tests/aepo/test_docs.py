@@ -135,8 +135,8 @@ def test_cited_settings_exist():
         for key in (word.partition("=")[0] for word in words if re.match(r"[a-z_]+\.[a-z_]+=", word)):
             assert key in known, f"{page} sets {key}"
         if len(words) == 1 and re.fullmatch(r"[a-z_]+\.[a-z_]+", words[0]) and words[0].partition(".")[0] in sections:
-            # `config.py` and `train.jsonl` are files, `train.steps` is a setting
-            is_file = (ROOT / "aepo" / words[0]).exists() or words[0].endswith((".json", ".jsonl", ".yaml"))
+            # `log.py` and `train.jsonl` are files, `train.steps` is a setting
+            is_file = any((ROOT / "aepo").rglob(words[0])) or words[0].endswith((".json", ".jsonl", ".yaml"))
             assert words[0] in known or is_file, f"{page} cites the setting {words[0]}"
 
 

@@ -61,6 +61,8 @@ def test_a_parameter_costs_what_the_learner_has(dtype):
     state = [value for p in parameters for key, value in learner.optimizer.state[p].items() if key != "step"]
     kept = learner._all_or_nothing.__self__._copies
     assert sum(p.nbytes for p in parameters) == each.weights * count
+    assert all(p.grad is None for p in parameters), "the rollout has their memory"
+    learner.backward(batch.minibatches[0], learner.entropy_stats(batch), batch.question_ids)
     assert sum(p.grad.nbytes for p in parameters) == each.gradients * count
     assert sum(value.nbytes for value in state) == (each.masters + each.moments) * count
     assert sum(copy.nbytes for name, copy in kept.items() if not name.endswith("|step")) == each.host_copy * count
@@ -157,10 +159,11 @@ def test_the_parts_add_up_and_the_settings_count():
     assert one.cpu == one.device("cpu") + one.host
     with_reference = need(model, Plan(torch.float32, False, True), work, config)
     assert with_reference.device("cuda") - one.device("cuda") == 4 * model.parameters
-    small = dataclasses.replace(work, tokens=1)
-    assert need(model, HERE, small, config).device("cuda") == standing + max(one.cache, 4 * model.parameters) + (
-        need(model, HERE, small, config).rollout - one.cache
-    )
+    small = need(model, HERE, dataclasses.replace(work, tokens=1), config)
+    assert small.rollout > small.gradients + small.step["cuda"] == 8 * model.parameters
+    assert small.device("cuda") == standing - small.gradients + small.rollout
+    short = need(model, HERE, dataclasses.replace(work, tokens=1, questions=1, paths=1, prompt=1, written=1), config)
+    assert short.device("cuda") == standing + short.step["cuda"]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
