@@ -45,7 +45,7 @@ FLOORS = (
     ("aepo.trainer",),
     ("aepo.report", "aepo.doctor", "aepo.bench"),
     ("aepo.subject", "aepo.evaluation_display", "aepo.cli_shared"),
-    ("aepo.play", "aepo.cli_eval"),
+    ("aepo.play", "aepo.cli_eval", "aepo.cli_machine"),
     ("aepo.cli",),
     ("aepo.__main__",),
 )
