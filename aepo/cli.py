@@ -191,6 +191,7 @@ def _train(config: Config, resume_step: int | None, overwrite: bool, named: Coll
     from aepo.config import named_files
     from aepo.own_loss import own_loss, try_own_loss
     from aepo.rollout.branching import branch_rule
+    from aepo.rollout.engine import own_engine
     from aepo.run.directory import RunDirectory
     from aepo.run.log import naming_its_directory
 
@@ -198,6 +199,8 @@ def _train(config: Config, resume_step: int | None, overwrite: bool, named: Coll
     RunDirectory.check(directory, resume_step=resume_step, overwrite=overwrite, needed=named_files(config))
     advantage_settings(config.policy)
     branch_rule(config.rollout)
+    if ":" in config.rollout.engine:
+        own_engine(config.rollout.engine)
     if config.policy.loss is not None:
         import torch
 

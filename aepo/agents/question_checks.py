@@ -45,6 +45,8 @@ class Context:
         settings, model = config.vllm, f"model.name = {config.model.name!r}"
         if config.rollout.engine == "huggingface":
             return cls(positions, f"max_position_embeddings of {model}")
+        if config.rollout.engine != "vllm":
+            return cls(positions, f"max_positions of rollout.engine = {config.rollout.engine}")
         if settings.endpoints:
             return cls(positions, f"--max-model-len of vllm.endpoints = {list(settings.endpoints)}")
         if settings.max_model_len is not None:

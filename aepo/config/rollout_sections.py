@@ -8,8 +8,10 @@ from ipaddress import IPv6Address
 from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
-from aepo.config.setting_types import Section, key
+from aepo.config.setting_types import Section, key, suggestion
 from aepo.files.user_paths import expanded
+
+ENGINES = ("huggingface", "vllm")
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,10 @@ class RolloutConfig(Section):
     """
 
     section: ClassVar[str] = "rollout"
-    engine: Literal["huggingface", "vllm"] = key(
-        "huggingface", "what generates: the trainer's own model, or vLLM with a copy of its weights (section vllm)"
+    engine: str = key(
+        "huggingface",
+        "what generates: huggingface, the trainer's own model; vllm, with a copy of its weights (section vllm); or "
+        "package.module:function, an engine of your own (docs/rollout.md)",
     )
     paths: int = key(8, "k: trajectories per question", low=1)
     fresh_paths: int | None = key(
@@ -45,6 +49,11 @@ class RolloutConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.engine not in ENGINES and ":" not in self.engine:
+            hint = suggestion(self.engine.lower(), ENGINES)
+            raise ValueError(
+                f"rollout.engine = {self.engine!r}: expected {', '.join(ENGINES)}, or package.module:function{hint}"
+            )
         if self.fresh_paths is not None and self.fresh_paths > self.paths:
             raise ValueError(f"rollout.fresh_paths = {self.fresh_paths}: expected <= rollout.paths ({self.paths})")
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
+from aepo.registry import resolve_function
 from aepo.types import TokenIds
+
+if TYPE_CHECKING:
+    from aepo.parallel import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,27 @@ class Engine(Protocol):
     def release(self) -> None:
         """The rollout batch is over: forget every cached prefix and unfinished request."""
         ...
+
+
+class PolicyEngine(Engine, Protocol):
+    """An engine that follows the weights of a model which is being trained."""
+
+    def refresh(self, version: int, weights: Weights) -> None:
+        """The model has new weights: generate with those, and call them `version`. An engine that runs the model itself
+        has them already, and does not look at `weights`."""
+        ...
+
+    def close(self) -> None:
+        """End what was started for this engine. A second call does nothing."""
+        ...
+
+
+CONTRACT = ("lockstep", "max_positions", "generate", "release", "refresh", "close")
+
+
+def own_engine(name: str) -> Callable[..., PolicyEngine]:
+    """The function that makes one of the user's own, `rollout.engine`. ValueError: there is none of this name."""
+    return resolve_function(name, "rollout.engine", "config, language_model, eos_ids, version, weights")
 
 
 def check_request(index: int, request: GenerationRequest, max_positions: int, vocab_size: int) -> None:

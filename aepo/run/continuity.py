@@ -92,4 +92,5 @@ def _own_functions(config: Config) -> dict[str, list[Any]]:
         **named_part("policy.loss", policy.loss),
         **named_part("policy.advantage", policy.advantage),
         **named_part("rollout.branch_rule", rollout.branch_rule),
+        **named_part("rollout.engine", rollout.engine),
     }

@@ -88,7 +88,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("policy.preset=dr_grpo", "Dr. GRPO's loss is policy.preset=grpo policy.aggregation=constant"),
         ("policy.preset=sapo", "SAPO's loss is one of your own here: policy.loss"),
         ("policy.aggregation=token_mean", "did you mean 'token-mean'?"),
-        ("rollout.engine=VLLM", "expected one of huggingface, vllm: did you mean 'vllm'?"),
+        ("rollout.engine=VLLM", "expected huggingface, vllm, or package.module:function: did you mean 'vllm'?"),
         ("rollout.branch_alpha=unifrom", "did you mean 'uniform'?"),
         ("run.device=gpu", "A GPU is run.device=cuda"),
         ("train.steps=1.5", "train.steps = 1.5: expected an integer >= 0"),

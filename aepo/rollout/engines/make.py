@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
+from aepo.agents.protocol import blamed
 from aepo.config import Config
 from aepo.install import pip_install
 from aepo.parallel import Parallel, Weights
-from aepo.rollout.engine import Engine
+from aepo.registry import plain
+from aepo.rollout.engine import CONTRACT, PolicyEngine, own_engine
 from aepo.rollout.engines.huggingface.engine import HuggingFaceEngine
 from aepo.rollout.engines.vllm.engine import VLLMEngine
 from aepo.rollout.engines.vllm.orphans import temporary_directory
@@ -21,19 +23,6 @@ if TYPE_CHECKING:
     from aepo.models.language_model import LanguageModel
 
 
-class PolicyEngine(Engine, Protocol):
-    """An engine that follows the weights of a model which is being trained."""
-
-    def refresh(self, version: int, weights: Weights) -> None:
-        """The model has new weights: generate with those, and call them `version`. An engine that runs the model itself
-        has them already, and does not look at `weights`."""
-        ...
-
-    def close(self) -> None:
-        """End what was started for this engine. A second call does nothing."""
-        ...
-
-
 def make_engine(
     config: Config, language_model: LanguageModel, eos_ids: Sequence[int], version: int, parallel: Parallel
 ) -> PolicyEngine:
@@ -41,9 +30,12 @@ def make_engine(
 
     vLLM on this machine reads the weights from a directory in that of the run, which is gone when this returns.
 
-    ValueError: vLLM is not installed, or cannot serve this configuration. OSError: the weights cannot be
-    written there. ConnectionError: an endpoint does not answer.
+    ValueError: vLLM is not installed, or cannot serve this configuration; there is no engine of the user's own by that
+    name, or what its function returns is none. AgentError: it failed. OSError: the weights cannot be written there.
+    ConnectionError: an endpoint does not answer.
     """
+    if ":" in config.rollout.engine:
+        return _own(config, language_model, eos_ids, version, parallel.full_weights(language_model.model))
     if config.rollout.engine == "huggingface":
         return HuggingFaceEngine(language_model.model, language_model.tokenizer, eos_ids, version=version)
     try:
@@ -61,6 +53,20 @@ def make_engine(
         if package not in ("vllm", "httpx"):
             raise
         raise ValueError(f"rollout.engine = vllm: {package} is not installed; {pip_install('vllm')}") from None
+
+
+def _own(
+    config: Config, language_model: LanguageModel, eos_ids: Sequence[int], version: int, weights: Weights
+) -> PolicyEngine:
+    make = own_engine(config.rollout.engine)
+    with blamed(f"rollout.engine: {plain(make).__qualname__}", make):
+        engine = make(config, language_model, tuple(eos_ids), version, weights)
+    if missing := [name for name in CONTRACT if not hasattr(engine, name)]:
+        raise ValueError(
+            f"rollout.engine = {config.rollout.engine!r}: expected an engine (docs/rollout.md), got "
+            f"{type(engine).__name__} without {', '.join(missing)}"
+        )
+    return engine
 
 
 def _launched(
