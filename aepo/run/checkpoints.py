@@ -11,8 +11,9 @@ import copy
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ class Checkpoints:
         a warning.
         """
         if self._parallel.is_main:
-            self._place(step, heldout_success, records or {})
+            self._place(step, {"heldout_success": heldout_success, "records": records or {}})
             with _warns(f"cannot read {self.directory}"):
                 self._clean_up()
                 self._prune(step)
@@ -84,7 +85,7 @@ class Checkpoints:
             self._take_part()
         return step_path(self.directory, "step", step)
 
-    def _place(self, step: int, heldout_success: float | None, records: Fingerprints) -> None:
+    def _place(self, step: int, facts: Mapping[str, Any]) -> None:
         final, temporary = step_path(self.directory, "step", step), step_path(self.directory, ".writing", step)
         replaced = step_path(self.directory, ".replaced", step)
         set_aside = placed = False
@@ -94,7 +95,7 @@ class Checkpoints:
             if final.is_symlink() or (final.exists() and not final.is_dir()):
                 raise FileExistsError(f"{final.name} is there and was not written by a run")
             temporary.mkdir()
-            self._write(temporary, step, heldout_success, records)
+            self._write(temporary, step, facts)
             for path in (*temporary.rglob("*"), temporary):
                 flush(path)
             if final.exists():
@@ -119,7 +120,8 @@ class Checkpoints:
                 f"cannot save checkpoint {final}: {error_text(error)}. Older checkpoints kept: {kept}"
             ) from error
 
-    def _write(self, directory: Path, step: int, heldout_success: float | None, records: Fingerprints) -> None:
+    def _write(self, directory: Path, step: int, facts: Mapping[str, Any]) -> None:
+        """facts: what else state.json says."""
         moments = self._moments()
         parameters = {name for name, _ in self._model.named_parameters()}  # buffers may hold infinities
         sums = {}
@@ -132,10 +134,9 @@ class Checkpoints:
         state = {
             "format": FORMAT,
             "step": step,
-            "heldout_success": heldout_success,
+            **facts,
             "optimizer": optimizer_name(self._optimizer),
             "moments": len({name.rpartition("|")[0] for name in moments}),  # parameters that have some
-            "records": records,
         }
         (directory / "state.json").write_text(json.dumps(state) + "\n")
         (directory / "run.yaml").write_text(self._config_yaml, encoding="utf-8")
