@@ -39,6 +39,14 @@ def layers_to_recompute(model: PreTrainedModel) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def is_compiled(model: PreTrainedModel) -> bool:
+    """The model or a part of it."""
+    return any(
+        isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
+
+
 @contextlib.contextmanager
 def recomputed_layers(model: PreTrainedModel) -> Iterator[None]:
     """Every layer that is called in the block is called again in the backward.

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from aepo.advantages import Sample, advantage_settings, make_samples
 from aepo.config import Config
 from aepo.learning.batch import Batch, LossRows, Update, entropy_statistics
-from aepo.learning.forward import check_packing, layers_to_recompute, with_old_policy, with_reference
+from aepo.learning.forward import check_packing, is_compiled, layers_to_recompute, with_old_policy, with_reference
 from aepo.learning.loss import loss_denominator, microbatch_loss, own_microbatch_loss, policy_objective
 from aepo.learning.nonfinite import NonFiniteError, describe_tokens, first_nonfinite, is_finite, single_trajectories
 from aepo.learning.optimizer import learning_rate, make_optimizer
@@ -50,6 +50,11 @@ class Learner:
             raise ValueError(
                 "train.gradient_checkpointing = true: expected a model whose layers transformers can compute again "
                 f"(GradientCheckpointingLayer), {type(model).__name__} has none"
+            )
+        if config.train.gradient_checkpointing and is_compiled(model):
+            raise ValueError(
+                "train.gradient_checkpointing = true: expected a model that torch.compile has not been asked for, as a "
+                "compiled one cannot be told to attend in the backward as in the forward"
             )
         # Evaluation mode: dropout would make the ratio differ from 1 before any update.
         self.model = parallel.shard(model.eval())

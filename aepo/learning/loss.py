@@ -108,12 +108,12 @@ def own_microbatch_loss(
     logprobs, entropy = seen
     known = policy_loss(
         logprobs,
-        given.old_logprobs,
-        given.advantages,
+        batch.old_logprobs,
+        batch.advantages,
         mask,
         objective=PolicyObjective(),
         entropy=entropy,
-        ref_logprobs=given.ref_logprobs,
+        ref_logprobs=batch.ref_logprobs,
     ).metrics
     return PolicyLoss(
         loss,

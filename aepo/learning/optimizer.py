@@ -33,7 +33,9 @@ class MasterAdamW(torch.optim.AdamW):
     def __init__(self, groups: list[dict], *, lr: float, betas: tuple[float, float]) -> None:
         super().__init__(groups, lr=lr, betas=betas)
         for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
-            parameter.grad_dtype = state_dtype(parameter)
+            if has_master(parameter):
+                parameter.grad = None  # of 16 bits, where somebody has asked for one before
+                parameter.grad_dtype = state_dtype(parameter)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from aepo.files.tensors import DTYPES, is_finite, sha256_of_tensors
-from aepo.parallel import Parallel
+from aepo.parallel import Parallel, state_dtype
 from aepo.registry import error_text
 
 if TYPE_CHECKING:
@@ -66,12 +66,37 @@ def moments_problem(path: Path, trained: Mapping[str, Tensor], optimizer: str, s
         return f"{file.name}: expected moments of {len(found) + missing} parameters, got {len(found)}, none of {name!r}"
     have_masters = any(name.endswith(f"|{MASTER}") for name in names)
     wanted = {
-        f"{name}|{key}": torch.zeros((), device="meta") if key == "step" else parameter
+        f"{name}|{key}": _like(parameter, key)
         for name, parameter in trained.items()
         if name in found
         for key in (*MOMENTS, *([MASTER] if have_masters else []))
     }
-    return _tensors_problem(file, wanted, set(wanted))
+    return _tensors_problem(file, wanted, set(wanted)) or _values_problem(path, trained)
+
+
+def _like(parameter: Tensor, key: str) -> Tensor:
+    """What the optimizer keeps under this key, in shape and type."""
+    if key == "step":
+        return torch.zeros((), device="meta")
+    return torch.empty_like(parameter, dtype=state_dtype(parameter), device="meta")
+
+
+def _values_problem(path: Path, trained: Mapping[str, Tensor]) -> str | None:
+    """Numbers that no AdamW has kept: less than nothing, or a master of another weight than the one that is saved."""
+    with (
+        safe_open(path / "optimizer.safetensors", "pt") as file,
+        safe_open(path / "model.safetensors", "pt") as weights,
+    ):
+        names, saved = set(file.keys()), set(weights.keys())
+        for name in trained:
+            for key in ("step", "exp_avg_sq"):
+                if f"{name}|{key}" in names and bool((file.get_tensor(f"{name}|{key}") < 0).any()):
+                    return f"optimizer.safetensors: '{name}|{key}' has values below 0"
+            if f"{name}|{MASTER}" in names and name in saved:
+                weight = weights.get_tensor(name)
+                if not torch.equal(file.get_tensor(f"{name}|{MASTER}").to(weight.dtype), weight):
+                    return f"optimizer.safetensors: '{name}|{MASTER}' is not the master of {name} in model.safetensors"
+    return None
 
 
 def require_tokenizer(path: Path, language_model: LanguageModel, name: str) -> None:
@@ -147,8 +172,10 @@ def _tensors_problem(file: Path, wanted: Mapping[str, Tensor], known: set[str]) 
                     return f"{file.name}: {name!r}: expected the shape {list(tensor.shape)}, got {shape}"
                 if dtype != DTYPES.get(tensor.dtype) and not (tensor.is_floating_point() and dtype in _FLOATING):
                     return f"{file.name}: {name!r}: expected {tensor.dtype}, got {dtype}"
-                if not is_finite(opened.get_tensor(name)):
-                    return f"{file.name}: {name!r} has values that are not finite"
+                value = opened.get_tensor(name)
+                if not is_finite(value, tensor.dtype if value.is_floating_point() else None):
+                    as_here = "" if not is_finite(value) else f" in {tensor.dtype}"
+                    return f"{file.name}: {name!r} has values that are not finite{as_here}"
     except (OSError, SafetensorError) as error:
         return f"{file.name} cannot be read: {error_text(error)}"
     return None
