@@ -25,7 +25,8 @@ class Parallel(Protocol):
     """This process writes the files and talks to people."""
 
     def shard(self, model: PreTrainedModel, *, frozen: bool = False) -> PreTrainedModel:
-        """What this process computes with. frozen: a copy as the model is now, which no update reaches."""
+        """What this process computes with: the model itself, changed in place. frozen: a copy as the model is now,
+        which no update reaches."""
         ...
 
     def clip(self, model: PreTrainedModel, max_norm: float) -> float:

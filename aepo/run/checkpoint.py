@@ -134,11 +134,18 @@ def _state_problem(state: Any, step: int | None) -> str | None:
         value = state.get(name, 0 if name == "moments" else None)  # the first checkpoints of format 1 have none
         if type(value) is not int or value < lowest:
             return f"state.json: {name}: expected a whole number from {lowest}, got {value!r}"
+    records = state.get("records", {})
+    if not (isinstance(records, dict) and all(map(_is_fingerprint, records.values()))):
+        return "state.json: records: expected size and hash of each file"
     if state["format"] > FORMAT:
         return f"state.json: format {state['format']} is of a newer version of aepo, this one reads {FORMAT}"
     if step is not None and state["step"] != step:
         return f"state.json: step {state['step']} does not fit the directory's name"
     return None
+
+
+def _is_fingerprint(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and type(value[0]) is int and isinstance(value[1], str)
 
 
 def _heldout_success(path: Path) -> float | None:

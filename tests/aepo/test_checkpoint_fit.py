@@ -79,6 +79,23 @@ OTHERS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         lambda m: {**m, f"{DOWN}|max_exp_avg_sq": m[f"{DOWN}|exp_avg_sq"].clone()},
         f"'{DOWN}|max_exp_avg_sq' is not of this model",
     ),
+    "too large": (
+        "optimizer.safetensors",
+        lambda m: {**m, f"{NORM}|exp_avg": torch.full((32,), 1e300, dtype=torch.float64)},
+        f"'{NORM}|exp_avg' has values that are not finite in torch.float32",
+    ),
+    "below 0": (
+        "optimizer.safetensors",
+        lambda m: {**m, f"{NORM}|exp_avg_sq": -m[f"{NORM}|exp_avg_sq"] - 1},
+        f"'{NORM}|exp_avg_sq' has values below 0",
+    ),
+    "steps below 0": (
+        "optimizer.safetensors",
+        lambda m: {**m, f"{NORM}|step": torch.tensor(-1.0)},
+        f"'{NORM}|step' has values below 0",
+    ),
+    "records": ("state.json", lambda s: {**s, "records": [1]}, "records: expected size and hash of each file"),
+    "a record": ("state.json", lambda s: {**s, "records": {"x": ["1", 2]}}, "records: expected size and hash"),
     "moment's shape": (
         "optimizer.safetensors",
         lambda m: {**m, f"{NORM}|exp_avg": m[f"{NORM}|exp_avg"][:2].clone()},

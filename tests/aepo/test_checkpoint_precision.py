@@ -156,10 +156,18 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
         lambda m: {**m, f"{NORM}|master": m[f"{NORM}|master"][:3].clone()},
         f"'{NORM}|master': expected the shape [32], got [3]",
     ),
-    "kind": (lambda m: {**m, f"{NORM}|master": m[f"{NORM}|master"].int()}, "got I32"),
+    "kind": (lambda m: {**m, f"{NORM}|master": m[f"{NORM}|master"].int()}, "expected torch.float32, got I32"),
     "nan": (
         lambda m: {**m, f"{NORM}|master": m[f"{NORM}|master"] * float("nan")},
         f"'{NORM}|master' has values that are not finite",
+    ),
+    "of another weight": (
+        lambda m: {**m, f"{NORM}|master": m[f"{NORM}|master"] * 1.01},
+        f"'{NORM}|master' is not the master of {NORM} in model.safetensors",
+    ),
+    "too large": (
+        lambda m: {**m, f"{NORM}|master": torch.full((32,), 1e300, dtype=torch.float64)},
+        f"'{NORM}|master' has values that are not finite in torch.float32",
     ),
     "alone": (
         lambda m: {k: v for k, v in m.items() if not k.startswith(NORM) or k.endswith("|master")},

@@ -109,6 +109,20 @@ def test_other_models_have_such_layers(kind: str) -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("how", ["a layer", "a wrapped layer", "the whole"])
+def test_a_compiled_model_is_refused(how: str) -> None:
+    """Nothing is compiled before it is called."""
+    model = tiny_model()
+    if how == "a layer":
+        model.model.layers[1].compile()
+    elif how == "a wrapped layer":
+        model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    else:
+        model.compile()
+    with pytest.raises(ValueError, match=r"train\.gradient_checkpointing = true: expected a model that torch\.compile"):
+        learner(model, "train.gradient_checkpointing=true")
+
+
 def test_a_model_that_cannot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aepo.learning.learner.layers_to_recompute", lambda model: [])
     with pytest.raises(ValueError, match=r"train\.gradient_checkpointing = true: .*Qwen3ForCausalLM has none"):

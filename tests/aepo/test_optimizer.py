@@ -115,6 +115,15 @@ def test_gradients_of_micro_batches_add_up_in_float32() -> None:
     assert (weight.grad == 1 + 8 * 2**-9).all()
 
 
+def test_gradients_that_are_there_already_are_no_hindrance() -> None:
+    model = tiny_model(torch.bfloat16)
+    (model.model.norm.weight * 3).sum().backward()
+    assert model.model.norm.weight.grad.dtype == torch.bfloat16
+    make_optimizer(model, load_config(overrides=[*SETTINGS]).optimizer)
+    (model.model.norm.weight * 3).sum().backward()
+    assert torch.equal(model.model.norm.weight.grad, torch.full((32,), 3.0))
+
+
 def test_parameters_without_a_gradient_stay() -> None:
     model = tiny_model(torch.bfloat16)
     optimizer = make_optimizer(model, load_config(overrides=["optimizer.learning_rate=0.1"]).optimizer)
