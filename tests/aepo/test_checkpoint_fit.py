@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_toys import checkpoints, fresh, load, rewrite, save, trained
+from checkpoint_toys import checkpoints, fresh, load, names, rewrite, save, trained
+from run_toys import content, make_run
 from safetensors.torch import load_file
 from trainer_toys import ToyLanguageModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -22,6 +24,7 @@ from aepo.parallel import OneProcess
 from aepo.run.checkpoint import CheckpointError, verify_checkpoint
 from aepo.run.checkpoint_fit import model_problem, require_tokenizer
 from aepo.run.checkpoint_load import load_weights
+from aepo.run.directory import RunDirectory
 
 
 def without(found: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -210,3 +213,19 @@ def test_a_tokenizer_with_several_chat_templates(tmp_path: Path) -> None:
     assert "  additional_chat_templates/tool_use.jinja\n" in (path / "SHA256SUMS").read_text()
     verify_checkpoint(path)
     assert AutoTokenizer.from_pretrained(path).chat_template == toy.tokenizer.chat_template
+
+
+def test_a_checkpoint_with_folders_is_removed_like_any(tmp_path: Path) -> None:
+    """Several chat templates are in a folder, which no list of files names: it is not somebody else's."""
+    run = tmp_path / "run"
+    make_run(run, steps=1)
+    shutil.rmtree(run / "checkpoints")
+    toy, optimizer = trained()
+    toy.tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    for step in (1, 1, 2, 3):
+        path = checkpoints(run / "checkpoints", toy, optimizer, keep=1).save(step, None)
+    assert (path / "additional_chat_templates" / "tool_use.jinja").exists()
+    assert names(run / "checkpoints") == ["step_000003"]
+    with RunDirectory.claim(run, overwrite=True) as held:
+        held.replace_old()
+    assert content(run) == {}

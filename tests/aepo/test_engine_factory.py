@@ -90,6 +90,25 @@ def test_vllm_starts_from_the_whole_weights_which_the_main_process_writes(tmp_pa
         assert names == []
 
 
+@pytest.mark.parametrize("endpoints", ["", "http://a"])
+def test_vllm_is_told_which_weights_it_has(tmp_path, monkeypatch, endpoints):
+    """What it stamps on its segments is their version, and the seed is that of the run."""
+    told = {}
+    monkeypatch.setattr(make, "launch", lambda _, **arguments: told.update(launch=arguments))
+    monkeypatch.setattr(make, "connect", lambda **arguments: told.update(connect=arguments))
+    settings = ["rollout.engine=vllm", f"run.dir={tmp_path}", "run.seed=7", f"vllm.endpoints=[{endpoints}]"]
+    config, of = load_config(None, settings), model()
+    language_model = SimpleNamespace(model=of, tokenizer=tokenizer(), vocab_size=260)
+    make_engine(config, language_model, [256], 3, OneProcess())
+    expected = {"eos_ids": [256], "vocab_size": 260, "settings": config.vllm, "version": 3}
+    if endpoints:
+        weights = {names[0]: tensor for names, tensor in told["connect"].pop("weights")}
+        assert all(torch.equal(weights[name], parameter) for name, parameter in of.named_parameters())
+        assert told == {"connect": expected}
+    else:
+        assert told == {"launch": {**expected, "seed": 7}}
+
+
 def test_endpoints_before_one_that_fails_are_closed(monkeypatch):
     vllm_remote = pytest.importorskip("aepo.rollout.engines.vllm.remote")
     closed = []

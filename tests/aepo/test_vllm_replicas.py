@@ -27,6 +27,8 @@ from aepo.rollout.engines.vllm.replica import (
     sampling_settings,
 )
 
+SECONDS = 20.0  # what waits for ever fails; the answers here take milliseconds
+
 
 class Replica:
     """Writes one token, or ends as `ends` says, in turn; `records`: False: there are none."""
@@ -75,7 +77,8 @@ def engine_of(loop: LoopThread, *replicas: Replica, **more: Any) -> VLLMEngine:
 
 
 def generate(engine: VLLMEngine, *groups: str) -> list[Generation]:
-    return asyncio.run(engine.generate([replace(request([1, 2, 3], 4), group=group) for group in groups]))
+    requests = [replace(request([1, 2, 3], 4), group=group) for group in groups]
+    return asyncio.run(asyncio.wait_for(engine.generate(requests), SECONDS))
 
 
 def test_groups_are_spread_evenly_and_stay_where_they_are(loop: LoopThread) -> None:

@@ -1296,4 +1296,116 @@ MUTATIONS = (
         "or True",
         "config test_a_wrong_override_says_what_is_right",
     ),
+    # What a run leaves of its steps, and of which weights
+    row(
+        "folders-of-a-checkpoint-are-somebody-elses",
+        "aepo/run/layout.py",
+        "    listed |= {parent for path in listed for parent in path.parents}\n",
+        "",
+        "checkpoint_fit test_a_checkpoint_with_folders_is_removed_like_any",
+    ),
+    row(
+        "a-checkpoint-is-ahead-of-the-records",
+        "aepo/run/saving.py",
+        "        self._log.flush()  # a checkpoint is never ahead of the records\n",
+        "",
+        "trainer_records test_no_checkpoint_is_ahead_of_records_that_cannot_be_written",
+    ),
+    row(
+        "records-are-written-after-their-checkpoint",
+        "aepo/run/saving.py",
+        "        self._log.flush()  # a checkpoint is never ahead of the records\n"
+        "        self._checkpoints.save(step, success, fingerprints(self._run))\n",
+        "        self._checkpoints.save(step, success, fingerprints(self._run))\n        self._log.flush()\n",
+        "trainer_records test_a_checkpoint_that_finds_a_record_unwritten_writes_it_first",
+    ),
+    row(
+        "a-record-that-fails-costs-the-trees",
+        "aepo/run/recording.py",
+        """            try:
+                self._log.step(record)
+            finally:
+                if""",
+        """            self._log.step(record)
+            if True:
+                if""",
+        "trainer_records test_a_step_whose_record_fails_has_its_trees_and_no_line",
+    ),
+    row(
+        "a-step-is-said-before-its-record",
+        "aepo/run/recording.py",
+        "            try:\n                self._log.step(record)\n",
+        "            self._display.step(record)\n            try:\n                self._log.step(record)\n",
+        "trainer_records test_a_step_whose_record_fails_has_its_trees_and_no_line",
+    ),
+    row(
+        "an-evaluation-is-said-before-its-record",
+        "aepo/heldout.py",
+        "        self._log.evaluation(record)\n        self._display.evaluation(record)\n",
+        "        self._display.evaluation(record)\n        self._log.evaluation(record)\n",
+        "trainer_records test_an_evaluation_is_said_after_its_record_which_comes_after_its_answers",
+    ),
+    row(
+        "the-record-of-an-evaluation-before-its-answers",
+        "aepo/heldout.py",
+        "        self._log.answers(step, answered)\n        self._log.evaluation(record)\n",
+        "        self._log.evaluation(record)\n        self._log.answers(step, answered)\n",
+        "trainer_records test_an_evaluation_is_said_after_its_record_which_comes_after_its_answers",
+    ),
+    row(
+        "checkpoint-every-off-by-one",
+        "aepo/trainer.py",
+        "self.step % self.config.checkpoint.every == 0",
+        "(self.step + 1) % self.config.checkpoint.every == 0",
+        "trainer_records test_a_checkpoint_is_saved_after_so_many_steps",
+    ),
+    row(
+        "refreshed-weights-have-the-version-before",
+        "aepo/trainer.py",
+        "self.engine.refresh(step, ",
+        "self.engine.refresh(step - 1, ",
+        "trainer_records test_trees_name_the_weights_that_sampled_them",
+    ),
+    row(
+        "a-resumed-run-begins-with-version-0",
+        "aepo/trainer.py",
+        "agent.format.eos_ids, self.step, self.parallel",
+        "agent.format.eos_ids, 0, self.parallel",
+        "trainer_records test_trees_name_the_weights_that_sampled_them",
+    ),
+    row(
+        "the-engine-of-transformers-begins-with-version-0",
+        "aepo/rollout/engines/make.py",
+        "language_model.tokenizer, eos_ids, version=version)",
+        "language_model.tokenizer, eos_ids, version=0)",
+        "trainer_records test_trees_name_the_weights_that_sampled_them",
+    ),
+    row(
+        "servers-begin-with-version-0",
+        "aepo/rollout/engines/make.py",
+        "                version=version,\n                weights=",
+        "                version=0,\n                weights=",
+        "engine_factory test_vllm_is_told_which_weights_it_has",
+    ),
+    row(
+        "vllm-begins-with-version-0",
+        "aepo/rollout/engines/make.py",
+        "            version=version,\n            seed=",
+        "            version=0,\n            seed=",
+        "engine_factory test_vllm_is_told_which_weights_it_has",
+    ),
+    row(
+        "vllm-ignores-the-seed",
+        "aepo/rollout/engines/make.py",
+        "seed=config.run.seed",
+        "seed=0",
+        "engine_factory test_vllm_is_told_which_weights_it_has",
+    ),
+    row(
+        "entropies-are-read-once",
+        "aepo/rollout/engines/vllm/entropy_reader.py",
+        "                        answer.set_result(answers[key])\n        self._task = None",
+        "                        answer.set_result(answers[key])",
+        "entropy_reader test_it_reads_again_after_a_while_without_questions",
+    ),
 )
