@@ -63,7 +63,7 @@ def test_the_path_with_a_gradient_that_is_not_finite_is_named_and_no_other(
     batch = learner.pack_samples(samples, ["q0", "q1", "q2"])
     assert (len(batch.minibatches[0]) > 1) == (tokens == 10)
     with_an_infinite_gradient(learner)
-    with pytest.raises(NonFiniteError, match="^the gradient norm is (inf|nan); every number of every token") as error:
+    with pytest.raises(NonFiniteError, match=r"^the gradient norm is (inf|nan); every number of every token") as error:
         learner.update(1, batch)
     named = set(re.findall(r"question (\w+), path (\d+), ", str(error.value)))
     assert named == {(f"q{guilty // 2}", f"{guilty % 2}")}

@@ -1,4 +1,4 @@
-"""A loss of the user's own may write into what it gets: the next optimiser step, and the metrics, know nothing of it."""
+"""A loss of the user's own may write into what it gets: neither the next optimiser step nor a metric sees it."""
 
 from __future__ import annotations
 

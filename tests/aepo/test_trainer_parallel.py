@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,15 @@ class Recorded(OneProcess):
 
 
 @pytest.fixture
-def parallel(monkeypatch: pytest.MonkeyPatch) -> Recorded:
-    recorded = Recorded()
-    monkeypatch.setattr("aepo.trainer.OneProcess", lambda: recorded)
-    return recorded
+def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
+    """A trainer with a Recorded, which is its only one: whatever else it would make itself is a plain one."""
+
+    def made(directory: Path, *overrides: str, resume_step: int | None = None) -> Trainer:
+        given = iter([Recorded()])
+        monkeypatch.setattr("aepo.trainer.OneProcess", lambda: next(given, None) or OneProcess())
+        return trainer_for(directory, *SETTINGS, *overrides, resume_step=resume_step)
+
+    return made
 
 
 def doubled(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -89,9 +95,9 @@ def refreshed(trainer: Trainer) -> list[tuple[int, Weights, int]]:
     return seen
 
 
-def test_model_and_reference_are_what_it_shards(tmp_path: Path, parallel: Recorded) -> None:
-    trainer = trainer_for(tmp_path / "run", *SETTINGS)
-    (loaded, frozen, model), (given, reference_is_frozen, reference) = parallel.shards
+def test_model_and_reference_are_what_it_shards(tmp_path: Path, make: Callable[..., Trainer]) -> None:
+    trainer = make(tmp_path / "run")
+    (loaded, frozen, model), (given, reference_is_frozen, reference) = trainer.parallel.shards
     assert loaded is given is trainer.language_model.model
     assert (frozen, reference_is_frozen) == (False, True)
     assert trainer.learner.model is model
@@ -103,25 +109,25 @@ def test_model_and_reference_are_what_it_shards(tmp_path: Path, parallel: Record
     assert same([*start.parameters()], [*reference.parameters()])
 
 
-def test_the_norm_is_what_it_says(tmp_path: Path, parallel: Recorded) -> None:
+def test_the_norm_is_what_it_says(tmp_path: Path, make: Callable[..., Trainer]) -> None:
     """And nothing else scales the gradients: as many calls as optimiser steps, two in each of two steps."""
-    trainer = trainer_for(tmp_path / "run", *SETTINGS)
+    trainer = make(tmp_path / "run")
     trainer.train()
-    assert len(parallel.clips) == 4
-    assert all(model is trainer.learner.model and limit == 0.5 for model, limit in parallel.clips)
+    assert len(trainer.parallel.clips) == 4
+    assert all(model is trainer.learner.model and limit == 0.5 for model, limit in trainer.parallel.clips)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["optimizer.grad_norm"] for line in lines] == [1500.0, 3500.0]
 
 
-def test_whole_weights_are_what_it_says(tmp_path: Path, parallel: Recorded) -> None:
+def test_whole_weights_are_what_it_says(tmp_path: Path, make: Callable[..., Trainer]) -> None:
     """Those that the engine gets, those of a checkpoint, and those that the hash and the count are of."""
-    trainer = trainer_for(tmp_path / "run", *SETTINGS)
+    trainer = make(tmp_path / "run")
     start, seen = doubled(trainer.learner.model), refreshed(trainer)
     trainer.train()
     assert [version for version, _, _ in seen] == [1, 2]
-    assert all(given is parallel.wholes[asked - 1][1] for _, given, asked in seen)
+    assert all(given is trainer.parallel.wholes[asked - 1][1] for _, given, asked in seen)
     assert len({asked for _, _, asked in seen}) == 2, "an iterator of its own for each"
-    assert all(model is trainer.learner.model for model, _ in parallel.wholes)
+    assert all(model is trainer.learner.model for model, _ in trainer.parallel.wholes)
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert facts["starting_weights"] == sha256_of_tensors(start)
     assert facts["model"]["parameters"] == 7 * sum(p.numel() for p in trainer.learner.model.parameters())
@@ -129,23 +135,23 @@ def test_whole_weights_are_what_it_says(tmp_path: Path, parallel: Recorded) -> N
     assert_equal(load_file(saved / "model.safetensors"), doubled(trainer.learner.model))
 
 
-def test_the_state_is_what_it_says(tmp_path: Path, parallel: Recorded) -> None:
+def test_the_state_is_what_it_says(tmp_path: Path, make: Callable[..., Trainer]) -> None:
     """A checkpoint asks for the whole of it, an update for the part that is here."""
-    trainer = trainer_for(tmp_path / "run", *SETTINGS, "eval.every=0", "checkpoint.every=0")
+    trainer = make(tmp_path / "run", "eval.every=0", "checkpoint.every=0")
     model, optimizer = trainer.learner.model, trainer.learner.optimizer
     trainer.train()
-    assert all(one[0] is model and one[1] is optimizer for one in parallel.states)
+    assert all(one[0] is model and one[1] is optimizer for one in trainer.parallel.states)
     # Saved after the first evaluation, as the best so far, and after the last step.
-    assert [whole for _, _, whole in parallel.states] == [True, False, False, True]
+    assert [whole for _, _, whole in trainer.parallel.states] == [True, False, False, True]
     live = OneProcess().state(model, optimizer, whole=True)
     moments = {name: value for name, value in live.items() if "|" in name}
     saved = tmp_path / "run" / "checkpoints" / "step_000002"
     assert_equal(load_file(saved / "optimizer.safetensors"), moments)
-    assert parallel.loads == []
+    assert trainer.parallel.loads == []
 
 
-def test_it_takes_an_update_back_and_loads_a_checkpoint(tmp_path: Path, parallel: Recorded) -> None:
-    trainer = trainer_for(tmp_path / "run", *SETTINGS)
+def test_it_takes_an_update_back_and_loads_a_checkpoint(tmp_path: Path, make: Callable[..., Trainer]) -> None:
+    trainer = make(tmp_path / "run")
     trainer.train_step()
     before = weights(trainer)
 
@@ -158,8 +164,9 @@ def test_it_takes_an_update_back_and_loads_a_checkpoint(tmp_path: Path, parallel
     with pytest.raises(ZeroDivisionError):
         trainer.train()
     assert same(before, weights(trainer))
-    resumed = trainer_for(tmp_path / "run", *SETTINGS, resume_step=1)
-    for (model, optimizer), learner in zip(parallel.loads, (trainer.learner, resumed.learner), strict=True):
-        assert model is learner.model
-        assert optimizer is learner.optimizer
+    resumed = make(tmp_path / "run", resume_step=1)
+    for one in (trainer, resumed):
+        ((model, optimizer),) = one.parallel.loads
+        assert model is one.learner.model
+        assert optimizer is one.learner.optimizer
     assert same([2 * value for value in before], weights(resumed)), "a whole weight is the double of what was here"
