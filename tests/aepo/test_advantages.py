@@ -99,6 +99,16 @@ def test_gigpo_adds_the_step_advantage_to_the_path_advantage() -> None:
     assert second.advantages == pytest.approx((0, 0, 0, -1.1 * half, 0, 0, -1.1 * half, 0, -half))
 
 
+def test_gigpo_compares_the_steps_by_the_rewards_that_the_paths_are_compared_by() -> None:
+    """Both earn 1; the second, of 15 of 20 tokens, loses half of it to a buffer of 10."""
+    paths = [trajectory(PROMPT, ((10,), ())), trajectory(PROMPT, (range(10, 25), ()))]
+    settings = AdvantageSettings(kind="gigpo", step_weight=0.1, overlong_buffer=10)
+    short, long = make_samples(scored([paths], [[1.0, 1.0]]), settings, max_tokens=20)
+    half = 1 / math.sqrt(2)
+    assert short.advantages == pytest.approx((0, 0, 0, 1.1 * half))
+    assert long.advantages == pytest.approx((0, 0, 0, *[-1.1 * half] * 15))
+
+
 def test_advantages_stand_only_on_generated_tokens() -> None:
     path = trajectory(PROMPT, ((10, 11), (7,)), ((12,), ()))
     (good, bad) = make_samples(scored([[path, path]], [[1.0, 0.0]]), AdvantageSettings(), max_tokens=100)

@@ -158,6 +158,21 @@ def test_loading_is_in_place_and_older_names_of_tied_weights_are_read(tmp_path: 
     assert torch.equal(model.lm_head.weight, stored["model.embed_tokens.weight"])
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "config.json"])
+def test_weights_of_a_damaged_checkpoint_are_not_loaded(tmp_path: Path, name: str) -> None:
+    """One flipped bit, which leaves every number finite and every file readable."""
+    file = save(tmp_path, 2) / name
+    content = bytearray(file.read_bytes())
+    place = len(content) - 4 if name.endswith(".safetensors") else content.rindex(b" ")
+    content[place] ^= 1 if name.endswith(".safetensors") else ord(" ") ^ ord("\t")
+    file.write_bytes(content)
+    model, _ = fresh()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CheckpointError, match=f"^corrupt checkpoint: .*{name} does not have the checksum it was"):
+        load_weights(file.parent, model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize(
     "kind", ["llama", "qwen2", "mistral", "gemma3_text", "gemma2", "qwen3_moe", "olmo2", "granite"]

@@ -44,6 +44,20 @@ def test_loss_and_gradient_are_the_same(setting: str) -> None:
     assert expected.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("setting", ["policy.preset=aepo", "policy.preset=gspo", f"policy.loss={__name__}:own_loss"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_setting_reaches_every_forward_that_is_trained_on(setting: str, checkpointing: bool) -> None:
+    """A layer runs once more for every micro-batch, in the backward."""
+    ours = learner(tiny_model(), f"train.gradient_checkpointing={str(checkpointing).lower()}", setting)
+    batch = ours.pack_samples(random_samples(10), ["q0", "q1", "q2"])
+    runs = []
+    for layer in ours.model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))  # torch stops before the end of a second run
+    ours.backward(batch.minibatches[0], ours.entropy_stats(batch), batch.question_ids)
+    assert len(batch.minibatches[0]) > 2
+    assert len(runs) == 2 * len(batch.minibatches[0]) * (2 if checkpointing else 1)
+
+
 def kept_bytes(model: torch.nn.Module, checkpointing: bool) -> int:
     """What the forward keeps for the backward, parameters aside."""
     storages: dict[int, int] = {}
