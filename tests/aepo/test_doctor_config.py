@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_doctor_fit import LLAMA, directory, run
-from transformers import GPT2Config, MambaConfig, MistralConfig, Qwen3Config
+from transformers import GPT2Config, MambaConfig, MistralConfig, Qwen3Config, RwkvConfig
 
 from aepo.config import load_config
 from aepo.doctor import account, speed
@@ -78,7 +78,7 @@ def refusal(where: str) -> str:
         ({"rope_parameters": {"rope_type": "nobody", "rope_theta": 1e4}}, "KeyError: 'nobody'"),
         ({"pad_token_id": 10**9}, "AssertionError: Padding_idx must be within num_embeddings"),
         ({"vocab_size": 10**18}, "RuntimeError: Storage size calculation overflowed"),
-        ({"hidden_size": 6 * 2**40}, "RuntimeError: "),
+        ({"hidden_size": 6 * 10**17}, "RuntimeError: "),
     ],
 )
 def test_what_transformers_cannot_make_is_one_line(tmp_path, changes, reason):
@@ -100,8 +100,14 @@ def test_what_cannot_be_run_is_one_line(tmp_path, monkeypatch):
 
 
 def test_attention_that_is_never_asked_for_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(account, "packed", lambda model: torch.enable_grad())
-    assert "expected attention in each of its layers" in refusal(directory(tmp_path, LLAMA))
+    class Uncounted(account._Attention):
+        calls = property(lambda self: 0, lambda self, value: None)
+
+    monkeypatch.setattr(account, "_Attention", Uncounted)
+    said = refusal(directory(tmp_path, LLAMA))
+    assert said.startswith(
+        "/config.json: LlamaForCausalLM cannot be trained on packed trajectories: expected attention"
+    )
 
 
 def test_a_model_without_a_head_is_one_line(monkeypatch):
@@ -128,7 +134,7 @@ POSITIVE = "expected a whole number of at least 1"
         (GPT2, {"n_head": 7}, "hidden_size=48; expected a multiple of num_attention_heads, 7, or a head_dim"),
         (LLAMA, {"text_config": {"num_hidden_layers": 10**12}}, "num_hidden_layers=1000000000000; expected at most"),
         (LLAMA, {"text_config": 5}, "text_config=5; expected a configuration"),
-        (MambaConfig(num_hidden_layers=2), {"layer_types": None}, "num_attention_heads=None"),
+        (RwkvConfig(num_hidden_layers=2), {}, f"num_attention_heads=None; {POSITIVE}"),
         (LLAMA, {"hidden_size": 0}, f"hidden_size=0; {POSITIVE}"),
         (LLAMA, {"vocab_size": 0}, f"vocab_size=0; {POSITIVE}"),
         (LLAMA, {"vocab_size": -3}, f"vocab_size=-3; {POSITIVE}"),
