@@ -21,9 +21,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from aepo.learning.attention import packed
 from aepo.learning.forward import recomputed_layers
-from aepo.models.outline import outline
+from aepo.models.outline import blamed_on, outline, source
 from aepo.parallel import state_dtype
-from aepo.registry import error_text
 
 FEW = (2, 3)
 """Layers that are run: all layers of a model are alike, so the third one says what each further one adds. Not the
@@ -75,7 +74,7 @@ def _run(model: PreTrainedModel, tokens: int, trained: int, checkpointing: bool)
     for parameter in model.parameters():
         parameter.grad_dtype = state_dtype(parameter)
         parameter.grad = torch.empty_like(parameter, dtype=state_dtype(parameter))
-    try:
+    with blamed_on(model.config, f"{type(model).__name__} cannot be counted without weights"):
         with packed(model), torch.no_grad(), _account_of(model, given.values()) as evaluation:
             model(**given)
         calls = attend.calls
@@ -87,11 +86,10 @@ def _run(model: PreTrainedModel, tokens: int, trained: int, checkpointing: bool)
             loss = _Loss.apply(logits)
             del logits  # nobody has them in training, either
             loss.backward()
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        raise ValueError(f"{type(model).__name__} cannot be counted without weights: {error_text(error)}") from error
     if calls != model.config.get_text_config().num_hidden_layers:
         raise ValueError(
-            f"{type(model).__name__} cannot be trained on packed trajectories: expected attention in each of its layers"
+            f"{source(model.config)}: {type(model).__name__} cannot be trained on packed trajectories: expected "
+            "attention in each of its layers"
         )
     size = trained * model.config.get_text_config().vocab_size * model.dtype.itemsize
     return MicroBatch(

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from aepo.config import Config
 from aepo.doctor.account import MicroBatch, count_micro_batch
 from aepo.learning.optimizer import ELEMENTS
-from aepo.models.outline import number_of_parameters, outline
+from aepo.models.outline import blamed_on, number_of_parameters, outline
 
 PROCESS = 436_000_000
 """Python with torch, transformers and this library, before there is a model."""
@@ -113,10 +113,11 @@ class Model:
     def __init__(self, config: PreTrainedConfig) -> None:
         whole = outline(config, torch.float32)
         self.config = config
-        self.parameters = number_of_parameters(whole)
-        self.largest = max(parameter.numel() for parameter in whole.parameters())
-        head = whole.get_output_embeddings().weight
-        tied = head is whole.get_input_embeddings().weight
+        with blamed_on(config, "expected a model with an embedding and a head"):
+            self.parameters = number_of_parameters(whole)
+            self.largest = max(parameter.numel() for parameter in whole.parameters())
+            head = whole.get_output_embeddings().weight
+            tied = head is whole.get_input_embeddings().weight
         self.products = self.parameters - (0 if tied else head.numel())
         """Parameters that every token is multiplied with, the head once."""
         self.micro_batch = functools.cache(self._micro_batch)

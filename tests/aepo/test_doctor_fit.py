@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from trainer_toys import random_samples, tiny_model
-from transformers import LlamaConfig, MambaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
+from transformers import LlamaConfig, PreTrainedConfig
 from typer.testing import CliRunner
 
 from aepo import cli
@@ -23,7 +23,7 @@ from aepo.learning.attention import packed
 from aepo.learning.forward import recomputed_layers, row_logits
 from aepo.learning.learner import Learner
 from aepo.learning.pack_paths import pack
-from aepo.models.outline import number_of_parameters, outline, read_model_config
+from aepo.models.outline import number_of_parameters, outline
 from aepo.parallel import OneProcess
 
 LLAMA = LlamaConfig(
@@ -220,42 +220,6 @@ def test_the_settings_choose_the_row():
     assert asked_plan(load_config()) == Plan(torch.float32, False, False)
     changed = load_config(overrides=["model.dtype=bfloat16", "train.gradient_checkpointing=true", "policy.kl_coef=0.1"])
     assert asked_plan(changed) == Plan(torch.bfloat16, True, True)
-
-
-@pytest.mark.parametrize(
-    ("config", "changes", "message"),
-    [
-        (None, {}, "expected a model directory, with a config.json"),
-        (LLAMA, {"model_type": "nobody"}, "expected a config.json of transformers: ValueError: "),
-        (
-            LLAMA,
-            {"model_type": "nobody", "auto_map": {"AutoConfig": "a.B"}},
-            "expected a config.json of transformers: ",
-        ),
-        (LLAMA, {"model_type": "vit"}, "expected a causal language model, got model_type 'vit'"),
-        (
-            Qwen3Config(),
-            {"layer_types": ["full_attention", "sliding_attention"] * 16},
-            "['sliding_attention']; expected",
-        ),
-        (MistralConfig(num_hidden_layers=2), {}, "packed attention has no sliding_window, which this model asks for"),
-        (MambaConfig(num_hidden_layers=2), {}, "layers of type ['linear_attention']; expected full"),
-    ],
-    ids=["no config.json", "unknown", "custom code", "no language model", "sliding layers", "sliding window", "mamba"],
-)
-def test_other_models_are_refused_in_one_line(tmp_path, config, changes, message):
-    where = str(tmp_path) if config is None else directory(tmp_path, config, **changes)
-    done = run(where)
-    assert done.exit_code == 1
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("error: ")
-
-
-def test_adapters_are_refused(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="got an adapter"):
-        read_model_config(tmp_path)
 
 
 def test_the_command_prints_numbers_for_people_and_machines(tmp_path, monkeypatch):
