@@ -74,7 +74,10 @@ def _run(model: PreTrainedModel, tokens: int, trained: int, checkpointing: bool)
     for parameter in model.parameters():
         parameter.grad_dtype = state_dtype(parameter)
         parameter.grad = torch.empty_like(parameter, dtype=state_dtype(parameter))
-    with blamed_on(model.config, f"{type(model).__name__} cannot be counted without weights"):
+    with blamed_on(
+        model.config,
+        f"{type(model).__name__} cannot be counted without weights, which does not say that it cannot be trained",
+    ):
         with packed(model), torch.no_grad(), _account_of(model, given.values()) as evaluation:
             model(**given)
         calls = attend.calls
