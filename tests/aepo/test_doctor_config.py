@@ -96,11 +96,8 @@ def test_what_cannot_be_run_is_one_line(tmp_path, monkeypatch):
     where = directory(tmp_path, LLAMA)
     monkeypatch.setattr(account._Attention, "__call__", lambda *_, **options: options["no such"])
     said = refusal(where)
-    assert (
-        said
     counted = "cannot be counted without weights, which does not say that it cannot be trained"
     assert said == f"/config.json: LlamaForCausalLM {counted}: KeyError: 'no such'"
-    )
 
 
 def test_attention_that_is_never_asked_for_is_one_line(tmp_path, monkeypatch):
