@@ -36,7 +36,6 @@ def read_model_config(directory: Path) -> PreTrainedConfig:
             _refuse_many_layers(directory, part.get("num_hidden_layers"))  # transformers lists a type for each
             _refuse_quantized(directory, part.get("quantization_config"))
     config = _of_transformers(AutoConfig.from_pretrained, directory, trust_remote_code=False)
-    config.name_or_path = str(directory)  # old files have a name of their own
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(f"{directory}: expected a causal language model, got model_type {config.model_type!r}")
     text = config.get_text_config()

@@ -75,6 +75,7 @@ def refusal(where: str) -> str:
     ("changes", "reason"),
     [
         ({"hidden_act": "os.system"}, "KeyError: 'os.system'"),
+        ({"hidden_act": "nobody", "_name_or_path": "someone/model"}, "KeyError: 'nobody'"),
         ({"rope_parameters": {"rope_type": "nobody", "rope_theta": 1e4}}, "KeyError: 'nobody'"),
         ({"pad_token_id": 10**9}, "AssertionError: Padding_idx must be within num_embeddings"),
         ({"vocab_size": 10**18}, "RuntimeError: Storage size calculation overflowed"),
