@@ -105,10 +105,9 @@ def doctor(
     if model is None:
         from aepo.doctor import main as examine
 
-        with explained():
-            if config is not None or prompt_tokens is not None:
-                raise ValueError("--config and --prompt-tokens: expected MODEL_DIR with them")
-        raise typer.Exit(examine(as_json))
+        if config is not None or prompt_tokens is not None:
+            fail("--config and --prompt-tokens: expected MODEL_DIR with them")
+        raise typer.Exit(examine(as_json))  # without `explained`, whose kinds of errors need more than the kernels do
     with explained():
         from aepo.doctor.fit_tables import main as fits
 

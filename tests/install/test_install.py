@@ -216,7 +216,10 @@ def test_the_extra_train_is_enough_for_the_trainer(wheels: dict[str, Path], tmp_
     """All of `aepo` but what runs inside vLLM, or beside it, or talks to MCP servers."""
     python = with_extra("train", wheels["tree"], tmp_path)
     aepo = python.with_name("aepo")
-    left_out = "aepo.vllm aepo.rollout.engines.vllm_ aepo.agents.tools.mcp_ aepo.__main__ aepo.bench"
+    beside_vllm = " ".join(
+        f"aepo.rollout.engines.vllm.{name}" for name in ("http", "local", "remote", "weight_clients")
+    )
+    left_out = f"aepo.vllm {beside_vllm} aepo.agents.tools.mcp_ aepo.__main__ aepo.bench"
     run(python, "-c", IMPORT_ALL, "aepo", left_out, cwd=tmp_path)
     assert "optimizer.learning_rate" in run(aepo, "keys", "optimizer", cwd=tmp_path).stdout
     assert run(aepo, "report", "nowhere", cwd=tmp_path, status=1).stderr.startswith("error: nowhere")
