@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from aepo.config import Config
 from aepo.doctor.account import MicroBatch, count_micro_batch
 from aepo.learning.optimizer import ELEMENTS
+from aepo.models.key_values import KeyValueShape
 from aepo.models.outline import blamed_on, number_of_parameters, outline
 
 PROCESS = 436_000_000
@@ -116,10 +117,8 @@ class Model:
         with blamed_on(config, "expected a model with an embedding and a head"):
             self.parameters = number_of_parameters(whole)
             self.largest = max(parameter.numel() for parameter in whole.parameters())
-            head = whole.get_output_embeddings().weight
-            tied = head is whole.get_input_embeddings().weight
-        self.products = self.parameters - (0 if tied else head.numel())
-        """Parameters that every token is multiplied with, the head once."""
+            for part in (whole.get_output_embeddings(), whole.get_input_embeddings()):
+                assert part.weight is not None
         self.micro_batch = functools.cache(self._micro_batch)
 
     def _micro_batch(self, dtype: torch.dtype, tokens: int, trained: int, checkpointing: bool) -> MicroBatch:
@@ -127,10 +126,7 @@ class Model:
 
     def cache_bytes(self, dtype: torch.dtype) -> int:
         """Keys and values of one token."""
-        text = self.config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return 2 * text.num_hidden_layers * heads * head_dim * dtype.itemsize
+        return KeyValueShape.of(self.config).per_token * dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from aepo.bench.clock import clock_for
 from aepo.bench.rates import memory_rates
 from aepo.doctor.memory import Model, Plan, Workload, parameter_bytes
+from aepo.models.key_values import KeyValueShape
 
 ROWS = {"cpu": 256, "cuda": 4096}  # of the products that are timed
 MOST = 8192  # rows and columns of their weights; on one core 8192 x 2048: 69 GFLOP/s, x 8192: 74, 20000 x 8192: 74
@@ -74,7 +75,7 @@ def update_seconds(model: Model, plan: Plan, work: Workload, rates: Rates, *, re
     batch = model.micro_batch(plan.dtype, work.tokens, work.trained(work.tokens), plan.checkpointing)
     operations, count = rates.products[plan.dtype], work.packed / work.tokens
     text = model.config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head_dim = KeyValueShape.of(text).head_dim
     # Causal: of the two products, half. The backward has five, and makes the scores again.
     attention = 2 * work.tokens * work.path * text.num_attention_heads * head_dim * text.num_hidden_layers
     forward = (batch.forward_flops + attention) / operations + batch.forward_moved / rates.copy

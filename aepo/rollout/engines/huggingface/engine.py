@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from aepo.models.key_values import KeyValueShape
 from aepo.parallel import Weights
 from aepo.rollout.engine import EngineCounters, Generation, GenerationRequest, check_request
 from aepo.rollout.engines.huggingface.kv_cache import BatchCache, PrefixTree
@@ -55,11 +57,7 @@ class HuggingFaceEngine:
         self.counters = EngineCounters()
         self._vocab_size: int = config.vocab_size
         self.max_positions: int = getattr(config, "max_position_embeddings", None) or 2**31
-        self._cache_shape = {
-            "layers": config.num_hidden_layers,
-            "heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        }
+        self._cache_shape = asdict(KeyValueShape.of(config))
         self._rules = StopRules(tokenizer, config.vocab_size, eos_ids, model.device)
         self._prefixes = PrefixTree()
 

@@ -24,6 +24,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from aepo.config import VLLMConfig
+from aepo.models.key_values import KeyValueShape
 from aepo.rollout.engine import GenerationRequest
 from aepo.rollout.engines.vllm.loop_thread import LoopThread
 from aepo.rollout.engines.vllm.orphans import OrphanGuard
@@ -117,10 +118,8 @@ def failed_start(said: str, model_dir: Path, settings: VLLMConfig, arguments: As
         memory = f"vllm.kv_cache_gib = {settings.kv_cache_gib:g}"
         config = AutoConfig.from_pretrained(model_dir).get_text_config()
         positions = settings.max_model_len or config.max_position_embeddings
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(torch, str(arguments.dtype)).itemsize
-        needed = 2 * config.num_hidden_layers * heads * head * width * positions / 2**30
+        needed = KeyValueShape.of(config).per_token * width * positions / 2**30
         if needed > settings.kv_cache_gib:
             return (
                 f"{memory}: keys and values of one sequence of {positions} positions (vllm.max_model_len) take "
