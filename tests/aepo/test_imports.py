@@ -37,6 +37,7 @@ FLOORS = (
     ("aepo.rollout.engines.vllm",),
     ("aepo.rollout.engines.make",),
     ("aepo.advantages", "aepo.own_loss"),
+    ("aepo.integrations",),
     ("aepo.learning",),
     ("aepo.scoring", "aepo.answers", "aepo.estimates"),
     ("aepo.run",),
@@ -112,6 +113,22 @@ def test_no_arrow_points_back(module):
         assert top not in {"benchmarks", "examples", "tests"}, f"{module} imports {name}"
         if top in {"aepo", "aepo_kernels"}:
             assert floor(name) <= floor(module), f"{module} imports {name}, which stands above it"
+
+
+OPEN_TO_INTEGRATIONS = ("aepo_kernels", "aepo.integrations", "aepo.types", "aepo.advantages", "aepo.branching")
+ALSO_OPEN = ("aepo.own_loss", "aepo.registry")  # the user's own functions, by name
+
+
+def test_an_integration_sees_little_of_us_and_nobody_sees_it():
+    """What others' trainers stand on must not be what only our own trainer needs; the comparison of them sees both."""
+    within = (*OPEN_TO_INTEGRATIONS, *ALSO_OPEN)
+    for module, path in MODULES.items():
+        for name in imports(path):
+            inside = module.startswith("aepo.integrations")
+            if inside and name.startswith("aepo"):
+                assert name.startswith(within), f"{module} imports {name}: an integration may see {', '.join(within)}"
+            if name.startswith("aepo.integrations"):
+                assert inside or module.startswith("aepo.bench"), f"{module} imports {name}"
 
 
 def test_there_is_no_circle():

@@ -1,0 +1,1 @@
+"""AEPO in TRL (docs/trl.md)."""
