@@ -1,4 +1,4 @@
-"""What the tests of aepo.integrations.trl train: a byte tokenizer with TRL's Qwen3 template, and a model of 30,000 weights."""
+"""What the tests of aepo.integrations.trl train: bytes as tokens, TRL's Qwen3 template, a model of 30,000 weights."""
 
 import os
 from collections.abc import Callable
