@@ -236,12 +236,12 @@ def case_linear_operations_pass_opcheck_with_a_group(ranks):
     local = labels - part.start
     settings = (0.8, None, rows.NO_LABEL)
     here = (hidden, weight[part], local, None)
-    stats = torch.ops.aepo.linear_token_stats(*here, group, part.start, *settings, False, None)
+    stats = torch.ops.aepo.linear_token_stats(*here, group, part.start, *settings, False, None, None)
     coefficients = (*stats[2:], stats[1], stats[0], None)
     for name, *args in (
         ("gather_tokens", hidden, group),
-        ("linear_token_stats", *here, group, part.start, *settings, True, None),
-        ("linear_grad", *here, *coefficients, group, True, [True, True, False], *settings, None),
+        ("linear_token_stats", *here, group, part.start, *settings, True, torch.bfloat16, None),
+        ("linear_grad", *here, *coefficients, group, True, [True, True, False], *settings, torch.bfloat16, None),
     ):
         torch.library.opcheck(getattr(torch.ops.aepo, name).default, tuple(args))
 

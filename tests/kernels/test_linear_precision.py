@@ -100,7 +100,7 @@ def narrow_operands(monkeypatch):
 
     if not torch.cuda.is_available():
         monkeypatch.setattr(linear, "multiply", multiply)
-        monkeypatch.setattr(linear.Head, "operand_dtype", property(lambda head: head.weight.dtype))
+        monkeypatch.setattr(linear.Head, "product_dtype", property(lambda head: head.rounded_dtype))
 
 
 def extremes(tokens):

@@ -18,12 +18,14 @@ SCALARS = (0.7, 5.0, -100)  # temperature, softcap, ignore_index
 
 def operations():
     here = (PROBLEM.hidden, WEIGHT, PROBLEM.labels, BIAS)
-    _, entropy, maximum, log_sum = OPS.linear_token_stats(*here, None, 0, *SCALARS, False, None)
+    _, entropy, maximum, log_sum = OPS.linear_token_stats(*here, None, 0, *SCALARS, False, None, None)
     coefficients = torch.randn(2, 12).unbind()
     wanted = [True, True, True]
-    yield "linear_token_stats", (*here, None, 0, *SCALARS, False, None)
-    yield "linear_token_stats of a loss", (*here, None, 0, *SCALARS, True, None)
-    yield "linear_grad", (*here, maximum, log_sum, entropy, *coefficients, None, False, wanted, *SCALARS, None)
+    for dtype in (None, torch.bfloat16):
+        yield f"linear_token_stats {dtype}", (*here, None, 0, *SCALARS, False, dtype, None)
+        yield f"linear_token_stats {dtype} of a loss", (*here, None, 0, *SCALARS, True, dtype, None)
+        of_logits = (maximum, log_sum, entropy, *coefficients)
+        yield f"linear_grad {dtype}", (*here, *of_logits, None, False, wanted, *SCALARS, dtype, None)
     stats = torch.tensor([1.0, 0.5])
     call = PolicyCall(
         OLD,
@@ -41,7 +43,8 @@ def operations():
         list(AEPO.numbers()),
         None,
     )
-    yield "linear_policy_loss", (*here, None, 0, False, wanted, 0.7, None, *call)
+    for dtype in (None, torch.bfloat16):
+        yield f"linear_policy_loss {dtype}", (*here, None, 0, False, wanted, 0.7, None, dtype, *call)
     yield "scaled_cast", (WEIGHT, torch.tensor(0.3), torch.bfloat16, None)
 
 
