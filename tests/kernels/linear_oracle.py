@@ -24,6 +24,11 @@ class Problem(NamedTuple):
         hidden, weight = (x.detach().to(device, dtype).requires_grad_() for x in (self.hidden, self.weight))
         return self._replace(hidden=hidden, weight=weight, bias=bias, labels=self.labels.to(device))
 
+    def rounded(self, dtype: torch.dtype | None) -> Problem:
+        """With hidden states and weight as numbers of this dtype, in theirs."""
+        hidden, weight = (x.to(dtype).to(x.dtype) for x in (self.hidden, self.weight))
+        return self._replace(hidden=hidden, weight=weight)
+
     @property
     def leaves(self) -> tuple[Tensor, ...]:
         return tuple(x for x in (self.hidden, self.weight, self.bias) if x is not None)
