@@ -182,6 +182,54 @@ def test_any_shape_is_as_near_to_the_truth_as_trl(shape, **case):
     assert_as_near(make_case(*shape, **case))
 
 
+F16, F64 = torch.float16, torch.float64
+
+
+@pytest.mark.parametrize(
+    ("device", "autocast", "tensors", "expected"),
+    [
+        ("cuda", BF16, (F32, F32, F32), (F32, BF16)),  # TRL's default on a GPU
+        ("cuda", BF16, (BF16, F32), (F32, BF16)),
+        ("cuda", F16, (F32, F32), (F32, F16)),
+        ("cuda", BF16, (BF16, BF16), (BF16, BF16)),
+        ("cuda", None, (BF16, BF16), (BF16, BF16)),
+        ("cuda", None, (BF16, F32), (F32, BF16)),
+        ("cuda", None, (F32, F32), (F32, F32)),
+        ("cuda", None, (F32, BF16), (F32, F32)),
+        ("cuda", None, (BF16, BF16, F32), (F32, BF16)),
+        ("cuda", F16, (BF16, BF16), (F32, F16)),  # neither holds the other's numbers
+        ("cuda", BF16, (F64, F64), (F64, None)),
+        ("cuda", BF16, (F32, F64), (F64, None)),
+        ("cpu", BF16, (F32, F32), (F32, None)),
+        ("cpu", BF16, (BF16, F32), (F32, None)),
+        ("cpu", None, (BF16, BF16), (BF16, None)),
+    ],
+    ids=str,
+)
+def test_the_operation_is_told_what_to_round_and_takes_it(device, autocast, tensors, expected, monkeypatch):
+    """On this CPU with the dtypes of a GPU: log-probs then have TRL's operands and float32 sums."""
+    assert head.dtypes(device, autocast, *tensors) == expected
+    given, operand_dtype = expected
+    calls, operation = [], head.linear_logprobs_and_entropy
+    monkeypatch.setattr(head, "dtypes", lambda *_: expected)
+    monkeypatch.setattr(
+        head,
+        "linear_logprobs_and_entropy",
+        lambda *args, **others: (calls.append((args, others)), operation(*args, **others))[1],
+    )
+    case = make_case(dtypes=tensors[:2])
+    case = case._replace(bias=case.bias.to(tensors[-1]))
+    found = by(Head(ChunkedLogProbFunction), case)
+    ((args, others),) = calls
+    assert {x.dtype for x in args if isinstance(x, Tensor) and x.is_floating_point()} == {given}
+    assert others == {"operand_dtype": operand_dtype}
+    rounded = operand_dtype or given
+    narrow = case._replace(hidden=case.hidden.to(rounded), weight=case.weight.to(rounded))
+    for name in BOTH:
+        assert (found[name] - truth(narrow)[name]).abs().max() < 5e-6
+    assert {found[f"grad_{name}"].dtype for name in ("hidden", "weight")} == set(tensors[:2])
+
+
 def test_what_ours_does_not_do_is_trls():
     """In bfloat16, where the two differ in the third digit."""
     case = make_case(dtypes=(BF16, BF16))
@@ -217,7 +265,7 @@ def test_masked_positions_are_not_multiplied(monkeypatch):
     monkeypatch.setattr(
         head,
         "linear_logprobs_and_entropy",
-        lambda hidden, *args: (rows.append(len(hidden)), operation(hidden, *args))[1],
+        lambda hidden, *args, **others: (rows.append(len(hidden)), operation(hidden, *args, **others))[1],
     )
     for block, finite in ((contextlib.nullcontext(), False), (linear_head(), True)):
         model.zero_grad()
