@@ -6,11 +6,14 @@ import importlib.util
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+
+from aepo_kernels import PolicyObjective, logprobs_and_entropy, policy_loss, selective_log_softmax
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "your_trainer.py"
@@ -123,8 +126,56 @@ def test_a_rank_without_tokens_is_no_error(example, problem):
     assert example.step_of(dataclasses.replace(batch, mask=one)).entropy_stats[1] == 0
 
 
+def test_the_first_update_is_as_the_page_says(example):
+    """Ratios of 1; and a temperature that only the rollout had is what its table says."""
+    model, batch = example.Model(), example.rollout()
+    batch = example.with_old_policy(model, batch, rows=12)
+    for shape in (*example.SHAPES[:3], example.without_entropy):
+        _, metrics = shape(model, batch, example.step_of(batch))
+        assert metrics["ratio_mean"] == metrics["ratio_max"] == 1
+        assert metrics["approx_kl"] == 0
+    with torch.no_grad():
+        hot, _ = logprobs_and_entropy(model(batch.input_ids), batch.labels, temperature=0.7)
+    _, metrics = example.from_logits(model, dataclasses.replace(batch, old_logprobs=hot), example.step_of(batch))
+    assert metrics["ratio_max"] > 1.5
+
+
+def test_parts_with_statistics_and_denominators_of_their_own_are_another_loss(example, problem):
+    """What the table calls a loss that changes with the micro-batch size, by more than any rounding."""
+    model, batch = problem
+    truth, _ = example.optimiser_step(example.from_logits, model, batch, rows=12)
+    for wrong in ("entropy_stats", "denominator"):
+        losses = []
+        for part in batch.parts(5):
+            own = getattr(example.step_of(part), wrong)
+            losses.append(
+                example.from_logits(model, part, dataclasses.replace(example.step_of(batch), **{wrong: own})).loss
+            )
+        assert abs(sum(losses).item() / truth.item() - 1) > 5e-3, wrong
+
+
+def test_errors_say_what_the_page_quotes(example, problem):
+    model, batch = problem
+    logits = model(batch.input_ids)
+    square = logits.square().sum()  # somebody else who needs the logits
+    example.from_logits(lambda _: logits, batch, example.step_of(batch)).loss.backward(retain_graph=True)
+    arguments = (batch.old_logprobs, batch.old_logprobs, batch.advantages, batch.mask)
+    for call, quoted in (
+        (
+            lambda: policy_loss(*arguments, objective=PolicyObjective.preset("aepo")),
+            "entropy_advantage != 0 needs entropy",
+        ),
+        (lambda: selective_log_softmax(model(batch.input_ids), batch.labels), "label -100 ... is outside [0, V)"),
+        (square.backward, "... needed for gradient computation has been modified"),
+    ):
+        assert f"`{quoted}`" in PAGE.read_text(encoding="utf-8")
+        with pytest.raises((ValueError, RuntimeError), match=re.escape(quoted).replace(r"\.\.\.", ".*")):
+            call()
+
+
 def test_the_page_shows_pieces_of_the_example():
     pieces = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
     assert len(pieces) >= 6
+    example = EXAMPLE.read_text(encoding="utf-8")
     for piece in pieces:
-        assert piece in EXAMPLE.read_text(encoding="utf-8"), piece
+        assert any(textwrap.indent(piece, " " * spaces) in example for spaces in (0, 4)), piece
