@@ -36,15 +36,18 @@ def problem(example):
     return model, example.prepared(model, example.rollout())
 
 
-def by_hand(model: torch.nn.Module, batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss in float64, token by token, with statistics over all tokens; and its gradients."""
+def by_hand(model: torch.nn.Module, batch, *, factor_of_old: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss in float64, token by token, with statistics over all tokens; and its gradients.
+
+    factor_of_old: AEPO's factor is that of the old policy's entropy of the token, not of the current one.
+    """
     model = copy.deepcopy(model).double()
     log_p = model(batch.input_ids).log_softmax(-1)
     places = batch.mask.nonzero().tolist()
     entropies = torch.stack([-(log_p[b, t].exp() * log_p[b, t]).sum().detach() for b, t in places])
     old_entropies = torch.stack([batch.old_entropy[b, t] for b, t in places]).double()
     terms = []
-    for (b, t), entropy in zip(places, entropies, strict=True):
+    for (b, t), entropy in zip(places, old_entropies if factor_of_old else entropies, strict=True):
         logprob, old = log_p[b, t, batch.labels[b, t]], batch.old_logprobs[b, t].double()
         a = batch.advantages[b].double() * (1 + 0.2 * (entropy - old_entropies.mean()) / old_entropies.std())
         ratio = (logprob - old).exp()
@@ -64,12 +67,12 @@ def by_hand(model: torch.nn.Module, batch) -> tuple[Tensor, dict[str, Tensor]]:
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("shape", ["from_logprobs", "from_logits", "from_hidden", "from_logits_own"])
+@pytest.mark.parametrize("shape", ["from_logprobs", "from_logits", "from_hidden", "from_logits_own", "without_entropy"])
 @pytest.mark.parametrize("rows", [12, 5])
 def test_every_shape_is_the_formula(example, problem, shape, rows):
     """In float32, whole and in micro-batches of 5, 5 and 2 rows, against float64: a few roundings of 6e-8."""
     model, batch = problem
-    truth, gradients = by_hand(model, batch)
+    truth, gradients = by_hand(model, batch, factor_of_old=shape == "without_entropy")
     loss, found = example.optimiser_step(getattr(example, shape), model, batch, rows)
     assert truth.abs() > 1e-2
     assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
