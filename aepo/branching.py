@@ -7,6 +7,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BranchSettings:
+    """The five numbers of the branch rule, and the two of the budget. ValueError naming a field that does not fit."""
+
+    fresh_paths: int | None = None
+    """Of the k paths, those that start from the question; None: entropy pre-monitoring says how many."""
+    budget_beta: float = 1.0
+    entropy_window: int = 20
+    branch_alpha: float | Literal["uniform"] = "uniform"
+    branch_gamma: float = 0.2
+    branch_penalty: float = 0.05
+    branch_threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, least in (("fresh_paths", 1), ("entropy_window", 1)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}")
+        numbers = ["budget_beta", "branch_gamma", "branch_penalty", "branch_threshold"]
+        numbers += ["branch_alpha"] if self.branch_alpha != "uniform" else []
+        for name in numbers:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                also = ", or 'uniform'" if name == "branch_alpha" else ""
+                raise ValueError(f"{name} must be a finite number{also}; got {value!r}")
+        if self.branch_penalty < 0:
+            raise ValueError(f"branch_penalty must be at least 0; got {self.branch_penalty!r}")
 
 
 def mean_entropy(entropies: Sequence[float], window: int) -> float:

@@ -1,0 +1,112 @@
+"""The loss of one micro-batch of TRL's: an objective's, or that of a function of the user's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aepo.own_loss import LossBatch, OwnLoss, checked_call
+from aepo.registry import plain
+from aepo_kernels import PolicyLoss, PolicyObjective, policy_loss
+from aepo_kernels.ops.loss_function import loss_of_function
+
+OF_ANY_LOSS = ("ratio_mean", "ratio_max", "approx_kl", "kl")
+"""The kernels' metrics that do not depend on how a loss treats its tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """B completions of at most T tokens. Log-probs and entropies in nats, of the policy that is being changed."""
+
+    logprobs: Tensor
+    """[B, T]"""
+    entropy: Tensor
+    """[B, T]"""
+    mask: Tensor
+    """[B, T] not 0 where the model wrote the token."""
+    old_logprobs: Tensor
+    """[B, T] of the policy that sampled, by the trainer's model."""
+    advantages: Tensor
+    """[B, T], with every factor that TRL's settings put on the policy term."""
+    ref_logprobs: Tensor | None
+    """[B, T] with a KL term."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepSizes:
+    """What the losses of one optimiser step are divided by. Gradients are averaged over the ranks, so the first two are
+    those of one rank on average."""
+
+    tokens: Tensor
+    """[] that count, of all its micro-batches."""
+    rows: int
+    """Completions of all its micro-batches, those without a token included."""
+    max_tokens: int
+    """Of a completion."""
+    ranks: int
+
+
+def objective_loss(objective: PolicyObjective, rows: Rows, sizes: StepSizes) -> PolicyLoss:
+    """The loss of `objective`, whose entropy factor is in the advantages already; micro-batches add up."""
+    divisors: dict[str, float | Tensor] = {"token-mean": sizes.tokens, "constant": sizes.rows * sizes.max_tokens}
+    return policy_loss(
+        rows.logprobs,
+        rows.old_logprobs,
+        rows.advantages,
+        rows.mask,
+        objective=dataclasses.replace(objective, entropy_advantage=0.0, clamp_entropy_factor=False),
+        entropy=rows.entropy,
+        ref_logprobs=rows.ref_logprobs,
+        denominator=divisors.get(objective.aggregation, sizes.rows),
+    )
+
+
+def function_loss(
+    function: OwnLoss, kl_coef: float, rows: Rows, sizes: StepSizes, given: dict[str, Any], temperature: float
+) -> PolicyLoss:
+    """The loss that `function` makes of the tokens that count, plus kl_coef times the KL to the reference per token.
+
+    `given`: rollout_logprobs and old_entropy [B, T], entropy_stats (mean, std). Its metrics have the function's own,
+    and those that any loss has. OwnLossError says what the function did wrong.
+    """
+    valid = rows.mask != 0
+    measured = policy_loss(
+        rows.logprobs,
+        rows.old_logprobs,
+        torch.zeros_like(rows.logprobs),  # nothing but the KL term is left
+        rows.mask,
+        objective=PolicyObjective(kl_coef=kl_coef),
+        ref_logprobs=rows.ref_logprobs,
+        denominator=sizes.tokens,
+    )
+    metrics = {name: measured.metrics[name] for name in (*OF_ANY_LOSS, "valid_tokens") if name in measured.metrics}
+    if not valid.any():  # a function may divide by its tokens
+        return PolicyLoss(measured.loss, metrics)
+    batch = LossBatch(
+        old_logprobs=rows.old_logprobs[valid].clone(),
+        old_entropy=given["old_entropy"][valid].clone(),
+        advantages=rows.advantages[valid].clone(),
+        rollout_logprobs=given["rollout_logprobs"][valid].clone(),
+        ref_logprobs=None if rows.ref_logprobs is None else rows.ref_logprobs[valid].clone(),
+        cu_seqlens=torch.nn.functional.pad(valid.sum(1).cumsum(0), (1, 0)),
+        tokens=round(sizes.tokens.item() * sizes.ranks),
+        paths=sizes.rows * sizes.ranks,
+        max_tokens=sizes.max_tokens,
+        entropy_stats=given["entropy_stats"],
+        temperature=temperature,
+    )
+
+    def loss_fn(logprobs: Tensor, entropy: Tensor) -> Any:
+        return checked_call(function, logprobs, entropy, batch)
+
+    functools.update_wrapper(loss_fn, plain(function))  # errors name the user's function
+    counted = torch.ones(len(batch.advantages), dtype=torch.bool, device=valid.device)
+    loss, own = loss_of_function(loss_fn, rows.logprobs[valid], rows.entropy[valid], counted)
+    own.pop("loss")
+    # The function divides by the tokens of all ranks, whose gradients are averaged.
+    return PolicyLoss(loss * sizes.ranks + measured.loss, {**metrics, **own})
