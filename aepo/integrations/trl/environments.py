@@ -98,7 +98,7 @@ class Environments:
         return made
 
     def _replace(self, row: int, environment: Any) -> None:
-        """The row's calls and rewards are those of another instance. TRL keeps the one that it pooled for later rows."""
+        """Calls and rewards of the row are those of another instance; TRL's pool keeps the one that it gave the row."""
         before = self._environment(row)
         for tools in (self._trainer._sync_tool_dicts[row], self._trainer._async_tool_dicts[row]):
             for name, tool in tools.items():
@@ -139,7 +139,7 @@ class Environments:
 
 
 def hide_forks(trainer: Any) -> None:
-    """TRL makes a tool of every public method of an environment; `fork` is for the trainer, and no model is told of it."""
+    """TRL makes a tool of every public method of an environment; `fork` is the trainer's, and no model is told of it."""
     instances = [instance for pool in trainer._environment_pool.values() for instance in pool]
 
     def told(tool: Any) -> bool:

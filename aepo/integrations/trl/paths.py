@@ -64,7 +64,9 @@ class Path:
     def tokens(self) -> list[int]:
         return self.prompt + self.completion
 
-    def add_segment(self, tokens: Sequence[int], logprobs: Sequence[float | None] | None, message: Message | None):
+    def add_segment(
+        self, tokens: Sequence[int], logprobs: Sequence[float | None] | None, message: Message | None
+    ) -> None:
         """What the model wrote next; message: the same as it reads, None where there is no token."""
         if not self.turns:
             self.first = len(tokens)
