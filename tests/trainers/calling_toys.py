@@ -10,7 +10,7 @@ import math
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, set_seed
 from trl import GRPOConfig
 from trl_toys import END, length_reward, make_model, make_tokenizer, settings
 
@@ -115,3 +115,44 @@ class Walk:
 class ForkedWalk(Walk):
     def fork(self):
         return copy.deepcopy(self)
+
+
+class Recorder:
+    """Mixed into a trainer: what `_generate` returned, and the segments that were sampled for it."""
+
+    segments: tuple | list = ()
+
+    def sample(self, seed: int = 0) -> "Batch":
+        """One generation batch, as a training step begins with."""
+        set_seed(seed)
+        self.segments = []
+        self.model.train()
+        examples = next(iter(self.get_train_dataloader()))
+        scored = self._generate_and_score_completions(examples)
+        return Batch(self, examples, scored, self.generated, self.segments)
+
+    def _generate(self, prompts):
+        self.generated = super()._generate(prompts)
+        return self.generated
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        tokens, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        turns = prompt_ids * (len(tokens) // len(prompt_ids))  # of the same length but where TRL evaluates
+        self.segments = [*self.segments, *zip(map(tuple, turns), map(tuple, tokens), strict=True)]
+        return tokens, logprobs
+
+
+class Batch:
+    def __init__(self, trainer, examples, scored, generated, segments):
+        self.trainer, self.examples, self.scored, self.segments = trainer, examples, scored, segments
+        self.prompt_ids, self.completion_ids, self.mask, self.messages, self.logprobs, *_ = generated
+        self.metrics = {name: values[-1] for name, values in trainer._metrics["train"].items() if values}
+
+    def calls(self, row: int) -> list[dict]:
+        """Of the completion, in order."""
+        asked = [message.get("tool_calls") or [] for message in self.messages[row] if message["role"] == "assistant"]
+        read = sum(message["role"] == "tool" for message in self.messages[row])
+        return [call["function"] for calls in asked for call in calls][:read]  # the last ones may not have been run
+
+    def results(self, row: int) -> list[str]:
+        return [message["content"] for message in self.messages[row] if message["role"] == "tool"]
