@@ -72,14 +72,16 @@ def questions(count: int = 4) -> Dataset:
     return Dataset.from_list([{"prompt": [{"role": "user", "content": f"go {i}"}], "start": i} for i in range(count)])
 
 
-def make_calling_trainer(trainer, folder, *, tools=("step",), model=(), rewards=length_reward, own=(), **changed):
+def make_calling_trainer(
+    trainer, folder, *, tools=("step",), model=(), rewards=length_reward, own=(), config=GRPOConfig, **changed
+):
     """trainer: a class. tools: names that the model calls. model: arguments of `calling_model`. own: of the trainer."""
     tokenizer = calling_tokenizer(list(tools))
     arguments = {"max_completion_length": 220, "max_tool_calling_iterations": 4, "learning_rate": 1e-5} | changed
     return trainer(
         model=calling_model(tokenizer, list(tools), **dict(model)),
         reward_funcs=rewards,
-        args=changed.pop("config", GRPOConfig)(**settings(folder, **arguments)),
+        args=config(**settings(folder, **arguments)),
         processing_class=tokenizer,
         **({"train_dataset": questions()} | dict(own)),
     )
