@@ -1,12 +1,14 @@
-"""The rules by which a group of TRL's rows branches, on paths made by hand: one claim per test, no model."""
+"""The rules by which a group of TRL's rows branches, on paths made by hand; and what branching refuses."""
 
 import math
 import random
 
 import pytest
+from calling_toys import make_calling_trainer, step
 
 from aepo.branching import BranchSettings, fresh_paths
 from aepo.integrations.trl.paths import Group, Path, Turn
+from aepo.integrations.trl.rollout import BranchedRollout, BranchingTrainer
 
 ALWAYS = {"branch_alpha": 0.9, "branch_gamma": 0.0, "branch_penalty": 0.0}
 RESULTS = [0, 0]
@@ -239,3 +241,40 @@ def test_results_with_nothing_after_them_are_no_place_to_branch_at():
     path.add_results(RESULTS, [], Turn((), ()))
     path.add_segment([], None, None)
     assert list(path.undecided) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda trainer: setattr(trainer._dist, "fsdp_version", 2), "FSDP"),
+        (lambda trainer: setattr(trainer._dist, "zero_stage", 3), "DeepSpeed ZeRO-3"),
+        (lambda trainer: setattr(trainer, "tools", []), "no tools"),
+        (lambda trainer: setattr(trainer, "rollout_func", print), "rollout_func"),
+    ],
+)
+def test_what_cannot_branch_is_refused(tmp_path, change, text):
+    trainer = make_calling_trainer(BranchingTrainer, tmp_path, own={"tools": [step]})
+    change(trainer)
+    with pytest.raises(ValueError, match=f"branched rollouts and {text}"):
+        trainer.branch_with(BranchSettings())
+
+
+def image(to: int) -> list:
+    """Show it.
+
+    Args:
+        to: what
+    """
+    return [{"type": "image", "image": to}]
+
+
+def test_images_are_refused(tmp_path):
+    trainer = make_calling_trainer(
+        BranchingTrainer, tmp_path, tools=["image"], own={"tools": [image]}, model={"call": 0.95}
+    )
+    trainer.branch_with(BranchSettings())
+    with pytest.raises(ValueError, match="tool image returned an image"):
+        trainer.train()
+    prompt = [{"role": "user", "content": [{"type": "image", "image": 0}, {"type": "text", "text": "?"}]}]
+    with pytest.raises(ValueError, match="prompt: got images"):
+        BranchedRollout(BranchSettings(), [{"prompt": prompt}])([prompt], trainer)

@@ -16,7 +16,7 @@ from aepo.branching import BranchSettings
 from aepo.integrations.trl import AEPOConfig, AEPOTrainer
 from aepo.integrations.trl.entropies import measure
 from aepo.integrations.trl.paths import Path, Turn
-from aepo.integrations.trl.rollout import BranchedRollout, BranchingTrainer, rows_by_prompt, share
+from aepo.integrations.trl.rollout import BranchingTrainer, rows_by_prompt, share
 
 CONSTANT = {"branch_alpha": 0.6, "branch_gamma": 0.0}
 ROWS = {"per_device_train_batch_size": 8, "num_generations": 8}
@@ -291,37 +291,3 @@ def test_rows_of_a_prompt_are_a_group():
     assert rows_by_prompt(["a", "x", "a", "y"], 0, 4) == [[0, 2], [1], [3]]  # resets at random
     assert rows_by_prompt(["a"] * 3 + ["b"] * 3, 6, 4) == [[0, 1], [2], [3, 4, 5]]  # the second rank: rows 6 to 11
     assert [share(None, 3, 8), share(4, 8, 8), share(4, 4, 8), share(4, 3, 8), share(1, 1, 8)] == [None, 4, 2, 2, 1]
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        (lambda trainer: setattr(trainer._dist, "fsdp_version", 2), "FSDP"),
-        (lambda trainer: setattr(trainer._dist, "zero_stage", 3), "DeepSpeed ZeRO-3"),
-        (lambda trainer: setattr(trainer, "tools", []), "no tools"),
-        (lambda trainer: setattr(trainer, "rollout_func", print), "rollout_func"),
-    ],
-)
-def test_what_cannot_branch_is_refused(tmp_path, change, text):
-    trainer = make_calling_trainer(Branching, tmp_path, own={"tools": [step]})
-    change(trainer)
-    with pytest.raises(ValueError, match=f"branched rollouts and {text}"):
-        trainer.branch_with(BranchSettings())
-
-
-def image(to: int) -> list:
-    """Show it.
-
-    Args:
-        to: what
-    """
-    return [{"type": "image", "image": to}]
-
-
-def test_images_are_refused(tmp_path):
-    trainer = branching(tmp_path, tools=["image"], own={"tools": [image]}, model={"call": 0.95})
-    with pytest.raises(ValueError, match="tool image returned an image"):
-        trainer.sample()
-    prompt = [{"role": "user", "content": [{"type": "image", "image": 0}, {"type": "text", "text": "?"}]}]
-    with pytest.raises(ValueError, match="prompt: got images"):
-        BranchedRollout(BranchSettings(), [{"prompt": prompt}])([prompt], trainer)
