@@ -7,8 +7,8 @@ import pytest
 from calling_toys import make_calling_trainer, step
 
 from aepo.branching import BranchSettings, fresh_paths
-from aepo.integrations.trl.paths import Group, Path, Turn
-from aepo.integrations.trl.rollout import BranchedRollout, BranchingTrainer
+from aepo.integrations.trl.paths import Group, Path, Seen, Turn
+from aepo.integrations.trl.rollout import BranchedRollout, BranchingTrainer, log_means
 
 ALWAYS = {"branch_alpha": 0.9, "branch_gamma": 0.0, "branch_penalty": 0.0}
 RESULTS = [0, 0]
@@ -241,6 +241,29 @@ def test_results_with_nothing_after_them_are_no_place_to_branch_at():
     path.add_results(RESULTS, [], Turn((), ()))
     path.add_segment([], None, None)
     assert list(path.undecided) == []
+
+
+def test_metrics_are_means_over_what_was_met(tmp_path):
+    trainer = make_calling_trainer(BranchingTrainer, tmp_path, own={"tools": [step]})
+    log_means(
+        trainer,
+        [
+            Seen(2, [0.5, 0.75], 1, 3, [1.0], [2.0, 4.0]),
+            Seen(4, [0.25], 0, 0, [], []),
+        ],
+    )
+    metrics = {name: values for name, values in trainer._metrics["train"].items() if name.startswith("rollout/")}
+    assert metrics == {
+        "rollout/fresh_paths": [3.0],
+        "rollout/branches": [0.5],
+        "rollout/refused_branches": [1.5],
+        "rollout/branch_chance": [0.5],
+        "rollout/root_entropy": [1.0],
+        "rollout/tool_entropy": [3.0],
+    }
+    log_means(trainer, [Seen(8)])
+    assert trainer._metrics["train"]["rollout/fresh_paths"] == [3.0, 8.0]
+    assert len(trainer._metrics["train"]["rollout/branch_chance"]) == 1  # of this batch there is none
 
 
 @pytest.mark.parametrize(

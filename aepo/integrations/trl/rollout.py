@@ -35,7 +35,7 @@ class BranchedRollout:
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """TRL's keys, with the first segment of each row as its completion: TRL parses it before it asks for more."""
         prompt_ids, images, _ = trainer._tokenize_prompts(prompts)
-        if images is not None or any(example.get("image") or example.get("images") for example in self._examples):
+        if images is not None:
             raise ValueError(
                 "prompt: got images, expected text with branched rollouts; branched_rollouts=False takes both"
             )
