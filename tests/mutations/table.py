@@ -487,10 +487,10 @@ MUTATIONS = (
         "(1.0 + min(penalty",
         "branching",
     ),
-    row("budget-beta-ignored", "aepo/rollout/branching.py", "config.budget_beta * (root", "(root", "branching"),
+    row("budget-beta-ignored", "aepo/branching.py", "_sigmoid(beta * (root", "_sigmoid((root", "branching"),
     row(
         "budget-turned-around",
-        "aepo/rollout/branching.py",
+        "aepo/branching.py",
         "(root_entropy - tool_entropy))",
         "(tool_entropy - root_entropy))",
         "branching",

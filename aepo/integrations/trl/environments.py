@@ -139,7 +139,7 @@ class Environments:
 
 
 def hide_forks(trainer: Any) -> None:
-    """TRL makes a tool of every public method of an environment; `fork` is the trainer's, and no model is told of it."""
+    """TRL makes a tool of every public method of an environment; `fork` is the trainer's, no model is told of it."""
     instances = [instance for pool in trainer._environment_pool.values() for instance in pool]
 
     def told(tool: Any) -> bool:
