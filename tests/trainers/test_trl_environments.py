@@ -26,6 +26,8 @@ def branching(folder, environment, rule=None, *, tools=("step",), own=(), rows=8
         model={"call": call},
         per_device_train_batch_size=rows,
         num_generations=8,
+        # So that every result fits: a call whose result does not is in the environment, but not in the completion.
+        max_completion_length=600,
         **changed,
     )
     trainer.branch_with(BranchSettings(**(OFTEN if rule is None else rule)))
@@ -65,7 +67,7 @@ def expected(batch, row):
 @pytest.mark.parametrize("rule", [{**OFTEN, "fresh_paths": 2}, OFTEN])
 @pytest.mark.parametrize("environment", [Walk, ForkedWalk, AsyncWalk])
 def test_every_path_is_as_if_it_had_been_alone(tmp_path, environment, rule):
-    trainer = branching(tmp_path, environment, rule, max_completion_length=400)
+    trainer = branching(tmp_path, environment, rule)
     branches = 0
     for seed in range(4):
         batch = trainer.sample(seed)
@@ -84,7 +86,7 @@ def test_every_path_is_as_if_it_had_been_alone(tmp_path, environment, rule):
 
 def test_branches_from_states_that_the_first_path_has_left(tmp_path):
     """With pre-monitoring its places are judged after its end: a fork was kept at each."""
-    trainer = branching(tmp_path, ForkedWalk, call=0.97, max_completion_length=400)
+    trainer = branching(tmp_path, ForkedWalk, call=0.97)
     left = 0
     for seed in range(3):
         batch = trainer.sample(seed)
@@ -246,7 +248,7 @@ class Scored(ForkedWalk):
 
 
 def test_rewards_are_those_of_the_forks(tmp_path):
-    trainer = branching(tmp_path, Scored, {**OFTEN, "fresh_paths": 2}, rewards=[], max_completion_length=400)
+    trainer = branching(tmp_path, Scored, {**OFTEN, "fresh_paths": 2}, rewards=[])
     batch = trainer.sample(1)
     assert batch.metrics["rollout/branches"] > 0
     rewards = [float("".join(map(str, expected(batch, row)[1]))) for row in range(8)]
