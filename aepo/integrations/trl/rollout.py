@@ -104,7 +104,8 @@ class BranchingTrainer(GRPOTrainer):
         if self._branching is None or not self.model.training:
             return super()._generate(prompts)
         rollout = BranchedRollout(self._branching, self._examples)
-        self._rollout = self.rollout_func = rollout
+        self.rollout_func: Any = rollout
+        self._rollout = rollout
         try:
             generated = super()._generate(prompts)
         finally:
