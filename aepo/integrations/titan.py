@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from dataclasses import fields as fields_of
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torchtitan.distributed.spmd_types import current_spmd_mesh, spmd_mesh_size
 from aepo.own_loss import ARGUMENTS, LossBatch, OwnLoss, checked_call
 from aepo.registry import plain, resolve_function
 from aepo_kernels import PolicyLoss, PolicyObjective, logits_loss, logits_policy_loss
+from aepo_kernels.objective import PolicyFields
 
 MEANS = {
     "ratio_mean": "loss/ratio_mean",
@@ -42,11 +42,11 @@ class AEPOLoss(BaseLoss):
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseLoss.Config):
-        """ValueError or TypeError, naming the field, for what the objective or torchtitan's protocol has no place for."""
+        """ValueError or TypeError, naming the field, for what the objective or the protocol has no place for."""
 
         preset: str | None = None
         """The published objective; None is aepo. grpo and gspo need sequences: see the error that they give."""
-        objective: dict[str, Any] = field(default_factory=dict)
+        objective: PolicyFields = field(default_factory=PolicyFields)
         """Fields of PolicyObjective in place of the preset's, as {"eps_high": 0.28}."""
         loss: str | None = None
         """package.module:function of (logprobs, entropy, batch) in place of a preset (docs/own_loss.md)."""
@@ -140,7 +140,7 @@ class AEPOLoss(BaseLoss):
             step = "an unknown number" if global_valid_tokens is None else int(global_valid_tokens)
             raise ValueError(
                 f"entropy_advantage={self.objective.entropy_advantage} needs mean and std of the entropies of the "
-                f"whole optimiser step, and this call has {here} of its {step} tokens (a chunk, a micro-batch, a rank's): "
+                f"whole optimiser step, and this call has {here} of its {step} tokens (a chunk, a micro-batch): "
                 'call set_entropy_stats(mean, std) before the step, or set objective={"entropy_advantage": 0.0}'
             )
         return None
@@ -212,17 +212,22 @@ def _shard_of_dtensor(logits: DTensor) -> tuple[Tensor, dict[str, Any]]:
     return logits.to_local(), {"process_group": group, "vocab_start": min(start, vocab)}
 
 
+@dataclass(frozen=True, kw_only=True)
 class _TokenBatch:
     """The fields of LossBatch that torchtitan knows, and words for the others."""
 
-    def __init__(self, **known: Any) -> None:
-        self.__dict__.update(known)
+    old_logprobs: Tensor  # [R], the generator's
+    rollout_logprobs: Tensor  # [R]
+    advantages: Tensor  # [R]
+    tokens: int
+    temperature: float = 1.0
+    ref_logprobs: None = None
 
     def __getattr__(self, name: str) -> Any:
-        known = ", ".join(sorted(self.__dict__))
-        if name in {one.name for one in fields_of(LossBatch)}:
+        if name in {one.name for one in fields(LossBatch)}:
+            known = ", ".join(one.name for one in fields(self))
             raise ValueError(f"batch.{name} is not known in torchtitan, whose losses are told of tokens alone: {known}")
-        raise AttributeError(f"batch has no {name!r}; it has {known}")
+        raise AttributeError(f"batch has no {name!r}", name=name, obj=self)
 
 
 def _own_loss(function: OwnLoss, mask: Tensor, old_logprobs: Tensor, advantages: Tensor, tokens: float | Tensor) -> Any:
@@ -236,9 +241,7 @@ def _own_loss(function: OwnLoss, mask: Tensor, old_logprobs: Tensor, advantages:
             old_logprobs=old,
             rollout_logprobs=old.clone(),
             advantages=advantages[mask].to(logprobs.dtype),
-            ref_logprobs=None,
             tokens=int(tokens),
-            temperature=1.0,
         )
         ours = {"ratio_mean": (logprobs[mask] - old).exp().mean(), "entropy_mean": entropy[mask].mean()}
         returned = checked_call(function, logprobs[mask], entropy[mask], batch)  # type: ignore[arg-type]
