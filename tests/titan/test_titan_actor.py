@@ -1,4 +1,4 @@
-"""torchtitan's PolicyTrainer takes a step of two micro-batches with our loss: tests/titan/actor.py. `make test-titan`."""
+"""torchtitan's PolicyTrainer takes a step of two micro-batches with our loss: tests/titan/actor.py."""
 
 import json
 import os
