@@ -1,4 +1,4 @@
-"""AEPO's entropy-aware advantage made before the update: an ordinary advantage per token, however the batch is cut later.
+"""AEPO's entropy-aware advantage made before the update: an ordinary advantage per token, however a batch is cut later.
 
     stats = entropy_statistics(entropy, mask, process_group=group)              of the old policy, over the whole batch
     advantages = entropy_aware_advantages(advantages, entropy, stats)           A (1 + a (H - mean H) / std H)
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 def entropy_statistics(
     entropy: Tensor, mask: Tensor, *, process_group: ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(mean [], unbiased std []) in float64 of the entropies [..] whose mask [..] is not 0, over all ranks of the group.
+    """(mean [], unbiased std []) in float64 of entropies [..] whose mask [..] is not 0, over all ranks of the group.
 
-    Both are 0 without any such token, the std also with one. Every rank must call it, also one without tokens: it is one
-    all-gather of 24 bytes. Nothing waits for a GPU. Raises TypeError or ValueError naming the argument.
+    Both are 0 without any such token, the std also with one. Every rank must call it, also one without tokens: it is
+    one all-gather of 24 bytes. Nothing waits for a GPU. Raises TypeError or ValueError naming the argument.
     """
     _check_entropy(entropy)
     if not isinstance(mask, Tensor) or mask.shape != entropy.shape:
@@ -65,8 +65,8 @@ def entropy_aware_advantages(
     """Advantages [B, L] = A (1 + coefficient (H - mean) / std) of A [B], [B, 1] or [B, L] and entropies H [B, L].
 
     `stats` = (mean, std) as `entropy_statistics` makes them. Where the std is 0, or no more than rounding of the mean
-    (`ENTROPY_NOISE_ULPS`), the factor is 1. It can be negative, for an H far below the mean; clamp=True keeps it at 0 or
-    above. The result has the dtype of the advantages. Raises TypeError or ValueError naming the argument.
+    (`ENTROPY_NOISE_ULPS`), the factor is 1. It can be negative, for an H far below the mean; clamp=True keeps it at 0
+    or above. The result has the dtype of the advantages. Raises TypeError or ValueError naming the argument.
     """
     _check_entropy(entropy)
     if entropy.dim() != 2:

@@ -1,4 +1,4 @@
-"""From rewards to advantages where TRL's own estimate is not the one that is asked for: batch, GiGPO, the user's own."""
+"""From rewards to advantages where TRL's own estimate is not the one asked for: batch, GiGPO, the user's own."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _checked(function: Callable, found: object, rewards: Tensor) -> Tensor:
 
 
 def turns(prompt: Sequence[int], completion: Sequence[int], written: Sequence[int]) -> Trajectory:
-    """A completion as steps: each run of tokens that the model wrote, and what it had just read before (GiGPO's anchor)."""
+    """A completion as steps: each run of tokens that the model wrote, and what it had just read (GiGPO's anchor)."""
     steps: list[int] = [-1] * len(prompt)
     anchors: list[tuple[int, ...]] = []
     read = tuple(prompt)

@@ -41,12 +41,12 @@ class AEPOConfig(GRPOConfig):
 
     `preset` is the published method: its objective, its advantage, and whether rollouts branch. TRL's names override
     parts of it: `epsilon` and `epsilon_high` the clip bounds, `delta` the bound on the ratio of negative advantages,
-    `importance_sampling_level` token or sequence, `loss_type` how tokens add up (dapo, grpo, luspo, dr_grpo), `beta` the
-    KL term; `objective` has the fields of PolicyObjective that TRL has no name for. ValueError, naming the setting, for
-    one that would be ignored.
+    `importance_sampling_level` token or sequence, `loss_type` how tokens add up (dapo, grpo, luspo, dr_grpo), `beta`
+    the KL term; `objective` has the fields of PolicyObjective that TRL has no name for. ValueError, naming the setting,
+    for one that would be ignored.
     """
 
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "objective"]
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "objective"]  # noqa: RUF012  # as TRL declares it
 
     preset: str = field(
         default="aepo",
@@ -80,8 +80,8 @@ class AEPOConfig(GRPOConfig):
     loss_type: str | None = field(
         default=None,
         metadata={
-            "help": "How the losses of the tokens add up: dapo (mean over tokens), grpo (mean over completions of their "
-            "means), luspo (of their sums), dr_grpo (by max_completion_length). None: the preset's."
+            "help": "How the losses of the tokens add up: dapo (mean over tokens), grpo (mean over completions of "
+            "their means), luspo (of their sums), dr_grpo (by max_completion_length). None: the preset's."
         },
     )
     epsilon: float | None = field(default=None, metadata={"help": "Lower clip bound 1 - epsilon. None: the preset's."})
@@ -103,12 +103,15 @@ class AEPOConfig(GRPOConfig):
     )
     fresh_paths: int | None = field(
         default=None,
-        metadata={"help": "Completions per prompt that start from it, the others branch. None: entropy pre-monitoring."},
+        metadata={
+            "help": "Completions per prompt that start from it, the others branch. None: entropy pre-monitoring."
+        },
     )
     budget_beta: float = field(default=1.0, metadata={"help": "Pre-monitoring: k sigmoid(beta (H_root - H_tool))."})
     entropy_window: int = field(default=20, metadata={"help": "First tokens of a turn whose entropy is looked at."})
-    branch_alpha: float | str = field(
-        default="uniform", metadata={"help": "Base chance of a branch: a number, or 'uniform', drawn for each decision."}
+    branch_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Base chance of a branch. None: drawn from [0, 1) for every decision, as in the paper."},
     )
     branch_gamma: float = field(default=0.2, metadata={"help": "Weight of the entropy change, in units of log V."})
     branch_penalty: float | None = field(
@@ -134,6 +137,8 @@ class AEPOConfig(GRPOConfig):
     def branch_settings(self) -> BranchSettings:
         """The branch rule. ValueError: a field that it does not take."""
         chosen = {name: getattr(self, name) for name in BRANCH_FIELDS}
+        if self.branch_alpha is None:
+            chosen["branch_alpha"] = "uniform"
         if self.branch_penalty is None:
             chosen["branch_penalty"] = 0.0 if self.preset == "arpo" else 0.05
         if self.preset == "arpo" and self.fresh_paths is None:
@@ -185,7 +190,7 @@ VESPO = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
 def default_of(name: str) -> Any:
     """Of a field of AEPOConfig."""
     one = AEPOConfig.__dataclass_fields__[name]
-    return one.default if one.default is not MISSING else one.default_factory()  # type: ignore[misc]
+    return one.default if one.default is not MISSING else one.default_factory()  # type: ignore[operator]
 
 
 def policy_objective(config: AEPOConfig) -> PolicyObjective:
@@ -229,7 +234,9 @@ def _overrides_by_trl_names(config: AEPOConfig, clip: str) -> dict[str, Any]:
         # TRL's CISPO bounds the ratio by epsilon_high itself, everything else by 1 + epsilon_high.
         named["eps_high"] = config.epsilon_high - 1 if cispo else config.epsilon_high
         if cispo and config.epsilon_high < 1:
-            raise ValueError(f"epsilon_high must be at least 1 with CISPO, whose bound it is; got {config.epsilon_high}")
+            raise ValueError(
+                f"epsilon_high must be at least 1 with CISPO, whose bound it is; got {config.epsilon_high}"
+            )
     if config.delta is not None:
         named["dual_clip"] = config.delta
     if config.importance_sampling_level is not None:

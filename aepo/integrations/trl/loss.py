@@ -53,10 +53,7 @@ class StepSizes:
 
 def objective_loss(objective: PolicyObjective, rows: Rows, sizes: StepSizes) -> PolicyLoss:
     """The loss of `objective`, whose entropy factor is in the advantages already; micro-batches add up."""
-    divisor: float | Tensor = {
-        "token-mean": sizes.tokens,
-        "constant": sizes.rows * sizes.max_tokens,
-    }.get(objective.aggregation, sizes.rows)
+    divisors: dict[str, float | Tensor] = {"token-mean": sizes.tokens, "constant": sizes.rows * sizes.max_tokens}
     return policy_loss(
         rows.logprobs,
         rows.old_logprobs,
@@ -65,7 +62,7 @@ def objective_loss(objective: PolicyObjective, rows: Rows, sizes: StepSizes) -> 
         objective=dataclasses.replace(objective, entropy_advantage=0.0, clamp_entropy_factor=False),
         entropy=rows.entropy,
         ref_logprobs=rows.ref_logprobs,
-        denominator=divisor,
+        denominator=divisors.get(objective.aggregation, sizes.rows),
     )
 
 
@@ -74,8 +71,8 @@ def function_loss(
 ) -> PolicyLoss:
     """The loss that `function` makes of the tokens that count, plus kl_coef times the KL to the reference per token.
 
-    `given`: rollout_logprobs and old_entropy [B, T], entropy_stats (mean, std). Its metrics have the function's own, and
-    those that any loss has. OwnLossError says what the function did wrong.
+    `given`: rollout_logprobs and old_entropy [B, T], entropy_stats (mean, std). Its metrics have the function's own,
+    and those that any loss has. OwnLossError says what the function did wrong.
     """
     valid = rows.mask != 0
     measured = policy_loss(
