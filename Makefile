@@ -60,7 +60,7 @@ demo: $(READY)
 
 test: lint $(VLLM)
 	$(PYTEST)
-	$(MAKE) --no-print-directory test-vllm
+	$(MAKE) --no-print-directory test-vllm test-titan
 
 test-fast: $(READY)
 	$(PYTEST) -m "not slow"
@@ -72,8 +72,13 @@ test-vllm: $(VLLM)
 		echo $$file; $(BIN)/python -m pytest $$file || failed="$$failed $$file"; \
 	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
+ifeq ($(shell $(PYTHON) -c "import sys; print(sys.version_info >= (3, 11))"),True)
 test-titan: $(TITAN)/.ready
 	$(TITAN)/bin/python -m pytest tests/titan
+else
+test-titan:
+	@echo "torchtitan needs Python 3.11: tests/titan did not run"
+endif
 
 mutations: $(READY)
 	$(BIN)/python -m tests.mutations

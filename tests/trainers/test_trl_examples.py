@@ -10,23 +10,18 @@ from calling_toys import calling_model, calling_tokenizer
 from trl_toys import make_model, make_tokenizer
 
 FOLDER = Path(__file__).parents[2] / "examples/trl"
-TINY = [
-    "--use_cpu",
-    "--bf16",
-    "false",
-    "--per_device_train_batch_size",
-    "4",
-    "--num_generations",
-    "4",
-    "--max_steps",
-    "2",
-    "--logging_steps",
-    "1",
-    "--report_to",
-    "none",
-    "--learning_rate",
-    "1e-3",
-]
+TINY = {
+    "--per_device_train_batch_size": "4",
+    "--num_generations": "4",
+    "--max_steps": "2",
+    "--save_steps": "2",
+    "--save_strategy": "steps",
+    "--logging_steps": "1",
+    "--learning_rate": "1e-3",
+    "--report_to": "none",
+    "--use_cpu": "true",
+    "--bf16": "false",
+}
 
 
 def save(model, tokenizer, folder: Path) -> Path:
@@ -35,11 +30,12 @@ def save(model, tokenizer, folder: Path) -> Path:
     return folder
 
 
-def run(script: str, model: Path, out: Path, *more: str) -> list[dict]:
-    """What the trainer logged."""
-    arguments = ["--model_name_or_path", str(model), "--output_dir", str(out), "--save_strategy", "steps"]
+def run(script: str, model: Path, out: Path, **more: object) -> list[dict]:
+    """What the trainer logged. more: other arguments of the script."""
+    given = {f"--{name}": str(value) for name, value in more.items()}
+    arguments = TINY | {"--model_name_or_path": str(model), "--output_dir": str(out)} | given
     done = subprocess.run(
-        [sys.executable, str(FOLDER / script), *arguments, "--save_steps", "2", *TINY, *more],
+        [sys.executable, str(FOLDER / script), *(text for pair in arguments.items() for text in pair)],
         capture_output=True,
         text=True,
         cwd=FOLDER.parents[1],
@@ -59,7 +55,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def before(model, tmp_path_factory):
-    return run("grpo.py", model, tmp_path_factory.mktemp("before"), "--max_completion_length", "24")
+    return run("grpo.py", model, tmp_path_factory.mktemp("before"), max_completion_length=24)
 
 
 @pytest.mark.parametrize("script", ["grpo_patched.py", "grpo_aepo.py"])
@@ -74,7 +70,7 @@ def test_it_is_the_same_file_and_one_line(script):
 
 
 def test_after_one_line_the_same_losses(before, model, tmp_path):
-    after = run("grpo_patched.py", model, tmp_path, "--max_completion_length", "24")
+    after = run("grpo_patched.py", model, tmp_path, max_completion_length=24)
     assert [set(one) for one in after] == [set(one) for one in before]
     for name in ("loss", "grad_norm", "entropy", "reward"):
         # Float32 on both sides; the second step is taken with weights that the first one made.
@@ -84,7 +80,7 @@ def test_after_one_line_the_same_losses(before, model, tmp_path):
 
 @pytest.mark.parametrize("preset", ["aepo", "grpo"])
 def test_after_one_line_another_trainer(preset, before, model, tmp_path):
-    logged = run("grpo_aepo.py", model, tmp_path, "--max_completion_length", "24", "--preset", preset)
+    logged = run("grpo_aepo.py", model, tmp_path, max_completion_length=24, preset=preset)
     assert [one["reward"] for one in logged][:1] == [one["reward"] for one in before][:1]  # the first rollout is TRL's
     assert set(before[0]) < set(logged[0])
     assert ("policy/advantage_flips" in logged[0]) == (preset == "aepo")
@@ -93,9 +89,8 @@ def test_after_one_line_another_trainer(preset, before, model, tmp_path):
 def test_the_agent_branches(tmp_path):
     tokenizer = calling_tokenizer(["price"])
     folder = save(calling_model(tokenizer, ["price"], call=0.9), tokenizer, tmp_path / "model")
-    rows = ("--per_device_train_batch_size", "8", "--num_generations", "8", "--max_completion_length", "160")
-    rule = ("--branch_alpha", "0.7", "--fresh_paths", "2", "--preset", "aepo")
-    logged = run("agent.py", folder, tmp_path / "out", *rows, *rule)
+    rows = {"per_device_train_batch_size": 8, "num_generations": 8, "max_completion_length": 160}
+    logged = run("agent.py", folder, tmp_path / "out", **rows, branch_alpha=0.7, fresh_paths=2)
     assert [one["rollout/fresh_paths"] for one in logged] == [2, 2]
     assert sum(one["rollout/branches"] for one in logged) > 0
     assert sum(one["tools/call_frequency"] for one in logged) > 0
