@@ -56,7 +56,7 @@ FLOORS = (
     ("aepo.cli",),
     ("aepo.__main__",),
 )
-HEAVY = {"triton", "transformers", "vllm", "trl", "verl"}
+HEAVY = {"triton", "transformers", "vllm", "trl", "torchtitan", "verl"}
 
 
 def sources(package: str) -> Iterator[tuple[str, Path]]:
@@ -204,6 +204,8 @@ def test_heavy_packages_have_their_rooms():
             assert heavy <= {"vllm", "transformers"}, module
         elif module.startswith("aepo.integrations.trl"):
             assert heavy <= {"trl", "transformers"}, module
+        elif module == "aepo.integrations.titan":
+            assert heavy <= {"torchtitan"}, module
         elif module != "aepo.bench.peers":  # measures whatever is installed
             assert heavy <= {"transformers"}, f"{module}: {heavy} belong to aepo.vllm and aepo.integrations"
 

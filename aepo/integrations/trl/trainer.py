@@ -13,6 +13,7 @@ from aepo.integrations.trl.advantages import of_rewards, per_token, step_level, 
 from aepo.integrations.trl.config import LOSS_TYPES, AEPOConfig, policy_objective
 from aepo.integrations.trl.head import linear_head
 from aepo.integrations.trl.loss import Rows, StepSizes, function_loss, objective_loss
+from aepo.integrations.trl.rollout import BranchingTrainer
 from aepo.integrations.trl.versions import check_overrides
 from aepo.own_loss import ARGUMENTS, OwnLoss
 from aepo.registry import resolve_function
@@ -35,7 +36,7 @@ MEASURED_BY_TRL = (
 """The kernels' metrics that TRL logs under its own names; entropy_std is that of a micro-batch."""
 
 
-class AEPOTrainer(GRPOTrainer):
+class AEPOTrainer(BranchingTrainer):
     """GRPOTrainer whose loss, advantages and rollouts are those of `args.preset` (AEPOConfig; docs/trl.md).
 
     Takes what GRPOTrainer takes, and `loss_fn`: a loss of your own, (logprobs [R], entropy [R], LossBatch) -> loss, as
@@ -73,6 +74,8 @@ class AEPOTrainer(GRPOTrainer):
             self.loss_type = "sapo"  # of which TRL logs nothing that only a clipped ratio has
         elif self._objective.clip == "cispo":
             self.loss_type, self.epsilon_high = "cispo", 1 + self._objective.eps_high
+        if config.branches(places=bool(self.tools) and self.rollout_func is None):
+            self.branch_with(config.branch_settings())
 
     # Scoring: log-probs and entropies by our head, and those of the policy that sampled
 
