@@ -128,10 +128,10 @@ def check_against_narrow_tensors(operation, problem, batch, backend, dtype):
 
 
 @pytest.mark.parametrize(
-    ("backend", "where"),
+    ("name", "where"),
     [("reference", contextlib.nullcontext), ("cpu", contextlib.nullcontext), ("reference", operands_of_a_gpu)],
 )
-def test_bit_for_bit_what_16_bit_tensors_give(backend, where):
+def test_bit_for_bit_what_16_bit_tensors_give(name, where):
     @settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
     @given(
         operation=st.sampled_from(OPERATIONS),
@@ -149,7 +149,7 @@ def test_bit_for_bit_what_16_bit_tensors_give(backend, where):
         batch = policy_batch(problem, seed)
         with where(), pytest.MonkeyPatch.context() as patch:
             patch.setitem(linear.TILING, "cpu", linear.Tiling(tile, tile, 0))
-            check_against_narrow_tensors(operation, problem, batch, backend, dtype)
+            check_against_narrow_tensors(operation, problem, batch, name, dtype)
 
     check()
 

@@ -1,6 +1,8 @@
 """Claims: the registered linear operations pass opcheck, and both public functions compile into one graph, with another
 number of tokens without recompiling."""
 
+import functools
+
 import pytest
 import torch
 from linear_oracle import make_problem, policy_batch
@@ -53,19 +55,20 @@ def test_opcheck(case):
     torch.library.opcheck(getattr(OPS, case.split()[0]).default, dict(operations())[case])
 
 
-def stats(hidden, weight, bias):
+def stats(hidden, weight, bias, operand_dtype=None):
     labels = PROBLEM.labels[: len(hidden)]
-    logprobs, entropy = linear_logprobs_and_entropy(hidden, weight, labels, bias, 0.7, 5.0)
+    logprobs, entropy = linear_logprobs_and_entropy(hidden, weight, labels, bias, 0.7, 5.0, operand_dtype=operand_dtype)
     return (logprobs * entropy).sum()
 
 
-def loss(schedule):
+def loss(schedule, operand_dtype=None):
     def run(hidden, weight, bias):
         n = len(hidden)
         inputs = (PROBLEM.labels[:n], OLD[:n], ADVANTAGES[:n], MASK[:n])
         return linear_policy_loss(
-            hidden, weight, *inputs, objective=AEPO, bias=bias, entropy_stats=(1.0, 0.5), schedule=schedule
-        ).loss
+            hidden, weight, *inputs, objective=AEPO, bias=bias, entropy_stats=(1.0, 0.5), schedule=schedule,
+            operand_dtype=operand_dtype,
+        ).loss  # fmt: skip
 
     return run
 
@@ -80,6 +83,10 @@ def of_a_function(hidden, weight, bias):
 
 
 FUNCTIONS = {"stats": stats, "keep": loss("keep"), "recompute": loss("recompute"), "a function": of_a_function}
+FUNCTIONS |= {
+    "stats of rounded operands": functools.partial(stats, operand_dtype=torch.float16),
+    "keep of rounded operands": loss("keep", torch.bfloat16),
+}
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
