@@ -8,7 +8,7 @@ import torch
 import torch.utils.checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from linear_oracle import make_problem, policy_batch
+from linear_oracle import make_problem, operands_of_a_gpu, policy_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aepo_kernels import (
@@ -99,20 +99,6 @@ def test_against_float64_of_rounded_operands(operation, dtype, backend, device, 
         assert x.dtype == torch.float32
         assert (x.cpu() - y).abs().max() <= grad_error * y.abs().max()
         assert device == "cuda" or (x - other).abs().max() > 4 * grad_error * y.abs().max()
-
-
-@contextlib.contextmanager
-def operands_of_a_gpu():
-    """On a CPU, products that read 16 bits, the gradient of the logits included, and sum in float32."""
-
-    def multiply(out, a, b, add=False):
-        product = a.to(out.dtype) @ b.to(out.dtype)
-        out.copy_(out + product if add else product)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "multiply", multiply)
-        patch.setattr(linear.Head, "product_dtype", property(lambda head: head.rounded_dtype))
-        yield
 
 
 def check_against_narrow_tensors(operation, problem, batch, backend, dtype):
