@@ -1633,6 +1633,7 @@ MUTATIONS = (
         "entropy=entropy.detach(),",
         "entropy=entropy,",
         "your_trainer test_the_page_shows_pieces_of_the_example",
+    ),
     # Branched rollouts in TRL
     Mutation(
         "trl-branch-keeps-what-the-other-wrote",
