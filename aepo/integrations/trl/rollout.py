@@ -76,6 +76,7 @@ class BranchedRollout:
 class BranchingTrainer(GRPOTrainer):
     """GRPOTrainer whose training rollouts branch once `branch_with` was called; evaluations sample as TRL does."""
 
+    rollout_func: Any
     _branching: BranchSettings | None = None
     _rollout: BranchedRollout | None = None  # of the batch that is being generated
     _examples: Sequence[dict[str, Any]] = ()  # of the batch that is being generated
