@@ -7,8 +7,8 @@ import pytest
 from calling_toys import make_calling_trainer, step
 
 from aepo.branching import BranchSettings
-from aepo.integrations.trl.paths import Group, Path, Seen, Turn
-from aepo.integrations.trl.rollout import BranchedRollout, BranchingTrainer, log_means
+from aepo.integrations.trl.branching.paths import Group, Path, Seen, Turn
+from aepo.integrations.trl.branching.rollout import BranchedRollout, BranchingTrainer, log_means
 
 ALWAYS = {"branch_alpha": 0.9, "branch_gamma": 0.0, "branch_penalty": 0.0}
 RESULTS = [0, 0]

@@ -10,10 +10,10 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from aepo.integrations.trl.advantages import of_rewards, per_token, step_level, turns
+from aepo.integrations.trl.branching.rollout import BranchingTrainer
 from aepo.integrations.trl.config import LOSS_TYPES, AEPOConfig, policy_objective
 from aepo.integrations.trl.head import linear_head
 from aepo.integrations.trl.loss import Rows, StepSizes, function_loss, objective_loss
-from aepo.integrations.trl.rollout import BranchingTrainer
 from aepo.integrations.trl.versions import check_overrides
 from aepo.own_loss import ARGUMENTS, OwnLoss
 from aepo.registry import resolve_function

@@ -13,9 +13,9 @@ import torch
 from trl import GRPOTrainer
 
 from aepo.branching import BranchSettings
-from aepo.integrations.trl.environments import Environments, drop_forks, hide_forks
-from aepo.integrations.trl.paths import Group, Path, Seen
-from aepo.integrations.trl.waves import Waves
+from aepo.integrations.trl.branching.environments import Environments, drop_forks, hide_forks
+from aepo.integrations.trl.branching.paths import Group, Path, Seen
+from aepo.integrations.trl.branching.waves import Waves
 
 
 class BranchedRollout:
