@@ -15,13 +15,14 @@ from policy_oracle import Batch, policy_oracle
 from torch import Tensor
 from transformers import TrainerCallback
 from trl import GRPOTrainer  # noqa: F401  # imported before gc.freeze
-from trl_toys import length_reward, make_model, make_tokenizer
+from trl_toys import length_reward, make_model, make_tokenizer, prompts
 
 from aepo.integrations.trl import AEPOTrainer  # noqa: F401  # imported before gc.freeze
 
 gc.freeze()  # Trainer.train collects garbage twice: 0.4 s each where it looks at all that was imported
 
 TOKENIZER = make_tokenizer()
+EVALUATED = prompts(4)
 
 
 @dataclasses.dataclass
@@ -81,21 +82,19 @@ class _Gradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         step, self.trainer._open = self.trainer._open, None
-        step.gradients = {
-            name: x.grad.detach().clone() for name, x in model.named_parameters() if x.grad is not None
-        }
+        step.gradients = {name: x.grad.detach().clone() for name, x in model.named_parameters() if x.grad is not None}
 
 
 def _copied(tensors):
     return {name: x.detach().clone() if isinstance(x, Tensor) else x for name, x in tensors.items()}
 
 
-def made_up(prompts, trainer):
+def made_up(questions, trainer):
     """A rollout_func: completions of 1 to 8 tokens that depend on nothing but the prompt and which of its completions
     it is. Of those with more than 3 tokens about half have tool results, 0 in env_mask; some end with an end token."""
     seen = collections.Counter()
     found = {"prompt_ids": [], "completion_ids": [], "logprobs": [], "env_mask": []}
-    for prompt in prompts:
+    for prompt in questions:
         draw = random.Random(f"{prompt} {seen[prompt]}")
         seen[prompt] += 1
         length = draw.randint(1, 8)
