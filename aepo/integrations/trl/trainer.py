@@ -254,6 +254,8 @@ def _own_loss(config: AEPOConfig, loss_fn: OwnLoss | None) -> OwnLoss | None:
         raise ValueError(f"loss_fn and args.loss={config.loss!r} are both given: leave one out")
     if loss_fn is not None and not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function ({ARGUMENTS}); got {type(loss_fn).__name__}")
+    if loss_fn is not None:
+        config.refuse_objective()
     return resolve_function(config.loss, "loss", ARGUMENTS) if config.loss is not None else loss_fn
 
 
