@@ -200,8 +200,7 @@ def test_a_command_line():
     )
     assert (found.branched_rollouts, found.branch_alpha, found.fresh_paths) == (True, 0.4, 3)
     assert found.branch_settings().branch_alpha == 0.4
-    (uniform,) = HfArgumentParser(AEPOConfig).parse_args_into_dataclasses([*plain, "--branch_alpha", "uniform"])
-    assert uniform.branch_alpha == "uniform"
+    assert configure().branch_settings().branch_alpha == "uniform"
 
 
 def test_a_yaml_file(tmp_path):

@@ -6,7 +6,6 @@ is honoured, and what no preset would look at is refused.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -132,8 +131,6 @@ class AEPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        with contextlib.suppress(ValueError):  # a number is a text on the command line
-            self.branch_alpha = float(self.branch_alpha)  # type: ignore[assignment]
         if self.preset not in PRESETS:
             PolicyObjective.preset(self.preset)  # type: ignore[arg-type]  # says what is near
         self._refuse_ignored()
