@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 tests/trainers/trl_ranks.py DIRECTORY      what a rank saw goes to DIRECTORY/RANK.pt
 """
 
+import functools
 import os
 import sys
 import tempfile
@@ -56,13 +57,20 @@ CASES = {
 }
 
 
+@functools.cache
+def start() -> Path:
+    """Where the reference is loaded from. In a process group rank 0 alone would save it."""
+    folder = Path(tempfile.mkdtemp())
+    make_model(TOKENIZER).save_pretrained(folder)
+    return folder
+
+
 def run(case: str, rows: int) -> dict:
     """Gradients of the steps (with several ranks: averaged), losses and logged numbers, `rows` on this rank."""
     settings = {"rollout_func": made_up, "num_iterations": 2, "max_grad_norm": 0.0, **MOVING, **CASES[case]}
     folder = Path(tempfile.mkdtemp())
     if settings.get("beta"):
-        make_model(TOKENIZER).save_pretrained(folder / "start")
-        settings["model"] = AutoModelForCausalLM.from_pretrained(folder / "start", dtype=torch.float32)
+        settings["model"] = AutoModelForCausalLM.from_pretrained(start(), dtype=torch.float32)
     trainer = make_trainer(recorded(AEPOTrainer), AEPOConfig, folder, per_device_train_batch_size=rows, **settings)
     trainer.train()
     return {
@@ -80,6 +88,7 @@ def run(case: str, rows: int) -> dict:
 
 
 if __name__ == "__main__":
+    start()  # before there is a process group
     found = {case: run(case, 4) for case in CASES}
     torch.save(found, Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
