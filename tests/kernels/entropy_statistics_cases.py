@@ -1,4 +1,4 @@
-"""Claims about entropy statistics over ranks, each checked by every rank (ranks.py): those of all ranks' tokens together,
+"""Claims about entropy statistics over ranks, each checked by every rank (ranks.py): those of all ranks' tokens,
 with the same bits on every rank, however they are spread; one all-gather."""
 
 import torch

@@ -1,6 +1,6 @@
 """Claims: entropy statistics are those of the tokens that count, in float64, over all ranks of a group (2 and 3
-processes); the advantage is A (1 + a (H - mean) / std) up to one rounding; equal entropies change nothing; it is what the
-policy loss makes of the same statistics; arguments that do not fit raise an error that names them."""
+processes); the advantage is A (1 + a (H - mean) / std) up to one rounding; equal entropies change nothing; it is what
+the policy loss makes of the same statistics; arguments that do not fit raise an error that names them."""
 
 import functools
 
