@@ -1,6 +1,6 @@
-"""The branch rule as numbers: where a path is less sure after its tool has answered than at its beginning, it branches.
+"""The two rules of branching as numbers: how many paths start fresh, and when one branches after its tool has answered.
 
-Pure, so that a rollout and an engine that decides by itself (aepo/vllm/decisions.py) have one rule.
+Pure, so that rollouts, and an engine that decides by itself (aepo/vllm/decisions.py), have one rule.
 """
 
 from __future__ import annotations
@@ -54,3 +54,19 @@ def entropy_change(entropy: float, initial: float, log_vocabulary: float) -> flo
 def branch_chance(change: float, *, alpha: float, gamma: float, penalty: float, consecutive: int) -> float:
     """P = (alpha + gamma dH) (1 - penalty l), the last factor not below 0; l places in a row have branched."""
     return (alpha + gamma * change) * (1.0 - min(penalty * consecutive, 1.0))
+
+
+def fresh_paths(paths: int, root_entropy: float, tool_entropies: Sequence[float], beta: float) -> int:
+    """Entropy pre-monitoring: m = ceil(k sigmoid(beta (H_root - mean H_tool))), at least 1 and at most k, `paths`.
+
+    Without a tool result there is no place to branch at, so all k paths start fresh.
+    """
+    if not tool_entropies:
+        return paths
+    tool_entropy = math.fsum(tool_entropies) / len(tool_entropies)
+    return min(max(math.ceil(paths * _sigmoid(beta * (root_entropy - tool_entropy))), 1), paths)
+
+
+def _sigmoid(x: float) -> float:
+    """Without overflow at either end."""
+    return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))

@@ -11,23 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from aepo.agents.protocol import AgentError, blamed
-from aepo.branching import branch_chance, entropy_change, mean_entropy
+from aepo.branching import branch_chance, entropy_change, fresh_paths, mean_entropy
 from aepo.config import RolloutConfig
 from aepo.registry import resolve_function
 from aepo.types import BranchDecision, BudgetDecision
 
 
 def decide_budget(root_entropy: float, tool_entropies: Sequence[float], config: RolloutConfig) -> BudgetDecision:
-    """Entropy pre-monitoring: m = ceil(k sigmoid(beta (H_root - mean H_tool))), at least 1 and at most k.
-
-    A probe without a tool result shows no place to branch at, so all k paths start fresh.
-    """
-    if not tool_entropies:
-        return BudgetDecision(root_entropy=root_entropy, tool_entropy=None, fresh_paths=config.paths)
-    tool_entropy = math.fsum(tool_entropies) / len(tool_entropies)
-    share = _sigmoid(config.budget_beta * (root_entropy - tool_entropy))
-    fresh_paths = min(max(math.ceil(config.paths * share), 1), config.paths)
-    return BudgetDecision(root_entropy=root_entropy, tool_entropy=tool_entropy, fresh_paths=fresh_paths)
+    """Entropy pre-monitoring (`aepo.branching.fresh_paths`), with the numbers that it went by."""
+    return BudgetDecision(
+        root_entropy=root_entropy,
+        tool_entropy=math.fsum(tool_entropies) / len(tool_entropies) if tool_entropies else None,
+        fresh_paths=fresh_paths(config.paths, root_entropy, tool_entropies, config.budget_beta),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,8 +100,3 @@ def _chance(rule: BranchRule, point: BranchPoint) -> float:
     if not math.isfinite(number):
         raise AgentError(f"rollout.branch_rule: {name} returned {chance!r}: expected a finite number")
     return number
-
-
-def _sigmoid(x: float) -> float:
-    """Without overflow at either end."""
-    return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))
