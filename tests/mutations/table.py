@@ -1633,7 +1633,8 @@ MUTATIONS = (
         "entropy=entropy.detach(),",
         "entropy=entropy,",
         "your_trainer test_the_page_shows_pieces_of_the_example",
-    # Branched rollouts in TRL
+        # Branched rollouts in TRL
+    ),
     Mutation(
         "trl-branch-keeps-what-the-other-wrote",
         "aepo/integrations/trl/paths.py",
@@ -1707,5 +1708,61 @@ MUTATIONS = (
         "self._branching is None or not self.model.training",
         "self._branching is None",
         ("tests/trainers/test_trl_rollout.py::test_it_trains_and_evaluations_sample_as_trl_does",),
+    ),
+    Mutation(
+        "trl-statistics-of-one-rank",
+        "aepo/integrations/trl/trainer.py",
+        "world = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None",
+        "world = None",
+        ("tests/trainers/test_trl_ranks.py::test_two_processes_are_one[aepo]",),
+    ),
+    Mutation(
+        "trl-own-loss-divided-by-ranks",
+        "aepo/integrations/trl/loss.py",
+        "loss * sizes.ranks + kl_loss",
+        "loss + kl_loss",
+        ("tests/trainers/test_trl_ranks.py::test_two_processes_are_one[own_loss]",),
+    ),
+    Mutation(
+        "trl-importance-ratio-left-out",
+        "aepo/integrations/trl/trainer.py",
+        """for share in (inputs.get("importance_sampling_ratio"), *self._shares)""",
+        "for share in self._shares",
+        ("tests/trainers/test_trl_loss.py::test_the_importance_sampling_correction[token_truncate]",),
+    ),
+    Mutation(
+        "trl-masks-left-out",
+        "aepo/integrations/trl/trainer.py",
+        "        self._shares.append(mask)\n",
+        "",
+        ("tests/trainers/test_trl_loss.py::test_only_tokens_of_high_entropy",),
+    ),
+    Mutation(
+        "trl-ratios-are-1",
+        "aepo/integrations/trl/trainer.py",
+        "old_logprobs=logprobs.detach() if old is None else old",
+        "old_logprobs=logprobs.detach()",
+        ("tests/trainers/test_trl_loss.py::test_ratios_out_of_the_clip_range[aepo]",),
+    ),
+    Mutation(
+        "trl-divides-by-the-tokens-of-all-its-steps",
+        "aepo/integrations/trl/trainer.py",
+        "tokens = tokens * accumulated / self.args.steps_per_generation",
+        "tokens = tokens * 1",
+        ("tests/trainers/test_trl_loss.py::test_steps_per_generation_that_differ_from_accumulation",),
+    ),
+    Mutation(
+        "trl-loss-fn-ignores-settings",
+        "aepo/integrations/trl/trainer.py",
+        "        config.refuse_objective()\n",
+        "        pass\n",
+        ("tests/trainers/test_trl_config.py::test_a_loss_function_of_the_trainer_refuses_the_same",),
+    ),
+    Mutation(
+        "rounding-of-entropies-scales-advantages",
+        "aepo_kernels/entropy_advantage.py",
+        "noise = std <= ENTROPY_NOISE_ULPS * accurate * mean.abs()",
+        "noise = std <= 0",
+        ("tests/kernels/test_entropy_advantage.py::test_rounding_is_no_spread",),
     ),
 )
