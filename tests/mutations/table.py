@@ -1633,8 +1633,8 @@ MUTATIONS = (
         "entropy=entropy.detach(),",
         "entropy=entropy,",
         "your_trainer test_the_page_shows_pieces_of_the_example",
-        # Branched rollouts in TRL
-    ),
+        ),
+    # Branched rollouts in TRL
     Mutation(
         "trl-branch-keeps-what-the-other-wrote",
         "aepo/integrations/trl/paths.py",
