@@ -1633,7 +1633,7 @@ MUTATIONS = (
         "entropy=entropy.detach(),",
         "entropy=entropy,",
         "your_trainer test_the_page_shows_pieces_of_the_example",
-        ),
+    ),
     # Branched rollouts in TRL
     Mutation(
         "trl-branch-keeps-what-the-other-wrote",
@@ -1728,14 +1728,14 @@ MUTATIONS = (
         "aepo/integrations/trl/trainer.py",
         """for share in (inputs.get("importance_sampling_ratio"), *self._shares)""",
         "for share in self._shares",
-        ("tests/trainers/test_trl_loss.py::test_the_importance_sampling_correction[token_truncate]",),
+        ("tests/trainers/test_trl_terms.py::test_the_importance_sampling_correction[token_truncate]",),
     ),
     Mutation(
         "trl-masks-left-out",
         "aepo/integrations/trl/trainer.py",
         "        self._shares.append(mask)\n",
         "",
-        ("tests/trainers/test_trl_loss.py::test_only_tokens_of_high_entropy",),
+        ("tests/trainers/test_trl_terms.py::test_only_tokens_of_high_entropy",),
     ),
     Mutation(
         "trl-ratios-are-1",

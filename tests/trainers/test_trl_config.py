@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 from trl import GRPOConfig, TrlParser
-from trl_oracle import made_up
+from trl_recorder import made_up
 from trl_toys import make_trainer
 
 from aepo.integrations.trl import AEPOConfig, AEPOTrainer

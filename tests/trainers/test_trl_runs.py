@@ -7,7 +7,7 @@ from datasets import IterableDataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from trl_oracle import EVALUATED, made_up, recorded
+from trl_recorder import EVALUATED, made_up, recorded
 from trl_toys import dialogues, length_reward, make_trainer, prompts
 
 from aepo.integrations.trl import AEPOConfig, AEPOTrainer

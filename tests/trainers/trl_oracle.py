@@ -1,116 +1,18 @@
-"""What one optimiser step of a trainer of TRL's must come to, in float64 and without our code; and a recorder of a run.
+"""What one optimiser step of a trainer of TRL's must come to, in float64 and without our code.
 
-The oracle takes from a run its tokens, masks and weights alone: log-probs and entropies are those of a float64 copy of
-the model, rewards and advantages are made again of the completions, the loss is tests/policy_oracle.py's.
+The oracle takes from a run (trl_recorder.py) its tokens, masks and weights alone: log-probs and entropies are those of
+a float64 copy of the model, rewards and advantages are made again of the completions, the loss is policy_oracle.py's.
 """
 
 import collections
 import copy
 import dataclasses
-import gc
-import random
 
 import torch
 from policy_oracle import Batch, policy_oracle
 from torch import Tensor
-from transformers import TrainerCallback
-from trl import GRPOTrainer  # noqa: F401  # imported before gc.freeze
-from trl_toys import length_reward, make_model, make_tokenizer, prompts
-
-from aepo.integrations.trl import AEPOTrainer  # noqa: F401  # imported before gc.freeze
-
-gc.freeze()  # Trainer.train collects garbage twice: 0.4 s each where it looks at all that was imported
-
-TOKENIZER = make_tokenizer()
-EVALUATED = prompts(4)
-
-
-@dataclasses.dataclass
-class Generation:
-    """A generation batch, before TRL shuffles it, and the weights that it was scored with."""
-
-    weights: dict[str, Tensor]
-    batch: dict[str, Tensor]
-
-
-@dataclasses.dataclass
-class Step:
-    """An optimiser step: its micro-batches, and what the trainer made of them."""
-
-    weights: dict[str, Tensor]
-    generation: Generation
-    micro_batches: list[dict[str, Tensor]] = dataclasses.field(default_factory=list)
-    losses: list[float] = dataclasses.field(default_factory=list)
-    gradients: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-
-
-def recorded(trainer_class: type) -> type:
-    """The trainer with `generations` and `steps`, of training and of evaluation (which has no gradients)."""
-
-    class Recorded(trainer_class):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.generations: list[Generation] = []
-            self.steps: list[Step] = []
-            self.evaluated: list[Step] = []
-            self._open: Step | None = None
-            self.add_callback(_Gradients(self))
-
-        def _generate_and_score_completions(self, inputs):
-            weights = _copied(self.model.state_dict())
-            self.generations.append(Generation(weights, _copied(super()._generate_and_score_completions(inputs))))
-            return self.generations[-1].batch
-
-        def _compute_loss(self, model, inputs):
-            training = self.model.training
-            step = self._open if training else None
-            if step is None:
-                step = Step(_copied(self.model.state_dict()), self.generations[-1])
-                (self.steps if training else self.evaluated).append(step)
-                self._open = step if training else self._open
-            step.micro_batches.append(_copied(inputs))
-            loss = super()._compute_loss(model, inputs)
-            step.losses.append(loss.item())
-            return loss
-
-    return Recorded
-
-
-class _Gradients(TrainerCallback):
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        step, self.trainer._open = self.trainer._open, None
-        step.gradients = {name: x.grad.detach().clone() for name, x in model.named_parameters() if x.grad is not None}
-
-
-def _copied(tensors):
-    return {name: x.detach().clone() if isinstance(x, Tensor) else x for name, x in tensors.items()}
-
-
-def made_up(questions, trainer):
-    """A rollout_func: completions of 1 to 8 tokens that depend on nothing but the prompt and which of its completions
-    it is. Of those with more than 3 tokens about half have tool results, 0 in env_mask; some end with an end token."""
-    seen = collections.Counter()
-    found = {"prompt_ids": [], "completion_ids": [], "logprobs": [], "env_mask": []}
-    for prompt in questions:
-        draw = random.Random(f"{prompt} {seen[prompt]}")
-        seen[prompt] += 1
-        length = draw.randint(1, 8)
-        tokens, mask = [draw.randrange(33, 90) for _ in range(length)], [1] * length
-        if length > 3 and draw.random() < 0.5:
-            mask[1:3] = 0, 0
-        if draw.random() < 0.6:
-            tokens[-1] = TOKENIZER.eos_token_id
-        found["prompt_ids"].append(TOKENIZER(prompt)["input_ids"])
-        found["completion_ids"].append(tokens)
-        found["logprobs"].append([-1 - 6 * draw.random() for _ in tokens])
-        found["env_mask"].append(mask)
-    return found
-
-
-# The oracle
+from trl_recorder import TOKENIZER, Generation, Step
+from trl_toys import length_reward, make_model
 
 
 def float64_model(weights: dict[str, Tensor], model=None):
@@ -255,3 +157,14 @@ def assert_step(step: Step, truth: Truth) -> None:
     # Terms of both signs cancel in a loss: it is right to rounding of the largest of them, which are around 1.
     assert abs(sum(step.losses) - truth.loss) <= 2e-6 * max(1, abs(truth.loss)), (sum(step.losses), truth.loss)
     assert_gradients(step.gradients, truth.gradients)
+
+
+def sapo_oracle(b, entropy, tokens, rows, stats):
+    """arXiv 2511.20347, over rows as they stand."""
+    width = int(b.cu_seqlens[1])
+    r = (b.logprobs - b.old_logprobs).exp().view(-1, width)
+    a, mask = b.advantages.view(-1, width), b.mask.view(-1, width)
+    tau = torch.where(a > 0, 1.0, 1.05)
+    gain = 4 / tau / (1 + (-tau * (r - 1)).exp()) * a
+    means = [row[m].mean() for row, m in zip(gain, mask, strict=True) if m.any()]
+    return -torch.stack(means).sum() / rows

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
-from trl_oracle import TOKENIZER, made_up, recorded
+from trl_recorder import TOKENIZER, made_up, recorded
 from trl_toys import make_model, make_trainer
 
 from aepo.integrations.trl import AEPOConfig, AEPOTrainer
