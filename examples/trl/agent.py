@@ -2,8 +2,8 @@
 
     python examples/trl/agent.py --model_name_or_path Qwen/Qwen3-0.6B --output_dir runs/agent --max_steps 50
 
-Any setting of AEPOConfig is an argument: --preset grpo samples and trains as GRPO does. Needs a model whose chat template
-has tools.
+Any setting of AEPOConfig is an argument: --preset grpo samples and trains as GRPO does. Needs a model whose chat
+template has tools.
 """
 
 import random

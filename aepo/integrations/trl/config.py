@@ -143,6 +143,18 @@ class AEPOConfig(GRPOConfig):
         """group, batch, gigpo, or package.module:function."""
         return self.advantage or PRESET_ADVANTAGES.get(self.preset, "group")
 
+    def branches(self, *, places: bool) -> bool:
+        """Whether rollouts branch. places: they have some to branch at, by what the trainer was given. ValueError: they
+        do not, but a setting says how."""
+        if self.branched_rollouts is not None:
+            return self.branched_rollouts
+        if places or self.preset not in BRANCHING_PRESETS:
+            return places and self.preset in BRANCHING_PRESETS
+        for name in BRANCH_FIELDS:
+            if getattr(self, name) != default_of(name):
+                self._refuse(name, "without tools or environments, or with a rollout_func, no completion branches")
+        return False
+
     def branch_settings(self) -> BranchSettings:
         """The branch rule. ValueError: a field that it does not take."""
         chosen = {name: getattr(self, name) for name in BRANCH_FIELDS}

@@ -104,11 +104,13 @@ class BranchingTrainer(GRPOTrainer):
         if self._branching is None or not self.model.training:
             return super()._generate(prompts)
         rollout = BranchedRollout(self._branching, self._examples)
-        self.rollout_func = self._rollout = rollout
+        self.rollout_func: Any = rollout
+        self._rollout = rollout
         try:
             generated = super()._generate(prompts)
         finally:
-            self.rollout_func = self._rollout = None
+            self.rollout_func = None
+            self._rollout = None
         for row, prompt in rollout.other_prompts.items():
             prompts[row] = prompt  # what reward functions and tables get
         return generated

@@ -13,6 +13,7 @@ from aepo.integrations.trl.advantages import of_rewards, per_token, step_level, 
 from aepo.integrations.trl.config import LOSS_TYPES, AEPOConfig, policy_objective
 from aepo.integrations.trl.head import linear_head
 from aepo.integrations.trl.loss import MicroLoss, Rows, StepSizes, function_loss, objective_loss
+from aepo.integrations.trl.rollout import BranchingTrainer
 from aepo.integrations.trl.versions import check_overrides
 from aepo.own_loss import ARGUMENTS, OwnLoss
 from aepo.registry import resolve_function
@@ -25,7 +26,7 @@ VISUAL = (
 """What a batch of TRL's has for the model beside tokens, where there are images."""
 
 
-class AEPOTrainer(GRPOTrainer):
+class AEPOTrainer(BranchingTrainer):
     """GRPOTrainer whose loss, advantages and rollouts are those of `args.preset` (AEPOConfig; docs/trl.md).
 
     Takes what GRPOTrainer takes, and `loss_fn`: a loss of your own, (logprobs [R], entropy [R], LossBatch) -> loss, as
@@ -63,6 +64,8 @@ class AEPOTrainer(GRPOTrainer):
             self.loss_type = "sapo"  # of which TRL logs nothing that only a clipped ratio has
         elif self._objective.clip == "cispo":
             self.loss_type, self.epsilon_high = "cispo", 1 + self._objective.eps_high
+        if config.branches(places=bool(self.tools) and self.rollout_func is None):
+            self.branch_with(config.branch_settings())
 
     # Scoring: log-probs and entropies by our head, and those of the policy that sampled
 
