@@ -28,6 +28,15 @@ OTHER_LOSS_TYPES = {
     "sapo": "it has a loss of its own: loss='examples.own_losses:sapo' shows how it is written",
     "vespo": "it has a loss of its own, a function for loss= (docs/own_loss.md)",
 }
+TRL_NAMES = {
+    "eps_low": "epsilon",
+    "eps_high": "epsilon_high (or epsilon)",
+    "dual_clip": "delta",
+    "ratio_level": "importance_sampling_level",
+    "kl_coef": "beta",
+    "aggregation": "loss_type",
+}
+"""Of fields of PolicyObjective."""
 Advantage = Literal["group", "batch", "gigpo"]
 PRESET_ADVANTAGES: dict[str, Advantage] = {"reinforce++": "batch", "gigpo": "gigpo"}
 BRANCHING_PRESETS = ("aepo", "arpo")
@@ -161,7 +170,15 @@ class AEPOConfig(GRPOConfig):
             )
         return BranchSettings(**chosen)
 
+    def refuse_objective(self) -> None:
+        """Of a loss of the user's own. ValueError naming a setting that says how the preset's loss is made."""
+        for name in OBJECTIVE_NAMES:
+            if getattr(self, name) is not None:
+                self._refuse(name, "the loss is a function of your own, which would not see it; put the number into it")
+
     def _refuse_ignored(self) -> None:
+        if self.loss is not None:
+            self.refuse_objective()
         for name, instead in self._ignored():
             self._refuse(name, instead)
 
@@ -178,10 +195,10 @@ class AEPOConfig(GRPOConfig):
                 yield name, "objective={'entropy_bonus': ...} is the bonus here, with one coefficient for the run"
         if self.use_bias_correction_kl and self.beta != 0:
             yield "use_bias_correction_kl", "the presets' KL term has no such factor; leave it False"
-        if self.loss is not None:
-            for name in OBJECTIVE_NAMES:
-                if getattr(self, name) is not None:
-                    yield name, "loss= is a function of your own, which would not see it; put the number into it"
+        branches = self.preset in BRANCHING_PRESETS if self.branched_rollouts is None else self.branched_rollouts
+        for name in BRANCH_FIELDS:
+            if not branches and getattr(self, name) != default_of(name):
+                yield name, "rollouts do not branch: branched_rollouts=True, or a preset that does (aepo, arpo)"
         kind = self.advantage_kind
         if kind not in get_args(Advantage) and ":" not in kind:
             raise ValueError(
@@ -225,7 +242,12 @@ def policy_objective(config: AEPOConfig) -> PolicyObjective:
         raise ValueError(
             f"objective={{{name!r}: {own[name]!r}}} and TRL's setting of the same meaning are both given: leave one out"
         )
-    objective = PolicyObjective.preset(config.preset, **own, **named, kl_coef=config.beta)  # type: ignore[arg-type]
+    named["kl_coef"] = config.beta
+    try:
+        objective = PolicyObjective.preset(config.preset, **own, **named)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        theirs = next((TRL_NAMES[name] for name in named if str(error).startswith(f"{name} ")), None)
+        raise type(error)(f"{theirs}: {error}" if theirs else str(error)) from error
     if config.delta is not None and config.delta <= 1 + objective.eps_high:
         raise ValueError(f"delta must be above 1 + epsilon_high, {1 + objective.eps_high}; got {config.delta}")
     return objective

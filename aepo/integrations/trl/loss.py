@@ -5,18 +5,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from aepo.own_loss import LossBatch, OwnLoss, checked_call
 from aepo.registry import plain
-from aepo_kernels import PolicyLoss, PolicyObjective, policy_loss
+from aepo_kernels import PolicyObjective, policy_loss
 from aepo_kernels.ops.loss_function import loss_of_function
 
-OF_ANY_LOSS = ("ratio_mean", "ratio_max", "approx_kl", "kl")
-"""The kernels' metrics that do not depend on how a loss treats its tokens."""
+OF_ANY_LOSS = ("ratio_mean", "ratio_max", "approx_kl")
+"""The kernels' metrics that do not depend on how a loss treats its tokens, and that TRL has no name for."""
+OF_AN_OBJECTIVE = {**{name: name for name in OF_ANY_LOSS}, "dual_clip_fraction": "dual_clip"}
+"""Those that TRL has no name for, and what aepo's own trainer calls them."""
+
+
+class MicroLoss(NamedTuple):
+    """The part of one micro-batch: the parts of a step add up to its loss."""
+
+    loss: Tensor
+    tokens: Tensor
+    """[] that count."""
+    metrics: dict[str, Tensor]
+    """Means over these tokens (ratio_max: their largest), for policy/<name>."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,10 +63,10 @@ class StepSizes:
     ranks: int
 
 
-def objective_loss(objective: PolicyObjective, rows: Rows, sizes: StepSizes) -> PolicyLoss:
+def objective_loss(objective: PolicyObjective, rows: Rows, sizes: StepSizes) -> MicroLoss:
     """The loss of `objective`, whose entropy factor is in the advantages already; micro-batches add up."""
     divisors: dict[str, float | Tensor] = {"token-mean": sizes.tokens, "constant": sizes.rows * sizes.max_tokens}
-    return policy_loss(
+    loss, metrics = policy_loss(
         rows.logprobs,
         rows.old_logprobs,
         rows.advantages,
@@ -64,18 +76,20 @@ def objective_loss(objective: PolicyObjective, rows: Rows, sizes: StepSizes) -> 
         ref_logprobs=rows.ref_logprobs,
         denominator=divisors.get(objective.aggregation, sizes.rows),
     )
+    shown = {name: metrics[kernel_name] for kernel_name, name in OF_AN_OBJECTIVE.items()}
+    return MicroLoss(loss, metrics["valid_tokens"], shown)
 
 
 def function_loss(
     function: OwnLoss, kl_coef: float, rows: Rows, sizes: StepSizes, given: dict[str, Any], temperature: float
-) -> PolicyLoss:
+) -> MicroLoss:
     """The loss that `function` makes of the tokens that count, plus kl_coef times the KL to the reference per token.
 
     `given`: rollout_logprobs and old_entropy [B, T], entropy_stats (mean, std). Its metrics have the function's own,
     and those that any loss has. OwnLossError says what the function did wrong.
     """
     valid = rows.mask != 0
-    measured = policy_loss(
+    kl_loss, measured = policy_loss(
         rows.logprobs,
         rows.old_logprobs,
         torch.zeros_like(rows.logprobs),  # nothing but the KL term is left
@@ -84,9 +98,10 @@ def function_loss(
         ref_logprobs=rows.ref_logprobs,
         denominator=sizes.tokens,
     )
-    metrics = {name: measured.metrics[name] for name in (*OF_ANY_LOSS, "valid_tokens") if name in measured.metrics}
+    metrics = {name: measured[name] for name in OF_ANY_LOSS}
+    tokens = measured["valid_tokens"]
     if not valid.any():  # a function may divide by its tokens
-        return PolicyLoss(measured.loss, metrics)
+        return MicroLoss(kl_loss, tokens, metrics)
     batch = LossBatch(
         old_logprobs=rows.old_logprobs[valid].clone(),
         old_entropy=given["old_entropy"][valid].clone(),
@@ -109,4 +124,4 @@ def function_loss(
     loss, own = loss_of_function(loss_fn, rows.logprobs[valid], rows.entropy[valid], counted)
     own.pop("loss")
     # The function divides by the tokens of all ranks, whose gradients are averaged.
-    return PolicyLoss(loss * sizes.ranks + measured.loss, {**metrics, **own})
+    return MicroLoss(loss * sizes.ranks + kl_loss, tokens, metrics | own)

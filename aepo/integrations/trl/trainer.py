@@ -13,7 +13,7 @@ from aepo.integrations.trl.advantages import of_rewards, per_token, step_level, 
 from aepo.integrations.trl.branching.rollout import BranchingTrainer
 from aepo.integrations.trl.config import LOSS_TYPES, AEPOConfig, policy_objective
 from aepo.integrations.trl.head import linear_head
-from aepo.integrations.trl.loss import Rows, StepSizes, function_loss, objective_loss
+from aepo.integrations.trl.loss import MicroLoss, Rows, StepSizes, function_loss, objective_loss
 from aepo.integrations.trl.versions import check_overrides
 from aepo.own_loss import ARGUMENTS, OwnLoss
 from aepo.registry import resolve_function
@@ -24,16 +24,6 @@ VISUAL = (
     "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
 )  # fmt: skip
 """What a batch of TRL's has for the model beside tokens, where there are images."""
-MEASURED_BY_TRL = (
-    "loss",
-    "clip_fraction_high",
-    "clip_fraction_low",
-    "entropy_mean",
-    "entropy_std",
-    "kl",
-    "valid_tokens",
-)
-"""The kernels' metrics that TRL logs under its own names; entropy_std is that of a micro-batch."""
 
 
 class AEPOTrainer(BranchingTrainer):
@@ -209,8 +199,8 @@ class AEPOTrainer(BranchingTrainer):
             ref_logprobs=inputs.get("ref_per_token_logps"),
         )
         accumulated = self.current_gradient_accumulation_steps if mode == "train" else 1
-        loss, metrics = self._loss_of(rows, self._step_sizes(inputs, accumulated, mode), inputs)
-        self._log_loss(metrics)
+        loss, tokens, metrics = self._loss_of(rows, self._step_sizes(inputs, accumulated, mode), inputs)
+        self._log_loss(tokens, metrics)
         return loss + self.router_aux_loss_coef * aux_loss / accumulated if self.aux_loss_enabled else loss
 
     def _step_sizes(self, inputs: dict[str, Any], accumulated: int, mode: str) -> StepSizes:
@@ -223,7 +213,7 @@ class AEPOTrainer(BranchingTrainer):
         rows = len(inputs["completion_ids"]) * accumulated
         return StepSizes(tokens=tokens, rows=rows, max_tokens=self.max_completion_length, ranks=ranks)
 
-    def _loss_of(self, rows: Rows, sizes: StepSizes, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss_of(self, rows: Rows, sizes: StepSizes, inputs: dict[str, Any]) -> MicroLoss:
         if self._function is None:
             return objective_loss(self._objective, rows, sizes)
         sampled = inputs.get("sampling_per_token_logps", rows.old_logprobs)
@@ -251,21 +241,15 @@ class AEPOTrainer(BranchingTrainer):
     def _log(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value)
 
-    def _log_loss(self, metrics: dict[str, Tensor]) -> None:
+    def _log_loss(self, tokens: Tensor, metrics: dict[str, Tensor]) -> None:
         """Means over the tokens of all ranks. As objects: a rank without tokens has none of a function's metrics."""
-        tokens = float(metrics["valid_tokens"])
-        own = {name: (float(value), tokens) for name, value in metrics.items() if name not in MEASURED_BY_TRL}
-        parts = gather_object([own])
-        for name in sorted({name for part in parts for name in part}):
-            values = [part[name] for part in parts if name in part]
+        parts = gather_object([(tokens.item(), {name: value.item() for name, value in metrics.items()})])
+        for name in sorted({name for _, part in parts for name in part}):
+            found = [(n, part[name]) for n, part in parts if name in part]
             if name == "ratio_max":
-                mean = max(value for value, _ in values)
+                self._log(f"policy/{name}", max(value for _, value in found))
             else:
-                mean = sum(value * n for value, n in values) / max(sum(n for _, n in values), 1.0)
-            self._log(f"policy/{NAMES.get(name, name)}", mean)
-
-
-NAMES = {"dual_clip_fraction": "dual_clip"}  # as aepo's own trainer calls it
+                self._log(f"policy/{name}", sum(n * value for n, value in found) / max(sum(n for n, _ in found), 1))
 
 
 def _own_loss(config: AEPOConfig, loss_fn: OwnLoss | None) -> OwnLoss | None:
@@ -273,6 +257,8 @@ def _own_loss(config: AEPOConfig, loss_fn: OwnLoss | None) -> OwnLoss | None:
         raise ValueError(f"loss_fn and args.loss={config.loss!r} are both given: leave one out")
     if loss_fn is not None and not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function ({ARGUMENTS}); got {type(loss_fn).__name__}")
+    if loss_fn is not None:
+        config.refuse_objective()
     return resolve_function(config.loss, "loss", ARGUMENTS) if config.loss is not None else loss_fn
 
 
