@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aepo.own_loss import LossBatch, OwnLoss, checked_call
-from aepo.registry import plain
+from aepo.integrations.trl.objective import ObjectiveSettings
+from aepo.own_loss import ARGUMENTS, LossBatch, OwnLoss, checked_call
+from aepo.registry import plain, resolve_function
 from aepo_kernels import PolicyLoss, PolicyObjective, policy_loss
 from aepo_kernels.ops.loss_function import loss_of_function
 
@@ -44,7 +45,7 @@ class StepSizes:
 
     tokens: Tensor
     """[] that count, of all its micro-batches."""
-    rows: int
+    rows: float
     """Completions of all its micro-batches, those without a token included."""
     max_tokens: int
     """Of a completion."""
@@ -95,7 +96,7 @@ def function_loss(
         ref_logprobs=None if rows.ref_logprobs is None else rows.ref_logprobs[valid].clone(),
         cu_seqlens=torch.nn.functional.pad(valid.sum(1).cumsum(0), (1, 0)),
         tokens=round(sizes.tokens.item() * sizes.ranks),
-        paths=sizes.rows * sizes.ranks,
+        paths=round(sizes.rows * sizes.ranks),
         max_tokens=sizes.max_tokens,
         entropy_stats=given["entropy_stats"],
         temperature=temperature,
@@ -110,3 +111,15 @@ def function_loss(
     own.pop("loss")
     # The function divides by the tokens of all ranks, whose gradients are averaged.
     return PolicyLoss(loss * sizes.ranks + measured.loss, {**metrics, **own})
+
+
+def chosen_function(config: ObjectiveSettings, function: OwnLoss | None) -> OwnLoss | None:
+    """The loss of the user's own, given by config.loss or as loss_fn=`function`; None: neither."""
+    if function is None:
+        return None if config.loss is None else resolve_function(config.loss, "loss", ARGUMENTS)
+    if config.loss is not None:
+        raise ValueError(f"loss_fn and args.loss={config.loss!r} are both given: leave one out")
+    if not callable(function):
+        raise TypeError(f"loss_fn must be a function ({ARGUMENTS}); got {type(function).__name__}")
+    config.refuse_objective()
+    return function

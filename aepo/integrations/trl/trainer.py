@@ -10,11 +10,13 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from aepo.integrations.trl.advantages import of_rewards, per_token, step_level, turns
-from aepo.integrations.trl.config import LOSS_TYPES, AEPOConfig, policy_objective
+from aepo.integrations.trl.config import AEPOConfig
 from aepo.integrations.trl.head import linear_head
-from aepo.integrations.trl.loss import Rows, StepSizes, function_loss, objective_loss
+from aepo.integrations.trl.loss import Rows, StepSizes, chosen_function, function_loss, objective_loss
+from aepo.integrations.trl.metrics import over_ranks
+from aepo.integrations.trl.objective import LOSS_TYPES, policy_objective
 from aepo.integrations.trl.versions import check_overrides
-from aepo.own_loss import ARGUMENTS, OwnLoss
+from aepo.own_loss import OwnLoss
 from aepo.registry import resolve_function
 from aepo_kernels.entropy_advantage import entropy_aware_advantages, entropy_statistics
 
@@ -58,7 +60,7 @@ class AEPOTrainer(GRPOTrainer):
             config = kwargs["args"] = AEPOConfig("AEPO")
         if not isinstance(config, AEPOConfig):
             raise TypeError(f"args must be an AEPOConfig (aepo.integrations.trl); got {type(config).__name__}")
-        self._function = _own_loss(config, loss_fn)
+        self._function = chosen_function(config, loss_fn)
         self._objective = policy_objective(config)
         kind = config.advantage_kind
         self._advantage = resolve_function(kind, "advantage", "rewards, questions") if ":" in kind else kind
@@ -207,7 +209,8 @@ class AEPOTrainer(GRPOTrainer):
         )
         accumulated = self.current_gradient_accumulation_steps if mode == "train" else 1
         loss, metrics = self._loss_of(rows, self._step_sizes(inputs, accumulated, mode), inputs)
-        self._log_loss(metrics)
+        for name, value in over_ranks(metrics, without=MEASURED_BY_TRL).items():
+            self._log(name, value)
         return loss + self.router_aux_loss_coef * aux_loss / accumulated if self.aux_loss_enabled else loss
 
     def _step_sizes(self, inputs: dict[str, Any], accumulated: int, mode: str) -> StepSizes:
@@ -247,30 +250,6 @@ class AEPOTrainer(GRPOTrainer):
 
     def _log(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value)
-
-    def _log_loss(self, metrics: dict[str, Tensor]) -> None:
-        """Means over the tokens of all ranks. As objects: a rank without tokens has none of a function's metrics."""
-        tokens = float(metrics["valid_tokens"])
-        own = {name: (float(value), tokens) for name, value in metrics.items() if name not in MEASURED_BY_TRL}
-        parts = gather_object([own])
-        for name in sorted({name for part in parts for name in part}):
-            values = [part[name] for part in parts if name in part]
-            if name == "ratio_max":
-                mean = max(value for value, _ in values)
-            else:
-                mean = sum(value * n for value, n in values) / max(sum(n for _, n in values), 1.0)
-            self._log(f"policy/{NAMES.get(name, name)}", mean)
-
-
-NAMES = {"dual_clip_fraction": "dual_clip"}  # as aepo's own trainer calls it
-
-
-def _own_loss(config: AEPOConfig, loss_fn: OwnLoss | None) -> OwnLoss | None:
-    if loss_fn is not None and config.loss is not None:
-        raise ValueError(f"loss_fn and args.loss={config.loss!r} are both given: leave one out")
-    if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function ({ARGUMENTS}); got {type(loss_fn).__name__}")
-    return resolve_function(config.loss, "loss", ARGUMENTS) if config.loss is not None else loss_fn
 
 
 def _loss_mask(batch: dict[str, Any]) -> Tensor:
