@@ -26,8 +26,10 @@ from aepo.integrations.trl.head import linear_head
 from aepo.integrations.trl.loss import Rows, StepSizes, chosen_function, function_loss, objective_loss
 from aepo.integrations.trl.metrics import over_ranks
 from aepo.integrations.trl.objective import ObjectiveSettings, policy_objective
+from aepo.integrations.trl.trainer import AEPOTrainer
 from aepo.integrations.trl.versions import check_async_overrides
 from aepo.own_loss import OwnLoss
+from aepo_kernels import PolicyLoss
 from aepo_kernels.entropy_advantage import entropy_aware_advantages, entropy_statistics
 
 MEASURED_BY_TRL = ("loss", "entropy_mean", "entropy_std", "valid_tokens")
@@ -82,6 +84,7 @@ class AEPOAsyncTrainer(AsyncGRPOTrainer):
 
     _tag_names = ["trl", "aepo"]  # noqa: RUF012  # as TRL declares them
     _name = "AEPO"
+    _paper = AEPOTrainer._paper
 
     def __init__(self, *args: Any, loss_fn: OwnLoss | None = None, **kwargs: Any) -> None:
         check_async_overrides(AsyncGRPOTrainer)
@@ -130,7 +133,7 @@ class AEPOAsyncTrainer(AsyncGRPOTrainer):
             super().compute_loss(_stop_before, batch)
         except _ForwardCall as call:
             with self.compute_loss_context_manager(), linear_head():
-                outputs = self.model_wrapped(*call.args, **call.keywords)
+                outputs = self.model_wrapped(**call.keywords)
             return _terms(outputs.entropy, batch)
         raise TypeError("AsyncGRPOTrainer.compute_loss does not call the model")
 
@@ -174,8 +177,9 @@ class AEPOAsyncTrainer(AsyncGRPOTrainer):
             ranks=ranks,
         )
 
-    def _loss_of(self, rows: Rows, sizes: StepSizes, statistics: Any) -> Any:
+    def _loss_of(self, rows: Rows, sizes: StepSizes, statistics: tuple[Tensor, Tensor] | None) -> PolicyLoss:
         if self._function is not None:
+            assert statistics is not None
             mean, std = statistics
             given = {
                 "rollout_logprobs": rows.old_logprobs,
@@ -210,14 +214,16 @@ class AEPOAsyncTrainer(AsyncGRPOTrainer):
                 del metrics[name]
 
 
-class _ForwardCall(Exception):  # noqa: N818  # no error: it carries what TRL would hand to the model
-    def __init__(self, args: tuple, keywords: dict[str, Any]) -> None:
-        self.args, self.keywords = args, keywords
+class _ForwardCall(Exception):
+    """No error: it carries what TRL would hand to the model."""
+
+    def __init__(self, keywords: dict[str, Any]) -> None:
+        self.keywords = keywords
 
 
-def _stop_before(*args: Any, **keywords: Any) -> None:
+def _stop_before(**keywords: Any) -> None:
     """In the place of a model: nothing of TRL's loss runs that comes after it, its metrics least of all."""
-    raise _ForwardCall(args, keywords)
+    raise _ForwardCall(keywords)
 
 
 @contextmanager
