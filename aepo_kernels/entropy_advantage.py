@@ -46,9 +46,9 @@ def entropy_statistics(
 
 def _over_ranks(own: Tensor, process_group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """(count, mean, sum of squared differences from it) of all ranks' tokens, from those [3] of this rank's."""
-    parts = own.new_empty(process_group.size(), 3)
+    parts = own.new_empty(process_group.size() * 3)  # flat: gloo takes nothing else
     torch.distributed.all_gather_into_tensor(parts, own, group=process_group)
-    counts, means, squares = parts.unbind(1)
+    counts, means, squares = parts.view(-1, 3).unbind(1)
     count = counts.sum()
     mean = (counts * means).sum() / count.clamp(min=1)
     return count, mean, squares.sum() + (counts * (means - mean).square()).sum()

@@ -94,13 +94,13 @@ def policy_objective(config: Any) -> PolicyObjective:
     }.items():
         if name in own:
             raise ValueError(f"objective={{{name!r}: ...}} has another name in TRL: {instead}")
-    clip = own.get("clip", PRESETS[config.preset].get("clip", "ppo"))  # type: ignore[index]
+    clip = own.get("clip", PRESETS[config.preset].get("clip", "ppo"))
     named = _overrides_by_trl_names(config, clip)
     for name in named.keys() & own.keys():
         raise ValueError(
             f"objective={{{name!r}: {own[name]!r}}} and TRL's setting of the same meaning are both given: leave one out"
         )
-    objective = PolicyObjective.preset(config.preset, **own, **named, kl_coef=config.beta)  # type: ignore[arg-type]
+    objective = PolicyObjective.preset(config.preset, **own, **named, kl_coef=config.beta)
     if config.delta is not None and config.delta <= 1 + objective.eps_high:
         raise ValueError(f"delta must be above 1 + epsilon_high, {1 + objective.eps_high}; got {config.delta}")
     return objective
