@@ -1584,60 +1584,60 @@ MUTATIONS = (
         "if len(names) < len(known):",
         ("tests/trainers/test_trl_versions.py::test_all_differences_of_a_trainer_are_said_at_once",),
     ),
-    row(
+    Mutation(
         "async-statistics-of-a-micro-batch",
         "aepo/integrations/trl/asynchronous.py",
         'if "entropy_mean" in inputs:',
         'if "entropy_means" in inputs:',
-        "trl_async test_gradients_do_not_depend_on_the_cut_into_micro_batches",
+        ("tests/trainers/test_trl_async.py::test_gradients_do_not_depend_on_the_cut_into_micro_batches",),
     ),
-    row(
+    Mutation(
         "async-tokens-of-a-micro-batch",
         "aepo/integrations/trl/asynchronous.py",
         'sum(batch["global_n_tokens"][0] for batch in batches)',
         'batches[0]["global_n_tokens"][0] * len(batches)',
-        "trl_async test_gradients_do_not_depend_on_the_cut_into_micro_batches",
+        ("tests/trainers/test_trl_async.py::test_gradients_do_not_depend_on_the_cut_into_micro_batches",),
     ),
-    row(
+    Mutation(
         "async-samples-of-a-micro-batch",
         "aepo/integrations/trl/asynchronous.py",
         'sum((batch["global_n_forward_tokens"] / batch["mean_seq_len"])[0] for batch in batches)',
         'len(batches) * (batches[0]["global_n_forward_tokens"] / batches[0]["mean_seq_len"])[0]',
-        "trl_async test_rows_of_a_token_budget_hold_as_many_samples_as_fit",
+        ("tests/trainers/test_trl_async.py::test_rows_of_a_token_budget_hold_as_many_samples_as_fit",),
     ),
-    row(
+    Mutation(
         "async-terms-of-a-rank-are-one-sequence",
         "aepo/integrations/trl/asynchronous.py",
         ".bincount().tolist()",
         ".mul(0).bincount().tolist()",
-        "trl_async test_gradients_of_two_micro_batches_are_those_of_the_published_loss",
+        ("tests/trainers/test_trl_async.py::test_gradients_of_two_micro_batches_are_those_of_the_published_loss",),
     ),
-    row(
+    Mutation(
         "async-tokens-of-all-ranks",
         "aepo/integrations/trl/asynchronous.py",
         'tokens=inputs["step_tokens"].clamp(min=1) / ranks',
         'tokens=inputs["step_tokens"].clamp(min=1)',
-        "trl_async test_two_ranks_have_the_gradients_of_one",
+        ("tests/trainers/test_trl_async.py::test_two_ranks_have_the_gradients_of_one",),
     ),
-    row(
+    Mutation(
         "async-router-loss-is-not-cut-by-accumulation",
         "aepo/integrations/trl/asynchronous.py",
         " * outputs.aux_loss / self.current_gradient_accumulation_steps",
         " * outputs.aux_loss",
-        "trl_async test_the_loss_of_a_router_is_added_as_trl_adds_it",
+        ("tests/trainers/test_trl_async.py::test_the_loss_of_a_router_is_added_as_trl_adds_it",),
     ),
-    row(
+    Mutation(
         "async-clip-ratios-stay",
         "aepo/integrations/trl/asynchronous.py",
         'or self._objective.ratio_level == "sequence":',
         'and self._objective.ratio_level == "sequence":',
-        "trl_async test_clip_ratios_per_token_are_not_logged_of_a_loss_without",
+        ("tests/trainers/test_trl_async.py::test_clip_ratios_per_token_are_not_logged_of_a_loss_without",),
     ),
-    row(
+    Mutation(
         "async-loss-fn-ignores-settings",
         "aepo/integrations/trl/loss.py",
         "    config.refuse_objective()\n    return function",
         "    return function",
-        "trl_async test_settings_that_would_be_ignored_are_refused_by_name",
+        ("tests/trainers/test_trl_async.py::test_settings_that_would_be_ignored_are_refused_by_name",),
     ),
 )
