@@ -10,15 +10,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aepo.own_loss import LossBatch, OwnLoss, checked_call
-from aepo.registry import plain
+from aepo.integrations.trl.objective import ObjectiveSettings
+from aepo.own_loss import ARGUMENTS, LossBatch, OwnLoss, checked_call
+from aepo.registry import plain, resolve_function
 from aepo_kernels import PolicyObjective, policy_loss
 from aepo_kernels.ops.loss_function import loss_of_function
 
 OF_ANY_LOSS = ("ratio_mean", "ratio_max", "approx_kl")
 """The kernels' metrics that do not depend on how a loss treats its tokens, and that TRL has no name for."""
-OF_AN_OBJECTIVE = {**{name: name for name in OF_ANY_LOSS}, "dual_clip_fraction": "dual_clip"}
-"""Those that TRL has no name for, and what aepo's own trainer calls them."""
+OF_AN_OBJECTIVE = {
+    **{name: name for name in OF_ANY_LOSS},
+    "clip_fraction_high": "clip_high",
+    "clip_fraction_low": "clip_low",
+    "dual_clip_fraction": "dual_clip",
+}
+"""Those of an objective, and what aepo's own trainer calls them."""
 
 
 class MicroLoss(NamedTuple):
@@ -56,7 +62,7 @@ class StepSizes:
 
     tokens: Tensor
     """[] that count, of all its micro-batches."""
-    rows: int
+    rows: float
     """Completions of all its micro-batches, those without a token included."""
     max_tokens: int
     """Of a completion."""
@@ -110,7 +116,7 @@ def function_loss(
         ref_logprobs=None if rows.ref_logprobs is None else rows.ref_logprobs[valid].clone(),
         cu_seqlens=torch.nn.functional.pad(valid.sum(1).cumsum(0), (1, 0)),
         tokens=round(sizes.tokens.item() * sizes.ranks),
-        paths=sizes.rows * sizes.ranks,
+        paths=round(sizes.rows * sizes.ranks),
         max_tokens=sizes.max_tokens,
         entropy_stats=given["entropy_stats"],
         temperature=temperature,
@@ -125,3 +131,15 @@ def function_loss(
     own.pop("loss")
     # The function divides by the tokens of all ranks, whose gradients are averaged.
     return MicroLoss(loss * sizes.ranks + kl_loss, tokens, metrics | own)
+
+
+def chosen_function(config: ObjectiveSettings, function: OwnLoss | None) -> OwnLoss | None:
+    """The loss of the user's own, given by config.loss or as loss_fn=`function`; None: neither."""
+    if function is None:
+        return None if config.loss is None else resolve_function(config.loss, "loss", ARGUMENTS)
+    if config.loss is not None:
+        raise ValueError(f"loss_fn and args.loss={config.loss!r} are both given: leave one out")
+    if not callable(function):
+        raise TypeError(f"loss_fn must be a function ({ARGUMENTS}); got {type(function).__name__}")
+    config.refuse_objective()
+    return function

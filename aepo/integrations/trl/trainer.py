@@ -11,11 +11,13 @@ from trl import GRPOTrainer
 
 from aepo.integrations.trl.advantages import of_rewards, per_token, step_level, turns
 from aepo.integrations.trl.branching.rollout import BranchingTrainer
-from aepo.integrations.trl.config import LOSS_TYPES, AEPOConfig, policy_objective
+from aepo.integrations.trl.config import AEPOConfig
 from aepo.integrations.trl.head import linear_head
-from aepo.integrations.trl.loss import MicroLoss, Rows, StepSizes, function_loss, objective_loss
+from aepo.integrations.trl.loss import MicroLoss, Rows, StepSizes, chosen_function, function_loss, objective_loss
+from aepo.integrations.trl.metrics import over_ranks
+from aepo.integrations.trl.objective import LOSS_TYPES, policy_objective
 from aepo.integrations.trl.versions import check_overrides
-from aepo.own_loss import ARGUMENTS, OwnLoss
+from aepo.own_loss import OwnLoss
 from aepo.registry import resolve_function
 from aepo_kernels.entropy_advantage import entropy_aware_advantages, entropy_statistics
 
@@ -49,7 +51,7 @@ class AEPOTrainer(BranchingTrainer):
             config = kwargs["args"] = AEPOConfig("AEPO")
         if not isinstance(config, AEPOConfig):
             raise TypeError(f"args must be an AEPOConfig (aepo.integrations.trl); got {type(config).__name__}")
-        self._function = _own_loss(config, loss_fn)
+        self._function = chosen_function(config, loss_fn)
         self._objective = policy_objective(config)
         kind = config.advantage_kind
         self._advantage = resolve_function(kind, "advantage", "rewards, questions") if ":" in kind else kind
@@ -199,8 +201,10 @@ class AEPOTrainer(BranchingTrainer):
             ref_logprobs=inputs.get("ref_per_token_logps"),
         )
         accumulated = self.current_gradient_accumulation_steps if mode == "train" else 1
-        loss, tokens, metrics = self._loss_of(rows, self._step_sizes(inputs, accumulated, mode), inputs)
-        self._log_loss(tokens, metrics)
+        found = self._loss_of(rows, self._step_sizes(inputs, accumulated, mode), inputs)
+        for name, value in over_ranks(found).items():
+            self._log(name, value)
+        loss = found.loss
         return loss + self.router_aux_loss_coef * aux_loss / accumulated if self.aux_loss_enabled else loss
 
     def _step_sizes(self, inputs: dict[str, Any], accumulated: int, mode: str) -> StepSizes:
@@ -240,26 +244,6 @@ class AEPOTrainer(BranchingTrainer):
 
     def _log(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value)
-
-    def _log_loss(self, tokens: Tensor, metrics: dict[str, Tensor]) -> None:
-        """Means over the tokens of all ranks. As objects: a rank without tokens has none of a function's metrics."""
-        parts = gather_object([(tokens.item(), {name: value.item() for name, value in metrics.items()})])
-        for name in sorted({name for _, part in parts for name in part}):
-            found = [(n, part[name]) for n, part in parts if name in part]
-            if name == "ratio_max":
-                self._log(f"policy/{name}", max(value for _, value in found))
-            else:
-                self._log(f"policy/{name}", sum(n * value for n, value in found) / max(sum(n for n, _ in found), 1))
-
-
-def _own_loss(config: AEPOConfig, loss_fn: OwnLoss | None) -> OwnLoss | None:
-    if loss_fn is not None and config.loss is not None:
-        raise ValueError(f"loss_fn and args.loss={config.loss!r} are both given: leave one out")
-    if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function ({ARGUMENTS}); got {type(loss_fn).__name__}")
-    if loss_fn is not None:
-        config.refuse_objective()
-    return resolve_function(config.loss, "loss", ARGUMENTS) if config.loss is not None else loss_fn
 
 
 def _loss_mask(batch: dict[str, Any]) -> Tensor:
