@@ -130,7 +130,7 @@ def test_metrics_are_trls_and_the_policys(settings, tmp_path):
     ours, theirs = make(tmp_path, **settings), make_trainer(GRPOTrainer, GRPOConfig, tmp_path, **settings)
     ours.train()
     theirs.train()
-    own = {"policy/" + name for name in ("ratio_mean", "ratio_max", "approx_kl", "dual_clip")}
+    own = {"policy/" + name for name in ("ratio_mean", "ratio_max", "approx_kl", "clip_high", "clip_low", "dual_clip")}
     own |= {"policy/entropy_std", "policy/advantage_flips"}
     assert last_log(ours).keys() == last_log(theirs).keys() | own
 

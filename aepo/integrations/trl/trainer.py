@@ -17,6 +17,7 @@ from aepo.integrations.trl.loss import MicroLoss, Rows, StepSizes, chosen_functi
 from aepo.integrations.trl.metrics import over_ranks
 from aepo.integrations.trl.objective import LOSS_TYPES, policy_objective
 from aepo.integrations.trl.versions import check_overrides
+from aepo.integrations.trl.written import OnlyWritten, of_tool_masks
 from aepo.own_loss import OwnLoss
 from aepo.registry import resolve_function
 from aepo_kernels.entropy_advantage import entropy_aware_advantages, entropy_statistics
@@ -56,6 +57,7 @@ class AEPOTrainer(BranchingTrainer):
         kind = config.advantage_kind
         self._advantage = resolve_function(kind, "advantage", "rewards, questions") if ":" in kind else kind
         self._passes: list[tuple[Tensor, Tensor | None]] | None = None  # of TRL's scoring, while it is kept
+        self._written: Tensor | None = None  # of the batch that is scored, where completions have results of tools
         super().__init__(*args, **kwargs)
         # TRL's own loss still runs, for its metrics: with these bounds.
         self.epsilon_low = self._objective.eps_low
@@ -72,30 +74,43 @@ class AEPOTrainer(BranchingTrainer):
     # Scoring: log-probs and entropies by our head, and those of the policy that sampled
 
     def _get_per_token_logps_and_entropies(
-        self, model: Any, *args: Any, compute_entropy: bool = False, **kwargs: Any
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         # The reference model of TRL's has a head without entropies.
         kept = self._passes is not None and model is not self.ref_model
+        scored = model if self._written is None else OnlyWritten(model, self._written, logits_to_keep)
         with linear_head():
             logprobs, entropy, aux_loss = super()._get_per_token_logps_and_entropies(
-                model, *args, compute_entropy=compute_entropy or kept, **kwargs
+                scored, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy or kept, **kwargs
             )
         if self._passes is not None:
             self._passes.append((logprobs, entropy))
         self._scored = logprobs, entropy, aux_loss
         return logprobs, entropy if compute_entropy else None, aux_loss
 
+    def _generate(self, prompts: list[Any]) -> Any:
+        generated = super()._generate(prompts)
+        self._written = of_tool_masks(generated[2])
+        return generated
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         needs_entropy = self._function is not None or self._objective.entropy_advantage != 0
         self._passes = [] if needs_entropy else None
         try:
             batch = super()._generate_and_score_completions(inputs)
-            passes = self._passes or []
+            passes, self._passes = self._passes or [], None
+            self._replace_advantages(batch)
+            if needs_entropy:
+                self._use_old_entropies(batch, passes)
         finally:
-            self._passes = None
-        self._replace_advantages(batch)
-        if needs_entropy:
-            self._use_old_entropies(batch, passes)
+            self._passes = self._written = None
         return batch
 
     def _use_old_entropies(self, batch: dict[str, Any], passes: list[tuple[Tensor, Tensor | None]]) -> None:
@@ -184,7 +199,11 @@ class AEPOTrainer(BranchingTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._shares: list[Tensor] = []
-        super()._compute_loss(model, inputs)  # its metrics; its loss is not used, and costs O(B T)
+        self._written = inputs.get("tool_mask")
+        try:
+            super()._compute_loss(model, inputs)  # its metrics; its loss is not used, and costs O(B T)
+        finally:
+            self._written = None
         logprobs, entropy, aux_loss = self._scored
         del self._scored
         mode = "train" if self.model.training else "eval"
