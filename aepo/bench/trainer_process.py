@@ -37,6 +37,8 @@ class Update:
     """One is done."""
 
     seconds: float
+    cpu_seconds: float
+    """Of all its threads; other programs on the machine change it less than the time."""
     peak_bytes: int | None
     """Of the resident set, above that of the process before there was a model; None where the system does not tell."""
     others_cores: float | None
@@ -104,12 +106,12 @@ class _Meter:
 
     def begin(self) -> None:
         forget_peak()
-        self._load, self._start = LoadMeter(), time.perf_counter()
+        self._load, self._cpu, self._start = LoadMeter(), time.process_time(), time.perf_counter()
 
     def end(self) -> None:
-        seconds = time.perf_counter() - self._start
+        seconds, cpu_seconds = time.perf_counter() - self._start, time.process_time() - self._cpu
         peak = None if self._before is None else resident("VmHWM") - self._before
-        self._connection.send(Update(seconds, peak, self._load.others_cores()))
+        self._connection.send(Update(seconds, cpu_seconds, peak, self._load.others_cores()))
 
 
 def _serve(connection: Connection, competitor: Competitor, cell: Cell, threads: int) -> None:

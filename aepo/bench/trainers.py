@@ -39,9 +39,10 @@ PATIENCE_S = 60.0
 LOADED = 0.1
 """Share of our threads' cores that others may take before we warn."""
 NOTE = (
-    "One update: log-probs and entropies of the old policy where the method needs them (AEPO), all micro-batches forward "
-    "and backward, AdamW's step. TRL's trainers run their train(), eight paths to a micro-batch; aepo's gets as many "
-    "tokens. Paths have one length, so nothing is padded. Memory: peak of the process above what it had before the model."
+    "One update: log-probs and entropies of the old policy where the method needs them (AEPO), all micro-batches "
+    "forward and backward, AdamW's step. TRL's trainers run their train(), eight paths to a micro-batch; aepo's gets "
+    "as many tokens. Paths have one length, so nothing is padded. Memory: peak of the process above what it had before "
+    "the model."
 )
 
 
@@ -71,6 +72,8 @@ class TrainerRow:
     """Median."""
     spread: float | None
     """Interquartile range / median; None for a single round."""
+    cpu_seconds: float
+    """Median, of all threads."""
     peak_bytes: int | None
     """Median."""
     gradient_error: float
@@ -194,6 +197,7 @@ def measure(cell: Cell, rounds: int, threads: int, progress: Progress) -> tuple[
             return True
 
         for competitor in COMPETITORS:
+            progress(f"starting {competitor}", None)
             process = stack.enter_context(TrainerProcess(competitor, cell, threads))
             contestant = _Contestant(competitor, process)
             if tried(contestant, contestant.start, "gate and first update"):
@@ -229,6 +233,7 @@ def rows_of(cell: Cell, contestants: Sequence[_Contestant]) -> list[TrainerRow]:
                 rounds=len(seconds),
                 seconds=statistics.median(seconds),
                 spread=spread(seconds),
+                cpu_seconds=statistics.median(update.cpu_seconds for update in one.updates),
                 peak_bytes=int(statistics.median(peaks)) if peaks else None,
                 gradient_error=one.gradient_error,
                 others_cores=statistics.mean(others) if others else None,
@@ -263,7 +268,7 @@ def warnings(rows: Sequence[TrainerRow], threads: int) -> Iterator[str]:
 def table(rows: Sequence[TrainerRow]) -> Table:
     """One cell's rows."""
     result = Table(title=rows[0].problem, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    numbers = ("s", "spread", "of TRL's time", "peak MiB", "of TRL's memory", "gradient error", "rounds")
+    numbers = ("s", "spread", "of TRL's time", "CPU s", "peak MiB", "of TRL's memory", "gradient error", "rounds")
     for index, column in enumerate(("", "objective", *numbers)):
         result.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
     for row in rows:
@@ -274,6 +279,7 @@ def table(rows: Sequence[TrainerRow]) -> Table:
             f"{row.seconds:.3g}",
             "" if row.spread is None else f"{row.spread:.0%}",
             ("~" if compared else "") if row.time_of_trl is None else f"{row.time_of_trl:.2f}",
+            f"{row.cpu_seconds:.3g}",
             "?" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}",
             "" if row.memory_of_trl is None else f"{row.memory_of_trl:.2f}",
             f"{row.gradient_error:.0e}",
