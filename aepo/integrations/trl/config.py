@@ -109,9 +109,9 @@ class AEPOConfig(GRPOConfig):
     )
     budget_beta: float = field(default=1.0, metadata={"help": "Pre-monitoring: k sigmoid(beta (H_root - H_tool))."})
     entropy_window: int = field(default=20, metadata={"help": "First tokens of a turn whose entropy is looked at."})
-    branch_alpha: float | str = field(
-        default="uniform",
-        metadata={"help": "Base chance of a branch: a number, or 'uniform', drawn for each decision."},
+    branch_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Base chance of a branch. None: drawn from [0, 1) for every decision, as in the paper."},
     )
     branch_gamma: float = field(default=0.2, metadata={"help": "Weight of the entropy change, in units of log V."})
     branch_penalty: float | None = field(
@@ -137,6 +137,8 @@ class AEPOConfig(GRPOConfig):
     def branch_settings(self) -> BranchSettings:
         """The branch rule. ValueError: a field that it does not take."""
         chosen = {name: getattr(self, name) for name in BRANCH_FIELDS}
+        if self.branch_alpha is None:
+            chosen["branch_alpha"] = "uniform"
         if self.branch_penalty is None:
             chosen["branch_penalty"] = 0.0 if self.preset == "arpo" else 0.05
         if self.preset == "arpo" and self.fresh_paths is None:
