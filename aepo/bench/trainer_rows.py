@@ -170,9 +170,11 @@ def distinct_positions(paths: Sequence[MadePath]) -> int:
 
 
 def true_gradients(model: Qwen3ForCausalLM, paths: Sequence[MadePath], objective: str) -> dict[str, Tensor]:
-    """Of the mean over tokens of -A r at r = 1, float64, path by path; AEPO weighs A with the entropies of the
-    batch. All paths have as many trained tokens, so that this is the mean over paths as well. At r = 1 nothing is
-    clipped."""
+    """Of the mean over tokens of -A r at r = 1, where nothing is clipped; AEPO weighs A with the entropies of the batch.
+
+    Path by path, in float64; transformers computes norms and positions in float32 in any case. All paths have as many
+    trained tokens, so that the mean over tokens is the mean over paths of their means.
+    """
     model = copy.deepcopy(model).double()
     with torch.no_grad():
         entropies = [_statistics(model, path)[1] for path in paths]

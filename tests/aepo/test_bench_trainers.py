@@ -20,7 +20,6 @@ from aepo.bench.settings import Settings
 from aepo.bench.trainer_process import SMALL, TrainerProcess, Update
 from aepo.bench.trainer_rows import (
     AEPO,
-    AEPO_TRAINER_AEPO,
     COMPETITORS,
     GRPO,
     OWN,
@@ -110,7 +109,7 @@ def test_the_true_gradient_is_a_derivative(objective):
     assert gradients.keys() == parameters.keys()
     direction = {name: torch.randn_like(one) for name, one in parameters.items()}
     expected = sum((gradients[name] * direction[name]).sum() for name in parameters).item()
-    step = 1e-6
+    step = 1e-4
     with torch.no_grad():
         _, start = value(model, paths, objective, None)
         found = []
@@ -118,7 +117,8 @@ def test_the_true_gradient_is_a_derivative(objective):
             for name, one in parameters.items():
                 one.add_(direction[name], alpha=sign * step)
             found.append(value(model, paths, objective, start)[0].item())
-    assert (found[0] - found[1]) / (2 * step) == pytest.approx(expected, rel=1e-6)  # of third order: 1e-7
+    # At this step what is of third order is 3e-4, and so is the rounding of norms.
+    assert (found[0] - found[1]) / (2 * step) == pytest.approx(expected, rel=2e-3)
 
 
 @pytest.mark.parametrize("competitor", COMPETITORS, ids=str)
@@ -168,14 +168,12 @@ def measured(rounds=2):
 
 
 def test_processes_take_turns_and_report_their_own_updates(monkeypatch):
-    monkeypatch.setattr(trainers, "COMPETITORS", (TRL, TRL_PATCHED, OWN, AEPO_TRAINER_AEPO))
+    monkeypatch.setattr(trainers, "COMPETITORS", (TRL, OWN))
     rows, refused = measured()
     assert refused == []
     assert [(row.trainer, row.objective, row.rounds) for row in rows] == [
         ("TRL", GRPO, 2),
-        ("TRL, patch_trl()", GRPO, 2),
         ("aepo's trainer", GRPO, 2),
-        ("AEPOTrainer", AEPO, 2),
     ]
     weights = sum(one.numel() for one in TINY.model().parameters())
     for row in rows:
