@@ -170,7 +170,7 @@ def distinct_positions(paths: Sequence[MadePath]) -> int:
 
 
 def true_gradients(model: Qwen3ForCausalLM, paths: Sequence[MadePath], objective: str) -> dict[str, Tensor]:
-    """Of the mean over tokens of -A r at r = 1, where nothing is clipped; AEPO weighs A with the entropies of the batch.
+    """Of the mean over tokens of -A r at r = 1, where nothing is clipped; AEPO weighs A by the entropies.
 
     Path by path, in float64; transformers computes norms and positions in float32 in any case. All paths have as many
     trained tokens, so that the mean over tokens is the mean over paths of their means.

@@ -34,7 +34,7 @@ QUICK = ((1024, 4096),)
 ROUNDS, QUICK_ROUNDS = 3, 2
 TOLERANCE = 1e-4
 """Of a gradient. float32 gives 1e-6 to 2e-5, an entropy factor that is left out 0.2."""
-PATIENCE_S = 60.0
+PATIENCE_S = 30.0
 """Of all updates of a trainer in a cell, the first one included; one is timed in any case."""
 LOADED = 0.1
 """Share of our threads' cores that others may take before we warn."""
