@@ -6,8 +6,10 @@ TRL, which takes 10 s.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
+import signal
 import time
 import traceback
 import warnings
@@ -70,7 +72,8 @@ class TrainerProcess:
         return message
 
     def update(self) -> Update:
-        self._here.send(True)
+        with contextlib.suppress(BrokenPipeError):  # said below
+            self._here.send(True)
         message = self._receive()
         assert isinstance(message, Update)
         return message
@@ -78,7 +81,7 @@ class TrainerProcess:
     def _receive(self) -> Message:
         try:
             message: Message = self._here.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self._process.join()
             raise RuntimeError(f"its process ended with exit code {self._process.exitcode}") from None
         if isinstance(message, Failed):
@@ -115,6 +118,7 @@ class _Meter:
 
 
 def _serve(connection: Connection, competitor: Competitor, cell: Cell, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other end, which ends this one
     torch.set_num_threads(1)  # SMALL is too small for more; on a loaded machine two took a minute for it
     warnings.simplefilter("ignore")  # of TRL's, about versions of what is not used here
     try:
