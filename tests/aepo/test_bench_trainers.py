@@ -17,7 +17,7 @@ from aepo import cli
 from aepo.bench import trainer_rows, trainers
 from aepo.bench.progress import Progress
 from aepo.bench.settings import Settings
-from aepo.bench.trainer_process import SMALL, TrainerProcess, Update
+from aepo.bench.trainer_process import SMALL, Ready, TrainerProcess, Update
 from aepo.bench.trainer_rows import (
     AEPO,
     COMPETITORS,
@@ -209,6 +209,29 @@ class Recorded:
 
     def __init__(self, *seconds, peak=100):
         self.updates = [Update(one, 2 * one, peak, 0.5) for one in seconds]
+
+
+class Slow:
+    """A process whose first update takes longer than the others."""
+
+    def __init__(self):
+        self.seconds = iter((9.0, 1.0, 2.0))
+
+    def ready(self):
+        return Ready(1e-6)
+
+    def update(self):
+        return Update(next(self.seconds), 1.0, None, None)
+
+
+def test_the_first_update_is_not_counted():
+    contestant = trainers._Contestant(OWN, Slow())
+    contestant.start()
+    contestant.update()
+    assert [update.seconds for update in contestant.updates] == [1.0]
+    assert contestant.wants_round(2)
+    contestant.update()
+    assert not contestant.wants_round(2)
 
 
 def test_rows_are_medians_beside_trl():
