@@ -15,16 +15,23 @@ def bench(
     questions: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Argument(
-            metavar="[QUESTION]...", help="token-stats, policy-loss, linear, decode or sample; default: all."
+            metavar="[QUESTION]...",
+            help="token-stats, policy-loss, linear, decode or sample, default: all; or trainers, alone.",
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One small shape each: does it all run?")] = False,
     device: Annotated[Optional[str], typer.Option(help="cpu or cuda; default: cuda if there.")] = None,  # noqa: UP045
-    tokens: Annotated[Optional[str], typer.Option(help="Rows of logits, one number or several: 128,512.")] = None,  # noqa: UP045
+    tokens: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Rows of logits (trainers: trained tokens), one number or several: 128,512."),
+    ] = None,
     vocab: Annotated[Optional[str], typer.Option(help="Size of the vocabulary, one or several.")] = None,  # noqa: UP045
-    hidden: Annotated[Optional[int], typer.Option(help="Size of the hidden states (linear).")] = None,  # noqa: UP045
+    hidden: Annotated[Optional[int], typer.Option(help="Size of the hidden states (linear, trainers).")] = None,  # noqa: UP045
     dtype: Annotated[Optional[str], typer.Option(help="bfloat16, float16 or float32.")] = None,  # noqa: UP045
-    rounds: Annotated[Optional[int], typer.Option(help="Timed rounds; default: 7, with --quick 3.")] = None,  # noqa: UP045
+    rounds: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Timed rounds; default: 7, with --quick 3 (trainers: 3, 2)."),
+    ] = None,
     threads: Annotated[Optional[int], typer.Option(help="CPU threads; default: torch's own choice.")] = None,  # noqa: UP045
     json_path: Annotated[Optional[str], typer.Option("--json", metavar="FILE", help="Write all rows there.")] = None,  # noqa: UP045
     plot: Annotated[
@@ -50,6 +57,10 @@ def bench(
     A figure: time and memory of the losses against the number of tokens
 
         aepo bench linear policy-loss --tokens 128,256,512 --plot losses.svg
+
+    One update by TRL, by TRL with our kernels, and by our own trainer; needs pip install "aepo-kernels[trl]"
+
+        aepo bench trainers --device cpu --vocab 32000 --tokens 2048
 
     Who is compared with: install trl, verl, liger-kernel, cut-cross-entropy, flash-attn or quack-kernels for their rows
 

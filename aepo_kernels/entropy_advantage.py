@@ -46,9 +46,9 @@ def entropy_statistics(
 
 def _over_ranks(own: Tensor, process_group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """(count, mean, sum of squared differences from it) of all ranks' tokens, from those [3] of this rank's."""
-    parts = own.new_empty(process_group.size(), 3)
+    parts = own.new_empty(process_group.size() * 3)  # flat, as gloo wants it
     torch.distributed.all_gather_into_tensor(parts, own, group=process_group)
-    counts, means, squares = parts.unbind(1)
+    counts, means, squares = parts.view(-1, 3).unbind(1)
     count = counts.sum()
     mean = (counts * means).sum() / count.clamp(min=1)
     return count, mean, squares.sum() + (counts * (means - mean).square()).sum()
@@ -81,6 +81,8 @@ def entropy_aware_advantages(
         )
     if isinstance(coefficient, bool) or not isinstance(coefficient, (int, float)) or not math.isfinite(coefficient):
         raise ValueError(f"coefficient must be a finite number; got {coefficient!r}")
+    if not isinstance(stats, tuple) or len(stats) != 2:
+        raise TypeError(f"stats must be (mean, std), as entropy_statistics makes them; got {type(stats).__name__}")
     mean, std = (torch.as_tensor(x, dtype=torch.float64, device=entropy.device) for x in stats)
     accurate = torch.finfo(torch.float64 if entropy.dtype == torch.float64 else torch.float32).eps
     noise = std <= ENTROPY_NOISE_ULPS * accurate * mean.abs()

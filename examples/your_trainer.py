@@ -26,6 +26,7 @@ from aepo_kernels import (
     policy_loss,
 )
 from aepo_kernels.advantages import group_advantages
+from aepo_kernels.entropy_advantage import entropy_aware_advantages, entropy_statistics
 
 VOCAB, SIZE, ROWS, LENGTH, RANKS = 61, 16, 12, 14, 2
 OBJECTIVE = PolicyObjective.preset("aepo", importance_cap=2.0, kl_coef=0.05)
@@ -98,20 +99,14 @@ class Step:
     denominator: Tensor
 
 
-def over_ranks(x: Tensor) -> Tensor:
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
 def step_of(batch: Batch) -> Step:
-    counted = batch.old_entropy[batch.mask != 0].double()
-    tokens = over_ranks(torch.tensor(len(counted), dtype=torch.float64))
-    mean = over_ranks(counted.sum()) / tokens.clamp(min=1)
-    squares = over_ranks((counted - mean).square().sum())  # about the mean: E[H^2] - E[H]^2 would lose all digits
-    std = (squares / (tokens - 1).clamp(min=1)).sqrt()
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    return Step((mean, std), tokens.clamp(min=1) / ranks)  # DDP and FSDP average the ranks' gradients
+    group = dist.group.WORLD if dist.is_initialized() else None
+    stats = entropy_statistics(batch.old_entropy, batch.mask, process_group=group)
+    tokens = (batch.mask != 0).sum()
+    if group is None:
+        return Step(stats, tokens.clamp(min=1))
+    dist.all_reduce(tokens)
+    return Step(stats, tokens.clamp(min=1) / dist.get_world_size())  # DDP and FSDP average the ranks' gradients
 
 
 def from_logprobs(model: Model, part: Batch, step: Step) -> PolicyLoss:
@@ -189,13 +184,12 @@ def without_entropy(model: Model, part: Batch, step: Step) -> PolicyLoss:
 
     At the first update of a batch that is the same; later ones keep the factor of the first.
     """
-    mean, std = step.entropy_stats
-    factor = 1 + OBJECTIVE.entropy_advantage * (part.old_entropy - mean) / std.clamp(min=1e-6)
+    advantages = entropy_aware_advantages(part.advantages, part.old_entropy, step.entropy_stats)
     logprobs, _ = logprobs_and_entropy(model(part.input_ids), part.labels)  # in your trainer: what it hands over
     return policy_loss(
         logprobs,
         part.old_logprobs,
-        part.advantages[:, None] * factor,
+        advantages,
         part.mask,
         objective=dataclasses.replace(OBJECTIVE, entropy_advantage=0.0),
         ref_logprobs=part.ref_logprobs,
@@ -254,7 +248,8 @@ def on_rank(rank: int, directory: str) -> None:
     for loss_of in SHAPES:
         loss, gradients = optimiser_step(loss_of, model, batch, rows=4)
         whole = {name: gradient.full_tensor() for name, gradient in gradients.items()}
-        assert_same((over_ranks(loss) / RANKS, whole), truth, f"{loss_of.__name__} on {RANKS} ranks")
+        dist.all_reduce(loss)
+        assert_same((loss / RANKS, whole), truth, f"{loss_of.__name__} on {RANKS} ranks")
     dist.destroy_process_group()
 
 

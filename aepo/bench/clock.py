@@ -51,20 +51,24 @@ class CpuClock:
         return total / repeats
 
     def extra_memory(self, run: Callable[[], object]) -> int | None:
-        def status(field: str) -> int:
-            lines = Path("/proc/self/status").read_text().splitlines()
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-        def reset() -> int:
-            ctypes.CDLL(None).malloc_trim(0)  # or memory that earlier calls freed would be taken again unseen
-            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-            return status("VmRSS")
-
-        before = None
-        with contextlib.suppress(OSError, AttributeError):  # not Linux, not glibc, or not allowed
-            before = reset()
+        before = forget_peak()
         run()
-        return None if before is None else max(0, status("VmHWM") - before)
+        return None if before is None else max(0, resident("VmHWM") - before)
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def forget_peak() -> int | None:
+    """The peak begins anew; returns what is in memory now, None where the system does not tell."""
+    with contextlib.suppress(OSError, AttributeError):  # not Linux, not glibc, or not allowed
+        ctypes.CDLL(None).malloc_trim(0)  # or memory that earlier calls freed would be taken again unseen
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        return resident("VmRSS")
+    return None
 
 
 SLEEP_CYCLES = (2_000_000, 6_000_000)

@@ -52,7 +52,15 @@ BASELINE = "eager"
 OURS = "aepo_kernels"
 
 
-def _is_unsteady(spread: float | None) -> bool:
+def spread(seconds: Sequence[float]) -> float | None:
+    """Interquartile range / median; None for a single round."""
+    if len(seconds) < 2:
+        return None
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return (high - low) / median
+
+
+def is_unsteady(spread: float | None) -> bool:
     return spread is not None and spread > UNSTEADY
 
 
@@ -165,7 +173,7 @@ class Row:
 
     @property
     def unsteady(self) -> bool:
-        return _is_unsteady(self.spread)
+        return is_unsteady(self.spread)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,15 +305,11 @@ class _Samples:
 
     @property
     def spread(self) -> float | None:
-        """Interquartile range / median."""
-        if len(self.seconds) < 2:
-            return None
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return (high - low) / self.median
+        return spread(self.seconds)
 
     @property
     def unsteady(self) -> bool:
-        return _is_unsteady(self.spread)
+        return is_unsteady(self.spread)
 
 
 def _nothing() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aepo.bench.harness import Refusal, Row
+from aepo.bench.harness import Refusal
 from aepo.run.files import write_file
 from aepo.run.outputs import refuse_output
 
@@ -25,10 +25,10 @@ def write_json(
     path: Path,
     here: Mapping[str, Any],
     compared: Sequence[Mapping[str, Any]],
-    rows: Sequence[Row],
+    rows: Sequence[Any],
     refused: Sequence[Refusal],
 ) -> None:
-    """Machine, peers, rows, and who got no row and why."""
+    """Machine, peers, rows (of one dataclass), and who got no row and why."""
     result = {
         "machine": here,
         "peers": compared,

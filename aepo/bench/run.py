@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from aepo.bench import decode, linear, peers, policy_loss, sample, token_stats
+from aepo.bench import decode, linear, peers, policy_loss, sample, token_stats, trainers
 from aepo.bench.clock import clock_for, machine
 from aepo.bench.harness import UNSTEADY, Refusal, Row, is_ours, measure
 from aepo.bench.load import missing_cores
@@ -43,16 +43,23 @@ def run(
     plot_path: Path | None = None,
     console: Console | None = None,
 ) -> bool:
-    """Measure (all questions if none is named); True if every row of ours passed its gate.
+    """Measure (all questions but the trainers if none is named); True if every row of ours passed its gate.
 
     json_path is written after every problem, so that a run that is stopped leaves what it had. Raises ValueError for
     settings that cannot be met, before anything is measured.
     """
-    unknown = [question for question in questions if question not in QUESTIONS]
+    unknown = [question for question in questions if question not in (*QUESTIONS, trainers.NAME)]
     if unknown:
-        raise ValueError(f"question must be one of {', '.join(QUESTIONS)}; got {', '.join(unknown)}")
+        names = ", ".join((*QUESTIONS, trainers.NAME))
+        raise ValueError(f"question must be one of {names}; got {', '.join(unknown)}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be an integer >= 1; got {threads}")
+    if trainers.NAME in questions:
+        if len(questions) > 1 or plot_path is not None:
+            raise ValueError(
+                f"{trainers.NAME} are measured alone, and not drawn: expected no other question, no --plot"
+            )
+        return trainers.run(settings, threads=threads, json_path=json_path, console=console or make_console())
     for question in questions or QUESTIONS:
         module = QUESTIONS[question]
         settings.shapes(module.CPU, module.CUDA, module.QUICK)  # says which does not fit

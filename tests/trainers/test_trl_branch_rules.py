@@ -6,9 +6,9 @@ import random
 import pytest
 from calling_toys import make_calling_trainer, step
 
-from aepo.branching import BranchSettings, fresh_paths
-from aepo.integrations.trl.paths import Group, Path, Seen, Turn
-from aepo.integrations.trl.rollout import BranchedRollout, BranchingTrainer, log_means
+from aepo.branching import BranchSettings
+from aepo.integrations.trl.branching.paths import Group, Path, Seen, Turn
+from aepo.integrations.trl.branching.rollout import BranchedRollout, BranchingTrainer, log_means
 
 ALWAYS = {"branch_alpha": 0.9, "branch_gamma": 0.0, "branch_penalty": 0.0}
 RESULTS = [0, 0]
@@ -91,12 +91,6 @@ def test_without_a_tool_result_all_start_fresh():
     write(probe, one)
     end(one, probe)
     assert (one.seen.fresh_paths, [path.row for path in take(one)]) == (4, [1, 2, 3])
-
-
-def test_the_budget_is_the_rule_of_our_own_rollouts():
-    assert fresh_paths(8, 1.01, [1.0, 1.0], 1.0) == 5  # 4.02 is rounded up
-    assert fresh_paths(8, 0.3, [], 1.0) == 8
-    assert fresh_paths(8, 0.0, [1e6], 1.0) == 1  # exp must not overflow
 
 
 def test_a_branch_has_read_the_same_and_writes_by_itself():

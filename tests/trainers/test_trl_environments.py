@@ -8,7 +8,7 @@ import pytest
 from calling_toys import ForkedWalk, Recorder, Walk, make_calling_trainer
 
 from aepo.branching import BranchSettings
-from aepo.integrations.trl.rollout import BranchingTrainer
+from aepo.integrations.trl.branching.rollout import BranchingTrainer
 
 OFTEN = {"branch_alpha": 0.9, "branch_gamma": 0.0, "branch_penalty": 0.0}
 

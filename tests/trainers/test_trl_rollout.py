@@ -14,9 +14,9 @@ from trl import GRPOTrainer
 
 from aepo.branching import BranchSettings
 from aepo.integrations.trl import AEPOConfig, AEPOTrainer
-from aepo.integrations.trl.entropies import measure
-from aepo.integrations.trl.paths import Path, Turn
-from aepo.integrations.trl.rollout import BranchingTrainer, rows_by_prompt, share
+from aepo.integrations.trl.branching.entropies import measure
+from aepo.integrations.trl.branching.paths import Path, Turn
+from aepo.integrations.trl.branching.rollout import BranchingTrainer, rows_by_prompt, share
 
 CONSTANT = {"branch_alpha": 0.6, "branch_gamma": 0.0}
 ROWS = {"per_device_train_batch_size": 8, "num_generations": 8}

@@ -10,12 +10,15 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from aepo.integrations.trl.advantages import of_rewards, per_token, step_level, turns
-from aepo.integrations.trl.config import LOSS_TYPES, AEPOConfig, policy_objective
+from aepo.integrations.trl.branching.rollout import BranchingTrainer
+from aepo.integrations.trl.config import AEPOConfig
 from aepo.integrations.trl.head import linear_head
-from aepo.integrations.trl.loss import Rows, StepSizes, function_loss, objective_loss
-from aepo.integrations.trl.rollout import BranchingTrainer
+from aepo.integrations.trl.loss import MicroLoss, Rows, StepSizes, chosen_function, function_loss, objective_loss
+from aepo.integrations.trl.metrics import over_ranks
+from aepo.integrations.trl.objective import LOSS_TYPES, policy_objective
 from aepo.integrations.trl.versions import check_overrides
-from aepo.own_loss import ARGUMENTS, OwnLoss
+from aepo.integrations.trl.written import OnlyWritten, of_tool_masks
+from aepo.own_loss import OwnLoss
 from aepo.registry import resolve_function
 from aepo_kernels.entropy_advantage import entropy_aware_advantages, entropy_statistics
 
@@ -24,16 +27,6 @@ VISUAL = (
     "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
 )  # fmt: skip
 """What a batch of TRL's has for the model beside tokens, where there are images."""
-MEASURED_BY_TRL = (
-    "loss",
-    "clip_fraction_high",
-    "clip_fraction_low",
-    "entropy_mean",
-    "entropy_std",
-    "kl",
-    "valid_tokens",
-)
-"""The kernels' metrics that TRL logs under its own names; entropy_std is that of a micro-batch."""
 
 
 class AEPOTrainer(BranchingTrainer):
@@ -59,11 +52,12 @@ class AEPOTrainer(BranchingTrainer):
             config = kwargs["args"] = AEPOConfig("AEPO")
         if not isinstance(config, AEPOConfig):
             raise TypeError(f"args must be an AEPOConfig (aepo.integrations.trl); got {type(config).__name__}")
-        self._function = _own_loss(config, loss_fn)
+        self._function = chosen_function(config, loss_fn)
         self._objective = policy_objective(config)
         kind = config.advantage_kind
         self._advantage = resolve_function(kind, "advantage", "rewards, questions") if ":" in kind else kind
         self._passes: list[tuple[Tensor, Tensor | None]] | None = None  # of TRL's scoring, while it is kept
+        self._written: Tensor | None = None  # of the batch that is scored, where completions have results of tools
         super().__init__(*args, **kwargs)
         # TRL's own loss still runs, for its metrics: with these bounds.
         self.epsilon_low = self._objective.eps_low
@@ -80,30 +74,43 @@ class AEPOTrainer(BranchingTrainer):
     # Scoring: log-probs and entropies by our head, and those of the policy that sampled
 
     def _get_per_token_logps_and_entropies(
-        self, model: Any, *args: Any, compute_entropy: bool = False, **kwargs: Any
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         # The reference model of TRL's has a head without entropies.
         kept = self._passes is not None and model is not self.ref_model
+        scored = model if self._written is None else OnlyWritten(model, self._written, logits_to_keep)
         with linear_head():
             logprobs, entropy, aux_loss = super()._get_per_token_logps_and_entropies(
-                model, *args, compute_entropy=compute_entropy or kept, **kwargs
+                scored, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy or kept, **kwargs
             )
         if self._passes is not None:
             self._passes.append((logprobs, entropy))
         self._scored = logprobs, entropy, aux_loss
         return logprobs, entropy if compute_entropy else None, aux_loss
 
+    def _generate(self, prompts: list[Any]) -> Any:
+        generated = super()._generate(prompts)
+        self._written = of_tool_masks(generated[2])
+        return generated
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         needs_entropy = self._function is not None or self._objective.entropy_advantage != 0
         self._passes = [] if needs_entropy else None
         try:
             batch = super()._generate_and_score_completions(inputs)
-            passes = self._passes or []
+            passes, self._passes = self._passes or [], None
+            self._replace_advantages(batch)
+            if needs_entropy:
+                self._use_old_entropies(batch, passes)
         finally:
-            self._passes = None
-        self._replace_advantages(batch)
-        if needs_entropy:
-            self._use_old_entropies(batch, passes)
+            self._passes = self._written = None
         return batch
 
     def _use_old_entropies(self, batch: dict[str, Any], passes: list[tuple[Tensor, Tensor | None]]) -> None:
@@ -192,7 +199,11 @@ class AEPOTrainer(BranchingTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._shares: list[Tensor] = []
-        super()._compute_loss(model, inputs)  # its metrics; its loss is not used, and costs O(B T)
+        self._written = inputs.get("tool_mask")
+        try:
+            super()._compute_loss(model, inputs)  # its metrics; its loss is not used, and costs O(B T)
+        finally:
+            self._written = None
         logprobs, entropy, aux_loss = self._scored
         del self._scored
         mode = "train" if self.model.training else "eval"
@@ -209,8 +220,10 @@ class AEPOTrainer(BranchingTrainer):
             ref_logprobs=inputs.get("ref_per_token_logps"),
         )
         accumulated = self.current_gradient_accumulation_steps if mode == "train" else 1
-        loss, metrics = self._loss_of(rows, self._step_sizes(inputs, accumulated, mode), inputs)
-        self._log_loss(metrics)
+        found = self._loss_of(rows, self._step_sizes(inputs, accumulated, mode), inputs)
+        for name, value in over_ranks(found).items():
+            self._log(name, value)
+        loss = found.loss
         return loss + self.router_aux_loss_coef * aux_loss / accumulated if self.aux_loss_enabled else loss
 
     def _step_sizes(self, inputs: dict[str, Any], accumulated: int, mode: str) -> StepSizes:
@@ -223,7 +236,7 @@ class AEPOTrainer(BranchingTrainer):
         rows = len(inputs["completion_ids"]) * accumulated
         return StepSizes(tokens=tokens, rows=rows, max_tokens=self.max_completion_length, ranks=ranks)
 
-    def _loss_of(self, rows: Rows, sizes: StepSizes, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss_of(self, rows: Rows, sizes: StepSizes, inputs: dict[str, Any]) -> MicroLoss:
         if self._function is None:
             return objective_loss(self._objective, rows, sizes)
         sampled = inputs.get("sampling_per_token_logps", rows.old_logprobs)
@@ -250,30 +263,6 @@ class AEPOTrainer(BranchingTrainer):
 
     def _log(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value)
-
-    def _log_loss(self, metrics: dict[str, Tensor]) -> None:
-        """Means over the tokens of all ranks. As objects: a rank without tokens has none of a function's metrics."""
-        tokens = float(metrics["valid_tokens"])
-        own = {name: (float(value), tokens) for name, value in metrics.items() if name not in MEASURED_BY_TRL}
-        parts = gather_object([own])
-        for name in sorted({name for part in parts for name in part}):
-            values = [part[name] for part in parts if name in part]
-            if name == "ratio_max":
-                mean = max(value for value, _ in values)
-            else:
-                mean = sum(value * n for value, n in values) / max(sum(n for _, n in values), 1.0)
-            self._log(f"policy/{NAMES.get(name, name)}", mean)
-
-
-NAMES = {"dual_clip_fraction": "dual_clip"}  # as aepo's own trainer calls it
-
-
-def _own_loss(config: AEPOConfig, loss_fn: OwnLoss | None) -> OwnLoss | None:
-    if loss_fn is not None and config.loss is not None:
-        raise ValueError(f"loss_fn and args.loss={config.loss!r} are both given: leave one out")
-    if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function ({ARGUMENTS}); got {type(loss_fn).__name__}")
-    return resolve_function(config.loss, "loss", ARGUMENTS) if config.loss is not None else loss_fn
 
 
 def _loss_mask(batch: dict[str, Any]) -> Tensor:

@@ -51,6 +51,23 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     "_prepare_inputs": ("generation_batch",),
 }
 
+# Of AsyncGRPOTrainer, and the entries of a batch of its that are read here.
+ASYNC: dict[str, tuple[str, ...]] = {
+    "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+    "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
+}
+ASYNC_BATCH = frozenset(
+    {
+        "token_index",
+        "old_log_probs",
+        "advantages",
+        "segment_id",
+        "global_n_tokens",
+        "global_n_forward_tokens",
+        "mean_seq_len",
+    }
+)
+
 # Of the function behind TRL's head, after ctx. All are passed by position, so there may be no other.
 HEAD_PARAMETERS = (
     "hidden",
@@ -98,10 +115,22 @@ def check_overrides(trainer: type) -> None:
     """Raise TypeError with every difference between the methods of GRPOTrainer, `trainer`, and OVERRIDES."""
     found = [difference for name, known in OVERRIDES.items() if (difference := _difference(trainer, name, known))]
     if found:
-        version = importlib.metadata.version("trl")
-        raise TypeError(
-            f"{trainer.__name__} of TRL {version} is not the one AEPOTrainer was written for: {'; '.join(found)}"
-        )
+        raise TypeError(_another(trainer, "AEPOTrainer", found))
+
+
+def check_async_overrides(trainer: type) -> None:
+    """The same of AsyncGRPOTrainer: its methods, and that its loss reads its batches by the names known here."""
+    found = [difference for name, known in ASYNC.items() if (difference := _difference(trainer, name, known))]
+    if not found:
+        unread = ASYNC_BATCH - set(_strings(trainer.compute_loss.__code__))  # type: ignore[attr-defined]
+        found = [f"compute_loss does not read {name!r} of a batch" for name in sorted(unread)]
+    if found:
+        raise TypeError(_another(trainer, "AEPOAsyncTrainer", found))
+
+
+def _another(trainer: type, ours: str, found: list[str]) -> str:
+    version = importlib.metadata.version("trl")
+    return f"{trainer.__name__} of TRL {version} is not the one {ours} was written for: {'; '.join(found)}"
 
 
 def _difference(trainer: type, name: str, known: tuple[str, ...]) -> str | None:
@@ -138,6 +167,15 @@ def _names_read(code: CodeType) -> Iterator[str]:
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             yield from _names_read(inner)
+
+
+def _strings(code: CodeType) -> Iterator[str]:
+    """In a function and in those that it makes."""
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, CodeType):
+            yield from _strings(constant)
 
 
 def _result_differences(head: Any) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from trl.models.utils import disable_gradient_checkpointing
 
 from aepo.branching import mean_entropy
-from aepo.integrations.trl.paths import Path, Place
+from aepo.integrations.trl.branching.paths import Path, Place
 
 
 def measure(trainer: Any, paths: Sequence[Path], window: int) -> list[tuple[Path, bool, list[Place]]]:

@@ -13,9 +13,9 @@ import torch
 from trl import GRPOTrainer
 
 from aepo.branching import BranchSettings
-from aepo.integrations.trl.environments import Environments, drop_forks, hide_forks
-from aepo.integrations.trl.paths import Group, Path, Seen
-from aepo.integrations.trl.waves import Waves
+from aepo.integrations.trl.branching.environments import Environments, drop_forks, hide_forks
+from aepo.integrations.trl.branching.paths import Group, Path, Seen
+from aepo.integrations.trl.branching.waves import Waves
 
 
 class BranchedRollout:
@@ -76,6 +76,7 @@ class BranchedRollout:
 class BranchingTrainer(GRPOTrainer):
     """GRPOTrainer whose training rollouts branch once `branch_with` was called; evaluations sample as TRL does."""
 
+    rollout_func: Any
     _branching: BranchSettings | None = None
     _rollout: BranchedRollout | None = None  # of the batch that is being generated
     _examples: Sequence[dict[str, Any]] = ()  # of the batch that is being generated

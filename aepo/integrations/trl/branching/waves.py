@@ -10,10 +10,10 @@ from typing import Any
 
 from trl.chat_template_utils import parse_response
 
-from aepo.integrations.trl.entropies import measure
-from aepo.integrations.trl.environments import Environments
-from aepo.integrations.trl.paths import Group, Path
-from aepo.integrations.trl.tools import Result, run_calls
+from aepo.integrations.trl.branching.entropies import measure
+from aepo.integrations.trl.branching.environments import Environments
+from aepo.integrations.trl.branching.paths import Group, Path
+from aepo.integrations.trl.branching.tools import Result, run_calls
 
 
 class Waves:

@@ -13,8 +13,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from aepo.integrations.trl.paths import Path, Place, Turn
-from aepo.integrations.trl.tools import Result, Tools, run_calls
+from aepo.integrations.trl.branching.paths import Path, Place, Turn
+from aepo.integrations.trl.branching.tools import Result, Tools, run_calls
 
 
 class NoBranch(Exception):
