@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, get_type_hints
 
+import torch
 from torch import Tensor
 
 SCHEMA_TYPES = {
@@ -18,6 +19,7 @@ SCHEMA_TYPES = {
     float | None: "float?",
     list[bool]: "bool[]",
     list[float]: "float[]",
+    torch.dtype | None: "ScalarType?",
 }
 
 
@@ -75,6 +77,7 @@ class LinearGradientCall(NamedTuple):
     temperature: float
     softcap: float | None
     ignore_index: int
+    operand_dtype: torch.dtype | None
     backend: str | None
 
 

@@ -171,22 +171,35 @@ class Head:
     shard: Shard = WHOLE
     sequence_parallel: bool = False  # each rank takes the gradient of its share of the tokens
     schedule: Literal["recompute", "keep"] = "recompute"
+    operand_dtype: torch.dtype | None = None  # None: that of the weight
 
     @property
     def acc(self) -> torch.dtype:
         return rows.acc_dtype(self.weight.dtype)
 
     @property
-    def operand_dtype(self) -> torch.dtype:
+    def rounded_dtype(self) -> torch.dtype:
+        """What hidden states and weight are rounded to before they are multiplied."""
+        return self.weight.dtype if self.operand_dtype is None else self.operand_dtype
+
+    @property
+    def product_dtype(self) -> torch.dtype:
         """What the products read. Tensor cores take 16-bit operands and sum in float32. PyTorch's CPU products round a
         16-bit result, so there the operands are widened; without AMX that is also the faster product: 300 GFLOP/s in
         float32 against 165 in bfloat16 (2-core AVX-512 Xeon, Sapphire Rapids class VM)."""
-        return self.weight.dtype if self.weight.is_cuda else self.acc
+        return self.rounded_dtype if self.weight.is_cuda else self.acc
+
+    def operand(self, x: Tensor) -> Tensor:
+        """Hidden states as the products read them."""
+        return x.to(self.rounded_dtype).to(self.product_dtype)
 
     @property
     def tile(self) -> tuple[int, int]:
-        """(rows, vocabulary entries), no more than there are."""
-        row_tile, columns = getattr(TILING[place(self.weight)], self.schedule)
+        """(rows, vocabulary entries), no more than there are. A weight that is rounded is never rounded as a whole."""
+        tiling = TILING[place(self.weight)]
+        row_tile, columns = getattr(tiling, self.schedule)
+        if self.rounded_dtype != self.weight.dtype:
+            columns = min(columns, tiling.recompute[1])
         return row_tile, min(columns, len(self.weight))
 
     def empty(self, *shape: int) -> Tensor:
@@ -202,19 +215,19 @@ class Head:
 
     def room_for_gradient(self, tokens: int) -> Tensor | None:
         """None where the gradient of a tile's logits is written over them."""
-        return None if self.operand_dtype == self.acc else self.room(tokens, self.tile[1], self.operand_dtype)
+        return None if self.product_dtype == self.acc else self.room(tokens, self.tile[1], self.product_dtype)
 
     @functools.cached_property
     def _widened(self) -> Tensor | None:
         """Room for one tile of the weight as an operand; `keep` goes through the vocabulary twice per chunk."""
-        if self.operand_dtype == self.weight.dtype:
+        if self.product_dtype == self.rounded_dtype:
             return None
-        return self.weight.new_empty(self.tile[1], self.weight.shape[1], dtype=self.operand_dtype)
+        return self.weight.new_empty(self.tile[1], self.weight.shape[1], dtype=self.product_dtype)
 
     def vocabulary(self) -> Iterator[tuple[slice, Tensor]]:
         """The tiles of the vocabulary with their weights [C, D] as an operand, each valid until the next."""
         for tile in slices(len(self.weight), self.tile[1]):
-            weight = self.weight[tile]
+            weight = self.weight[tile].to(self.rounded_dtype)
             yield tile, weight if self._widened is None else self._widened[: len(weight)].copy_(weight)
 
     def logits(self, hidden: Tensor, weight: Tensor, tile: slice, out: Tensor) -> None:
@@ -303,7 +316,7 @@ def _addmm_widens(device: torch.device, dtype: torch.dtype) -> bool:
 
 def statistics(head: Head, hidden: Tensor, labels: Tensor) -> TokenStats:
     """Token statistics [T] of hidden [T, D]: one product. Rows labelled rows.NO_LABEL have log-prob 0."""
-    operand = hidden.to(head.operand_dtype)
+    operand = head.operand(hidden)
     row_tile, columns = head.tile
     room = head.room(len(hidden), columns, head.acc)
     blocks = list(slices(len(hidden), row_tile))
@@ -327,7 +340,7 @@ def gradients(
     """
     given = [x for x in coefficients if x is not None]
     used = torch.stack([x != 0 for x in given]).any(0).nonzero()[:, 0]
-    coefficients, operand = coefficients.of_rows(used), hidden[used].to(head.operand_dtype)
+    coefficients, operand = coefficients.of_rows(used), head.operand(hidden[used])
     sizes = coefficients.sizes(head.temperature)
     to_common = scales(operand, largest(sizes))
     all_rows = gradient_rows(operand, labels[used], stats.of_rows(used), coefficients, sizes, to_common)
@@ -372,7 +385,7 @@ def statistics_and_gradients(
     `coefficients` gives those of a slice of the used rows from its statistics. `size` [] is about the largest of their
     `sizes` (None: as in the first chunk); where one is 4096 times larger, float16 operands may overflow (CUDA).
     """
-    labels, operand = labels[used], hidden[used].to(head.operand_dtype)
+    labels, operand = labels[used], head.operand(hidden[used])
     to_common = None if size is None else scales(operand, size * HEADROOM)
     room = head.room(len(used), len(head.weight), head.acc)
     room_for_gradient = head.room_for_gradient(len(used))

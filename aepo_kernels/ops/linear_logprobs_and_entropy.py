@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 torch.library.define(
     "aepo::linear_token_stats",
     "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, str? group, int vocab_start, float temperature, "
-    "float? softcap, int ignore_index, bool skip_ignored, str? backend) "
+    "float? softcap, int ignore_index, bool skip_ignored, ScalarType? operand_dtype, str? backend) "
     "-> (Tensor logprobs, Tensor entropy, Tensor maximum, Tensor log_sum)",
 )
 torch.library.define(
@@ -62,13 +62,15 @@ def _linear_token_stats(
     softcap: float | None,
     ignore_index: int,
     skip_ignored: bool,
+    operand_dtype: torch.dtype | None,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
     ignored = labels == ignore_index
     if labels.device.type == "cpu" and group is None:
         check_labels(labels, ignored, len(weight))
     shard = Shard(group, vocab_start)
-    head = linear.Head(weight, bias, temperature, softcap, backends.resolve(backend, hidden), shard)
+    served = backends.resolve(backend, hidden)
+    head = linear.Head(weight, bias, temperature, softcap, served, shard, operand_dtype=operand_dtype)
     flat_hidden, flat_labels = flat_rows(hidden, labels, ignored)
     if not skip_ignored:
         return tuple(x.view(labels.shape) for x in linear.statistics(head, flat_hidden, flat_labels))
@@ -106,7 +108,16 @@ def _linear_grad(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ..
     call = LinearGradientCall(*args)
     shard = Shard(call.group, 0)  # labels are local: where the part begins does not matter any more
     backend = backends.resolve(call.backend, hidden)
-    head = linear.Head(weight, call.bias, call.temperature, call.softcap, backend, shard, call.sequence_parallel)
+    head = linear.Head(
+        weight,
+        call.bias,
+        call.temperature,
+        call.softcap,
+        backend,
+        shard,
+        call.sequence_parallel,
+        operand_dtype=call.operand_dtype,
+    )
     flat_hidden, flat_labels = flat_rows(hidden, call.labels, call.labels == call.ignore_index)
 
     def flat(x: Tensor | None) -> Any:
@@ -153,17 +164,28 @@ class _LinearTokenStats(torch.autograd.Function):
         softcap: float | None,
         ignore_index: int,
         skip_ignored: bool,
+        operand_dtype: torch.dtype | None,
         backend: str | None,
     ) -> tuple[Tensor, Tensor]:
         if sequence_parallel and shard.group is not None:
             hidden = torch.ops.aepo.gather_tokens(hidden, shard.group)
         logprobs, entropy, maximum, log_sum = torch.ops.aepo.linear_token_stats(
-            hidden, weight, labels, bias, *shard, temperature, softcap, ignore_index, skip_ignored, backend
+            hidden,
+            weight,
+            labels,
+            bias,
+            *shard,
+            temperature,
+            softcap,
+            ignore_index,
+            skip_ignored,
+            operand_dtype,
+            backend,
         )
         ctx.save_for_backward(hidden, weight, labels, bias, maximum, log_sum, entropy)
         ctx.group, ctx.sequence_parallel, ctx.backend = shard.group, sequence_parallel, backend
         ctx.temperature, ctx.softcap = temperature, softcap
-        ctx.ignore_index, ctx.skip_ignored = ignore_index, skip_ignored
+        ctx.ignore_index, ctx.skip_ignored, ctx.operand_dtype = ignore_index, skip_ignored, operand_dtype
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
@@ -171,7 +193,7 @@ class _LinearTokenStats(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 11
+            return (None,) * 12
         hidden, weight, labels, bias, maximum, log_sum, entropy = ctx.saved_tensors
         if ctx.skip_ignored:  # such a token has no part in anything, and its label may be anything
             grad_logprobs, grad_entropy = (
@@ -192,10 +214,11 @@ class _LinearTokenStats(torch.autograd.Function):
             temperature=ctx.temperature,
             softcap=ctx.softcap,
             ignore_index=ctx.ignore_index,
+            operand_dtype=ctx.operand_dtype,
             backend=ctx.backend,
         )
         grads = torch.ops.aepo.linear_grad(hidden, weight, *call)
-        return *only(call.wanted, grads), *[None] * 8
+        return *only(call.wanted, grads), *[None] * 9
 
 
 def only(wanted: list[bool], gradients: Sequence[Tensor]) -> Iterator[Tensor | None]:
@@ -211,6 +234,7 @@ def check_linear(
     softcap: float | None,
     process_group: ProcessGroup | None,
     sequence_parallel: bool,
+    operand_dtype: torch.dtype | None,
 ) -> None:
     check_float_tensor("hidden", hidden)
     check_float_tensor("weight", weight)
@@ -230,6 +254,7 @@ def check_linear(
             check_device(name, x, "hidden", hidden.device)
             if x.dtype != hidden.dtype:
                 raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}; got {x.dtype}")
+    check_operand_dtype(operand_dtype, hidden.dtype)
     if bias is not None:
         check_like("bias", bias, "the vocabulary", weight.shape[:1], hidden.device)
     if softcap is not None and (
@@ -250,6 +275,18 @@ def check_linear(
     check_integer("labels", labels)
 
 
+def check_operand_dtype(operand_dtype: torch.dtype | None, dtype: torch.dtype) -> None:
+    """`dtype` is that of hidden, weight and bias."""
+    if operand_dtype is not None and not isinstance(operand_dtype, torch.dtype):
+        raise TypeError(f"operand_dtype must be a torch.dtype or None; got {operand_dtype!r}")
+    narrower = operand_dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
+    if operand_dtype not in (None, dtype) and not narrower:
+        raise TypeError(
+            "operand_dtype must be None, the dtype of hidden, or bfloat16 or float16 where hidden is float32; "
+            f"got {operand_dtype} for {dtype}"
+        )
+
+
 def linear_logprobs_and_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -262,6 +299,7 @@ def linear_logprobs_and_entropy(
     process_group: ProcessGroup | None = None,
     vocab_start: int | None = None,
     sequence_parallel: bool = False,
+    operand_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each label and entropy of each distribution, in nats, straight from hidden states.
@@ -274,6 +312,12 @@ def linear_logprobs_and_entropy(
     rounded to 16 bits, and memory beyond the gradients is O(T D) plus one tile. The backward makes the tiles again, for
     the rows that have a gradient; the weight's gradient is summed in float32 and rounded once.
 
+    `operand_dtype`, bfloat16 or float16 beside float32 tensors: hidden and weight are rounded to it on their way into
+    the products, as autocast does, the weight tile by tile; sums, bias, log-probs and gradients stay float32. None, or
+    the tensors' own dtype: nothing is rounded. On CUDA the products read 16 bits (tensor cores); the CPU multiplies the
+    rounded numbers in float32. Everything is that of a call with tensors of this dtype, but for the last rounding of
+    the gradients.
+
     Ignored labels, -inf (from a bias), NaN and the meaning of `backend` are as in `logprobs_and_entropy`. Raises
     TypeError or ValueError naming the argument that does not fit. Under FSDP2 call it through `LinearHead`.
 
@@ -284,11 +328,11 @@ def linear_logprobs_and_entropy(
     forward, and a reduce-scatter for the all-reduce. The gradients of weight and bias are those of this rank's part.
     """
     shard = shard_of(process_group, vocab_start)
-    check_linear(hidden, weight, labels, bias, softcap, process_group, sequence_parallel)
+    check_linear(hidden, weight, labels, bias, softcap, process_group, sequence_parallel, operand_dtype)
     check_temperature(temperature)
     labels, ignore_index = local_labels(labels.to(torch.int64), ignore_index, shard)
     softcap = None if softcap is None else float(softcap)
-    settings = (float(temperature), softcap, ignore_index, False, backend)
+    settings = (float(temperature), softcap, ignore_index, False, operand_dtype, backend)
     return _LinearTokenStats.apply(hidden, weight, bias, labels, shard, sequence_parallel, *settings)
 
 
@@ -301,9 +345,10 @@ def linear_loss_statistics(
     softcap: float | None,
     shard: Shard,
     sequence_parallel: bool,
+    operand_dtype: torch.dtype | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies [..] for a loss, from checked arguments: rows labelled rows.NO_LABEL take part in no
     product, have 0 in both, and get gradient 0."""
-    settings = (temperature, softcap, rows.NO_LABEL, True, backend)
+    settings = (temperature, softcap, rows.NO_LABEL, True, operand_dtype, backend)
     return _LinearTokenStats.apply(hidden, weight, bias, labels, shard, sequence_parallel, *settings)

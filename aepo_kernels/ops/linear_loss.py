@@ -55,6 +55,7 @@ def linear_loss(
     vocab_start: int | None = None,
     sequence_parallel: bool = False,
     schedule: Schedule | None = None,
+    operand_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> PolicyLoss:
     """The loss that `loss_fn` makes of log-probs and entropies, from hidden states [.., D] and the lm_head's weight.
@@ -71,7 +72,7 @@ def linear_loss(
     no graph can hold: it is taken only where asked for, and breaks the graph.
     """
     shard = shard_of(process_group, vocab_start)
-    check_linear(hidden, weight, labels, bias, softcap, process_group, sequence_parallel)
+    check_linear(hidden, weight, labels, bias, softcap, process_group, sequence_parallel, operand_dtype)
     check_temperature(temperature)
     check_loss_function(loss_fn, mask, labels.shape, hidden.device)
     if not isinstance(per_token, bool):
@@ -84,9 +85,9 @@ def linear_loss(
     wanted = wanted_gradients(hidden, weight, bias)
     if keep and any(wanted):
         head = (hidden, weight, bias, labels, mask != 0, loss_fn, wanted)
-        return _keep(*head, temperature, softcap, shard, sequence_parallel, backend)
+        return _keep(*head, temperature, softcap, shard, sequence_parallel, operand_dtype, backend)
     stats = linear_loss_statistics(
-        hidden, weight, bias, labels, temperature, softcap, shard, sequence_parallel, backend
+        hidden, weight, bias, labels, temperature, softcap, shard, sequence_parallel, operand_dtype, backend
     )
     return loss_of_function(loss_fn, *stats, mask != 0)
 
@@ -113,12 +114,13 @@ def _kept(
     softcap: float | None,
     shard: Shard,
     sequence_parallel: bool,
+    operand_dtype: torch.dtype | None,
     backend: str | None,
 ) -> PolicyLoss:
     """Three products: the function gives the coefficients of a chunk of tokens while their logits are kept."""
     with torch.no_grad():
         served = backends.resolve(backend, hidden)
-        head = linear.Head(weight, bias, temperature, softcap, served, shard, sequence_parallel, "keep")
+        head = linear.Head(weight, bias, temperature, softcap, served, shard, sequence_parallel, "keep", operand_dtype)
         if labels.device.type == "cpu" and shard.group is None:
             check_labels(labels, labels == rows.NO_LABEL, len(weight))
         tokens = all_tokens(hidden, shard, sequence_parallel)

@@ -43,7 +43,7 @@ Schedule = Literal["keep", "recompute"]
 torch.library.define(
     "aepo::linear_policy_loss",
     "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, str? group, int vocab_start, bool sequence_parallel, "
-    f"bool[] wanted, float temperature, float? softcap, {POLICY_CALL}) "
+    f"bool[] wanted, float temperature, float? softcap, ScalarType? operand_dtype, {POLICY_CALL}) "
     "-> (Tensor loss, Tensor metrics, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor scale)",
 )
 
@@ -71,12 +71,13 @@ def _linear_policy_loss(
     wanted: list[bool],
     temperature: float,
     softcap: float | None,
+    operand_dtype: torch.dtype | None,
     *args: Any,
 ) -> tuple[Tensor, ...]:
     call = PolicyCall(*args)
     numbers, backend = ObjectiveNumbers(*call.numbers), backends.resolve(call.backend, hidden)
     shard = Shard(group, vocab_start)
-    head = linear.Head(weight, bias, temperature, softcap, backend, shard, sequence_parallel, "keep")
+    head = linear.Head(weight, bias, temperature, softcap, backend, shard, sequence_parallel, "keep", operand_dtype)
     masked = labels == rows.NO_LABEL
     if labels.device.type == "cpu" and group is None:
         check_labels(labels, masked, len(weight))
@@ -190,6 +191,7 @@ def linear_policy_loss(
     vocab_start: int | None = None,
     sequence_parallel: bool = False,
     schedule: Schedule | None = None,
+    operand_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> PolicyLoss:
     """The policy loss of `objective` from hidden states [.., D] and the lm_head (as in `linear_logprobs_and_entropy`).
@@ -213,9 +215,10 @@ def linear_policy_loss(
     `process_group`, `vocab_start` and `sequence_parallel` are as in `linear_logprobs_and_entropy`; all that is per
     token is given for all tokens and the same on every rank, and so are loss and metrics. schedule="keep" makes all its
     collectives in the forward: an all-gather per chunk of kept tokens, and the sum of the hidden states' gradient.
+    `operand_dtype` is as there too.
     """
     shard = shard_of(process_group, vocab_start)
-    check_linear(hidden, weight, labels, bias, softcap, process_group, sequence_parallel)
+    check_linear(hidden, weight, labels, bias, softcap, process_group, sequence_parallel, operand_dtype)
     check_temperature(temperature)
     call = policy_arguments(
         labels.shape,
@@ -242,13 +245,14 @@ def linear_policy_loss(
     if keeps(schedule, possible, needed, hidden, labels.numel()) and any(wanted):
         with torch.no_grad():
             tokens = all_tokens(hidden, shard, sequence_parallel)
+            settings = (sequence_parallel, wanted, float(temperature), softcap, operand_dtype)
             loss, metrics, *kept = torch.ops.aepo.linear_policy_loss(
-                tokens, weight, labels, bias, *shard, sequence_parallel, wanted, float(temperature), softcap, *call
+                tokens, weight, labels, bias, *shard, *settings, *call
             )
         loss = KeptGradients.apply(hidden, weight, bias, loss, *kept, backend)
     else:
         stats = linear_loss_statistics(
-            hidden, weight, bias, labels, float(temperature), softcap, shard, sequence_parallel, backend
+            hidden, weight, bias, labels, float(temperature), softcap, shard, sequence_parallel, operand_dtype, backend
         )
         loss, metrics = loss_of_call(*stats, call)
     return PolicyLoss(loss, policy_metrics(loss, metrics, objective, True, ref_logprobs is not None))

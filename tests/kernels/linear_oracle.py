@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 from aepo_kernels import PolicyLoss, PolicyObjective, linear_policy_loss, logits_policy_loss
+from aepo_kernels.ops import linear
 
 
 class Problem(NamedTuple):
@@ -23,6 +27,11 @@ class Problem(NamedTuple):
         bias = None if self.bias is None else self.bias.detach().to(device, dtype).requires_grad_()
         hidden, weight = (x.detach().to(device, dtype).requires_grad_() for x in (self.hidden, self.weight))
         return self._replace(hidden=hidden, weight=weight, bias=bias, labels=self.labels.to(device))
+
+    def rounded(self, dtype: torch.dtype | None) -> Problem:
+        """With hidden states and weight as numbers of this dtype, in theirs."""
+        hidden, weight = (x.to(dtype).to(x.dtype) for x in (self.hidden, self.weight))
+        return self._replace(hidden=hidden, weight=weight)
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -99,3 +108,17 @@ def losses(
         (out, torch.autograd.grad(0.3 * out.loss, ours.leaves)),
         (truth, torch.autograd.grad(0.3 * truth.loss, exact.leaves)),
     )
+
+
+@contextmanager
+def operands_of_a_gpu() -> Iterator[None]:
+    """On a CPU, products of operands as narrow as on a GPU, the gradient of the logits included, and float32 sums."""
+
+    def multiply(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+        product = a.to(out.dtype) @ b.to(out.dtype)
+        out.copy_(out + product if add else product)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "multiply", multiply)
+        patch.setattr(linear.Head, "product_dtype", property(lambda head: head.rounded_dtype))
+        yield

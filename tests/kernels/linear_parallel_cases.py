@@ -98,6 +98,25 @@ def case_linear_in_16_bits_is_as_exact_as_in_one_process(ranks):
             assert_within_budget(name, x, y, z, scale=y.abs().max())
 
 
+def case_linear_with_rounded_operands_is_what_16_bit_tensors_give(ranks):
+    """Bit for bit, but for the last rounding of the gradients; the sum over ranks is one of float32 in both."""
+    hidden, weight, bias, labels = make_head(torch.float32)
+    bias = bias.bfloat16().float()
+    settings = {"objective": PolicyObjective.preset("aepo"), **STATS}
+    for sequence_parallel in (False, True):
+        leaves, group = of_rank(ranks, hidden, weight, bias, sequence_parallel)
+        rounded = [x.detach().bfloat16().requires_grad_() for x in leaves]
+        given = group | {"operand_dtype": torch.bfloat16}
+        runs = [partial(statistics, labels=labels, backend=None)]
+        runs += [partial(policy, labels=labels, schedule=s, **settings) for s in ("keep", "recompute")]
+        for run in runs:
+            (ours, grads), (expected, narrow) = run(leaves, **given), run(rounded, **group)
+            assert torch.equal(ours[0], expected[0])
+            assert all(x.dtype == torch.float32 for x in grads)
+            assert all(torch.equal(x.bfloat16(), y) for x, y in zip(grads, narrow, strict=True))
+            assert any((x.bfloat16() != x).any() for x in grads)
+
+
 def case_linear_policy_loss(ranks):
     *whole, labels = make_head(torch.float64)
     objectives = [PolicyObjective.preset(name) for name in PRESETS]
@@ -236,12 +255,12 @@ def case_linear_operations_pass_opcheck_with_a_group(ranks):
     local = labels - part.start
     settings = (0.8, None, rows.NO_LABEL)
     here = (hidden, weight[part], local, None)
-    stats = torch.ops.aepo.linear_token_stats(*here, group, part.start, *settings, False, None)
+    stats = torch.ops.aepo.linear_token_stats(*here, group, part.start, *settings, False, None, None)
     coefficients = (*stats[2:], stats[1], stats[0], None)
     for name, *args in (
         ("gather_tokens", hidden, group),
-        ("linear_token_stats", *here, group, part.start, *settings, True, None),
-        ("linear_grad", *here, *coefficients, group, True, [True, True, False], *settings, None),
+        ("linear_token_stats", *here, group, part.start, *settings, True, torch.bfloat16, None),
+        ("linear_grad", *here, *coefficients, group, True, [True, True, False], *settings, torch.bfloat16, None),
     ):
         torch.library.opcheck(getattr(torch.ops.aepo, name).default, tuple(args))
 

@@ -2,9 +2,11 @@
 small the loss's scale, a token's coefficient or the temperature; the 16-bit gradient of logits between two products
 (CUDA) keeps the digits of every row."""
 
+import contextlib
+
 import pytest
 import torch
-from linear_oracle import Problem, make_problem, policy_batch
+from linear_oracle import Problem, make_problem, operands_of_a_gpu, policy_batch
 
 from aepo_kernels import PolicyObjective, linear_logprobs_and_entropy, linear_policy_loss, logits_policy_loss
 from aepo_kernels.objective import PRESETS
@@ -91,16 +93,10 @@ def test_the_gradient_of_16_bit_logits_is_rounded_once_too(factor, dtype, backen
 
 
 @pytest.fixture
-def narrow_operands(monkeypatch):
-    """On a CPU, products with operands as narrow as on a GPU: the gradient of logits exists in 16 bits between them."""
-
-    def multiply(out, a, b, add=False):
-        product = a.to(out.dtype) @ b.to(out.dtype)
-        out.copy_(out + product if add else product)
-
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(linear, "multiply", multiply)
-        monkeypatch.setattr(linear.Head, "operand_dtype", property(lambda head: head.weight.dtype))
+def narrow_operands():
+    """The gradient of logits exists in 16 bits between the products, on a CPU too."""
+    with contextlib.nullcontext() if torch.cuda.is_available() else operands_of_a_gpu():
+        yield
 
 
 def extremes(tokens):

@@ -1,6 +1,8 @@
 """Claims: the registered linear operations pass opcheck, and both public functions compile into one graph, with another
 number of tokens without recompiling."""
 
+import functools
+
 import pytest
 import torch
 from linear_oracle import make_problem, policy_batch
@@ -18,12 +20,14 @@ SCALARS = (0.7, 5.0, -100)  # temperature, softcap, ignore_index
 
 def operations():
     here = (PROBLEM.hidden, WEIGHT, PROBLEM.labels, BIAS)
-    _, entropy, maximum, log_sum = OPS.linear_token_stats(*here, None, 0, *SCALARS, False, None)
+    _, entropy, maximum, log_sum = OPS.linear_token_stats(*here, None, 0, *SCALARS, False, None, None)
     coefficients = torch.randn(2, 12).unbind()
     wanted = [True, True, True]
-    yield "linear_token_stats", (*here, None, 0, *SCALARS, False, None)
-    yield "linear_token_stats of a loss", (*here, None, 0, *SCALARS, True, None)
-    yield "linear_grad", (*here, maximum, log_sum, entropy, *coefficients, None, False, wanted, *SCALARS, None)
+    for dtype in (None, torch.bfloat16):
+        yield f"linear_token_stats {dtype}", (*here, None, 0, *SCALARS, False, dtype, None)
+        yield f"linear_token_stats {dtype} of a loss", (*here, None, 0, *SCALARS, True, dtype, None)
+        of_logits = (maximum, log_sum, entropy, *coefficients)
+        yield f"linear_grad {dtype}", (*here, *of_logits, None, False, wanted, *SCALARS, dtype, None)
     stats = torch.tensor([1.0, 0.5])
     call = PolicyCall(
         OLD,
@@ -41,7 +45,8 @@ def operations():
         list(AEPO.numbers()),
         None,
     )
-    yield "linear_policy_loss", (*here, None, 0, False, wanted, 0.7, None, *call)
+    for dtype in (None, torch.bfloat16):
+        yield f"linear_policy_loss {dtype}", (*here, None, 0, False, wanted, 0.7, None, dtype, *call)
     yield "scaled_cast", (WEIGHT, torch.tensor(0.3), torch.bfloat16, None)
 
 
@@ -50,19 +55,20 @@ def test_opcheck(case):
     torch.library.opcheck(getattr(OPS, case.split()[0]).default, dict(operations())[case])
 
 
-def stats(hidden, weight, bias):
+def stats(hidden, weight, bias, operand_dtype=None):
     labels = PROBLEM.labels[: len(hidden)]
-    logprobs, entropy = linear_logprobs_and_entropy(hidden, weight, labels, bias, 0.7, 5.0)
+    logprobs, entropy = linear_logprobs_and_entropy(hidden, weight, labels, bias, 0.7, 5.0, operand_dtype=operand_dtype)
     return (logprobs * entropy).sum()
 
 
-def loss(schedule):
+def loss(schedule, operand_dtype=None):
     def run(hidden, weight, bias):
         n = len(hidden)
         inputs = (PROBLEM.labels[:n], OLD[:n], ADVANTAGES[:n], MASK[:n])
         return linear_policy_loss(
-            hidden, weight, *inputs, objective=AEPO, bias=bias, entropy_stats=(1.0, 0.5), schedule=schedule
-        ).loss
+            hidden, weight, *inputs, objective=AEPO, bias=bias, entropy_stats=(1.0, 0.5), schedule=schedule,
+            operand_dtype=operand_dtype,
+        ).loss  # fmt: skip
 
     return run
 
@@ -77,6 +83,10 @@ def of_a_function(hidden, weight, bias):
 
 
 FUNCTIONS = {"stats": stats, "keep": loss("keep"), "recompute": loss("recompute"), "a function": of_a_function}
+FUNCTIONS |= {
+    "stats of rounded operands": functools.partial(stats, operand_dtype=torch.float16),
+    "keep of rounded operands": loss("keep", torch.bfloat16),
+}
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)

@@ -4,11 +4,11 @@ where it is put and where it is taken away again."""
 from __future__ import annotations
 
 import contextlib
-from typing import Any, NamedTuple
 
 import pytest
 import torch
 import trl_toys
+from head_cases import BOTH, CHUNK, Case, by, leaves_of, make_case, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,8 +18,6 @@ from trl.trainer import utils
 from aepo.integrations.trl import head
 from aepo.integrations.trl.head import Head, linear_head, patch_trl, unpatch_trl
 
-BOTH = ("log_probs", "entropy")
-CHUNK = 32768  # entries of the vocabulary in a tile of TRL's
 TRLS = (utils._ChunkedLogProbFunction, utils._use_triton)
 
 
@@ -28,76 +26,6 @@ def unpatched():
     yield
     unpatch_trl()
     assert (utils._ChunkedLogProbFunction, utils._use_triton) == TRLS
-
-
-class Case(NamedTuple):
-    """A call, and the weights of the sum of its results that is differentiated."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    targets: Tensor
-    temperature: float = 1.0
-    softcap: float | None = None
-    logit_scale: float = 1.0
-    outputs: tuple[str, ...] = BOTH
-    autocast: bool = False
-
-
-def make_case(
-    tokens=9, size=33, vocab=61, *, dtypes=(torch.float32, torch.float32), bias=True, seed=0, **others
-) -> Case:
-    g = torch.Generator().manual_seed(seed)
-    hidden, weight = torch.randn(tokens, size, generator=g), torch.randn(vocab, size, generator=g) * 2 / size**0.5
-    offset = torch.randn(vocab, generator=g).to(dtypes[1]) if bias else None
-    targets = torch.randint(vocab, (tokens,), generator=g)
-    return Case(hidden.to(dtypes[0]), weight.to(dtypes[1]), offset, targets, **others)
-
-
-def of_sum(case: Case, leaves: dict[str, Tensor], logprobs: Tensor, entropy: Tensor | None) -> dict[str, Tensor]:
-    """Results, and gradients of a sum of them with weights of different sizes and signs."""
-    weights = torch.linspace(-1, 2, len(logprobs), dtype=torch.float64)
-    total = (logprobs.double() * weights).sum()
-    found = {"log_probs": logprobs.detach()}
-    if entropy is not None:
-        total = total + (entropy.double() * weights.flip(0) / 3).sum()
-        found["entropy"] = entropy.detach()
-    grads = torch.autograd.grad(total, list(leaves.values()))
-    return found | {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
-
-
-def leaves_of(case: Case, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    given = {"hidden": case.hidden, "weight": case.weight, "bias": case.bias}
-    return {n: x.to(dtype or x.dtype).clone().requires_grad_() for n, x in given.items() if x is not None}
-
-
-def truth(case: Case) -> dict[str, Tensor]:
-    leaves = leaves_of(case, torch.float64)
-    z = (leaves["hidden"] @ leaves["weight"].T + leaves.get("bias", 0.0)) * case.logit_scale
-    if case.softcap is not None:
-        z = case.softcap * torch.tanh(z / case.softcap)
-    logs = torch.log_softmax(z / case.temperature, -1)
-    entropy = -(logs.exp() * logs).sum(-1) if "entropy" in case.outputs else None
-    return of_sum(case, leaves, logs.gather(1, case.targets[:, None])[:, 0], entropy)
-
-
-def by(function: Any, case: Case) -> dict[str, Tensor]:
-    leaves = leaves_of(case)
-    with torch.autocast("cpu", torch.bfloat16) if case.autocast else contextlib.nullcontext():
-        logprobs, entropy, *others = function.apply(
-            leaves["hidden"],
-            leaves["weight"],
-            leaves.get("bias"),
-            case.targets,
-            case.temperature,
-            CHUNK,
-            case.softcap,
-            case.logit_scale,
-            case.outputs,
-        )
-    assert others == [None, None, None]
-    assert (entropy is None) == ("entropy" not in case.outputs)
-    return of_sum(case, leaves, logprobs, entropy)
 
 
 def errors(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
@@ -182,6 +110,54 @@ def test_any_shape_is_as_near_to_the_truth_as_trl(shape, **case):
     assert_as_near(make_case(*shape, **case))
 
 
+F16, F64 = torch.float16, torch.float64
+
+
+@pytest.mark.parametrize(
+    ("device", "autocast", "tensors", "expected"),
+    [
+        ("cuda", BF16, (F32, F32, F32), (F32, BF16)),  # TRL's default on a GPU
+        ("cuda", BF16, (BF16, F32), (F32, BF16)),
+        ("cuda", F16, (F32, F32), (F32, F16)),
+        ("cuda", BF16, (BF16, BF16), (BF16, BF16)),
+        ("cuda", None, (BF16, BF16), (BF16, BF16)),
+        ("cuda", None, (BF16, F32), (F32, BF16)),
+        ("cuda", None, (F32, F32), (F32, F32)),
+        ("cuda", None, (F32, BF16), (F32, F32)),
+        ("cuda", None, (BF16, BF16, F32), (F32, BF16)),
+        ("cuda", F16, (BF16, BF16), (F32, F16)),  # neither holds the other's numbers
+        ("cuda", BF16, (F64, F64), (F64, None)),
+        ("cuda", BF16, (F32, F64), (F64, None)),
+        ("cpu", BF16, (F32, F32), (F32, None)),
+        ("cpu", BF16, (BF16, F32), (F32, None)),
+        ("cpu", None, (BF16, BF16), (BF16, None)),
+    ],
+    ids=str,
+)
+def test_the_operation_is_told_what_to_round_and_takes_it(device, autocast, tensors, expected, monkeypatch):
+    """On this CPU with the dtypes of a GPU: log-probs then have TRL's operands and float32 sums."""
+    assert head.dtypes(device, autocast, *tensors) == expected
+    given, operand_dtype = expected
+    calls, operation = [], head.linear_logprobs_and_entropy
+    monkeypatch.setattr(head, "dtypes", lambda *_: expected)
+    monkeypatch.setattr(
+        head,
+        "linear_logprobs_and_entropy",
+        lambda *args, **others: (calls.append((args, others)), operation(*args, **others))[1],
+    )
+    case = make_case(dtypes=tensors[:2])
+    case = case._replace(bias=case.bias.to(tensors[-1]))
+    found = by(Head(ChunkedLogProbFunction), case)
+    ((args, others),) = calls
+    assert {x.dtype for x in args if isinstance(x, Tensor) and x.is_floating_point()} == {given}
+    assert others == {"operand_dtype": operand_dtype}
+    rounded = operand_dtype or given
+    narrow = case._replace(hidden=case.hidden.to(rounded), weight=case.weight.to(rounded))
+    for name in BOTH:
+        assert (found[name] - truth(narrow)[name]).abs().max() < 5e-6
+    assert {found[f"grad_{name}"].dtype for name in ("hidden", "weight")} == set(tensors[:2])
+
+
 def test_what_ours_does_not_do_is_trls():
     """In bfloat16, where the two differ in the third digit."""
     case = make_case(dtypes=(BF16, BF16))
@@ -217,7 +193,7 @@ def test_masked_positions_are_not_multiplied(monkeypatch):
     monkeypatch.setattr(
         head,
         "linear_logprobs_and_entropy",
-        lambda hidden, *args: (rows.append(len(hidden)), operation(hidden, *args))[1],
+        lambda hidden, *args, **others: (rows.append(len(hidden)), operation(hidden, *args, **others))[1],
     )
     for block, finite in ((contextlib.nullcontext(), False), (linear_head(), True)):
         model.zero_grad()

@@ -34,9 +34,9 @@ def calls(monkeypatch) -> list[int]:
     """Tokens of each call of our operation."""
     seen, operation = [], head.linear_logprobs_and_entropy
 
-    def counted(hidden, *args):
+    def counted(hidden, *args, **others):
         seen.append(len(hidden))
-        return operation(hidden, *args)
+        return operation(hidden, *args, **others)
 
     monkeypatch.setattr(head, "linear_logprobs_and_entropy", counted)
     return seen

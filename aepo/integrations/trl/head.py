@@ -56,10 +56,14 @@ class Head:
             )
         # s z capped at c is s times z capped at c / s
         settings = (temperature / logit_scale, None if softcap is None else softcap / logit_scale)
-        dtype = operand_dtype(hidden, weight, bias)
+        device = weight.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        dtype, operand_dtype = dtypes(device, autocast, *(x.dtype for x in (hidden, weight, bias) if x is not None))
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        logprobs, entropy = linear_logprobs_and_entropy(hidden, weight, targets, bias, *settings)
+        logprobs, entropy = linear_logprobs_and_entropy(
+            hidden, weight, targets, bias, *settings, operand_dtype=operand_dtype
+        )
         return logprobs, entropy if "entropy" in outputs else None, None, None, None
 
 
@@ -72,16 +76,20 @@ def serves(weight: Tensor, softcap: float | None, logit_scale: float, outputs: t
     return numbers and OURS.issuperset(outputs) and weight.device.type in SERVED and not hasattr(weight, "ds_id")
 
 
-def operand_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """What hidden, weight and bias are cast to: TRL's compute dtype, autocast's or else that of hidden.
+def dtypes(
+    device: str, autocast: torch.dtype | None, hidden: torch.dtype, *others: torch.dtype
+) -> tuple[torch.dtype, torch.dtype | None]:
+    """(what hidden, weight and bias are widened to, operand_dtype) from the dtypes that they have.
 
-    On the CPU 16-bit operands are widened to float32 before they are multiplied in any case, so there nothing is
-    narrowed first, and no gradient is rounded to 16 bits on its way to a float32 parameter.
+    operand_dtype is TRL's compute dtype: that of `autocast`, where it is on, or else that of hidden. The tensors become
+    as wide as the widest, so a float32 weight is rounded tile by tile, and no gradient on its way to it. On the CPU,
+    which multiplies in float32 in any case, and in float64, which autocast leaves alone, nothing is rounded.
     """
-    device = hidden.device.type
-    if device == "cpu":
-        return functools.reduce(torch.promote_types, (x.dtype for x in (hidden, weight, bias) if x is not None))
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    widest = functools.reduce(torch.promote_types, (hidden, *others))
+    if device == "cpu" or widest == torch.float64:
+        return widest, None
+    compute = hidden if autocast is None else autocast
+    return torch.promote_types(widest, compute), compute
 
 
 class _Swap:
