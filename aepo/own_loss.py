@@ -150,35 +150,46 @@ def _made_up(config: Config, dtype: torch.dtype, device: torch.device) -> tuple[
     return logprobs, entropy, batch
 
 
-def checked_call(function: OwnLoss, logprobs: Tensor, entropy: Tensor, batch: LossBatch) -> Any:
+def checked_call(
+    function: OwnLoss,
+    logprobs: Tensor,
+    entropy: Tensor,
+    batch: LossBatch,
+    *,
+    setting: str = SETTING,
+    reference: str = "policy.reference=true",
+) -> Any:
     """What the function returns, as it is. OwnLossError, with the line, where it raises; and for names of metrics that
-    are taken, or are none."""
+    are taken, or are none.
+
+    setting, reference: what the trainer that calls it calls the function, and what gives batch.ref_logprobs.
+    """
     name_of_function = plain(function).__qualname__
     try:
         returned = function(logprobs, entropy, batch)
     except Exception as error:  # whatever the user's code does
         problem = f"{name_of_function} raised {error_text(error)}{place_of(error, function)}"
-        raise OwnLossError(f"{SETTING}: {problem}{_hint(error, batch)}") from error
+        raise OwnLossError(f"{setting}: {problem}{_hint(error, batch, reference)}") from error
     if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
         for name in returned[1]:
             if not isinstance(name, str) or not METRIC_NAME.fullmatch(name):
                 raise OwnLossError(
-                    f"{SETTING}: {name_of_function}: names of metrics must be letters, digits and _ . / -, begin with "
+                    f"{setting}: {name_of_function}: names of metrics must be letters, digits and _ . / -, begin with "
                     f"a letter or _, and not with policy., which the trainer writes before them; got {name!r}"
                 )
             if name in MEASURED:
                 raise OwnLossError(
-                    f"{SETTING}: {name_of_function}: metric {name!r} must have another name, the trainer logs its own "
+                    f"{setting}: {name_of_function}: metric {name!r} must have another name, the trainer logs its own "
                     f"policy.{name} (as it does {', '.join(sorted(MEASURED - {name}))})"
                 )
     return returned
 
 
-def _hint(error: Exception, batch: LossBatch) -> str:
+def _hint(error: Exception, batch: LossBatch, reference: str) -> str:
     """What the batch has to do with it, in words."""
     if isinstance(error, AttributeError) and error.obj is batch:
         names = [field.name for field in fields(batch)]
         return f"; it has {', '.join(nearest_first(error.name or '', names))}"
     if batch.ref_logprobs is None and "NoneType" in str(error):
-        return "; batch.ref_logprobs is None without policy.reference=true"
+        return f"; batch.ref_logprobs is None without {reference}"
     return ""

@@ -244,7 +244,14 @@ def _own_loss(function: OwnLoss, mask: Tensor, old_logprobs: Tensor, advantages:
             tokens=int(tokens),
         )
         ours = {"ratio_mean": (logprobs[mask] - old).exp().mean(), "entropy_mean": entropy[mask].mean()}
-        returned = checked_call(function, logprobs[mask], entropy[mask], batch)  # type: ignore[arg-type]
+        returned = checked_call(
+            function,
+            logprobs[mask],
+            entropy[mask],
+            batch,  # type: ignore[arg-type]
+            setting="loss",
+            reference="a reference policy, which torchtitan has not",
+        )
         if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
             return returned[0], {**returned[1], **ours}
         return (returned, ours) if isinstance(returned, Tensor) else returned

@@ -83,18 +83,24 @@ class AEPOAsyncTrainer(AsyncGRPOTrainer):
     _name = "AEPO"
     _paper = AEPOTrainer._paper
 
-    def __init__(self, *args: Any, loss_fn: OwnLoss | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: AEPOAsyncConfig | None = None,
+        *others: Any,
+        loss_fn: OwnLoss | None = None,
+        **named: Any,
+    ) -> None:
         check_async_overrides(AsyncGRPOTrainer)
-        config = kwargs.get("args", args[2] if len(args) > 2 else None)
-        if config is None:
-            config = kwargs["args"] = AEPOAsyncConfig("AEPO")
+        config = AEPOAsyncConfig("AEPO") if args is None else args
         if not isinstance(config, AEPOAsyncConfig):
             raise TypeError(
                 f"args must be an AEPOAsyncConfig (aepo.integrations.trl.asynchronous); got {type(config).__name__}"
             )
         self._function = chosen_function(config, loss_fn)
         self._objective = policy_objective(config)
-        super().__init__(*args, **kwargs)
+        super().__init__(model, reward_funcs, config, *others, **named)
         # TRL's own loss still runs, for its metrics: with these bounds.
         self.epsilon_low = self._objective.eps_low
         self.epsilon_high = self._objective.eps_high

@@ -123,7 +123,7 @@ def function_loss(
     )
 
     def loss_fn(logprobs: Tensor, entropy: Tensor) -> Any:
-        return checked_call(function, logprobs, entropy, batch)
+        return checked_call(function, logprobs, entropy, batch, setting="loss", reference="beta")
 
     functools.update_wrapper(loss_fn, plain(function))  # errors name the user's function
     counted = torch.ones(len(batch.advantages), dtype=torch.bool, device=valid.device)

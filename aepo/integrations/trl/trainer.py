@@ -45,11 +45,17 @@ class AEPOTrainer(BranchingTrainer):
         "citation": "@article{aepo, title={Agentic Entropy-Balanced Policy Optimization}, eprint={arXiv:2510.14545}}",
     }
 
-    def __init__(self, *args: Any, loss_fn: OwnLoss | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: AEPOConfig | None = None,
+        *others: Any,
+        loss_fn: OwnLoss | None = None,
+        **named: Any,
+    ) -> None:
         check_overrides(GRPOTrainer)
-        config = kwargs.get("args", args[2] if len(args) > 2 else None)
-        if config is None:
-            config = kwargs["args"] = AEPOConfig("AEPO")
+        config = AEPOConfig("AEPO") if args is None else args
         if not isinstance(config, AEPOConfig):
             raise TypeError(f"args must be an AEPOConfig (aepo.integrations.trl); got {type(config).__name__}")
         self._function = chosen_function(config, loss_fn)
@@ -58,7 +64,7 @@ class AEPOTrainer(BranchingTrainer):
         self._advantage = resolve_function(kind, "advantage", "rewards, questions") if ":" in kind else kind
         self._passes: list[tuple[Tensor, Tensor | None]] | None = None  # of TRL's scoring, while it is kept
         self._written: Tensor | None = None  # of the batch that is scored, where completions have results of tools
-        super().__init__(*args, **kwargs)
+        super().__init__(model, reward_funcs, config, *others, **named)
         # TRL's own loss still runs, for its metrics: with these bounds.
         self.epsilon_low = self._objective.eps_low
         self.epsilon_high = self._objective.eps_high
