@@ -134,6 +134,18 @@ def test_rounding_is_no_spread(spread, device):
     assert (entropy_aware_advantages(advantages, wide, stats, coefficient=3.0) != advantages).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_spread_of_entropies_in_half_precision_is_one(dtype, device):
+    """Neighbours of 4: far less than 8 ulps of the dtype, but the statistics are float64 of exact numbers."""
+    ulp = 4 * torch.finfo(dtype).eps
+    entropy = (4 + ulp * torch.tensor([[2.0, 1.0, 0.0, 1.0]], device=device)).to(dtype)
+    stats = entropy_statistics(entropy, torch.ones(1, 4, device=device))
+    found = entropy_aware_advantages(torch.ones(1, dtype=torch.float64, device=device), entropy, stats)
+    exact = entropy.double()
+    torch.testing.assert_close(found, 1 + 0.2 * (exact - exact.mean()) / exact.std(), rtol=1e-12, atol=1e-13)
+    assert found.unique().numel() > 1
+
+
 @pytest.mark.parametrize("clamp", [False, True])
 def test_the_policy_loss_makes_the_same_of_the_same_statistics(clamp):
     advantages, entropy, mask = problem(7, 5, 30)

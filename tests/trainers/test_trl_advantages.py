@@ -49,6 +49,8 @@ def test_the_batch_and_a_function_of_ones_own():
 
     assert of_rewards(own, rewards, 2).tolist() == [6.0, 2.0, 0.0, 4.0]
     assert seen == [([3.0, 1.0, 2.0], [0, 0, 1])]
+    assert of_rewards(own, torch.tensor([NAN, 3.0, 1.0, 2.0]), 2).tolist() == [0.0, 6.0, 2.0, 4.0]
+    assert seen[1] == ([3.0, 1.0, 2.0], [0, 1, 1])
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,20 @@ def test_tools_with_plain_rollouts(tmp_path):
     assert last_log(trainer)["tools/call_frequency"] == 0
 
 
+def of_dialogues(questions, trainer):
+    """A rollout_func for prompts that are dialogues."""
+    found = made_up([prompt[-1]["content"] for prompt in questions], trainer)
+    return {name: found[name] for name in ("prompt_ids", "completion_ids", "logprobs")}
+
+
+def test_tools_beside_a_rollout_func_train_without_branches(tmp_path):
+    """The preset's rollouts branch only where nobody else makes them."""
+    trainer = make(tmp_path, dataset=dialogues(), tools=[add], preset="aepo", rollout_func=of_dialogues)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert not [name for name in last_log(trainer) if name.startswith("rollout/")]
+
+
 class Counter:
     """An environment with one tool."""
 

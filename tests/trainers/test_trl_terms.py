@@ -2,10 +2,12 @@
 factors reach the loss as TRL means them, in training and in an evaluation.
 """
 
+import copy
 import math
 
 import pytest
 import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl_oracle import assert_step, float64_model, loss_mask, sapo_oracle, scored, truth_of
 from trl_recorder import EVALUATED, MOVING, TOKENIZER, Recorded, logged, made_up, run
 from trl_toys import make_trainer
@@ -172,6 +174,27 @@ def test_the_importance_sampling_correction(mode, tmp_path):
     for step in trainer.steps:
         assert "importance_sampling_ratio" in step.micro_batches[0]
         assert_step(step, truth_of(step, objective, share=share, reference=trainer.steps[0].weights))
+
+
+def test_the_loss_of_a_router_is_cut_by_accumulation(tmp_path):
+    """As TRL adds it: the mean over the micro-batches of a step, and whole in an evaluation."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_key_value_heads": 1}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "pad_token_id": None}
+    moe = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(vocab_size=len(TOKENIZER), num_attention_heads=2, head_dim=16, **sizes, **experts)
+    )
+    same = {"gradient_accumulation_steps": 2, "max_steps": 1, "eval_dataset": EVALUATED}
+    found = []
+    for coefficient in (0.0, 0.5):
+        trainer = run(tmp_path, model=copy.deepcopy(moe), router_aux_loss_coef=coefficient, **same)
+        trainer.model.load_state_dict(moe.state_dict())
+        found.append((trainer.state.log_history[0], trainer.evaluate()))
+    (without, evaluated_without), (trained, evaluated) = found
+    assert trained["aux_loss"] > 0.1
+    assert trained["loss"] - without["loss"] == pytest.approx(0.5 * trained["aux_loss"], rel=1e-4)
+    added = evaluated["eval_loss"] - evaluated_without["eval_loss"]
+    assert added == pytest.approx(0.5 * evaluated["eval_aux_loss"], rel=1e-4)
 
 
 # Evaluation
