@@ -184,7 +184,8 @@ def test_the_loss_of_a_router_is_cut_by_accumulation(tmp_path):
     moe = Qwen3MoeForCausalLM(
         Qwen3MoeConfig(vocab_size=len(TOKENIZER), num_attention_heads=2, head_dim=16, **sizes, **experts)
     )
-    same = {"gradient_accumulation_steps": 2, "max_steps": 1, "eval_dataset": EVALUATED}
+    same = {"gradient_accumulation_steps": 2, "max_steps": 1}
+    same |= {"eval_dataset": EVALUATED, "per_device_eval_batch_size": 16}  # one batch
     found = []
     for coefficient in (0.0, 0.5):
         trainer = run(tmp_path, model=copy.deepcopy(moe), router_aux_loss_coef=coefficient, **same)

@@ -131,7 +131,6 @@ class Environments:
         named = {key: value for key, value in example.items() if key != "environment"}
         said = self._environment(row).reset(**(named if self._trainer._multi_environment else example))
         self._used.discard(row)
-        self.other_prompts.pop(row, None)
         prompt = _with_observation(example.get("prompt", [{"role": "user", "content": ""}]), said)
         if prompt != self._prompts[row]:
             prompts = [*self._prompts[:row], prompt, *self._prompts[row + 1 :]]

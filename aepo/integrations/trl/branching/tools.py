@@ -93,4 +93,11 @@ def _result(call: Mapping[str, Any], name: str, value: Any, failed: bool) -> Res
 
 
 async def _gather(coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    return await asyncio.gather(*coroutines, return_exceptions=True)
+    return await asyncio.gather(*map(_value_or_exit, coroutines), return_exceptions=True)
+
+
+async def _value_or_exit(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    try:
+        return await coroutine
+    except SystemExit as error:  # else it would end the thread of the loop, and the run would wait for ever
+        return error
