@@ -201,6 +201,7 @@ def test_a_command_line():
     assert (found.branched_rollouts, found.branch_alpha, found.fresh_paths) == (True, 0.4, 3)
     assert found.branch_settings().branch_alpha == 0.4
     assert configure().branch_settings().branch_alpha == "uniform"
+    assert configure(fresh_paths=8).branch_settings().fresh_paths == 8  # all of num_generations: nothing branches
 
 
 def test_a_yaml_file(tmp_path):

@@ -71,7 +71,8 @@ def test_a_call_of_another_type_is_a_failure():
     unnamed = {"type": "custom"}
     results = run_alone([other, unnamed], take=take)
     said = "{'error': 'Unsupported tool call type: custom'}"
-    assert [(one.name, one.content, one.failed) for one in results] == [("grammar", said, True), ("unknown", said, True)]
+    assert [one.name for one in results] == ["grammar", "unknown"]
+    assert all((one.content, one.failed) == (said, True) for one in results)
 
 
 def test_blocks_stay_blocks():
