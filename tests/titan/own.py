@@ -21,3 +21,16 @@ def with_old_entropy(logprobs, entropy, batch):
 
 def misspelt(logprobs, entropy, batch):
     return (logprobs * batch.advantage).sum()
+
+
+def of_means(logprobs, entropy, batch):
+    """NaN without a token."""
+    return -(logprobs * batch.advantages).mean() + 0.1 * entropy.mean()
+
+
+def that_writes(logprobs, entropy, batch):
+    """dapo, of a function that uses old_logprobs as its scratch space."""
+    batch.old_logprobs.zero_()
+    ratio = (logprobs - batch.rollout_logprobs).exp()
+    gain = torch.minimum(ratio * batch.advantages, ratio.clamp(0.8, 1.28) * batch.advantages)
+    return -gain.sum() / batch.tokens

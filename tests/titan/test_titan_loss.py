@@ -96,10 +96,12 @@ def test_what_does_not_count_may_be_anything():
     assert torch.equal(got[1][step.counted()], want[1][step.counted()])
 
 
-def test_a_call_without_tokens_is_zero():
+@pytest.mark.parametrize("tokens", [17, 0, torch.tensor(0)])
+def test_a_call_without_tokens_is_zero(tokens):
+    """Where the whole step has none, too."""
     step = make_step().rows(slice(3, 4))
-    for loss in (build(), build(preset="dapo"), build(loss="own:dapo"), build(chunks=2)):
-        value, hidden, weight, metrics = run(loss, step, 17)
+    for loss in (build(), build(preset="dapo"), build(chunks=2), build(loss="own:dapo"), build(loss="own:of_means")):
+        value, hidden, weight, metrics = run(loss, step, tokens)
         assert value == 0
         assert not hidden.any()
         assert not weight.any()
@@ -179,6 +181,25 @@ def test_a_loss_of_your_own(chunks):
         torch.testing.assert_close(got[3][name].double(), truth, **CLOSE)
 
 
+def test_what_a_function_writes_into_is_its_own():
+    step = make_step()
+    before = step.generator_logprobs.clone()
+    want = exact(step, PolicyObjective.preset("dapo"))
+    close(run(build(loss="own:that_writes"), step, step.tokens())[:3], want[:3])
+    torch.testing.assert_close(step.generator_logprobs, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("config", [{"preset": "dapo"}, {"loss": "own:dapo"}])
+def test_logits_are_written_over_where_that_is_asked_for(config, inplace):
+    step = make_step()
+    logits = step.head(step.hidden)
+    before = logits.detach().clone()
+    loss, _ = build(inplace_backward=inplace, **config)(logits, step.labels, step.tokens(), **step.inputs())
+    loss.backward()
+    assert torch.equal(logits.detach(), before) != inplace
+
+
 @pytest.mark.parametrize(
     ("function", "words"),
     [
@@ -206,6 +227,7 @@ def test_a_loss_of_your_own_that_asks_for_too_much(function, words):
         ({"objective": {"eps_hihg": 0.1}}, "did you mean 'eps_high'"),
         ({"loss": "own:dapo", "preset": "dapo"}, "preset='dapo' would be ignored beside loss='own:dapo'"),
         ({"loss": "own:dapo", "objective": {"eps_low": 0.1}}, "objective=.* would be ignored beside loss"),
+        ({"loss": "own:dapo", "denominator": 3.0}, "denominator=3.0 would be ignored beside loss='own:dapo'"),
         ({"loss": "own:nothing"}, "AEPOLoss.Config.loss = 'own:nothing'"),
     ],
 )
@@ -223,17 +245,19 @@ def test_inputs_of_other_shapes_are_refused_by_name():
         build(preset="dapo").set_entropy_stats(1.0, 0.5)
 
 
-def test_half_precision_logits_are_read_as_they_are():
-    """bfloat16 logits: the loss of exactly these numbers, and a gradient in their dtype."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_read_as_they_are(dtype):
+    """The loss of exactly these numbers, and a gradient in their dtype."""
     step = make_step()
-    logits = step.head(step.hidden).detach().bfloat16()
+    logits = step.head(step.hidden).detach().to(dtype)
     got, want = (x.clone().requires_grad_() for x in (logits, logits.double()))
     value, _ = build(preset="dapo")(got * 1, step.labels, step.tokens(), **step.inputs())
     value.backward()
     truth, _ = build(preset="dapo")(want * 1, step.labels, step.tokens(), **step.inputs())
     truth.backward()
     torch.testing.assert_close(value.double(), truth, **CLOSE)
-    torch.testing.assert_close(got.grad.double(), want.grad, rtol=2**-8, atol=1e-6)  # one rounding to 8 bits
+    rounding = torch.finfo(dtype).eps  # one, to 8 or 11 bits
+    torch.testing.assert_close(got.grad.double(), want.grad, rtol=rounding, atol=1e-6)
     assert got.shape[-1] == VOCAB
 
 

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -97,6 +98,20 @@ def case_plain_shards_of_spmd_types(ranks: Ranks) -> None:
             with set_current_spmd_mesh(mesh):
                 for _ in range(2):  # the second call knows where the parts begin
                     same(of_logits(loss, logits[..., part].contiguous(), step), want, part)
+
+
+def case_a_second_vocabulary_has_parts_of_its_own(ranks: Ranks) -> None:
+    """One loss, of two models: 11 entries as 6 and 5, then 9 as 5 and 4."""
+    mesh = init_device_mesh("cpu", (ranks.world,), mesh_dim_names=("tp",))
+    step = make_step()
+    logits, loss = step.head(step.hidden).detach(), build(preset="dapo")
+    with backend("spmd_types"):
+        for entries, first in ((VOCAB, 6), (9, 5), (VOCAB, 6)):
+            cut = dataclasses.replace(step, labels=step.labels.clamp(max=entries - 1))
+            part = slice(0, first) if ranks.rank == 0 else slice(first, entries)
+            want = of_logits(loss, logits[..., :entries].contiguous(), cut)
+            with set_current_spmd_mesh(mesh):
+                same(of_logits(loss, logits[..., part].contiguous(), cut), want, part)
 
 
 def case_chunks_under_tensor_parallelism(ranks: Ranks) -> None:
