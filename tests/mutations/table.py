@@ -1904,4 +1904,55 @@ MUTATIONS = (
         "return compute, compute",
         ("tests/trainers/test_trl_head.py::test_the_operation_is_told_what_to_round_and_takes_it",),
     ),
+    Mutation(
+        "trl-takes-the-entropies-of-the-reference",
+        "aepo/integrations/trl/trainer.py",
+        "if logprobs is old and entropy is not None:",
+        "if entropy is not None:",
+        ("tests/trainers/test_trl_estimates.py::test_entropies_are_the_adapters_where_only_the_reference_was_scored",),
+    ),
+    Mutation(
+        "trl-replaces-advantages-after-their-entropy-factor",
+        "aepo/integrations/trl/trainer.py",
+        "            self._replace_advantages(batch)\n            if needs_entropy:\n"
+        "                self._use_old_entropies(batch, passes)\n",
+        "            if needs_entropy:\n                self._use_old_entropies(batch, passes)\n"
+        "            self._replace_advantages(batch)\n",
+        ("tests/trainers/test_trl_estimates.py::test_other_estimates_get_the_entropy_factor",),
+    ),
+    Mutation(
+        "a-tool-of-trl-that-exits-ends-the-run",
+        "aepo/integrations/trl/branching/tools.py",
+        "except (Exception, SystemExit) as error:",
+        "except Exception as error:",
+        ("tests/trainers/test_trl_tools.py::test_a_tool_that_exits_does_not_end_the_run",),
+    ),
+    Mutation(
+        "other-types-of-calls-are-functions",
+        "aepo/integrations/trl/branching/tools.py",
+        'if call["type"] != "function":',
+        "if False:",
+        ("tests/trainers/test_trl_tools.py::test_a_call_of_another_type_is_a_failure",),
+    ),
+    Mutation(
+        "blocks-of-a-tool-become-text",
+        "aepo/integrations/trl/branching/tools.py",
+        "content = value if isinstance(value, list) else str(value)",
+        "content = str(value)",
+        ("tests/trainers/test_trl_tools.py::test_blocks_stay_blocks",),
+    ),
+    Mutation(
+        "a-row-has-the-tools-of-all-kinds-of-environment",
+        "aepo/integrations/trl/branching/waves.py",
+        "return trainer._env_tools[trainer._batch_environments[row]] if trainer.environments else trainer.tools",
+        "return trainer.tools",
+        ("tests/trainers/test_trl_waves.py::test_several_kinds_of_environment",),
+    ),
+    Mutation(
+        "a-reset-is-told-its-kind-of-environment",
+        "aepo/integrations/trl/branching/environments.py",
+        "**(named if self._trainer._multi_environment else example)",
+        "**example",
+        ("tests/trainers/test_trl_waves.py::test_several_kinds_of_environment",),
+    ),
 )
