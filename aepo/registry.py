@@ -53,19 +53,23 @@ def resolve(name: str, setting: str) -> Any:
 def resolve_function(name: str, setting: str, arguments: str) -> Any:
     """The same, where it must be callable with positional arguments, say "logprobs, entropy, batch"."""
     found = resolve(name, setting)
+    check_function(found, f"{setting} = {name!r}", arguments)
+    return found
+
+
+def check_function(found: Any, what: str, arguments: str) -> None:
+    """ValueError in one line, beginning with `what`, where it cannot be called with such positional arguments."""
     if not callable(found):
-        kind = type(found).__name__
-        raise ValueError(f"{setting} = {name!r}: expected a function ({arguments}); it is of type {kind}")
+        raise ValueError(f"{what}: expected a function ({arguments}); it is of type {type(found).__name__}")
     try:
         signature = inspect.signature(found)
     except Exception:  # some built-in ones have none, and a __getattr__ of the user's may raise anything
-        return found
+        return
     try:
         signature.bind(*arguments.split(", "))
     except TypeError as error:
         given = f"{plain(found).__qualname__}{signature}"
-        raise ValueError(f"{setting} = {name!r}: expected a function ({arguments}); it is {given}: {error}") from None
-    return found
+        raise ValueError(f"{what}: expected a function ({arguments}); it is {given}: {error}") from None
 
 
 def plain(function: Any) -> Any:

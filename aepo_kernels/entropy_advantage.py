@@ -83,11 +83,23 @@ def entropy_aware_advantages(
         raise ValueError(f"coefficient must be a finite number; got {coefficient!r}")
     if not isinstance(stats, tuple) or len(stats) != 2:
         raise TypeError(f"stats must be (mean, std), as entropy_statistics makes them; got {type(stats).__name__}")
-    mean, std = (torch.as_tensor(x, dtype=torch.float64, device=entropy.device) for x in stats)
+    if not isinstance(clamp, bool):
+        raise TypeError(f"clamp must be a bool; got {clamp!r}")
+    mean, std = (_number(x, entropy) for x in stats)
     accurate = torch.finfo(torch.float64 if entropy.dtype == torch.float64 else torch.float32).eps
     noise = std <= ENTROPY_NOISE_ULPS * accurate * mean.abs()
     factor = torch.where(noise, 1.0, 1 + coefficient * (entropy.detach().double() - mean) / std)
     return (rows * (factor.clamp(min=0) if clamp else factor)).to(advantages.dtype)
+
+
+def _number(x: float | Tensor, like: Tensor) -> Tensor:
+    """A number or one-element tensor of stats as a float64 tensor [] beside `like`; its value is not read."""
+    if isinstance(x, Tensor) and x.numel() == 1 and not x.is_complex():
+        return x.detach().reshape(()).to(device=like.device, dtype=torch.float64)
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        got = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
+        raise TypeError(f"stats must be two numbers or one-element tensors, (mean, std); got {got}")
+    return torch.ones((), device=like.device, dtype=torch.float64) * x
 
 
 def _check_entropy(entropy: Tensor) -> None:

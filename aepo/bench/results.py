@@ -28,12 +28,15 @@ def write_json(
     rows: Sequence[Any],
     refused: Sequence[Refusal],
 ) -> None:
-    """Machine, peers, rows (of one dataclass), and who got no row and why."""
+    """Machine, peers, rows (of one dataclass), and who got no row and why. ValueError: it cannot be written."""
     result = {
         "machine": here,
         "peers": compared,
         "rows": [dataclasses.asdict(row) for row in rows],
         "refused": [dataclasses.asdict(refusal) for refusal in refused],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(result, indent=1) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps(result, indent=1) + "\n")
+    except OSError as error:  # a disk that is full by now
+        raise ValueError(f"--json {path}: {error.strerror or error}") from error

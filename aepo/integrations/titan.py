@@ -17,8 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
-from torchtitan.components.loss import IGNORE_INDEX, BaseLoss
-from torchtitan.distributed.spmd_types import current_spmd_mesh, spmd_mesh_size
+
+try:
+    from torchtitan.components.loss import IGNORE_INDEX, BaseLoss
+    from torchtitan.distributed.spmd_types import current_spmd_mesh, spmd_mesh_size
+except ImportError as error:
+    raise ImportError(
+        f"aepo.integrations.titan needs torchtitan 0.3: pip install torchtitan==0.3.0, in an environment of its own "
+        f"(docs/torchtitan.md); {error}"
+    ) from error
 
 from aepo.own_loss import ARGUMENTS, LossBatch, OwnLoss, checked_call
 from aepo.registry import plain, resolve_function

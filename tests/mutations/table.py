@@ -1536,13 +1536,6 @@ MUTATIONS = (
         ("tests/trainers/test_trl_head.py::test_float32_is_as_near_to_the_truth_as_trl",),
     ),
     Mutation(
-        "patched-trl-rounds-gradients-under-autocast",
-        "aepo/integrations/trl/head.py",
-        'if device == "cpu":',
-        'if device == "meta":',
-        ("tests/trainers/test_trl_head.py::test_no_gradient_is_rounded_on_its_way_to_a_float32_parameter",),
-    ),
-    Mutation(
         "patched-trl-multiplies-masked-positions",
         "aepo/integrations/trl/head.py",
         "return device.type in SERVED or theirs(device)",

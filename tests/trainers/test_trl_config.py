@@ -41,10 +41,9 @@ HONOURED = {
 REFUSED = {
     "sapo_temperature_pos": 1.1, "sapo_temperature_neg": 1.1, "vespo_k_pos": 1.0, "vespo_lambda_pos": 1.0,
     "vespo_k_neg": 1.0, "vespo_lambda_neg": 1.0, "entropy_coef": 0.1, "use_adaptive_entropy": True,
+    "entropy_coef_min": 0.1, "entropy_coef_max": 0.5, "entropy_coef_delta": 0.1, "entropy_target": 0.5,
 }  # fmt: skip
 REFUSED_WITH = {"use_bias_correction_kl": {"beta": 0.1}}
-OF_ADAPTIVE_ENTROPY = {"entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"}
-"""TRL does not look at them without use_adaptive_entropy, which is refused."""
 NOT_OF_THE_LOSS = ("vllm_", "log_", "transformers_", "use_transformers_")
 NONE_OF_THE_LOSS = {
     "model_init_kwargs", "trust_remote_code", "remove_unused_columns", "shuffle_dataset", "top_p", "top_k", "min_p",
@@ -60,7 +59,7 @@ def own_fields():
 
 
 def test_every_setting_of_grpo_is_honoured_refused_or_none_of_the_loss():
-    known = {*HONOURED, *REFUSED, *REFUSED_WITH, *OF_ADAPTIVE_ENTROPY, *NONE_OF_THE_LOSS}
+    known = {*HONOURED, *REFUSED, *REFUSED_WITH, *NONE_OF_THE_LOSS}
     unknown = {name for name in own_fields() - known if not name.startswith(NOT_OF_THE_LOSS)}
     assert unknown == set(), "new in TRL? it needs a place here, and a look at what it does to the loss"
 
@@ -116,8 +115,12 @@ def test_a_loss_function_of_the_trainer_refuses_the_same(tmp_path):
             make_trainer(AEPOTrainer, AEPOConfig, tmp_path, loss_fn=loss_fn, **changed)
     with pytest.raises(ValueError, match=r"loss_fn and args.loss='examples.own_losses:sapo' are both given"):
         make_trainer(AEPOTrainer, AEPOConfig, tmp_path, loss_fn=loss_fn, loss="examples.own_losses:sapo")
-    with pytest.raises(TypeError, match=r"loss_fn must be a function .*got int"):
+    with pytest.raises(
+        ValueError, match=r"^loss_fn: expected a function \(logprobs, entropy, batch\); it is of type int"
+    ):
         make_trainer(AEPOTrainer, AEPOConfig, tmp_path, loss_fn=3)
+    with pytest.raises(ValueError, match=r"^loss_fn: expected a function \(logprobs, entropy, batch\); it is .*lambda"):
+        make_trainer(AEPOTrainer, AEPOConfig, tmp_path, loss_fn=lambda logprobs, entropy: logprobs.sum())
     with pytest.raises(ValueError, match=r"loss = 'examples.own_losses:nothing'"):
         make_trainer(AEPOTrainer, AEPOConfig, tmp_path, loss="examples.own_losses:nothing")
     with pytest.raises(TypeError, match=r"args must be an AEPOConfig.*got GRPOConfig"):
@@ -176,8 +179,12 @@ def test_overrides(settings, fields):
         ({"delta": 0.5}, ValueError, "^delta: .*got 0.5"),
         ({"importance_sampling_level": "word"}, ValueError, "^importance_sampling_level: .*got 'word'"),
         ({"beta": float("inf")}, ValueError, "^beta: .*got inf"),
-        ({"advantage": "loo"}, ValueError, "advantage must be group, batch, gigpo, or .*got 'loo'"),
-        ({"preset": "gigpo", "step_discount": 0.0}, ValueError, "step_discount must be in \\(0, 1\\]; got 0.0"),
+        ({"advantage": "loo"}, ValueError, "advantage must be group, batch, gigpo, .*got 'loo'"),
+        (
+            {"preset": "gigpo", "step_discount": 0.0},
+            ValueError,
+            "step_discount must be a number in \\(0, 1\\]; got 0.0",
+        ),
         ({"branch_alpha": "much"}, ValueError, "branch_alpha must be .*got 'much'"),
         ({"fresh_paths": 9}, ValueError, "fresh_paths must be at most num_generations, 8; got 9"),
     ],
@@ -223,3 +230,47 @@ def test_its_own_dict_makes_it_again():
     again = AEPOConfig(**kept)
     assert policy_objective(again) == policy_objective(config)
     assert again.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("preset", ["AEPO", "gpso", "ppo"])
+def test_a_preset_that_there_is_not_is_called_so(preset):
+    with pytest.raises(ValueError, match=f"^preset must be one of aepo, .*got '{preset}'"):
+        configure(preset=preset)
+
+
+def test_an_estimator_of_no_kl_is_refused():
+    with pytest.raises(ValueError, match=r"kl_estimator': 'k2'.*would be ignored: beta=0"):
+        configure(objective={"kl_estimator": "k2"})
+    assert policy_objective(configure(objective={"kl_estimator": "k2"}, beta=0.1)).kl_estimator == "k2"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("preset", None),
+        ("preset", ["aepo"]),
+        ("loss_type", ["dapo"]),
+        ("objective", {1: 2}),
+        ("objective", 0),
+        ("loss", ""),
+        ("loss", "nomod"),
+        ("epsilon_high", "5"),
+        ("delta", True),
+        ("advantage", ""),
+        ("advantage", ":"),
+        ("advantage", 3),
+        ("beta", -1.0),
+        ("step_weight", float("nan")),
+        ("step_weight", "1"),
+        ("step_discount", None),
+        ("step_discount", 0.0),
+        ("branched_rollouts", "false"),
+        ("fresh_paths", "2"),
+        ("fresh_paths", 0),
+        ("entropy_window", None),
+        ("entropy_window", 0),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be "):
+        configure(**{name: value})

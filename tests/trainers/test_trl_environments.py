@@ -253,3 +253,71 @@ def test_rewards_are_those_of_the_forks(tmp_path):
     assert batch.metrics["rollout/branches"] > 0
     rewards = [float("".join(map(str, expected(batch, row)[1]))) for row in range(8)]
     assert batch.metrics["rewards/Scored/mean"] == pytest.approx(sum(rewards) / 8)
+
+
+class Git(Walk):
+    def fork(self, to: int) -> str:
+        """Copy a repository.
+
+        Args:
+            to: where
+        """
+        return f"forked to {to}"
+
+
+def test_a_fork_that_takes_arguments_is_a_tool(tmp_path):
+    """Of the environment's own: branches repeat its calls, as they do those of any other tool."""
+    trainer = branching(tmp_path, Git, {**OFTEN, "fresh_paths": 2}, tools=["fork"])
+    batch = trainer.sample()
+    assert [tool.__name__ for tool in trainer.tools] == ["fork", "step"]
+    assert batch.metrics["rollout/branches"] > 0
+    assert batch.metrics["rollout/refused_branches"] == 0
+    assert all(result.startswith("forked to") for row in range(8) for result in batch.results(row))
+
+
+class Cached(Walk):
+    """Its fork is one copy for everybody."""
+
+    copy: Walk | None = None
+
+    def fork(self):
+        Cached.copy = Cached.copy or copy.deepcopy(self)
+        return Cached.copy
+
+
+def test_an_instance_is_taken_once(tmp_path):
+    Cached.copy = None
+    trainer = branching(tmp_path, Cached, {**OFTEN, "fresh_paths": 2}, call=0.97)
+    with pytest.warns(RuntimeWarning, match=r"no branch: Cached.fork returned .*: expected another Cached"):
+        batch = trainer.sample()
+    assert batch.metrics["rollout/branches"] <= 1
+    assert len({id(one) for one in trainer.environments}) == 8
+
+
+class Once(Walk):
+    """Its steps cannot be repeated, and it cannot be reset twice."""
+
+    def reset(self, start: int = 0, **_) -> None:
+        if getattr(self, "path", None):
+            raise ConnectionError("gone")
+        Walk.reset(self, start)
+
+    def step(self, to: int) -> str:
+        """Go there.
+
+        Args:
+            to: where
+        """
+        return f"{Walk.step(self, to)} {next(NUMBERS)}"
+
+
+NUMBERS = itertools.count()
+
+
+def test_an_environment_that_cannot_be_reset_again_is_named(tmp_path):
+    trainer = branching(tmp_path, Once, {**OFTEN, "fresh_paths": 2}, call=0.97)
+    with (
+        pytest.warns(RuntimeWarning, match="no branch"),
+        pytest.raises(RuntimeError, match=r"Once.reset raised ConnectionError when it was called again"),
+    ):
+        trainer.sample()

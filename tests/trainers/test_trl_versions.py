@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import subprocess
+import sys
 import types
 import warnings
 
@@ -52,6 +54,21 @@ def test_without_trl_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", none)
     with pytest.raises(ImportError, match=r"not installed: pip install .aepo-kernels\[trl\]"):
         check_trl()
+
+
+def test_where_torch_is_alone_the_error_is_the_same():
+    """`packaging` comes with transformers."""
+    hidden = "import sys; sys.modules['packaging'] = None; sys.modules['packaging.version'] = None\n"
+    code = hidden + (
+        "import importlib.metadata as metadata\n"
+        "def none(name): raise metadata.PackageNotFoundError(name)\n"
+        "metadata.version = none\n"
+        "import aepo.integrations.trl\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith(
+        "ImportError: aepo.integrations.trl needs TRL, which is not installed"
+    )
 
 
 def test_the_installed_trainer_has_what_is_overridden():
@@ -159,3 +176,24 @@ def test_the_table_has_every_parameter_of_the_head():
     forward = inspect.signature(utils._ChunkedLogProbFunction.forward)
     assert list(forward.parameters) == ["ctx", *versions.HEAD_PARAMETERS]
     assert list(inspect.signature(head.Head.apply).parameters) == ["self", *versions.HEAD_PARAMETERS]
+
+
+def test_a_head_that_cannot_be_compared_is_left_alone(monkeypatch):
+    def raises(*_):
+        raise RuntimeError("another head")
+
+    monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", raises)
+    assert head_differences(utils) == ["comparing it failed: RuntimeError: another head"]
+    monkeypatch.setattr(utils, "add_fused_lm_head", print)
+    assert head_differences(utils)[0].startswith("comparing it failed: AttributeError")
+
+
+def test_what_leaves_positions_out_is_compared_too(monkeypatch):
+    monkeypatch.setattr(utils, "_use_triton", lambda device, dtype: True)
+    assert head_differences(utils) == ["expected _use_triton(device), found _use_triton(device, dtype)"]
+
+
+def test_a_version_that_is_none_is_refused(monkeypatch):
+    installed(monkeypatch, "garbage")
+    with pytest.raises(ImportError, match=r"needs TRL 1\.16 or later; found 'garbage'"):
+        check_trl()

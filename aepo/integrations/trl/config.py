@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from trl import GRPOConfig
 
 from aepo.branching import BranchSettings
-from aepo.integrations.trl.objective import ObjectiveSettings
+from aepo.integrations.trl.objective import ObjectiveSettings, is_number
 
 Advantage = Literal["group", "batch", "gigpo"]
 PRESET_ADVANTAGES: dict[str, Advantage] = {"reinforce++": "batch", "gigpo": "gigpo"}
@@ -75,6 +75,7 @@ class AEPOConfig(ObjectiveSettings, GRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_objective()
+        self._check_types()
         self._refuse_ignored()
         self.branch_settings()
 
@@ -110,6 +111,18 @@ class AEPOConfig(ObjectiveSettings, GRPOConfig):
             )
         return BranchSettings(**chosen)
 
+    def _check_types(self) -> None:
+        self.expect("True, False or None", lambda x: x is None or isinstance(x, bool), "branched_rollouts")
+        self.expect("a number of at least 0", lambda x: is_number(x) and x >= 0, "beta", "step_weight")
+        self.expect("a number in (0, 1]", lambda x: is_number(x) and 0 < x <= 1, "step_discount")
+        self.expect("a whole number or None", lambda x: x is None or type(x) is int, "fresh_paths")
+        self.expect("a whole number", lambda x: type(x) is int, "entropy_window")
+        self.expect(
+            f"{', '.join(get_args(Advantage))}, package.module:function, or None",
+            lambda x: x in (None, *get_args(Advantage)) or (isinstance(x, str) and all(x.partition(":"))),
+            "advantage",
+        )
+
     def _refuse_ignored(self) -> None:
         for name, instead in self._ignored():
             self.refuse(name, instead)
@@ -119,7 +132,7 @@ class AEPOConfig(ObjectiveSettings, GRPOConfig):
         for name in ("sapo_temperature_pos", "sapo_temperature_neg", *VESPO):
             if getattr(self, name) != default_of(name):
                 yield name, "it belongs to a loss of TRL's that no preset has"
-        for name in ("entropy_coef", "use_adaptive_entropy"):
+        for name in ("entropy_coef", "use_adaptive_entropy", *ADAPTIVE_ENTROPY):
             if getattr(self, name) != default_of(name):
                 yield name, "objective={'entropy_bonus': ...} is the bonus here, with one coefficient for the run"
         if self.use_bias_correction_kl and self.beta != 0:
@@ -129,10 +142,6 @@ class AEPOConfig(ObjectiveSettings, GRPOConfig):
             if not branches and getattr(self, name) != default_of(name):
                 yield name, "rollouts do not branch: branched_rollouts=True, or a preset that does (aepo, arpo)"
         kind = self.advantage_kind
-        if kind not in get_args(Advantage) and ":" not in kind:
-            raise ValueError(
-                f"advantage must be {', '.join(get_args(Advantage))}, or package.module:function; got {kind!r}"
-            )
         if kind not in ("group", "gigpo"):
             for name in ("scale_rewards", "multi_objective_aggregation"):
                 if getattr(self, name) != default_of(name):
@@ -141,10 +150,9 @@ class AEPOConfig(ObjectiveSettings, GRPOConfig):
             for name in ("step_weight", "step_discount"):
                 if getattr(self, name) != default_of(name):
                     yield name, "it is GiGPO's: preset='gigpo' or advantage='gigpo'"
-        if kind == "gigpo" and not 0 < self.step_discount <= 1:
-            raise ValueError(f"step_discount must be in (0, 1]; got {self.step_discount}")
 
 
+ADAPTIVE_ENTROPY = ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target")
 VESPO = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aepo.integrations.trl.objective import ObjectiveSettings
 from aepo.own_loss import ARGUMENTS, LossBatch, OwnLoss, checked_call
-from aepo.registry import plain, resolve_function
+from aepo.registry import check_function, plain, resolve_function
 from aepo_kernels import PolicyObjective, policy_loss
 from aepo_kernels.ops.loss_function import loss_of_function
 
@@ -139,7 +139,6 @@ def chosen_function(config: ObjectiveSettings, function: OwnLoss | None) -> OwnL
         return None if config.loss is None else resolve_function(config.loss, "loss", ARGUMENTS)
     if config.loss is not None:
         raise ValueError(f"loss_fn and args.loss={config.loss!r} are both given: leave one out")
-    if not callable(function):
-        raise TypeError(f"loss_fn must be a function ({ARGUMENTS}); got {type(function).__name__}")
+    check_function(function, "loss_fn", ARGUMENTS)
     config.refuse_objective()
     return function

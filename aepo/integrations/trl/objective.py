@@ -6,6 +6,8 @@ is honoured, and what no preset would look at is refused.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +24,7 @@ LOSS_TYPES = {aggregation: loss_type for loss_type, aggregation in AGGREGATIONS.
 OTHER_LOSS_TYPES = {
     "bnpo": "it divides by the tokens of a micro-batch, so gradients depend on how a batch is cut: loss_type='dapo' "
     "divides by those of the whole",
-    "sapo": "it has a loss of its own: loss='examples.own_losses:sapo' shows how it is written",
+    "sapo": "it has a loss of its own: loss='examples.own_losses:sapo', from a checkout, is how it is written",
     "vespo": "it has a loss of its own, a function for loss= (docs/own_loss.md)",
 }
 TRL_NAMES = {
@@ -75,8 +77,22 @@ class ObjectiveSettings:
 
     def check_objective(self) -> None:
         """ValueError naming a setting that does not fit, or that loss= would not see."""
+        self.expect("a name", lambda x: isinstance(x, str), "preset")
+        self.expect(
+            "a name or None", lambda x: x is None or isinstance(x, str), "loss_type", "importance_sampling_level"
+        )
+        self.expect("package.module:function or None", _a_function_or_none, "loss")
+        self.expect("a number or None", lambda x: x is None or is_number(x), "epsilon", "epsilon_high", "delta")
+        self.expect(
+            "a dict of PolicyObjective's fields, or None",
+            lambda x: x is None or (isinstance(x, dict) and all(isinstance(key, str) for key in x)),
+            "objective",
+        )
         if self.preset not in PRESETS:
-            PolicyObjective.preset(self.preset)  # type: ignore[arg-type]  # says what is near
+            try:
+                PolicyObjective.preset(self.preset)  # type: ignore[arg-type]
+            except ValueError as error:  # which says what is near
+                raise ValueError(str(error).replace("objective", "preset", 1)) from None
         if self.loss is None:
             policy_objective(self)
         else:
@@ -88,15 +104,28 @@ class ObjectiveSettings:
             if getattr(self, name) is not None:
                 self.refuse(name, "the loss is a function of your own, which would not see it; put the number into it")
 
+    def expect(self, what: str, fits: Callable[[Any], bool], *names: str) -> None:
+        """ValueError naming the first setting that is something else."""
+        for name in names:
+            value = getattr(self, name)
+            if not fits(value):
+                raise ValueError(f"{name} must be {what}; got {value!r}")
+
     def refuse(self, name: str, instead: str) -> None:
         raise ValueError(f"{name}={getattr(self, name)!r} would be ignored: {instead}")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _a_function_or_none(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and all(value.partition(":")))
 
 
 def policy_objective(config: Any) -> PolicyObjective:
     """The preset's objective with what the settings override. ValueError naming a setting that does not fit."""
     own = config.objective or {}
-    if not isinstance(own, dict):
-        raise ValueError(f"objective must be a dict of PolicyObjective's fields; got {config.objective!r}")
     for name, instead in {
         "kl_coef": "write beta=, for which TRL also keeps the reference model",
         "importance_cap": "TRL's vllm_importance_sampling_* settings are that correction",
@@ -108,6 +137,10 @@ def policy_objective(config: Any) -> PolicyObjective:
     for name in named.keys() & own.keys():
         raise ValueError(
             f"objective={{{name!r}: {own[name]!r}}} and TRL's setting of the same meaning are both given: leave one out"
+        )
+    if "kl_estimator" in own and config.beta == 0:
+        raise ValueError(
+            f"objective={{'kl_estimator': {own['kl_estimator']!r}}} would be ignored: beta=0 has no KL term to estimate"
         )
     named["kl_coef"] = config.beta
     try:

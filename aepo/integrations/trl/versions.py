@@ -15,7 +15,6 @@ from types import CodeType, ModuleType
 from typing import Any
 
 import torch
-from packaging.version import Version
 
 WRITTEN_FOR = (1, 16)
 DOCUMENTED_UNTIL = (1, 18)
@@ -90,7 +89,14 @@ def check_trl() -> None:
         version = importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError:
         raise ImportError(f"aepo.integrations.trl needs TRL, which is not installed: {INSTALL}") from None
-    written, release = ".".join(map(str, WRITTEN_FOR)), Version(version).release[:2]
+    # Of transformers, which TRL brings; torch alone has none.
+    from packaging.version import InvalidVersion, Version
+
+    written = ".".join(map(str, WRITTEN_FOR))
+    try:
+        release = Version(str(version)).release[:2]
+    except InvalidVersion:
+        raise ImportError(f"aepo.integrations.trl needs TRL {written} or later; found {version!r}: {INSTALL}") from None
     if release < WRITTEN_FOR:
         raise ImportError(f"aepo.integrations.trl needs TRL {written} or later; found TRL {version}: {INSTALL}")
     if release == WRITTEN_FOR:
@@ -148,11 +154,21 @@ def _difference(trainer: type, name: str, known: tuple[str, ...]) -> str | None:
 
 def head_differences(utils: ModuleType) -> list[str]:
     """What speaks against another head in the place of that of `utils`, which is trl.trainer.utils. Empty: nothing."""
+    try:
+        return _head_differences(utils)
+    except Exception as error:  # of something that cannot even be looked at, or that fails when it is tried
+        return [f"comparing it failed: {type(error).__name__}: {error}"]
+
+
+def _head_differences(utils: ModuleType) -> list[str]:
     missing = [name for name in (HEAD, COMPACT, "add_fused_lm_head") if not callable(getattr(utils, name, None))]
     if missing:
         return [f"trl.trainer.utils has no {', '.join(missing)}"]
     unread = {HEAD, COMPACT} - set(_names_read(utils.add_fused_lm_head.__code__))
     found = [f"add_fused_lm_head does not read {name}" for name in sorted(unread)]
+    asked = tuple(inspect.signature(getattr(utils, COMPACT)).parameters)
+    if asked != ("device",):
+        found.append(f"expected {COMPACT}(device), found {COMPACT}({', '.join(asked)})")
     forward = getattr(getattr(utils, HEAD), "forward", None)
     parameters = tuple(inspect.signature(forward).parameters)[1:] if forward else None
     if parameters != HEAD_PARAMETERS:

@@ -31,6 +31,7 @@ class Environments:
         self._trainer = trainer
         self._examples = examples
         self._prompts = prompts
+        self._forked: list[Any] = []
         self._used: set[int] = set()  # rows that a branch could not be brought into: not as `reset` left them
         self.other_prompts: dict[int, tuple[Any, list[int]]] = {}
         """Prompt and tokens of rows whose environment said something else when it was reset again."""
@@ -93,8 +94,10 @@ class Environments:
                 made = asyncio.run_coroutine_threadsafe(_wait(made), self._trainer.async_loop).result()
         except Exception as error:
             raise NoBranch(f"{name} raised {type(error).__name__}: {error}") from error
-        if made is environment or type(made) is not type(environment):
+        taken = [*self._trainer.environments, *self._forked]
+        if type(made) is not type(environment) or any(made is one for one in taken):
             raise NoBranch(f"{name} returned {made!r}: expected another {type(environment).__name__}")
+        self._forked.append(made)
         return made
 
     def _replace(self, row: int, environment: Any) -> None:
@@ -129,7 +132,14 @@ class Environments:
         """As TRL did it before the rollout, and with what that gave."""
         example = self._examples[row]
         named = {key: value for key, value in example.items() if key != "environment"}
-        said = self._environment(row).reset(**(named if self._trainer._multi_environment else example))
+        environment = self._environment(row)
+        try:
+            said = environment.reset(**(named if self._trainer._multi_environment else example))
+        except Exception as error:
+            raise RuntimeError(
+                f"{type(environment).__name__}.reset raised {type(error).__name__} when it was called again, for a row "
+                "that no branch could be brought into; branched_rollouts=False resets once"
+            ) from error
         self._used.discard(row)
         prompt = _with_observation(example.get("prompt", [{"role": "user", "content": ""}]), said)
         if prompt != self._prompts[row]:
@@ -138,8 +148,9 @@ class Environments:
 
 
 def hide_forks(trainer: Any) -> None:
-    """TRL makes a tool of every public method of an environment; `fork` is the trainer's, no model is told of it."""
-    instances = [instance for pool in trainer._environment_pool.values() for instance in pool]
+    """TRL makes a tool of every public method of an environment; `fork()` is the trainer's, no model is told of it. One
+    that takes arguments is a tool of the environment's own."""
+    instances = [instance for pool in trainer._environment_pool.values() for instance in pool if _forks(instance)]
 
     def told(tool: Any) -> bool:
         return not any(_is_of(tool, instance) and tool.__name__ == "fork" for instance in instances)
@@ -152,7 +163,7 @@ def drop_forks(trainer: Any) -> None:
     """The same for the tools of the rows of a batch, which TRL has just collected."""
     for row, environment in enumerate(trainer.environments):
         for tools in (trainer._sync_tool_dicts[row], trainer._async_tool_dicts[row]):
-            if _is_of(tools.get("fork"), environment):
+            if _forks(environment) and _is_of(tools.get("fork"), environment):
                 del tools["fork"]
 
 
@@ -162,7 +173,15 @@ def _is_of(tool: Any, environment: Any) -> bool:
 
 
 def _forks(environment: Any) -> bool:
-    return callable(getattr(type(environment), "fork", None))
+    """Whether it has `fork()`, without arguments."""
+    fork = getattr(environment, "fork", None) if callable(getattr(type(environment), "fork", None)) else None
+    if fork is None:
+        return False
+    try:
+        inspect.signature(fork).bind()
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _with_observation(prompt: list[dict[str, Any]], said: Any) -> list[dict[str, Any]]:
