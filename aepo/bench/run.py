@@ -12,14 +12,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from aepo.bench import decode, linear, peers, policy_loss, sample, token_stats, trainers
+from aepo.bench import decode, linear, peers, policy_loss, sample, token_stats
 from aepo.bench.clock import clock_for, machine
 from aepo.bench.harness import UNSTEADY, Refusal, Row, is_ours, measure
 from aepo.bench.load import missing_cores
 from aepo.bench.progress import Progress
 from aepo.bench.results import check_json, write_json
 from aepo.bench.settings import Settings
+from aepo.install import pip_install
 
+TRAINERS = "trainers"
+"""Measured alone: what they need is imported only then."""
 QUESTIONS: dict[str, ModuleType] = {
     "token-stats": token_stats,
     "policy-loss": policy_loss,
@@ -48,17 +51,19 @@ def run(
     json_path is written after every problem, so that a run that is stopped leaves what it had. Raises ValueError for
     settings that cannot be met, before anything is measured.
     """
-    unknown = [question for question in questions if question not in (*QUESTIONS, trainers.NAME)]
+    unknown = [question for question in questions if question not in (*QUESTIONS, TRAINERS)]
     if unknown:
-        names = ", ".join((*QUESTIONS, trainers.NAME))
+        names = ", ".join((*QUESTIONS, TRAINERS))
         raise ValueError(f"question must be one of {names}; got {', '.join(unknown)}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be an integer >= 1; got {threads}")
-    if trainers.NAME in questions:
+    if TRAINERS in questions:
         if len(questions) > 1 or plot_path is not None:
-            raise ValueError(
-                f"{trainers.NAME} are measured alone, and not drawn: expected no other question, no --plot"
-            )
+            raise ValueError(f"{TRAINERS} are measured alone, and not drawn: expected no other question, no --plot")
+        try:
+            from aepo.bench import trainers  # with transformers, TRL and our own trainer
+        except ModuleNotFoundError as error:
+            raise ValueError(f"trainers need more than the others ({error}): {pip_install('trl')}") from None
         return trainers.run(settings, threads=threads, json_path=json_path, console=console or make_console())
     for question in questions or QUESTIONS:
         module = QUESTIONS[question]

@@ -223,6 +223,7 @@ class TestLimits:
 
 class TestSpeed:
     def test_many_calls_at_once(self, tool):
+        before = threading.active_count()  # other tests' libraries leave some behind
         toolbox = ToolBox([tool])
         codes = [f"import math\nprint(math.factorial({i}) % 1000003)" for i in range(64)]
         codes[10] = "while True: pass"
@@ -237,7 +238,7 @@ class TestSpeed:
         assert results[0].text == "1"
         assert results[63].text == str(eval("__import__('math').factorial(63) % 1000003"))
         assert results[20].text == "ZeroDivisionError: division by zero"
-        assert threading.active_count() < 64
+        assert threading.active_count() - before < 64
 
     def test_speed_of_a_call(self, tool, capsys):
         def median_ms(call):

@@ -201,7 +201,10 @@ for package in sys.argv[1].split():
 def test_the_extra_bench_is_enough_for_the_benchmarks(wheels: dict[str, Path], tmp_path: Path) -> None:
     python = with_extra("bench", wheels["tree"], tmp_path)
     aepo = python.with_name("aepo")
-    run(python, "-c", IMPORT_ALL, "aepo.bench", "none", cwd=tmp_path)
+    run(python, "-c", IMPORT_ALL, "aepo.bench", "aepo.bench.trainer", cwd=tmp_path)
+    done = run(aepo, "bench", "trainers", "--device", "cpu", cwd=tmp_path, status=1)
+    assert done.stderr.endswith('pip install "aepo-kernels[trl]"\n')
+    assert len(done.stderr.splitlines()) == 1
     assert "TRL" in run(aepo, "bench", "--list", cwd=tmp_path).stdout
     run(aepo, "bench", "decode", "--quick", "--tokens", "2,4", "--vocab", "99", "--plot", "x.svg", cwd=tmp_path)
     assert (tmp_path / "x.svg").stat().st_size > 1000
@@ -213,13 +216,13 @@ def test_the_extra_bench_is_enough_for_the_benchmarks(wheels: dict[str, Path], t
 
 
 def test_the_extra_train_is_enough_for_the_trainer(wheels: dict[str, Path], tmp_path: Path) -> None:
-    """All of `aepo` but what runs inside vLLM, or beside it, or talks to MCP servers."""
+    """All of `aepo` but what runs inside vLLM, or beside it, talks to MCP servers, or belongs to others' trainers."""
     python = with_extra("train", wheels["tree"], tmp_path)
     aepo = python.with_name("aepo")
     beside_vllm = " ".join(
         f"aepo.rollout.engines.vllm.{name}" for name in ("http", "local", "remote", "weight_clients")
     )
-    left_out = f"aepo.vllm {beside_vllm} aepo.agents.tools.mcp_ aepo.__main__ aepo.bench"
+    left_out = f"aepo.vllm {beside_vllm} aepo.agents.tools.mcp_ aepo.integrations aepo.__main__ aepo.bench"
     run(python, "-c", IMPORT_ALL, "aepo", left_out, cwd=tmp_path)
     assert "optimizer.learning_rate" in run(aepo, "keys", "optimizer", cwd=tmp_path).stdout
     assert run(aepo, "report", "nowhere", cwd=tmp_path, status=1).stderr.startswith("error: nowhere")
