@@ -25,9 +25,11 @@ class BranchSettings:
     branch_threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        for name, value in {"fresh_paths": self.fresh_paths or 1, "entropy_window": self.entropy_window}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1 or getattr(self, name) == 0:
-                raise ValueError(f"{name} must be a whole number of at least 1; got {getattr(self, name)!r}")
+        counts = ["entropy_window"] if self.fresh_paths is None else ["fresh_paths", "entropy_window"]
+        for name in counts:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
         numbers = ["budget_beta", "branch_gamma", "branch_penalty", "branch_threshold"]
         numbers += ["branch_alpha"] if self.branch_alpha != "uniform" else []
         for name in numbers:

@@ -1682,8 +1682,8 @@ MUTATIONS = (
     ),
     Mutation(
         "trl-statistics-of-one-rank",
-        "aepo/integrations/trl/trainer.py",
-        "world = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None",
+        "aepo/integrations/trl/shaping.py",
+        "world = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None",
         "world = None",
         ("tests/trainers/test_trl_ranks.py::test_two_processes_are_one[aepo]",),
     ),

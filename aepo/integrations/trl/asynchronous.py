@@ -26,10 +26,10 @@ from aepo.integrations.trl.head import linear_head
 from aepo.integrations.trl.loss import MicroLoss, Rows, StepSizes, chosen_function, function_loss, objective_loss
 from aepo.integrations.trl.metrics import over_ranks
 from aepo.integrations.trl.objective import ObjectiveSettings, policy_objective
+from aepo.integrations.trl.shaping import shaped_advantages, statistics_over_ranks
 from aepo.integrations.trl.trainer import AEPOTrainer
 from aepo.integrations.trl.versions import check_async_overrides
 from aepo.own_loss import OwnLoss
-from aepo_kernels.entropy_advantage import entropy_aware_advantages, entropy_statistics
 
 OTHER_ADVANTAGES = {
     "reinforce++": "its advantages are taken over a whole batch of rewards",
@@ -142,8 +142,7 @@ class AEPOAsyncTrainer(AsyncGRPOTrainer):
 
     def _statistics(self, entropy: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, std) of entropies [R] and those of the other ranks."""
-        world = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
-        mean, std = entropy_statistics(entropy, torch.ones_like(entropy, dtype=torch.bool), process_group=world)
+        mean, std = statistics_over_ranks(self.accelerator, entropy, torch.ones_like(entropy, dtype=torch.bool))
         self._log("policy/entropy_std", std.item())
         return mean, std
 
@@ -196,13 +195,10 @@ class AEPOAsyncTrainer(AsyncGRPOTrainer):
         return objective_loss(self._objective, rows, sizes)
 
     def _with_entropy_factor(self, rows: Rows, statistics: tuple[Tensor, Tensor]) -> Rows:
-        coefficient, clamp = self._objective.entropy_advantage, self._objective.clamp_entropy_factor
-        shaped = entropy_aware_advantages(
-            rows.advantages, rows.entropy, statistics, coefficient=coefficient, clamp=clamp
+        shaped, flips = shaped_advantages(
+            self.accelerator, self._objective, rows.advantages, rows.entropy, rows.mask, statistics
         )
-        turned = ((shaped * rows.advantages < 0) & rows.mask).sum()
-        counts = self.accelerator.reduce(torch.stack((turned, rows.mask.sum())), reduction="sum")
-        self._log("policy/advantage_flips", (counts[0] / counts[1].clamp(min=1)).item())
+        self._log("policy/advantage_flips", flips)
         return replace(rows, advantages=shaped)
 
     # Metrics

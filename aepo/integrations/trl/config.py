@@ -105,18 +105,17 @@ class AEPOConfig(ObjectiveSettings, GRPOConfig):
             chosen["branch_penalty"] = 0.0 if self.preset == "arpo" else 0.05
         if self.preset == "arpo" and self.fresh_paths is None:
             chosen["fresh_paths"] = max(self.num_generations // 2, 1)  # 8 of 16 in its authors' scripts
-        if chosen["fresh_paths"] is not None and chosen["fresh_paths"] > self.num_generations:
+        settings = BranchSettings(**chosen)
+        if settings.fresh_paths is not None and settings.fresh_paths > self.num_generations:
             raise ValueError(
                 f"fresh_paths must be at most num_generations, {self.num_generations}; got {self.fresh_paths}"
             )
-        return BranchSettings(**chosen)
+        return settings
 
     def _check_types(self) -> None:
         self.expect("True, False or None", lambda x: x is None or isinstance(x, bool), "branched_rollouts")
         self.expect("a number of at least 0", lambda x: is_number(x) and x >= 0, "beta", "step_weight")
         self.expect("a number in (0, 1]", lambda x: is_number(x) and 0 < x <= 1, "step_discount")
-        self.expect("a whole number or None", lambda x: x is None or type(x) is int, "fresh_paths")
-        self.expect("a whole number", lambda x: type(x) is int, "entropy_window")
         self.expect(
             f"{', '.join(get_args(Advantage))}, package.module:function, or None",
             lambda x: x in (None, *get_args(Advantage)) or (isinstance(x, str) and all(x.partition(":"))),

@@ -16,11 +16,11 @@ from aepo.integrations.trl.head import linear_head
 from aepo.integrations.trl.loss import MicroLoss, Rows, StepSizes, chosen_function, function_loss, objective_loss
 from aepo.integrations.trl.metrics import over_ranks
 from aepo.integrations.trl.objective import LOSS_TYPES, policy_objective
+from aepo.integrations.trl.shaping import shaped_advantages, statistics_over_ranks
 from aepo.integrations.trl.versions import check_overrides
 from aepo.integrations.trl.written import OnlyWritten, of_tool_masks
 from aepo.own_loss import OwnLoss
 from aepo.registry import resolve_function
-from aepo_kernels.entropy_advantage import entropy_aware_advantages, entropy_statistics
 
 VISUAL = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
@@ -124,20 +124,16 @@ class AEPOTrainer(BranchingTrainer):
         known before its first update: so no cut into micro-batches changes them."""
         mask = _loss_mask(batch)
         entropy = self._old_entropies(batch, passes)
-        world = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
-        mean, std = entropy_statistics(entropy, mask, process_group=world)
+        mean, std = statistics_over_ranks(self.accelerator, entropy, mask)
         self._log("policy/entropy_std", std.item())
         if self._function is not None:
             batch |= {"old_entropy": entropy, "entropy_mean": mean, "entropy_std": std}
             return
         plain = batch["advantages"] if batch["advantages"].dim() > 1 else batch["advantages"][:, None]
-        coefficient, clamp = self._objective.entropy_advantage, self._objective.clamp_entropy_factor
-        batch["advantages"] = entropy_aware_advantages(
-            plain, entropy, (mean, std), coefficient=coefficient, clamp=clamp
+        batch["advantages"], flips = shaped_advantages(
+            self.accelerator, self._objective, plain, entropy, mask, (mean, std)
         )
-        turned = ((batch["advantages"] * plain < 0) & (mask != 0)).sum()
-        counts = self.accelerator.reduce(torch.stack((turned, (mask != 0).sum())), reduction="sum")
-        self._log("policy/advantage_flips", (counts[0] / counts[1].clamp(min=1)).item())
+        self._log("policy/advantage_flips", flips)
 
     def _old_entropies(self, batch: dict[str, Any], passes: list[tuple[Tensor, Tensor | None]]) -> Tensor:
         """[B, T], from the pass in which TRL scored the policy that sampled; where it had no need to, from one here."""
